@@ -1,0 +1,43 @@
+"""What every test may rely on: no network, no account, a cache of its own, two threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("WANDB_SILENT", "true")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The user's cache is neither read nor written; subprocesses inherit the setting."""
+    folder: Path = tmp_path_factory.mktemp("subquad-cache")
+    before = os.environ.get("SUBQUAD_CACHE")
+    os.environ["SUBQUAD_CACHE"] = str(folder)
+    yield
+    if before is None:
+        del os.environ["SUBQUAD_CACHE"]
+    else:
+        os.environ["SUBQUAD_CACHE"] = before
+
+
+@pytest.fixture(autouse=True)
+def _own_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that forgets run_dir writes into its own folder, not into the checkout."""
+    monkeypatch.chdir(tmp_path)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip GPU tests where no CUDA device is found, and say so."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
