@@ -1,0 +1,114 @@
+"""The records of segment attention: what it costs, and where each kernel applies."""
+
+from __future__ import annotations
+
+from subquad_kernels.catalogue import Kernel, Operator, Tolerance
+from subquad_kernels.workload import DeviceLimits, DType, Phase, Work, Workload
+
+_HERE = "subquad_kernels.segment_attention"
+
+
+def visible_pairs(workload: Workload) -> int:
+    """How many (query, key) pairs one head of one sequence computes; packed documents are taken as equally long.
+
+    sum over g of 1 + floor(g / segment_len), with g from m segment_len on.
+    """
+    t, segment_len = workload.shape["t"], int(workload.options["segment_len"])
+    documents = workload.shape.get("documents")
+    length = -(-t // documents) if documents else t
+    whole, rest = divmod(length, segment_len)
+    floors = segment_len * whole * (whole - 1) // 2 + rest * whole + length * workload.shape["m"]
+    return (documents or 1) * (length + floors)
+
+
+def work(workload: Workload) -> Work:
+    """As softmax attention, over the visible pairs alone; keys are read once, summaries among them."""
+    shape, e = workload.shape, workload.element_bytes
+    b, t, h, h_kv, k, v, m = (shape[axis] for axis in ("b", "t", "h", "h_kv", "k", "v", "m"))
+    pairs = b * h * visible_pairs(workload)
+    inputs = b * (t * h * k + (t + m) * h_kv * (k + v)) * e
+    outputs, lse = b * t * h * v * e, b * h * t * 4
+    if workload.phase == "backward":
+        return Work(
+            matmul_flops=2 * pairs * (3 * k + 2 * v),
+            vector_flops=6 * pairs + 2 * b * t * h * v,
+            transcendental_ops=pairs,
+            bytes_moved=2 * inputs + 2 * outputs + lse,
+        )
+    return Work(
+        matmul_flops=2 * pairs * (k + v),
+        vector_flops=4 * pairs,
+        transcendental_ops=pairs + b * h * t,
+        bytes_moved=inputs + outputs + lse,
+        saved_bytes=0 if workload.phase == "decode" else inputs + outputs + lse,
+    )
+
+def _example(dtype: DType, phase: Phase = "forward", **shape: int) -> Workload:
+    axes = {"b": 2, "t": 37, "h": 4, "h_kv": 2, "k": 16, "v": 16, "m": 0} | shape
+    return Workload(operator="segment_attention", shape=axes, dtype=dtype, phase=phase, options={"segment_len": 5})
+
+
+OPERATOR = Operator(
+    name="segment_attention",
+    summary="attention to oneself and to the summaries of earlier segments (SCOUT)",
+    definition=f"{_HERE}.definition",
+    tensors=("q", "k", "v", "summary_k", "summary_v", "cu_seqlens"),
+    outputs=("out",),
+    residuals=("lse",),
+    defaults={"cpu": "compacted", "cuda": "compacted"},
+    work=work,
+    tolerances={
+        "float64": Tolerance(output=1e-12, gradient=1e-11, reason="sums of up to 1 + t / segment_len terms, reordered"),
+        "float32": Tolerance(output=2e-5, gradient=2e-4, reason="sums of up to 1 + t / segment_len terms, fp32"),
+        "bfloat16": Tolerance(output=1.6e-2, gradient=3e-2, reason="probabilities rounded to 8 bits before P V"),
+        "float16": Tolerance(output=2e-3, gradient=4e-3, reason="probabilities rounded to 11 bits before P V"),
+    },
+    examples=(
+        _example("float32"),
+        _example("float32", b=1, documents=4),
+        _example("float32", "decode", t=1, m=6),
+        _example("bfloat16"),
+    ),
+)
+
+
+def _anything(workload: Workload, limits: DeviceLimits) -> str | None:
+    return None
+
+
+def _merge_supports(workload: Workload, limits: DeviceLimits) -> str | None:
+    shape = workload.shape
+    if shape["k"] != shape["v"]:
+        return f"keys and values differ in width ({shape['k']} and {shape['v']})"
+    if limits.kind == "cuda":
+        if workload.dtype == "float64":
+            return "does not compute in float64 on CUDA"
+        if shape["k"] % 8:
+            return f"head width {shape['k']} is not a multiple of 8"
+    return None
+
+
+_BOTH = frozenset({"cpu", "cuda"})
+KERNELS = (
+    Kernel(
+        operator="segment_attention",
+        name="reference",
+        implementation=f"{_HERE}.definition:REFERENCE",
+        supports=_anything,
+        devices=_BOTH,
+    ),
+    Kernel(
+        operator="segment_attention",
+        name="compacted",
+        implementation=f"{_HERE}.compacted",
+        supports=_anything,
+        devices=_BOTH,
+    ),
+    Kernel(
+        operator="segment_attention",
+        name="sdpa_merge",
+        implementation=f"{_HERE}.sdpa_merge",
+        supports=_merge_supports,
+        devices=_BOTH,
+    ),
+)

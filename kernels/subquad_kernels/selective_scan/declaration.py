@@ -1,0 +1,97 @@
+"""The records of the selective scan: what it costs, and where each kernel applies."""
+
+from __future__ import annotations
+
+from subquad_kernels.catalogue import Kernel, Operator, Tolerance
+from subquad_kernels.workload import DeviceLimits, DType, Phase, Work, Workload
+
+_HERE = "subquad_kernels.selective_scan"
+
+CHUNK = 16
+"""Tokens between two saved states; 16 was fastest of 4 .. 64 on CPU (README) and costs t c n / 16 of memory."""
+
+
+def work(workload: Workload) -> Work:
+    """6 FLOPs and one exponential per token, channel and state forward; 19 and one backward (h computed again)."""
+    shape, options, e = workload.shape, workload.options, workload.element_bytes
+    b, t, c, n = (shape[axis] for axis in ("b", "t", "c", "n"))
+    documents = shape.get("documents", 0)
+    exact = max(4, e)  # bytes of one element of the parameters and states
+    gate, skip, bias = bool(options["gate"]), bool(options["skip"]), bool(options["dt_bias"])
+    states = (documents or b) * c * n * exact
+    inputs = b * t * ((2 + gate) * c + 2 * n) * e + (c * n + (skip + bias) * c) * exact
+    inputs += states if options["initial_state"] else 0
+    inputs += 4 * (documents + 1) if documents else 0
+    outputs = b * t * c * e + states
+    residuals = ((t - 1) // CHUNK * b * c * n + gate * b * t * c) * exact
+    tokens = b * t * c
+    exponentials = tokens * n + tokens * (2 * bool(options["softplus"]) + gate)
+    steps = -(-t // documents) if documents else t
+    if workload.phase == "backward":
+        return Work(
+            vector_flops=19 * tokens * n + tokens * (4 + 5 * skip + 8 * gate + 2 * bias),
+            transcendental_ops=exponentials + tokens * bool(options["softplus"]),
+            bytes_moved=2 * inputs - (4 * (documents + 1) if documents else 0) + residuals + outputs,
+            serial_steps=2 * steps,
+        )
+    return Work(
+        vector_flops=6 * tokens * n + tokens * (1 + 2 * skip + 2 * gate + bias),
+        transcendental_ops=exponentials,
+        bytes_moved=inputs + outputs + residuals,
+        serial_steps=steps,
+        saved_bytes=0 if workload.phase == "decode" else inputs + outputs + residuals,
+    )
+
+
+def _example(dtype: DType, phase: Phase = "forward", *, initial_state: bool = False, **shape: int) -> Workload:
+    axes = {"b": 2, "t": 37, "c": 12, "n": 4} | shape
+    options = {"softplus": True, "skip": True, "gate": True, "dt_bias": True, "initial_state": initial_state}
+    return Workload(operator="selective_scan", shape=axes, dtype=dtype, phase=phase, options=options)
+
+
+OPERATOR = Operator(
+    name="selective_scan",
+    summary="selective scan of a diagonal state-space model (Mamba), with skip, gate and step bias fused",
+    definition=f"{_HERE}.definition",
+    tensors=("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state", "cu_seqlens"),
+    outputs=("y", "final_state"),
+    residuals=("boundaries", "ungated"),
+    defaults={"cpu": "chunked", "cuda": "chunked"},
+    work=work,
+    tolerances={
+        "float64": Tolerance(output=1e-11, gradient=1e-10, reason="sums of up to t and c terms in another order"),
+        "float32": Tolerance(output=2e-5, gradient=1e-4, reason="rounding of fp32 states, added up over t tokens"),
+        "bfloat16": Tolerance(output=8e-3, gradient=1.6e-2, reason="fp32 inside; results rounded once to 8 bits"),
+        "float16": Tolerance(output=1e-3, gradient=2e-3, reason="fp32 inside; results rounded once to 11 bits"),
+    },
+    examples=(
+        _example("float32"),
+        _example("float32", b=1, documents=4),
+        _example("float32", initial_state=True),
+        _example("float32", "decode", initial_state=True, t=1),
+        _example("bfloat16"),
+    ),
+)
+
+
+def _anything(workload: Workload, limits: DeviceLimits) -> str | None:
+    return None
+
+
+_BOTH = frozenset({"cpu", "cuda"})
+KERNELS = (
+    Kernel(
+        operator="selective_scan",
+        name="reference",
+        implementation=f"{_HERE}.definition:REFERENCE",
+        supports=_anything,
+        devices=_BOTH,
+    ),
+    Kernel(
+        operator="selective_scan",
+        name="chunked",
+        implementation=f"{_HERE}.chunked",
+        supports=_anything,
+        devices=_BOTH,
+    ),
+)

@@ -1,0 +1,191 @@
+"""The records of softmax attention: what it costs, and where each kernel applies."""
+
+from __future__ import annotations
+
+from subquad_kernels.catalogue import Kernel, Operator, Tolerance
+from subquad_kernels.workload import DeviceLimits, DType, Phase, Work, Workload
+
+_HERE = "subquad_kernels.softmax_attention"
+
+
+def visible_pairs(workload: Workload) -> int:
+    """How many (query, key) pairs one head of one sequence computes; packed documents are taken as equally long."""
+    t, s = workload.shape["t"], workload.shape["s"]
+    documents = workload.shape.get("documents")
+    if documents:
+        length = -(-t // documents)
+        return documents * _pairs(length, length, bool(workload.options["causal"]), int(workload.options["window"]))
+    return _pairs(t, s, bool(workload.options["causal"]), int(workload.options["window"]))
+
+
+def _pairs(t: int, s: int, causal: bool, window: int) -> int:
+    if not causal:
+        return t * s
+    first, last = s - t + 1, s  # keys that the first and the last query may see
+    if not window or last <= window:
+        return t * (first + last) // 2
+    if first >= window:
+        return t * window
+    growing = window - first
+    return growing * (first + window - 1) // 2 + (t - growing) * window
+
+
+def work(workload: Workload) -> Work:
+    """Two matrix products forward (scores, values); five backward (scores again, dP, dQ, dK, dV)."""
+    shape, e = workload.shape, workload.element_bytes
+    b, t, s, h, h_kv, k, v = (shape[axis] for axis in ("b", "t", "s", "h", "h_kv", "k", "v"))
+    pairs = b * h * visible_pairs(workload)
+    inputs = b * (t * h * k + s * h_kv * (k + v)) * e
+    outputs, lse = b * t * h * v * e, b * h * t * 4
+    if workload.phase == "backward":
+        return Work(
+            matmul_flops=2 * pairs * (3 * k + 2 * v),
+            vector_flops=6 * pairs + 2 * b * t * h * v,
+            transcendental_ops=pairs,
+            bytes_moved=2 * inputs + 2 * outputs + lse,
+        )
+    return Work(
+        matmul_flops=2 * pairs * (k + v),
+        vector_flops=4 * pairs,
+        transcendental_ops=pairs + b * h * t,
+        bytes_moved=inputs + outputs + lse,
+        saved_bytes=0 if workload.phase == "decode" else inputs + outputs + lse,
+    )
+
+def _example(dtype: DType, phase: Phase = "forward", window: int = 0, **shape: int) -> Workload:
+    axes = {"b": 2, "t": 37, "s": 37, "h": 4, "h_kv": 2, "k": 16, "v": 16} | shape
+    options = {"causal": True, "window": window}
+    return Workload(operator="softmax_attention", shape=axes, dtype=dtype, phase=phase, options=options)
+
+
+OPERATOR = Operator(
+    name="softmax_attention",
+    summary="softmax attention: causal, bidirectional or windowed, grouped queries, packed",
+    definition=f"{_HERE}.definition",
+    tensors=("q", "k", "v", "cu_seqlens"),
+    outputs=("out",),
+    residuals=("lse",),
+    defaults={"cpu": "sdpa_flash", "cuda": "sdpa_flash"},
+    work=work,
+    tolerances={
+        "float64": Tolerance(output=1e-12, gradient=1e-11, reason="sums of up to s terms in another order"),
+        "float32": Tolerance(output=2e-5, gradient=2e-4, reason="sums of up to s terms in another order, fp32"),
+        "bfloat16": Tolerance(output=1.6e-2, gradient=3e-2, reason="probabilities rounded to 8 bits before P V"),
+        "float16": Tolerance(output=2e-3, gradient=4e-3, reason="probabilities rounded to 11 bits before P V"),
+    },
+    examples=(
+        _example("float32"),
+        _example("float32", window=7),
+        _example("float32", b=1, documents=4),
+        _example("float32", "decode", t=1),
+        _example("bfloat16"),
+    ),
+)
+
+
+def _anything(workload: Workload, limits: DeviceLimits) -> str | None:
+    return None
+
+
+def _flash_supports(workload: Workload, limits: DeviceLimits) -> str | None:
+    shape = workload.shape
+    if shape["k"] != shape["v"]:
+        return f"keys and values differ in width ({shape['k']} and {shape['v']})"
+    if limits.kind == "cuda":
+        if workload.dtype not in ("bfloat16", "float16"):
+            return f"computes in bfloat16 or float16 on CUDA, not {workload.dtype}"
+        if shape["k"] % 8 or shape["k"] > 256:
+            return f"head width {shape['k']} is not a multiple of 8 up to 256"
+    elif workload.options["window"] and workload.phase != "decode" and shape["s"] > 4096:
+        return "a window longer sequences than 4096 needs is a dense mask here"
+    return None
+
+
+def _efficient_supports(workload: Workload, limits: DeviceLimits) -> str | None:
+    shape = workload.shape
+    if "documents" in shape or workload.options["window"]:
+        return "knows neither packed sequences nor windows"
+    if workload.options["causal"] and shape["t"] != shape["s"] and shape["t"] != 1:
+        return "aligns the causal mask to the first key, not to the last"
+    if workload.dtype == "float64":
+        return "does not compute in float64"
+    if shape["k"] % 8 or shape["v"] % 8:
+        return f"head widths {shape['k']}, {shape['v']} are not multiples of 8"
+    return None
+
+
+def _cudnn_supports(workload: Workload, limits: DeviceLimits) -> str | None:
+    if workload.dtype not in ("bfloat16", "float16"):
+        return f"computes in bfloat16 or float16, not {workload.dtype}"
+    if workload.shape["k"] > 128 or workload.shape["v"] > 128:
+        return f"head width {workload.shape['k']} is above 128"
+    if limits.capability is not None and limits.capability < (8, 0):
+        return "needs compute capability 8.0"
+    return _efficient_supports(workload, limits)
+
+
+def _flex_supports(workload: Workload, limits: DeviceLimits) -> str | None:
+    if workload.dtype == "float64":
+        return "does not compute in float64"
+    if workload.shape["k"] & (workload.shape["k"] - 1) or workload.shape["k"] < 16:
+        return f"head width {workload.shape['k']} is not a power of two from 16"
+    if workload.phase == "decode":
+        return "is compiled per length; a decode grows by one token a call"
+    return None
+
+
+def _windowed_supports(workload: Workload, limits: DeviceLimits) -> str | None:
+    if not workload.options["window"] or not workload.options["causal"]:
+        return "computes causal windows only"
+    if workload.shape["t"] != workload.shape["s"]:
+        return "needs as many queries as keys"
+    return None
+
+
+_BOTH = frozenset({"cpu", "cuda"})
+_CUDA = frozenset({"cuda"})
+KERNELS = (
+    Kernel(
+        operator="softmax_attention",
+        name="reference",
+        implementation=f"{_HERE}.definition:REFERENCE",
+        supports=_anything,
+        devices=_BOTH,
+    ),
+    Kernel(
+        operator="softmax_attention",
+        name="sdpa_flash",
+        implementation=f"{_HERE}.sdpa_flash",
+        supports=_flash_supports,
+        devices=_BOTH,
+    ),
+    Kernel(
+        operator="softmax_attention",
+        name="sdpa_efficient",
+        implementation=f"{_HERE}.sdpa_efficient",
+        supports=_efficient_supports,
+        devices=_CUDA,
+    ),
+    Kernel(
+        operator="softmax_attention",
+        name="sdpa_cudnn",
+        implementation=f"{_HERE}.sdpa_cudnn",
+        supports=_cudnn_supports,
+        devices=_CUDA,
+    ),
+    Kernel(
+        operator="softmax_attention",
+        name="flex_attention",
+        implementation=f"{_HERE}.flex",
+        supports=_flex_supports,
+        devices=_CUDA,
+        requires=("triton>=3.6",),
+    ),
+    Kernel(
+        operator="softmax_attention",
+        name="windowed",
+        implementation=f"{_HERE}.windowed",
+        supports=_windowed_supports,
+        devices=_BOTH,
+    ),
+)

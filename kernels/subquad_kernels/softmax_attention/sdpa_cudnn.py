@@ -1,0 +1,53 @@
+"""cuDNN's fused attention, as torch offers it; on Hopper usually the fastest for full causal attention."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from subquad_kernels.softmax_attention.definition import scale_of
+
+if TYPE_CHECKING:
+    from subquad_kernels.catalogue import Arguments, Outputs
+
+_aten = torch.ops.aten
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, causal: bool, window: int, scale: float | None
+) -> Outputs:
+    """out and lse."""
+    out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
+        *_heads_first(q, k, v), None, True, 0.0, causal and q.shape[1] > 1, False, scale=scale_of(q, scale)
+    )
+    return out.transpose(1, 2), lse.reshape(q.shape[0], q.shape[2], q.shape[1])
+
+
+def backward(
+    arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]
+) -> dict[str, Tensor | None]:
+    """dq, dk, dv from the saved log-sum-exp."""
+    values: Any = arguments
+    q, k, v = values["q"], values["k"], values["v"]
+    (out, lse), gradient = outputs, gradients[0]
+    assert gradient is not None
+    groups = q.shape[2] // k.shape[2]
+    seed = torch.zeros((), dtype=torch.int64, device=q.device)
+    dq, dk, dv = _aten._scaled_dot_product_cudnn_attention_backward(
+        gradient.transpose(1, 2), *_heads_first(q, k, v), out.transpose(1, 2), lse.unsqueeze(-1), seed, seed, None,
+        None, None, q.shape[1], k.shape[1], 0.0, values["causal"] and q.shape[1] > 1,
+        scale=scale_of(q, values["scale"]),
+    )  # fmt: skip
+    summed = [gradient.transpose(1, 2).unflatten(2, (-1, groups)).sum(dim=3) for gradient in (dk, dv)]
+    return {"q": dq.transpose(1, 2), "k": summed[0], "v": summed[1]}
+
+
+def _heads_first(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    groups = q.shape[2] // k.shape[2]
+    return (
+        q.transpose(1, 2),
+        k.transpose(1, 2).repeat_interleave(groups, dim=1),
+        v.transpose(1, 2).repeat_interleave(groups, dim=1),
+    )

@@ -1,0 +1,81 @@
+"""Windowed attention in tiles: a tile of `window` queries sees its own tile of keys and the one before.
+
+    work  b t h 2 window (k + v)  multiply-adds instead of  b t^2 h (k + v) / 2; no t x t matrix is ever formed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, einsum
+from torch.nn.functional import pad
+
+from subquad_kernels.documents import document_ids
+from subquad_kernels.softmax_attention.definition import scale_of
+
+if TYPE_CHECKING:
+    from subquad_kernels.catalogue import Arguments, Outputs
+
+SMALLEST_TILE = 16
+"""Shorter windows share a tile of this many tokens, so that products stay large enough to be fast."""
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, causal: bool, window: int, scale: float | None
+) -> Outputs:
+    """out and lse."""
+    with torch.no_grad():
+        return _attend(q, k, v, cu_seqlens, window, scale_of(q, scale))
+
+
+def backward(
+    arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]
+) -> dict[str, Tensor | None]:
+    """dq, dk, dv by differentiating the tiles, computed once more."""
+    values: Any = arguments
+    with torch.enable_grad():
+        inputs = [values[name].detach().requires_grad_() for name in ("q", "k", "v")]
+        factor = scale_of(values["q"], values["scale"])
+        out, _ = _attend(*inputs, values["cu_seqlens"], values["window"], factor)
+        found = torch.autograd.grad(out, inputs, gradients[0])
+    return dict(zip(("q", "k", "v"), found))
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, window: int, factor: float
+) -> tuple[Tensor, Tensor]:
+    b, t, h, _ = q.shape
+    h_kv = k.shape[2]
+    exact = torch.promote_types(q.dtype, torch.float32)
+    tile = min(max(window, SMALLEST_TILE), t)
+    tiles = -(-t // tile)
+
+    def tiled(x: Tensor) -> Tensor:  # [b, tiles, tile, heads, width]
+        return pad(x, (0, 0, 0, 0, 0, tiles * tile - t)).unflatten(1, (tiles, tile))
+
+    def with_previous(x: Tensor) -> Tensor:  # [b, tiles, 2 tile, heads, width]
+        x = tiled(x)
+        return torch.cat([pad(x, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1], x], dim=2)
+
+    queries = tiled(q).unflatten(3, (h_kv, h // h_kv))
+    scores = einsum("bntgrk,bnsgk->bngrts", queries.to(exact), with_previous(k).to(exact)) * factor
+    seen = _visible(t, tile, tiles, window, cu_seqlens, q.device)
+    scores = scores.masked_fill(~seen[None, :, None, None], float("-inf"))
+    out = einsum("bngrts,bnsgv->bntgrv", scores.softmax(dim=-1).to(v.dtype), with_previous(v))
+    lse = scores.logsumexp(dim=-1).permute(0, 2, 3, 1, 4).reshape(b, h, tiles * tile)
+    return out.reshape(b, tiles * tile, h, v.shape[3])[:, :t], lse[:, :, :t]
+
+
+def _visible(
+    t: int, tile: int, tiles: int, window: int, cu_seqlens: Tensor | None, device: torch.device
+) -> Tensor:
+    """Shape: tiles tile (2 tile)"""
+    query = torch.arange(tiles * tile, device=device).view(tiles, tile, 1)
+    key = query.view(tiles, 1, tile)
+    key = torch.cat([key - tile, key], dim=2)
+    seen = (key >= 0) & (key <= query) & (query - key < window)
+    if cu_seqlens is not None:
+        document = pad(document_ids(cu_seqlens, t), (0, tiles * tile - t), value=-1)
+        seen = seen & (document[query] == document[key.clamp(min=0)])
+    return seen

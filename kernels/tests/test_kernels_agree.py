@@ -1,0 +1,116 @@
+"""Every kernel of the package that runs on CPUs, against its operator's reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from subquad_kernels.builtin import KERNELS, OPERATORS
+from subquad_kernels.catalogue import CATALOGUE, Kernel, Operator
+from subquad_kernels.device_limits import device_limits
+from subquad_kernels.self_check import VerdictStore, check_kernel, kernel_errors, shape_class
+from subquad_kernels.workload import Workload
+
+CASES = [
+    pytest.param(kernel, workload, id=f"{kernel.key}-{number}")
+    for kernel in KERNELS
+    for number, workload in enumerate(CATALOGUE.operator(kernel.operator).examples)
+    if kernel.refusal(workload, device_limits("cpu")) is None
+]
+GPU_CASES = [
+    pytest.param(kernel, replace(workload, dtype=dtype), id=f"{kernel.key}-{number}-{dtype}")
+    for kernel in KERNELS
+    for number, workload in enumerate(CATALOGUE.operator(kernel.operator).examples)
+    for dtype in ("float32", "bfloat16")
+    if "cuda" in kernel.devices
+]
+
+
+@pytest.mark.parametrize(("kernel", "workload"), CASES)
+def test_a_kernel_agrees_with_its_reference(kernel: Kernel, workload: Workload) -> None:
+    verdict = check_kernel(kernel, workload, seed=7)
+    assert verdict.passed, verdict.reason
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kernel", "workload"), GPU_CASES)
+def test_a_kernel_agrees_with_its_reference_on_cuda(kernel: Kernel, workload: Workload) -> None:
+    refusal = kernel.refusal(workload, device_limits("cuda"))
+    if refusal is not None:
+        pytest.skip(refusal)
+    verdict = check_kernel(kernel, workload, "cuda", seed=7)
+    assert verdict.passed, verdict.reason
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
+def test_the_check_finds_a_wrong_gradient_and_an_unwritten_output(operator: Operator) -> None:
+    honest = CATALOGUE.kernel(operator.name, operator.defaults["cpu"])
+    workload = operator.examples[0]
+    arguments = operator.torch_half.sample_inputs(shape_class(workload, "cpu"), seed=0, device="cpu")
+
+    class Wrong:
+        @staticmethod
+        def forward(**arguments: object) -> tuple[torch.Tensor, ...]:
+            outputs = list(honest.torch_half.forward(**arguments))  # type: ignore[arg-type]
+            outputs[0] = torch.empty_like(outputs[0]).copy_(outputs[0])
+            outputs[0].view(-1)[-1] = float("nan")
+            return tuple(outputs)
+
+        @staticmethod
+        def backward(
+            arguments: dict[str, object], outputs: tuple[torch.Tensor, ...], gradients: tuple[torch.Tensor, ...]
+        ) -> dict[str, torch.Tensor | None]:
+            found = honest.torch_half.backward(arguments, outputs, gradients)  # type: ignore[arg-type]
+            name = operator.tensors[0]
+            gradient = found[name]
+            assert gradient is not None
+            return found | {name: gradient * 1.01}
+
+    wrong = replace(honest, name="wrong")
+    wrong.__dict__["torch_half"] = Wrong
+    errors = kernel_errors(operator, wrong, arguments, gradients=True)
+    first = operator.outputs[0]
+    assert not errors[first] <= operator.tolerances["float32"].output
+    assert not errors[f"d_{operator.tensors[0]}"] <= operator.tolerances["float32"].gradient
+    assert not check_kernel(wrong, workload).passed
+
+
+def test_a_kernel_that_raises_has_failed_its_check() -> None:
+    operator = OPERATORS[0]
+    broken = replace(CATALOGUE.kernel(operator.name, "reference"), name="broken")
+
+    class Raises:
+        @staticmethod
+        def forward(**arguments: object) -> tuple[torch.Tensor, ...]:
+            raise RuntimeError("no such instruction")
+
+    broken.__dict__["torch_half"] = Raises
+    verdict = check_kernel(broken, operator.examples[0])
+    assert not verdict.passed
+    assert "no such instruction" in verdict.reason
+
+
+def test_verdicts_are_kept_for_this_code_and_machine(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    path = tmp_path / "verdicts.jsonl"
+    operator = OPERATORS[0]
+    kernel = CATALOGUE.kernel(operator.name, "reference")
+    store = VerdictStore(path)
+    first = store.check(kernel, operator.examples[0])
+    assert first.passed
+    with path.open("a") as file:
+        file.write('{"format_version": 1, "key": "cut sho')  # a process was killed here
+    again = VerdictStore(path)
+    assert again.check(kernel, operator.examples[0]) == first
+    assert len(path.read_text().splitlines()) == 2
+    other_code = replace(kernel)
+    other_code.__dict__["version"] = "another"
+    again.check(other_code, operator.examples[0])
+    assert "another" in path.read_text()
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.key)
+def test_a_kernels_version_is_a_hash_of_its_source(kernel: Kernel) -> None:
+    assert len(kernel.version) == 12
+    assert kernel.version == replace(kernel).version

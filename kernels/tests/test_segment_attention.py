@@ -1,0 +1,208 @@
+"""Segment attention: definition, fast kernels, and the torch operator around them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from subquad_kernels.operators import segment_attention, softmax_attention
+from subquad_kernels.segment_attention import compacted
+from subquad_kernels.segment_attention.declaration import OPERATOR, visible_pairs
+from subquad_kernels.segment_attention.operator import OP
+from subquad_kernels.segment_attention.summaries import Summaries
+from subquad_kernels.workload import Workload
+
+KERNELS = ("compacted", "sdpa_merge")
+
+
+def draw(t: int, *, m: int = 0, b: int = 2, h: int = 4, h_kv: int = 2, k: int = 8, seed: int = 0) -> list[Tensor]:
+    """q, k, v, and the summaries handed in if there are any."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [(t, h), (t, h_kv), (t, h_kv)] + ([(m, h_kv), (m, h_kv)] if m else [])
+    return [
+        torch.randn(b, length, heads, k, generator=generator, dtype=torch.float64).requires_grad_()
+        for length, heads in sizes
+    ]
+
+
+def run(inputs: list[Tensor], cu_seqlens: Tensor | None = None, **options: Any) -> list[Tensor]:
+    summaries = inputs[3:] or [None, None]
+    out = segment_attention(*inputs[:3], *summaries, cu_seqlens, **options)
+    pull = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=out.dtype)
+    return [out, *torch.autograd.grad((out * pull).sum(), inputs, allow_unused=True, materialize_grads=True)]
+
+
+def close(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-12) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape
+        assert (a - b).detach().abs().max() <= tolerance * max(float(b.detach().abs().max()), 1e-2)
+
+
+def by_the_definition(q: Tensor, k: Tensor, v: Tensor, segment_len: int) -> Tensor:
+    """One token at a time, one head, no grouped queries.  Shapes: t h k  ->  t h k"""
+    out = []
+    for g in range(q.shape[0]):
+        visible = [g, *range(segment_len - 1, g, segment_len)]
+        scores = torch.stack([(q[g] * k[j]).sum(-1) * q.shape[-1] ** -0.5 for j in visible])
+        out.append((scores.softmax(0)[..., None] * torch.stack([v[j] for j in visible])).sum(0))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("segment_len", [1, 3, 10, 50])
+def test_the_reference_equals_the_definition_token_by_token(segment_len: int) -> None:
+    q, k, v = draw(23, h=2)
+    found = segment_attention(q, k, v, segment_len=segment_len, kernel="reference")
+    for row in range(2):
+        close([found[row]], [by_the_definition(q[row], k[row], v[row], segment_len)])
+
+
+@pytest.mark.parametrize("segment_len", [1, 2, 5, 16, 40])
+@pytest.mark.parametrize("t", [1, 2, 16, 33])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernels_equal_the_reference_at_any_length(kernel: str, t: int, segment_len: int) -> None:
+    inputs = draw(t)
+    options = {"segment_len": segment_len}
+    close(run(inputs, kernel=kernel, **options), run(inputs, kernel="reference", **options))
+
+
+@pytest.mark.parametrize("tile", [1, 7, 16, 1000])
+def test_compacted_equals_itself_for_any_tile(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = draw(33, m=2)
+    expected = run(inputs, segment_len=4, start=9, kernel="reference")
+    monkeypatch.setattr(compacted, "TILE_T", tile)
+    close(run(inputs, segment_len=4, start=9, kernel="compacted"), expected)
+
+
+@pytest.mark.parametrize("start", range(9))
+@pytest.mark.parametrize("kernel", ["reference", *KERNELS])
+def test_splitting_the_sequence_and_handing_summaries_on_changes_nothing(kernel: str, start: int) -> None:
+    segment_len = 4
+    q, k, v = draw(21)
+    whole = segment_attention(q, k, v, segment_len=segment_len, kernel="reference")
+    summaries = [x[:, :start][:, segment_len - 1 :: segment_len] for x in (k, v)]
+    rest = [x[:, start:] for x in (q, k, v)]
+    tail = segment_attention(*rest, *summaries, segment_len=segment_len, start=start, kernel=kernel)
+    close([tail], [whole[:, start:]])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_gradients_reach_the_summaries_handed_in(kernel: str) -> None:
+    inputs = draw(10, m=3)
+    found = run(inputs, segment_len=4, start=14, kernel=kernel)
+    close(found, run(inputs, segment_len=4, start=14, kernel="reference"))
+    assert found[4].abs().max() > 0
+
+
+@pytest.mark.parametrize("lengths", [[33], [5, 0, 1, 27], [0, 16, 17, 0], [1] * 7, [4, 4, 4]])
+@pytest.mark.parametrize("kernel", ["reference", *KERNELS])
+def test_segments_restart_at_every_document(kernel: str, lengths: list[int]) -> None:
+    inputs = draw(sum(lengths), b=1)
+    boundaries = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    packed = run(inputs, boundaries, segment_len=4, kernel=kernel)
+    parts = [
+        segment_attention(*document, segment_len=4, kernel="reference")
+        for document in zip(*(x.split(lengths, dim=1) for x in inputs), strict=True)
+        if document[0].shape[1]
+    ]
+    close(packed[:1], [torch.cat(parts, dim=1)])
+    close(packed, run(inputs, boundaries, segment_len=4, kernel="reference"))
+
+
+@pytest.mark.parametrize("kernel", ["reference", *KERNELS])
+def test_segments_of_one_token_are_causal_attention(kernel: str) -> None:
+    q, k, v = draw(13)
+    close(
+        [segment_attention(q, k, v, segment_len=1, kernel=kernel)], [softmax_attention(q, k, v, kernel="reference")]
+    )
+
+
+@pytest.mark.parametrize("kernel", ["reference", *KERNELS])
+def test_a_key_that_is_no_summary_matters_to_its_own_token_alone(kernel: str) -> None:
+    q, k, v = draw(15)
+    out = segment_attention(q, k, v, segment_len=4, kernel=kernel)
+    for t in range(15):
+        found = torch.autograd.grad(out[:, t].sum(), (k, v), retain_graph=True)
+        for gradient in found:
+            for j in range(15):
+                if j != t and (j > t or j % 4 != 3):
+                    assert (gradient[:, j] == 0).all(), f"token {t} sees token {j}"
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_gradients_pass_gradcheck(kernel: str) -> None:
+    q, k, v, summary_k, summary_v = draw(6, m=1, b=1, h=2, h_kv=1, k=2)
+    assert torch.autograd.gradcheck(
+        lambda *x: segment_attention(*x, segment_len=3, start=4, kernel=kernel), (q, k, v, summary_k, summary_v)
+    )
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_large_scores_do_not_overflow(kernel: str) -> None:
+    q, k, v = (x.detach().float() for x in draw(20))
+    q, k = 60 * q, 60 * k
+    found = segment_attention(q, k, v, segment_len=3, kernel=kernel)
+    expected = segment_attention(q.double(), k.double(), v.double(), segment_len=3, kernel="reference")
+    assert torch.isfinite(found).all()
+    assert (found - expected).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize(("t", "m", "segment_len"), [(13, 0, 4), (1, 3, 4), (8, 2, 4), (3, 0, 10), (9, 0, 1)])
+def test_work_counts_the_visible_pairs(t: int, m: int, segment_len: int) -> None:
+    seen = sum(1 + g // segment_len for g in range(m * segment_len, m * segment_len + t))
+    shape = {"b": 2, "t": t, "h": 4, "h_kv": 2, "k": 8, "v": 8, "m": m}
+    workload = Workload(
+        operator="segment_attention", shape=shape, dtype="float32", options={"segment_len": segment_len}
+    )
+    assert visible_pairs(workload) == seen
+    work = OPERATOR.work(workload)
+    assert work.matmul_flops == 2 * 2 * 4 * seen * 16
+    assert OPERATOR.work(replace(workload, phase="backward")).matmul_flops == work.matmul_flops * 5 // 2
+    tensors = 2 * t * 4 * 8 + 2 * (t + m) * 2 * 16 + 2 * t * 4 * 8 + 2 * 4 * t
+    assert work.bytes_moved == 4 * tensors
+
+
+def test_work_falls_with_longer_segments_and_grows_with_the_square_of_length() -> None:
+    def pairs(t: int, segment_len: int) -> int:
+        shape = {"b": 1, "t": t, "h": 1, "h_kv": 1, "k": 1, "v": 1, "m": 0}
+        options = {"segment_len": segment_len}
+        return visible_pairs(Workload(operator="segment_attention", shape=shape, dtype="float32", options=options))
+
+    assert pairs(4096, 64) / pairs(2048, 64) == pytest.approx(4, rel=0.05)
+    assert pairs(4096, 8) / pairs(4096, 64) == pytest.approx(8, rel=0.05)
+
+
+@pytest.mark.parametrize("start", range(7))
+def test_summaries_are_where_the_definition_puts_them(start: int) -> None:
+    segment_len, t = 3, 11
+    summaries = Summaries.of_call(start, segment_len)
+    ends = [p for p in range(start + t) if (p + 1) % segment_len == 0]
+    assert summaries.known == sum(p < start for p in ends)
+    positions = summaries.positions(len(ends), torch.device("cpu")).tolist()
+    assert [p + start for p in positions] == ends
+    for index in range(t):
+        assert summaries.visible(index) == sum(p < start + index for p in ends)
+
+
+def test_the_operator_keeps_torchs_rules() -> None:
+    inputs = [x.detach().requires_grad_() for x in draw(9, m=2)]
+    for kernel in KERNELS:
+        torch.library.opcheck(OP, (*inputs, None, 4, 9, None, kernel))
+        torch.library.opcheck(OP, (*inputs[:3], None, None, None, 4, 0, None, kernel))
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"segment_len": 0}, "segment_len is 0"),
+        ({"segment_len": 4, "start": -1}, "start is -1"),
+        ({"segment_len": 4, "start": 9}, "2 are needed"),
+        ({"segment_len": 4, "cu_seqlens": torch.tensor([0, 9], dtype=torch.int32)}, "batch 1"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(options: dict[str, Any], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        segment_attention(*(x.detach() for x in draw(9)), **options)

@@ -1,0 +1,237 @@
+"""Softmax attention: definition, fast kernels, and the torch operator around them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.flop_counter import FlopCounterMode
+
+from subquad_kernels.builtin import OPERATORS
+from subquad_kernels.catalogue import CATALOGUE, CatalogueError
+from subquad_kernels.device_limits import device_limits
+from subquad_kernels.operators import softmax_attention
+from subquad_kernels.softmax_attention import windowed
+from subquad_kernels.softmax_attention.declaration import OPERATOR, visible_pairs
+from subquad_kernels.softmax_attention.definition import visible
+from subquad_kernels.softmax_attention.flex import mask_function
+from subquad_kernels.softmax_attention.operator import OP
+from subquad_kernels.workload import Workload
+
+KERNELS = ("sdpa_flash", "windowed")
+
+
+def draw(t: int, s: int, *, b: int = 2, h: int = 4, h_kv: int = 2, k: int = 8, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(b, length, heads, k, generator=generator, dtype=torch.float64).requires_grad_()
+        for length, heads in ((t, h), (s, h_kv), (s, h_kv))
+    ]
+
+
+def run(inputs: list[Tensor], cu_seqlens: Tensor | None = None, **options: Any) -> list[Tensor]:
+    out = softmax_attention(*inputs, cu_seqlens, **options)
+    pull = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=out.dtype)
+    return [out, *torch.autograd.grad((out * pull).sum(), inputs)]
+
+
+def close(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-12) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape
+        assert (a - b).detach().abs().max() <= tolerance * max(float(b.detach().abs().max()), 1e-2)
+
+
+@pytest.mark.parametrize("window", [0, 1, 5, 17, 100])
+@pytest.mark.parametrize("t", [1, 2, 17, 33])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernels_equal_the_reference_at_any_length_and_window(kernel: str, t: int, window: int) -> None:
+    if kernel == "windowed" and not window:
+        return
+    inputs = draw(t, t)
+    close(run(inputs, window=window, kernel=kernel), run(inputs, window=window, kernel="reference"))
+
+
+@pytest.mark.parametrize("lengths", [[33], [5, 0, 1, 27], [0, 16, 17, 0], [1] * 7])
+@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_packed_documents_equal_separate_calls(kernel: str, window: int, lengths: list[int]) -> None:
+    if kernel == "windowed" and not window:
+        return
+    inputs = draw(sum(lengths), sum(lengths), b=1)
+    boundaries = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    packed = softmax_attention(*inputs, boundaries, window=window, kernel=kernel)
+    parts = [
+        softmax_attention(*document, window=window, kernel="reference")
+        for document in zip(*(x.split(lengths, dim=1) for x in inputs), strict=True)
+        if document[0].shape[1]
+    ]
+    close([packed], [torch.cat(parts, dim=1)])
+    close(
+        run(inputs, boundaries, window=window, kernel=kernel),
+        run(inputs, boundaries, window=window, kernel="reference"),
+    )
+
+
+@pytest.mark.parametrize("kernel", ["reference", "sdpa_flash"])
+def test_bidirectional_attention_sees_the_whole_document(kernel: str) -> None:
+    inputs = draw(9, 9, b=1)
+    boundaries = torch.tensor([0, 4, 9], dtype=torch.int32)
+    out = softmax_attention(*inputs, boundaries, causal=False, kernel=kernel)
+    (gradient,) = torch.autograd.grad(out[:, 0].sum(), inputs[2])
+    assert (gradient[0].abs().amax(dim=(1, 2)) > 0).tolist() == [True] * 4 + [False] * 5
+    expected = run(inputs, boundaries, causal=False, kernel="reference")
+    close(run(inputs, boundaries, causal=False, kernel=kernel), expected)
+
+
+@pytest.mark.parametrize("t", [1, 3, 16])
+@pytest.mark.parametrize("window", [0, 6])
+def test_the_queries_are_the_last_of_the_keys(t: int, window: int) -> None:
+    inputs = draw(16, 16)
+    whole = softmax_attention(*inputs, window=window, kernel="reference")
+    for kernel in ("reference", "sdpa_flash"):
+        tail = softmax_attention(inputs[0][:, -t:], *inputs[1:], window=window, kernel=kernel)
+        close([tail], [whole[:, -t:]])
+
+
+def test_the_reference_equals_torchs_own_attention() -> None:
+    q, k, v = draw(14, 14, h_kv=4)
+    theirs = scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, scale=0.3)
+    close([softmax_attention(q, k, v, scale=0.3, kernel="reference")], [theirs.transpose(1, 2)])
+
+
+def test_gradients_pass_gradcheck() -> None:
+    inputs = draw(5, 7, b=1, h=2, h_kv=1, k=2)
+    for kernel in ("reference", "sdpa_flash"):
+        assert torch.autograd.gradcheck(lambda *x: softmax_attention(*x, kernel=kernel), inputs)  # noqa: B023
+
+
+def test_long_windows_need_no_square_matrix() -> None:
+    q, k, v = (x.detach().float() for x in draw(700, 700, b=1, h=2, h_kv=2))
+    shapes = []
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor):
+                shapes.append(result.numel())
+            return result
+
+    with Largest():
+        windowed.forward(q, k, v, None, True, 20, None)
+    assert max(shapes) < 700 * 700 / 4
+
+
+def test_flex_masks_say_what_the_definition_says() -> None:
+    boundaries = torch.tensor([0, 3, 3, 8], dtype=torch.int32)
+    for t, s, bounds, causal, window in (
+        (8, 8, None, True, 0), (8, 8, boundaries, True, 0), (8, 8, None, True, 3), (3, 8, None, True, 4),
+        (8, 8, boundaries, False, 0),
+    ):  # fmt: skip
+        seen = mask_function(t, s, bounds, causal, window)
+        query, key = torch.arange(t)[:, None].expand(t, s), torch.arange(s)[None].expand(t, s)
+        zero = torch.tensor(0)
+        assert torch.equal(seen(zero, zero, query, key), visible(t, s, bounds, causal, window, torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    ("t", "s", "causal", "window"),
+    [(7, 7, True, 0), (7, 7, False, 0), (3, 9, True, 0), (9, 9, True, 4), (3, 9, True, 8)],
+)
+def test_work_counts_the_visible_pairs(t: int, s: int, causal: bool, window: int) -> None:
+    seen = visible(t, s, None, causal, window, torch.device("cpu"))
+    shape = {"b": 2, "t": t, "s": s, "h": 4, "h_kv": 2, "k": 8, "v": 8}
+    options = {"causal": causal, "window": window}
+    workload = Workload(operator="softmax_attention", shape=shape, dtype="float32", options=options)
+    assert visible_pairs(workload) == int(seen.sum())
+    work = OPERATOR.work(workload)
+    assert work.matmul_flops == 2 * 2 * 4 * int(seen.sum()) * (8 + 8)
+    assert work.bytes_moved == 4 * (2 * t * 4 * 8 + 2 * s * 2 * 16 + 2 * t * 4 * 8) + 4 * 2 * 4 * t
+    backward = OPERATOR.work(replace(workload, phase="backward"))
+    assert backward.matmul_flops == work.matmul_flops * 5 // 2
+
+
+def test_flop_counters_count_the_operator() -> None:
+    inputs = [x.detach().requires_grad_() for x in draw(16, 16)]
+    with FlopCounterMode(display=False) as counter:
+        softmax_attention(*inputs).sum().backward()
+    arguments = dict(zip(("q", "k", "v"), inputs, strict=True)) | {"cu_seqlens": None, "causal": True, "window": 0}
+    forward = OPERATOR.torch_half.workload_of(arguments, "forward")
+    expected = OPERATOR.work(forward).flops + OPERATOR.work(replace(forward, phase="backward")).flops
+    assert counter.get_total_flops() == expected
+
+
+def test_the_operator_keeps_torchs_rules() -> None:
+    inputs = [x.detach().requires_grad_() for x in draw(9, 9)]
+    torch.library.opcheck(OP, (*inputs, None, True, 0, None, "default"))
+    torch.library.opcheck(OP, (*inputs, None, True, 3, None, "windowed"))
+
+
+def test_it_stays_one_node_under_export_and_compile() -> None:
+    class Attend(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return softmax_attention(q, k, v)
+
+    inputs = tuple(x.detach() for x in draw(9, 9))
+    exported = torch.export.export(Attend(), inputs)
+    names = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+    assert names.count("subquad.softmax_attention.default") == 1
+
+
+def test_a_table_looks_the_kernel_up_by_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    for name in ("sdpa_flash", "reference"):
+        half = CATALOGUE.kernel("softmax_attention", name).torch_half
+
+        def forward(name: str = name, half: Any = half, **arguments: Any) -> Any:
+            ran.append(name)
+            return half.forward(**arguments)
+
+        fake = type("Half", (), {"forward": staticmethod(forward)})
+        monkeypatch.setitem(CATALOGUE.kernel("softmax_attention", name).__dict__, "torch_half", fake)
+    table = "b<=2,t<=4: sdpa_flash; reference"
+    for t in (4, 5):
+        softmax_attention(*(x.detach() for x in draw(t, t)), kernel=table)
+    assert ran == ["sdpa_flash", "reference"]
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda q, k, v: (q, k[:, :3], v[:, :3], None), "at most as many as keys"),
+        (lambda q, k, v: (q[:, :, :3], k, v, None), "multiple"),
+        (lambda q, k, v: (q, k, v[:, :4], None), "do not fit"),
+        (lambda q, k, v: (q, k, v, torch.tensor([0, 5], dtype=torch.int32)), "batch 1"),
+        (lambda q, k, v: (q[:1], k[:1], v[:1], torch.tensor([0, 5])), "int32"),
+        (lambda q, k, v: (q[0], k, v, None), "axes"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(change: Any, word: str) -> None:
+    inputs = change(*(x.detach() for x in draw(5, 5)))
+    with pytest.raises(ValueError, match=word):
+        softmax_attention(*inputs)
+
+
+def test_a_window_without_causality_is_refused() -> None:
+    with pytest.raises(ValueError, match="causal"):
+        softmax_attention(*(x.detach() for x in draw(5, 5)), causal=False, window=3)
+
+
+def test_an_unknown_kernel_is_named() -> None:
+    with pytest.raises(CatalogueError, match="no kernel called 'flsh'"):
+        softmax_attention(*(x.detach() for x in draw(5, 5)), kernel="flsh")
+
+
+def test_kernels_say_why_they_do_not_apply() -> None:
+    workload = OPERATORS[0].examples[0]
+    cuda = replace(device_limits("cpu"), kind="cuda", capability=(9, 0))
+    half = replace(workload, dtype="bfloat16")
+    assert "float32" in str(CATALOGUE.kernel("softmax_attention", "sdpa_flash").refusal(workload, cuda))
+    assert CATALOGUE.kernel("softmax_attention", "sdpa_flash").refusal(half, cuda) is None
+    assert CATALOGUE.kernel("softmax_attention", "sdpa_cudnn").refusal(half, cuda) is None
+    packed = replace(half, shape={**half.shape, "documents": 3})
+    assert "packed" in str(CATALOGUE.kernel("softmax_attention", "sdpa_cudnn").refusal(packed, cuda))
+    assert "cuda" in str(CATALOGUE.kernel("softmax_attention", "sdpa_cudnn").refusal(half, device_limits("cpu")))
