@@ -1,0 +1,41 @@
+"""Predict how long an operator takes on a device, with intervals: rows of numbers in, seconds and bytes out."""
+
+from subquad_cost_model.bound import lower_bound_s
+from subquad_cost_model.constant import ConstantEstimator
+from subquad_cost_model.device import Device
+from subquad_cost_model.devices import UnknownDeviceError, load_device, shipped_devices
+from subquad_cost_model.estimator import Estimate, Estimator
+from subquad_cost_model.measure import Timing, time_callable, time_rivals
+from subquad_cost_model.measured import MeasuredEstimator
+from subquad_cost_model.measurements import Measurement, MeasurementStore
+from subquad_cost_model.metrics import coverage, error_factor, regret
+from subquad_cost_model.probe import probe_device
+from subquad_cost_model.roofline import Efficiency, RooflineEstimator
+from subquad_cost_model.rows import CostRow
+from subquad_cost_model.undecided import Decision, decide
+
+__all__ = [
+    "ConstantEstimator",
+    "CostRow",
+    "Decision",
+    "Device",
+    "Efficiency",
+    "Estimate",
+    "Estimator",
+    "MeasuredEstimator",
+    "Measurement",
+    "MeasurementStore",
+    "RooflineEstimator",
+    "Timing",
+    "UnknownDeviceError",
+    "coverage",
+    "decide",
+    "error_factor",
+    "load_device",
+    "lower_bound_s",
+    "probe_device",
+    "regret",
+    "shipped_devices",
+    "time_callable",
+    "time_rivals",
+]
