@@ -1,0 +1,42 @@
+"""completion: a bash function that completes verbs itself and asks Hydra for the rest."""
+
+from __future__ import annotations
+
+from subquad.__main__ import VERBS
+
+SCRIPT = """\
+# bash completion of subquad:  eval "$(subquad completion)"
+_subquad_complete() {
+    local line=${COMP_LINE:0:$COMP_POINT} words word=""
+    read -ra words <<< "$line"
+    if [[ $line != *" " ]]; then word=${words[${#words[@]} - 1]}; fi
+    if (( ${#words[@]} == 1 )) || { (( ${#words[@]} == 2 )) && [[ -n $word ]]; }; then
+        COMPREPLY=($(compgen -W "VERBS" -- "$word"))
+        return
+    fi
+    local verb=${words[1]} choices
+    case $verb in
+        train|explain)
+            # Hydra expects a program's name and its arguments: the verb is left out.
+            line="subquad ${line#*"${words[0]}"*"$verb"}"
+            choices=$(COMP_LINE=$line COMP_POINT=${#line} "${words[0]}" "$verb" -sc query=bash 2>/dev/null)
+            COMPREPLY=($(compgen -W "$choices" -- "$word"))
+            ;;
+        generate)
+            COMPREPLY=($(compgen -W "run= prompt= max_tokens= temperature= top_k= seed=" -- "$word"))
+            ;;
+        plugins)
+            COMPREPLY=($(compgen -W "--json" -- "$word"))
+            ;;
+    esac
+}
+# A value may hold '=' and ':'; bash would split words there.
+COMP_WORDBREAKS=${COMP_WORDBREAKS//[=:]}
+complete -o nospace -o default -F _subquad_complete subquad
+"""
+
+
+def run(arguments: list[str]) -> int:
+    """Print the script."""
+    print(SCRIPT.replace("VERBS", " ".join(VERBS)), end="")
+    return 0

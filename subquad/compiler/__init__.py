@@ -1,0 +1,1 @@
+"""From a model to chosen kernels: capture, describe, estimate, choose, rewrite, report."""

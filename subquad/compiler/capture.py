@@ -1,0 +1,135 @@
+"""The methods of a mixer as torch.fx graphs that share its parameters; operators are single nodes.
+
+The module tree stays: only what a mixer computes in its own methods is traced, its submodules are leaves. A carry is
+flattened by pytree, so that a graph's inputs are tensors and integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx._symbolic_trace import PH, _assert_is_none
+from torch.utils._pytree import tree_map
+
+from subquad.compiler.example import METHODS, Method
+from subquad_kernels.catalogue import CATALOGUE, Operator
+from subquad_kernels.torch_operator import named_arguments
+
+Graphs = dict[Method, fx.GraphModule]
+_GRAPHS = "_subquad_graphs"
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The graphs of one mixer, and why a method has none."""
+
+    graphs: Graphs
+    declined: Mapping[str, str] = field(default_factory=dict)
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def capture(mixer: nn.Module) -> Captured:
+    """Trace every method of a mixer. A method whose Python depends on values is declined, and runs as it is."""
+    graphs: Graphs = {}
+    declined: dict[str, str] = {}
+    for method in METHODS:
+        try:
+            graphs[method] = _trace(mixer, method)
+        except Exception as error:  # tracing runs a stranger's code on proxies; whatever it raises, it was not captured
+            declined[method] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return Captured(graphs, declined)
+
+
+def _trace(mixer: nn.Module, method: Method) -> fx.GraphModule:
+    tracer = _Tracer()
+    tracer.traced_func_name = "forward" if method == "packed" else method
+    concrete: dict[str, Any] = {}
+    if method == "forward":
+        concrete["cu_seqlens"] = None
+    elif method in ("prefill", "decode"):
+        carry: Any = mixer.empty_carry(1)  # type: ignore[operator]
+        concrete["carry"] = tree_map(lambda leaf: PH, carry)
+    graph = tracer.trace(mixer, concrete_args=concrete or None)
+    for node in graph.nodes:
+        # The check that boundaries are None: the dispatch between the two graphs of `forward` has made it.
+        if node.op == "call_function" and node.target is _assert_is_none:
+            graph.erase_node(node)
+    return sharing(mixer, graph, f"{type(mixer).__name__}_{method}")
+
+
+def sharing(owner: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
+    """A GraphModule whose parameters, buffers and submodules are the owner's own, whatever replaces them later."""
+    module = fx.GraphModule(owner, graph, class_name=name)
+    for kind in ("_parameters", "_buffers", "_modules"):
+        # The very dictionaries: `load_state_dict(assign=True)`, `.to()` and FSDP replace their entries.
+        module.__dict__[kind] = owner.__dict__[kind]
+    return module
+
+
+def install(mixer: nn.Module, graphs: Graphs) -> None:
+    """Let the mixer's methods run these graphs. The instance, its state_dict and its attributes stay as they are."""
+    # Plain attributes, not submodules: the graphs must not appear in state_dict, nor be visited by `apply`.
+    original: Callable[..., Tensor] = type(mixer).forward.__get__(mixer)
+    mixer.__dict__["forward"] = _Forward(graphs.get("forward"), graphs.get("packed"), original)
+    for method in ("prefill", "decode"):
+        if method in graphs:
+            mixer.__dict__[method] = graphs[method]
+        else:
+            mixer.__dict__.pop(method, None)
+    mixer.__dict__[_GRAPHS] = graphs
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """`forward` of a mixer, by its two graphs; an object, so that a deep copy has graphs of its own."""
+
+    whole: fx.GraphModule | None
+    packed: fx.GraphModule | None
+    original: Callable[..., Tensor]
+
+    def __call__(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        if cu_seqlens is None:
+            return self.original(x) if self.whole is None else self.whole(x, None)  # type: ignore[no-any-return]
+        graph = self.packed
+        return self.original(x, cu_seqlens) if graph is None else graph(x, cu_seqlens)  # type: ignore[no-any-return]
+
+
+def installed_graphs(mixer: nn.Module) -> Graphs:
+    """The graphs that a mixer runs; empty if it was never compiled."""
+    return mixer.__dict__.get(_GRAPHS, {})  # type: ignore[no-any-return]
+
+
+def operator_of(node: fx.Node) -> Operator | None:
+    """The operator that a node calls, None for any other node."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    namespace, _, name = node.target.name().partition("::")
+    return CATALOGUE.operator(name.partition(".")[0]) if namespace == "subquad" else None
+
+
+def operator_nodes(graph: fx.Graph) -> Iterator[tuple[fx.Node, Operator]]:
+    """The operator nodes of a graph, in order."""
+    for node in graph.nodes:
+        operator = operator_of(node)
+        if operator is not None:
+            yield node, operator
+
+
+def kernel_of(node: fx.Node) -> str:
+    """The `kernel` argument of an operator node."""
+    return str(named_arguments(node.target, node.args, dict(node.kwargs))["kernel"])
+
+
+def set_kernel(node: fx.Node, text: str) -> None:
+    """Give an operator node another `kernel` argument."""
+    arguments = named_arguments(node.target, node.args, dict(node.kwargs))
+    node.args = tuple((arguments | {"kernel": text}).values())
+    node.kwargs = {}

@@ -1,0 +1,196 @@
+"""Which kernel computes a workload on a target: candidates, checks, estimates, and a measurement where unsure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from subquad.cache import user_cache
+from subquad.compiler.measure_kernels import Measurer
+from subquad.compiler.options import CompileOptions
+from subquad.compiler.plan import Figure
+from subquad.compiler.target import Target
+from subquad.compiler.workload import cost_row, phases
+from subquad.errors import ConfigError
+from subquad_cost_model import (
+    ConstantEstimator,
+    Decision,
+    Estimate,
+    Estimator,
+    MeasuredEstimator,
+    RooflineEstimator,
+    decide,
+)
+from subquad_kernels.catalogue import CATALOGUE, Kernel, Operator
+from subquad_kernels.kernel_table import Row, format_table
+from subquad_kernels.self_check import VerdictStore
+from subquad_kernels.torch_operator import default_kernel
+from subquad_kernels.workload import Workload
+
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The chosen kernel of a workload: `text` is the node's argument, `figures` hold the choice first."""
+
+    kernel: str
+    text: str
+    figures: tuple[Figure, ...]
+    declined: Mapping[str, str]
+    reason: str
+
+
+class Chooser:
+    """Chooses kernels for one target, and remembers equal workloads.
+
+    A kernel is a candidate if it supports the workload on the target, is not denied, and, where the target is at hand,
+    agrees with the reference on this machine. The default stays unless a rival is surely no slower.
+    """
+
+    def __init__(self, target: Target, options: CompileOptions) -> None:
+        self._target, self._options = target, options
+        folder = user_cache("verdicts")
+        self._verdicts = VerdictStore(None if folder is None else folder / "verdicts.jsonl")
+        self._measurer = Measurer(target, options.measure_budget_s)
+        self._known: dict[tuple[str, bool, bool], Choice] = {}
+
+    @property
+    def measured_s(self) -> float:
+        """Seconds spent on measuring so far."""
+        return self._measurer.spent_s
+
+    def choose(self, operator: Operator, workload: Workload, *, training: bool, used: bool) -> Choice:
+        """The choice for a node. A node that this run does not use is estimated, never measured."""
+        key = (workload.key, training, used)
+        if key not in self._known:
+            self._known[key] = self._choose(operator, phases(workload, training), used)
+        return self._known[key]
+
+    def _choose(self, operator: Operator, workloads: tuple[Workload, ...], used: bool) -> Choice:
+        pinned = self._options.pins.get(operator.name)
+        candidates, declined = self._candidates(operator, workloads)
+        default = default_kernel(operator, self._target.kind)
+        if pinned is not None:
+            if pinned in candidates:
+                figure = Figure.of(pinned, self._estimates(operator, candidates[pinned], workloads))
+                return Choice(
+                    kernel=pinned, text=pinned, figures=(figure,), declined=declined, reason="pinned by the recipe"
+                )
+            if used:
+                raise ConfigError(
+                    what=f"{operator.name}/{pinned} cannot run here: {declined[pinned]}",
+                    where=f"kernel.{operator.name}",
+                    mend=f"use one of {', '.join(candidates)}, or leave it out",
+                )
+        if REFERENCE in candidates and len(candidates) > 1 and default != REFERENCE:
+            del candidates[REFERENCE]
+            declined[REFERENCE] = "defines the operator; runs only where nothing else does"
+        if default not in candidates:
+            default = next(iter(candidates))
+        if not used:
+            candidates = {default: candidates[default]}
+        if self._target.local is not None:
+            self._drop_failing(operator, workloads, candidates, declined)
+            if default not in candidates:
+                default = next(iter(candidates))
+        estimates = {name: self._total(operator, kernel, workloads) for name, kernel in candidates.items()}
+        decision = decide(estimates, default)
+        if decision.to_measure and self._measures(used):
+            rivals = [candidates[name] for name in decision.to_measure]
+            if all([self._measurer.measure(operator, rivals, workload) for workload in workloads]):
+                estimates = {name: self._total(operator, kernel, workloads) for name, kernel in candidates.items()}
+                decision = decide(estimates, default)
+        chosen = decision.choice
+        order = sorted(candidates, key=lambda name: (name != chosen, estimates[name].seconds))
+        return Choice(
+            kernel=chosen,
+            text=self._text(operator, workloads[0], chosen),
+            figures=tuple(Figure.of(name, self._estimates(operator, candidates[name], workloads)) for name in order),
+            declined=declined,
+            reason=self._reason(decision, used),
+        )
+
+    def _reason(self, decision: Decision, used: bool) -> str:
+        if not used:
+            return "the default: this run does not call the node"
+        if not decision.to_measure:
+            return decision.reason
+        why = "the device is not here" if self._target.local is None else "nothing was measured"
+        return f"{decision.choice} stays: the estimates of {', '.join(decision.to_measure)} overlap, and {why}"
+
+    def _measures(self, used: bool) -> bool:
+        return used and self._options.measure and self._options.estimator == "measured"
+
+    def _candidates(
+        self, operator: Operator, workloads: tuple[Workload, ...]
+    ) -> tuple[dict[str, Kernel], dict[str, str]]:
+        candidates: dict[str, Kernel] = {}
+        declined: dict[str, str] = {}
+        for kernel in CATALOGUE.kernels(operator.name):
+            refusals = [kernel.refusal(workload, self._target.limits) for workload in workloads]
+            refusal = next((reason for reason in refusals if reason is not None), None)
+            if self._options.denies(operator.name, kernel.name):
+                refusal = "denied by the recipe"
+            if refusal is None:
+                candidates[kernel.name] = kernel
+            else:
+                declined[kernel.name] = refusal
+        if not candidates:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in declined.items())
+            raise ConfigError(
+                what=f"no kernel of {operator.name} is left ({reasons})",
+                where="deny",
+                mend="deny fewer kernels",
+            )
+        return candidates, declined
+
+    def _drop_failing(
+        self,
+        operator: Operator,
+        workloads: tuple[Workload, ...],
+        candidates: dict[str, Kernel],
+        declined: dict[str, str],
+    ) -> None:
+        device = self._target.local
+        assert device is not None
+        for name in list(candidates):
+            verdict = self._verdicts.check(candidates[name], workloads[-1], device)
+            if not verdict.passed:
+                del candidates[name]
+                declined[name] = f"failed its self-check: {verdict.reason}"
+        if not candidates:
+            # The reference is the definition: it is held against itself in float64 and can only fail by rounding.
+            candidates[REFERENCE] = CATALOGUE.kernel(operator.name, REFERENCE)
+            declined.pop(REFERENCE, None)
+
+    def _estimator(self) -> Estimator:
+        if self._options.estimator == "constant":
+            return ConstantEstimator.fit(self._measurer.store)
+        roofline = RooflineEstimator()
+        if self._options.estimator == "roofline":
+            return roofline
+        return MeasuredEstimator(self._measurer.store, roofline)
+
+    def _estimates(self, operator: Operator, kernel: Kernel, workloads: tuple[Workload, ...]) -> list[Estimate]:
+        rows = [cost_row(operator, kernel, workload) for workload in workloads]
+        return self._estimator().predict(rows, self._target.device)
+
+    def _total(self, operator: Operator, kernel: Kernel, workloads: tuple[Workload, ...]) -> Estimate:
+        figure = Figure.of(kernel.name, self._estimates(operator, kernel, workloads))
+        return Estimate(
+            seconds=figure.seconds,
+            low_s=figure.low_s,
+            high_s=figure.high_s,
+            peak_bytes=figure.peak_bytes,
+            source=figure.source,  # type: ignore[arg-type]
+        )
+
+    def _text(self, operator: Operator, workload: Workload, chosen: str) -> str:
+        """The node's argument: another kernel than the default holds for the shapes it was chosen for, and below."""
+        default = default_kernel(operator, self._target.kind)
+        if chosen == default:
+            return chosen
+        return format_table(
+            [Row(chosen, max_b=workload.shape.get("b"), max_t=workload.shape.get("t")), Row(default)]
+        )

@@ -1,0 +1,183 @@
+"""Compile a model: capture its mixers, let plugins' passes run, choose kernels, and let the mixers run the result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from torch import fx, nn
+
+from subquad.compiler.capture import Captured, Graphs, capture, install, installed_graphs, operator_nodes
+from subquad.compiler.choose import Choice, Chooser
+from subquad.compiler.example import METHODS, Example, Method
+from subquad.compiler.options import CompileOptions
+from subquad.compiler.passes.select_kernels import select_kernels
+from subquad.compiler.plan import NodeChoice, Plan, Uncaptured
+from subquad.compiler.target import Target, resolve_target
+from subquad.compiler.workload import node_workloads, phases
+from subquad.contracts import GraphPass
+from subquad.errors import ConfigError, PluginError
+from subquad.model.block import Block
+from subquad.model.language_model import LanguageModel
+from subquad.registry import load_registry
+from subquad_kernels.catalogue import Operator, load_attribute
+from subquad_kernels.self_check import stack_versions
+from subquad_kernels.workload import Workload
+
+
+def compile_model(
+    model: LanguageModel,
+    example: Example,
+    *,
+    target: str | Target = "auto",
+    options: CompileOptions | None = None,
+    plan: Plan | None = None,
+) -> tuple[LanguageModel, Plan]:
+    """Rewrite the model in place, so that each operator runs the kernel chosen for the target; return it and the plan.
+
+    Parameters, state_dict keys, attributes and submodules stay. With a `plan`, its choices are followed and nothing is
+    estimated or measured; a node it does not name keeps its operator's default.
+    Raises: ConfigError, NotFoundError.
+    """
+    where = resolve_target(target) if isinstance(target, str) else target
+    captured = capture_model(model)
+    if plan is None:
+        plan = make_plan(model, captured, example, where, options or CompileOptions())
+    elif list(plan.schedule) != [block.mixer_name for block in _blocks(model)]:
+        raise ConfigError(
+            what=f"the plan is for the mixers {', '.join(plan.schedule)}",
+            where="plan",
+            mend="use a plan of this model, or leave it out to choose anew",
+        )
+    rewrite(model, captured, plan)
+    return model, plan
+
+
+def capture_model(model: LanguageModel) -> list[Captured]:
+    """The graphs of every block's mixer, after the passes that plugins add."""
+    return [_with_plugin_passes(capture(block.mixer)) for block in _blocks(model)]
+
+
+def make_plan(
+    model: LanguageModel, captured: list[Captured], example: Example, target: Target, options: CompileOptions
+) -> Plan:
+    """Choose a kernel for every operator node; what this run uses comes first, while the budget lasts."""
+    chooser = Chooser(target, options)
+    nodes = sorted(
+        _described_nodes(model, captured, example), key=lambda node: (node[1] not in example.methods, node[0])
+    )
+    choices = []
+    for layer, method, node, operator, workload in nodes:
+        used = method in example.methods
+        training = example.training and method in ("forward", "packed")
+        choice = chooser.choose(operator, workload, training=training, used=used)
+        choices.append(_node_choice(model, layer, method, node, workload, choice, training, used))
+    choices.sort(key=lambda choice: (choice.layer, METHODS.index(choice.method), choice.node))  # type: ignore[arg-type]
+    uncaptured = tuple(
+        Uncaptured(layer=block.layer_index, mixer=block.mixer_name, method=method, reason=reason)
+        for block, of_block in zip(_blocks(model), captured)
+        for method, reason in of_block.declined.items()
+    )
+    notes = () if not chooser.measured_s else (f"measured for {chooser.measured_s:.1f} s",)
+    return Plan(
+        target=target.device.name,
+        origin=target.device.origin,
+        versions=plan_versions(),
+        example=asdict(example) | {"tokens_shape": list(example.tokens_shape)},
+        schedule=tuple(block.mixer_name for block in _blocks(model)),
+        choices=tuple(choices),
+        uncaptured=uncaptured,
+        notes=notes,
+    )
+
+
+def rewrite(model: LanguageModel, captured: list[Captured], plan: Plan) -> None:
+    """Let every mixer run its graphs with the plan's kernels."""
+    for block, of_block in zip(_blocks(model), captured):
+        graphs: Graphs = {}
+        for method, graph_module in of_block.graphs.items():
+            chosen = {
+                choice.node: choice.kernel
+                for choice in plan.choices
+                if choice.layer == block.layer_index and choice.method == method
+            }
+            graphs[method] = select_kernels(chosen)(graph_module).graph
+        install(block.mixer, graphs)
+
+
+def compiled_graphs(model: LanguageModel) -> dict[tuple[int, Method], fx.GraphModule]:
+    """The graphs that a compiled model's mixers run, by layer and method."""
+    return {
+        (block.layer_index, method): graph
+        for block in _blocks(model)
+        for method, graph in installed_graphs(block.mixer).items()
+    }
+
+
+def plan_versions() -> dict[str, str]:
+    """Versions on which a plan depends."""
+    return dict(entry.split(" ", 1) for entry in stack_versions())  # type: ignore[misc]
+
+
+def _described_nodes(
+    model: LanguageModel, captured: list[Captured], example: Example
+) -> list[tuple[int, Method, str, Operator, Workload]]:
+    described = []
+    for block, of_block in zip(_blocks(model), captured):
+        for method, graph_module in of_block.graphs.items():
+            workloads = node_workloads(block.mixer, graph_module, method, example, model.embedding.embedding_dim)
+            for node, operator in operator_nodes(graph_module.graph):
+                described.append((block.layer_index, method, node.name, operator, workloads[node.name]))
+    return described
+
+
+def _node_choice(
+    model: LanguageModel,
+    layer: int,
+    method: Method,
+    node: str,
+    workload: Workload,
+    choice: Choice,
+    training: bool,
+    used: bool,
+) -> NodeChoice:
+    shape: Mapping[str, int] = workload.shape
+    options: Mapping[str, Any] = workload.options
+    return NodeChoice(
+        layer=layer,
+        mixer=_blocks(model)[layer].mixer_name,
+        method=method,
+        node=node,
+        operator=workload.operator,
+        kernel=choice.text,
+        chosen=choice.kernel,
+        shape=dict(shape),
+        options=dict(options),
+        dtype=workload.dtype,
+        phases=tuple(part.phase for part in phases(workload, training)),
+        figures=choice.figures,
+        declined=dict(choice.declined),
+        reason=choice.reason,
+        used=used,
+    )
+
+
+def _with_plugin_passes(captured: Captured) -> Captured:
+    graphs = dict(captured.graphs)
+    for spec in load_registry().passes.values():
+        run: GraphPass = load_attribute(spec.run)  # type: ignore[assignment]
+        for method, graph_module in graphs.items():
+            try:
+                graphs[method] = run(graph_module).graph
+            except Exception as error:
+                raise PluginError(
+                    what=f"the pass '{spec.name}' failed: {type(error).__name__}: {error}".splitlines()[0],
+                    where=load_registry().origin(spec),
+                    mend="report it to its author, or uninstall the plugin",
+                ) from error
+    return Captured(graphs, captured.declined)
+
+
+def _blocks(model: nn.Module) -> list[Block]:
+    return list(model.blocks)  # type: ignore[arg-type, call-overload, no-any-return]

@@ -1,0 +1,154 @@
+"""What the compiler decided, as data: written to plan.json, read back to repeat or resume a run."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from subquad.errors import ConfigError
+from subquad_cost_model import Estimate
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """Seconds of one call of a kernel, with an interval; `source` is bound, model, measured or constant."""
+
+    kernel: str
+    seconds: float
+    low_s: float
+    high_s: float
+    peak_bytes: int
+    source: str
+
+    @classmethod
+    def of(cls, kernel: str, estimates: Iterable[Estimate]) -> Figure:
+        """The sum over a call's phases; measured only if every phase was."""
+        parts = list(estimates)
+        sources = {part.source for part in parts}
+        return cls(
+            kernel=kernel,
+            seconds=sum(part.seconds for part in parts),
+            low_s=sum(part.low_s for part in parts),
+            high_s=sum(part.high_s for part in parts),
+            peak_bytes=max(part.peak_bytes for part in parts),
+            source=sources.pop() if len(sources) == 1 else "bound",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeChoice:
+    """The kernel of one operator node, with its rivals.
+
+    `kernel` is the node's argument: a name, or a table over batch and length. `figures` hold the choice first, then
+    its rivals; `declined` says why other kernels were no candidates. `exactness` is `identical`: the same function up
+    to the operator's stated tolerance. `used` tells whether this run's example calls the node.
+    """
+
+    layer: int
+    mixer: str
+    method: str
+    node: str
+    operator: str
+    kernel: str
+    chosen: str
+    shape: Mapping[str, int]
+    options: Mapping[str, Any]
+    dtype: str
+    phases: tuple[str, ...]
+    figures: tuple[Figure, ...]
+    declined: Mapping[str, str]
+    reason: str
+    used: bool
+    exactness: str = "identical"
+
+    @property
+    def place(self) -> tuple[int, str, str]:
+        """What identifies the node: layer, method, node name."""
+        return self.layer, self.method, self.node
+
+    @property
+    def figure(self) -> Figure | None:
+        """The figure of the chosen kernel."""
+        return next((figure for figure in self.figures if figure.kernel == self.chosen), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uncaptured:
+    """A method of a mixer that could not be captured and runs as written."""
+
+    layer: int
+    mixer: str
+    method: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Per operator node the chosen kernel, for one target, with the evidence.
+
+    `origin` says whether the target's figures come from a probe or a data sheet; `schedule` is the mixer of each layer.
+    """
+
+    target: str
+    origin: str
+    versions: Mapping[str, str]
+    example: Mapping[str, Any]
+    schedule: tuple[str, ...]
+    choices: tuple[NodeChoice, ...]
+    uncaptured: tuple[Uncaptured, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def seconds(self) -> float:
+        """Predicted seconds of all operators in one use of the example."""
+        return sum(choice.figure.seconds for choice in self.choices if choice.used and choice.figure)
+
+    def save(self, path: Path) -> None:
+        """Write the plan as JSON, all of it or nothing."""
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(
+            json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1) + "\n", encoding="utf-8"
+        )
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Read a plan.  Raises: ConfigError when the file is missing or no plan of this format."""
+        mend = "name a plan.json of this version, or leave it out to choose anew"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content.pop("format_version") != FORMAT_VERSION:
+                raise ConfigError(what=f"{path} has another format version", where="plan", mend=mend)
+            choices = tuple(
+                NodeChoice(
+                    **(
+                        choice
+                        | {
+                            "phases": tuple(choice["phases"]),
+                            "figures": tuple(Figure(**figure) for figure in choice["figures"]),
+                        }
+                    )
+                )
+                for choice in content.pop("choices")
+            )
+            uncaptured = tuple(Uncaptured(**entry) for entry in content.pop("uncaptured"))
+            notes, schedule = tuple(content.pop("notes")), tuple(content.pop("schedule"))
+            return cls(choices=choices, uncaptured=uncaptured, notes=notes, schedule=schedule, **content)
+        except OSError as error:
+            raise ConfigError(what=f"{path} cannot be read ({error.strerror})", where="plan", mend=mend) from None
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise ConfigError(what=f"{path} is not a plan", where="plan", mend=mend) from None
+
+    def staleness(self, target: str, versions: Mapping[str, str]) -> str | None:
+        """None if the plan was made for this target and these versions, else what differs."""
+        changes = [f"{name} {old} -> {versions.get(name)}" for name, old in self.versions.items()
+                   if versions.get(name) != old]  # fmt: skip
+        if self.target != target:
+            changes.insert(0, f"device {self.target} -> {target}")
+        return ", ".join(changes) or None

@@ -1,0 +1,96 @@
+"""A plan as text: per operator node the chosen kernel, its rivals, where each figure comes from, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from subquad.compiler.plan import Figure, NodeChoice, Plan
+
+
+def format_plan(plan: Plan) -> str:
+    """The report of a plan; equal nodes of several layers share a row."""
+    example = plan.example
+    b, t = example["tokens_shape"]
+    use = "training" if example["training"] else "inference"
+    lines = [
+        f"target {plan.target} ({plan.origin}), {use}, batch {b}, {t} tokens, {example['dtype']}"
+        + (", packed documents" if example["packed"] else ""),
+        "",
+    ]
+    for equal in _groups(plan):
+        lines += _node_lines(equal)
+    lines.append(f"total {_seconds(plan.seconds)} for all operators ({_sources(plan)})")
+    if plan.origin == "data sheet":
+        lines.append("these figures are bounds from a data sheet, not measurements: no kernel can be faster")
+    idle = sum(not choice.used for choice in plan.choices)
+    if idle:
+        lines.append(f"{idle} nodes of methods that this run does not call keep their defaults (plan.json lists them)")
+    for entry in plan.uncaptured:
+        lines.append(f"layer {entry.layer} {entry.mixer}.{entry.method} runs as written: {entry.reason}")
+    lines += plan.notes
+    return "\n".join(lines)
+
+
+def choice_table(plan: Plan) -> list[tuple[str, str, str, str, str]]:
+    """Rows for a report: layers, operator, kernel, seconds with their source, why."""
+    rows = []
+    for equal in _groups(plan):
+        first = equal[0]
+        figure = first.figure
+        seconds = "" if figure is None else f"{_seconds(figure.seconds)} ({figure.source})"
+        rows.append((_layers(equal), f"{first.operator} in {first.mixer}", first.chosen, seconds, first.reason))
+    return rows
+
+
+def _groups(plan: Plan) -> list[list[NodeChoice]]:
+    groups: dict[object, list[NodeChoice]] = {}
+    for choice in plan.choices:
+        if choice.used:
+            key = (choice.method, choice.node, choice.mixer, choice.operator, choice.kernel, choice.dtype,
+                   _pairs(choice.shape), _pairs(choice.options))  # fmt: skip
+            groups.setdefault(key, []).append(choice)
+    return list(groups.values())
+
+
+def _node_lines(equal: list[NodeChoice]) -> list[str]:
+    first = equal[0]
+    phases = " + ".join(first.phases)
+    count = "" if len(equal) == 1 else f"   x {len(equal)}"
+    lines = [
+        f"{first.operator}  in {first.mixer}.{first.method}, layer {_layers(equal)}",
+        f"  shape    {_pairs(first.shape)}   {_pairs(first.options)}   {first.dtype}   {phases}",
+        f"  kernel   {first.chosen}{count}"
+        + ("" if first.kernel == first.chosen else f"   (node argument: {first.kernel})"),
+    ]
+    for figure in first.figures:
+        mark = "*" if figure.kernel == first.chosen else " "
+        lines.append(f"         {mark} {figure.kernel:<16} {_figure(figure)}")
+    lines.append(f"  why      {first.reason}")
+    if first.declined:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in first.declined.items())
+        lines.append(f"  not      {reasons}")
+    return [*lines, ""]
+
+
+def _figure(figure: Figure) -> str:
+    interval = f"[{_seconds(figure.low_s)} .. {_seconds(figure.high_s)}]"
+    return f"{_seconds(figure.seconds):>10}  {interval:<26} {figure.source}"
+
+
+def _seconds(seconds: float) -> str:
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
+
+
+def _layers(equal: Iterable[NodeChoice]) -> str:
+    return ",".join(str(choice.layer) for choice in equal)
+
+
+def _pairs(values: Mapping[str, object]) -> str:
+    return " ".join(f"{name}={value}" for name, value in values.items())
+
+
+def _sources(plan: Plan) -> str:
+    sources = {choice.figure.source for choice in plan.choices if choice.used and choice.figure}
+    return ", ".join(sorted(sources)) or "nothing was estimated"

@@ -1,0 +1,110 @@
+"""What every operator node will be asked: graphs run on shapes alone; a workload becomes a row of the cost model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from subquad.compiler.capture import operator_of
+from subquad.compiler.example import Example, Method
+from subquad_cost_model import CostRow
+from subquad_kernels.catalogue import Kernel, Operator
+from subquad_kernels.torch_operator import named_arguments
+from subquad_kernels.workload import Phase, Workload
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph on shapes and notes the arguments of each operator node."""
+
+    def __init__(self, graph_module: fx.GraphModule, phase: str) -> None:
+        super().__init__(graph_module)
+        self.workloads: dict[str, Workload] = {}
+        self._phase = phase
+
+    def run_node(self, n: fx.Node) -> Any:
+        operator = operator_of(n)
+        if operator is not None:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            arguments = named_arguments(n.target, tuple(args), dict(kwargs))
+            del arguments["kernel"]
+            self.workloads[n.name] = operator.torch_half.workload_of(arguments, self._phase)
+        return super().run_node(n)
+
+
+def node_workloads(
+    mixer: nn.Module, graph_module: fx.GraphModule, method: Method, example: Example, d_model: int
+) -> dict[str, Workload]:
+    """The forward (or decode) workload of every operator node, by node name; nothing is computed.
+
+    A prefill stands after an empty carry; a decode after t tokens, whose carry a prefill on shapes leaves.
+    """
+    reference = next(mixer.parameters(), None)
+    device = torch.device("cpu") if reference is None else reference.device
+    b, t = example.tokens_shape
+    with _shapes_only(reference), torch.no_grad(), _autocast(device, example.dtype):
+        recorder = _Recorder(graph_module, "decode" if method == "decode" else "forward")
+        dtype = torch.float32 if reference is None else reference.dtype
+
+        def empty(*size: int) -> torch.Tensor:
+            return torch.empty(size, device=device, dtype=dtype)
+
+        owner: Any = mixer
+        if method == "forward":
+            recorder.run(empty(b, t, d_model), None)
+        elif method == "packed":
+            boundaries = torch.empty((example.documents or b) + 1, dtype=torch.int32, device=device)
+            recorder.run(empty(1, b * t, d_model), boundaries)
+        elif method == "prefill":
+            recorder.run(empty(b, t, d_model), *tree_leaves(owner.empty_carry(b)))
+        else:
+            _, carry = type(owner).prefill(owner, empty(b, t, d_model), owner.empty_carry(b))
+            recorder.run(empty(b, d_model), *tree_leaves(carry))
+    return recorder.workloads
+
+
+def _shapes_only(parameter: torch.Tensor | None) -> contextlib.AbstractContextManager[Any]:
+    if isinstance(parameter, FakeTensor):
+        return parameter.fake_mode  # type: ignore[no-any-return]
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def _autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager[Any]:
+    if dtype not in ("bfloat16", "float16"):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, dtype))
+
+
+def phases(workload: Workload, training: bool) -> tuple[Workload, ...]:
+    """The workloads that one use of a node runs: its forward, and the gradient when training."""
+    if not training or workload.phase == "decode":
+        return (workload,)
+    backward: Phase = "backward"
+    return (workload, replace(workload, phase=backward))
+
+
+def cost_row(operator: Operator, kernel: Kernel, workload: Workload) -> CostRow:
+    """The row that asks the cost model how long this kernel takes: the one place where the two rooms meet."""
+    work = operator.work(workload)
+    shape: Mapping[str, int] = workload.shape
+    return CostRow(
+        operator=operator.name,
+        kernel=kernel.name,
+        phase=workload.phase,
+        dtype=workload.dtype,
+        shape=shape,
+        options=workload.options,
+        matmul_flops=work.matmul_flops,
+        vector_flops=work.vector_flops,
+        transcendental_ops=work.transcendental_ops,
+        bytes_moved=work.bytes_moved,
+        serial_steps=work.serial_steps,
+        saved_bytes=work.saved_bytes,
+        kernel_version=kernel.version,
+    )

@@ -1,0 +1,143 @@
+"""What plugins declare and what mixers promise: Protocols and data, no torch at run time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.fx import GraphModule
+
+CONTRACT_VERSION = "1.0"
+"""Grows by minor numbers when something is added, by major ones when something a plugin relies on is removed."""
+
+Carry: TypeAlias = "tuple[Tensor | int, ...]"
+"""What a mixer hands from one call to the next: a NamedTuple of tensors and integers (a pytree)."""
+
+
+class Growth(Enum):
+    """How work or carry grows with the number of tokens t; the value is the exponent of t that bounds it."""
+
+    CONSTANT = 0.0
+    SQRT = 0.5
+    LINEAR = 1.0
+    POWER_1_5 = 1.5
+    QUADRATIC = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerContext:
+    """Where a mixer stands: residual width, layer, depth, and the longest sequence it is built for (tokens)."""
+
+    d_model: int
+    layer_index: int
+    num_layers: int
+    context_len: int
+
+
+class Mixer(Protocol):
+    """A sequence mixer: a torch.nn.Module that maps `b t d -> b t d`.
+
+    It calls operators, never kernels, in its own methods; its submodules are leaves of the captured graph.
+    """
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Mix a whole sequence.
+
+        Shapes:  x: b t d   ->  b t d
+        With `cu_seqlens` (int32, [documents + 1], starts with 0, ends with t, never decreasing) the batch is 1 and the
+        sequence is packed: no token sees another document, and positions restart at each one.
+        """
+
+    def empty_carry(self, batch_size: int) -> Carry:
+        """The carry before the first token."""
+
+    def prefill(self, x: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
+        """Mix the next t tokens of each sequence, after those the carry stands for.  Shapes:  x: b t d  ->  b t d"""
+
+    def decode(self, x_t: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
+        """Mix the next token of each sequence.  Shapes:  x_t: b d  ->  b d"""
+
+    def init_parameters(self, std: float) -> None:
+        """Draw the parameters as the paper does; `std` is the model's standard deviation for linear maps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerSpec:
+    """Declares a mixer: its name, its config dataclass, how to build it, and what it promises.
+
+    `build` names `module:attribute`, called as `build(config, context) -> Mixer`; it is imported when a model is
+    built, so that the declaring module needs no torch. `no_decay` names parameters that weight decay must leave alone
+    (biases, norms and other vectors are left alone anyway); `float32_parameters` those that keep float32 under bf16.
+    """
+
+    name: str
+    summary: str
+    paper: str
+    config: type
+    build: str
+    work_growth: Growth
+    carry_growth: Growth
+    causal: bool = True
+    packed: bool = True
+    no_decay: tuple[str, ...] = ()
+    float32_parameters: tuple[str, ...] = ()
+    operators: tuple[str, ...] = ()
+
+
+ComponentKind = Literal["optimizer", "data"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentSpec:
+    """Declares a named component of a run: an optimizer or a data source, with its config dataclass and builder.
+
+    optimizer: `build(config, parameter_groups) -> torch.optim.Optimizer`
+    data:      `build(config, context) -> subquad.training.data.Source`
+    """
+
+    kind: ComponentKind
+    name: str
+    summary: str
+    config: type
+    build: str
+
+
+@dataclass(frozen=True)
+class PassOutcome:
+    """What a graph pass returns: a new graph that shares the parameters, and what it did and declined to do."""
+
+    graph: GraphModule
+    report: tuple[str, ...]
+
+
+GraphPass: TypeAlias = "Callable[[GraphModule], PassOutcome]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassSpec:
+    """Declares a graph pass; `run` names a `module:attribute`, a `GraphPass`. It runs before `select_kernels`."""
+
+    name: str
+    summary: str
+    run: str
+
+
+class Adapter(Protocol):
+    """Turns a foreign module into one that calls our operators; the module keeps its parameters."""
+
+    def __call__(self, module: torch.nn.Module) -> torch.nn.Module:
+        """The rewritten module."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSpec:
+    """Declares an adapter for a foreign module class, named `package.module:Class`; `build` names an `Adapter`."""
+
+    name: str
+    module_class: str
+    build: str

@@ -1,0 +1,29 @@
+"""What the built-in mixers promise; imports no torch."""
+
+from __future__ import annotations
+
+from subquad.contracts import Growth, MixerSpec
+from subquad.mixers.configs import SoftmaxAttentionConfig, WindowConfig
+
+MIXERS = (
+    MixerSpec(
+        name="softmax_attention",
+        summary="every token sees all tokens before it",
+        paper="Vaswani et al. 2017",
+        config=SoftmaxAttentionConfig,
+        build="subquad.mixers.softmax_attention:SoftmaxAttention",
+        work_growth=Growth.QUADRATIC,
+        carry_growth=Growth.LINEAR,
+        operators=("softmax_attention",),
+    ),
+    MixerSpec(
+        name="window",
+        summary="every token sees the last `window` tokens",
+        paper="Beltagy et al. 2020",
+        config=WindowConfig,
+        build="subquad.mixers.window:Window",
+        work_growth=Growth.LINEAR,
+        carry_growth=Growth.CONSTANT,
+        operators=("softmax_attention",),
+    ),
+)

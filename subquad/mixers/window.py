@@ -1,0 +1,42 @@
+"""Sliding-window attention: a token sees at most `window` tokens, itself included."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from subquad.contracts import MixerContext
+from subquad.mixers.configs import WindowConfig
+from subquad.mixers.softmax_attention import SoftmaxAttention
+
+
+class WindowCarry(NamedTuple):
+    """Rotated keys and values of the last tokens, at most `window`, and how many tokens came before.
+
+    Shapes:  keys, values: b min(position, window) h_kv k
+    """
+
+    keys: Tensor
+    values: Tensor
+    position: int
+
+
+class Window(SoftmaxAttention):
+    """Causal attention within a window:  V(t) = { t - window + 1, ..., t }.  Shapes:  x: b t d  ->  b t d
+
+    Source: Beltagy et al. 2020, 3.1 (causal half); as the local mixer of SCOUT-SWA, 2025 (arXiv 2509.00935).
+    """
+
+    def __init__(self, config: WindowConfig, context: MixerContext) -> None:
+        super().__init__(config, context)
+        self.window = config.window
+
+    def empty_carry(self, batch_size: int) -> WindowCarry:  # type: ignore[override]
+        """No keys yet."""
+        return WindowCarry(*self._empty_cache(batch_size), 0)
+
+    def prefill(self, x: Tensor, carry: WindowCarry) -> tuple[Tensor, WindowCarry]:  # type: ignore[override]
+        """Mix the next t tokens.  Shapes:  x: b t d  ->  b t d"""
+        out, keys, values = self._attend(x, carry.keys, carry.values, carry.position)
+        return out, WindowCarry(keys[:, -self.window :], values[:, -self.window :], carry.position + x.shape[1])

@@ -1,0 +1,115 @@
+"""A language model: embedding, backbone of blocks, final norm, lm_head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+
+from subquad.contracts import Carry
+from subquad.model.block import Block
+
+ModelCarry = tuple[Carry, ...]
+"""One carry per block."""
+
+
+class LanguageModel(nn.Module):
+    """logits = W_head RMSNorm( block_n( ... block_1( Embed(tokens) ) ) ).  Shapes:  tokens: b t (int64)  ->  b t vocab
+
+    `no_decay` maps a mixer's registry name to the parameters that weight decay leaves alone. With
+    `activation_checkpointing` a block's activations are computed again in the backward instead of kept.
+    """
+
+    def __init__(
+        self,
+        blocks: Iterable[Block],
+        *,
+        vocab_size: int,
+        d_model: int,
+        norm_eps: float,
+        tie_embeddings: bool,
+        no_decay: Mapping[str, tuple[str, ...]],
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, d_model)
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.RMSNorm(d_model, eps=norm_eps)
+        # Tied: the embedding's weight is read a second time, and is one entry of the state dict.
+        self.lm_head = None if tie_embeddings else nn.Linear(d_model, vocab_size, bias=False)
+        self.activation_checkpointing = False
+        self._no_decay = dict(no_decay)
+
+    def init_parameters(self, std: float) -> None:
+        """Embedding, head and channel mixers normal(0, std), norms 1, and each mixer as its paper says."""
+        nn.init.normal_(self.embedding.weight, std=std)
+        if self.lm_head is not None:
+            nn.init.normal_(self.lm_head.weight, std=std)
+        for block in self._blocks():
+            if block.channel_mixer is not None:
+                block.channel_mixer.init_parameters(std)
+            block.mixer.init_parameters(std)
+
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Logits of whole sequences.
+
+        Shapes:  tokens: b t    cu_seqlens: documents + 1  ->  b t vocab
+        `cu_seqlens` bounds the documents of the flattened b t tokens, row ends included.
+        """
+        x = self.embedding(tokens)
+        if cu_seqlens is not None:
+            x = x.reshape(1, -1, x.shape[-1])
+        for block in self._blocks():
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cu_seqlens, use_reentrant=False)
+            else:
+                x = block(x, cu_seqlens)
+        return self._logits(x).view(*tokens.shape, -1)
+
+    def empty_carry(self, batch_size: int) -> ModelCarry:
+        """The carry before the first token."""
+        return tuple(block.mixer.empty_carry(batch_size) for block in self._blocks())
+
+    def prefill(self, tokens: Tensor, carry: ModelCarry) -> tuple[Tensor, ModelCarry]:
+        """Logits of the next t tokens of each sequence.  Shapes:  tokens: b t  ->  b t vocab"""
+        return self._advance(self.embedding(tokens), carry, lambda block: block.prefill)
+
+    def decode(self, token: Tensor, carry: ModelCarry) -> tuple[Tensor, ModelCarry]:
+        """Logits after the next token of each sequence.  Shapes:  token: b  ->  b vocab"""
+        return self._advance(self.embedding(token), carry, lambda block: block.decode)
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Two groups for an optimizer: what decays; vectors, norms, biases and what mixers declare, which do not."""
+        spared = {
+            id(parameter)
+            for block in self._blocks()
+            for name, parameter in block.mixer.named_parameters()
+            if name in self._no_decay.get(block.mixer_name, ())
+        }
+        decayed: list[Tensor] = []
+        left_alone: list[Tensor] = []
+        for parameter in self.parameters():
+            (left_alone if parameter.dim() < 2 or id(parameter) in spared else decayed).append(parameter)
+        return [
+            {"params": decayed, "weight_decay": weight_decay},
+            {"params": left_alone, "weight_decay": 0.0},
+        ]
+
+    def _advance(
+        self, x: Tensor, carry: ModelCarry, method: Callable[[Block], Callable[[Tensor, Carry], tuple[Tensor, Carry]]]
+    ) -> tuple[Tensor, ModelCarry]:
+        carries = []
+        for block, before in zip(self._blocks(), carry):
+            x, after = method(block)(x, before)
+            carries.append(after)
+        return self._logits(x), tuple(carries)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        head = self.embedding.weight if self.lm_head is None else self.lm_head.weight
+        return linear(self.norm(x), head)
+
+    def _blocks(self) -> Iterable[Block]:
+        return self.blocks  # type: ignore[return-value]

@@ -1,0 +1,237 @@
+"""Discovery of plugins, the check for duplicates, and the read-only answer to 'what is there?'."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import warnings
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
+from typing import TypeVar
+
+import pluggy
+
+from subquad import hookspecs
+from subquad.contracts import AdapterSpec, ComponentKind, ComponentSpec, MixerSpec, PassSpec
+from subquad.errors import NotFoundError, PluginError, suggestion
+from subquad_kernels.catalogue import CATALOGUE, CatalogueError, Kernel, Operator
+
+ENTRY_POINT_GROUP = "subquad"
+KNOWN_PLUGINS: Mapping[str, str] = MappingProxyType({"mamba": "subquad-ssm", "segment_attention": "subquad-scout"})
+"""Mixers of plugins that are published with subquad: named when a recipe asks for one that is not installed."""
+
+Declared = TypeVar("Declared")
+
+
+@dataclass(frozen=True)
+class PluginRecord:
+    """A plugin that was loaded: its entry point, the module, and the distribution that installed it."""
+
+    name: str
+    module: str
+    distribution: str
+    version: str
+
+    @property
+    def origin(self) -> str:
+        """`distribution version`, as errors and tables show it."""
+        return f"{self.distribution} {self.version}"
+
+
+@dataclass(frozen=True)
+class PluginProblem:
+    """A plugin that was skipped, why, and what to do about it."""
+
+    name: str
+    distribution: str
+    reason: str
+    mend: str
+
+    def __str__(self) -> str:
+        return f"plugin '{self.name}' ({self.distribution}) was skipped: {self.reason}; {self.mend}"
+
+
+@dataclass(frozen=True)
+class Registry:
+    """Everything the installed plugins declare; read-only."""
+
+    plugins: tuple[PluginRecord, ...]
+    problems: tuple[PluginProblem, ...]
+    mixers: Mapping[str, MixerSpec]
+    operators: Mapping[str, Operator]
+    kernels: Mapping[str, Kernel]  # key: operator/kernel
+    adapters: Mapping[str, AdapterSpec]
+    passes: Mapping[str, PassSpec]
+    components: Mapping[tuple[ComponentKind, str], ComponentSpec]
+    config_packages: Mapping[str, PluginRecord]
+    origins: Mapping[Hashable, PluginRecord]
+
+    def mixer(self, name: str, where: str = "model.mixers") -> MixerSpec:
+        """The mixer of that name. Raises: NotFoundError."""
+        if name in self.mixers:
+            return self.mixers[name]
+        raise NotFoundError(
+            what=f"no mixer is called '{name}'",
+            where=where,
+            mend=self._mend(name, self.mixers, KNOWN_PLUGINS.get(name)),
+        )
+
+    def component(self, kind: ComponentKind, name: str, where: str | None = None) -> ComponentSpec:
+        """The optimizer or data source of that name. Raises: NotFoundError."""
+        if (kind, name) in self.components:
+            return self.components[kind, name]
+        have = [known for known_kind, known in self.components if known_kind == kind]
+        raise NotFoundError(
+            what=f"no {kind} component is called '{name}'", where=where or kind, mend=self._mend(name, have, None)
+        )
+
+    def origin(self, spec: Hashable) -> str:
+        """`distribution version` of the plugin that declared a record."""
+        return self.origins[spec].origin
+
+    def _mend(self, name: str, known: Iterable[str], distribution: str | None) -> str:
+        if distribution is not None:
+            return f"pip install {distribution}"
+        skipped = "".join(f"; {problem}" for problem in self.problems)
+        return (
+            f"{suggestion(name, known)}there are {', '.join(sorted(known))}"
+            f" (`python -m subquad plugins` lists what is installed){skipped}"
+        )
+
+
+@lru_cache(maxsize=1)
+def load_registry() -> Registry:
+    """Load every installed plugin once, and answer what they declare.
+
+    A plugin that cannot be imported is skipped with one warning line. Raises: PluginError when a hook is misspelt or
+    when two plugins declare one name.
+    """
+    registry = build_registry(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP))
+    for problem in registry.problems:
+        warnings.warn(str(problem), stacklevel=2)
+    return registry
+
+
+def build_registry(entry_points: Iterable[importlib.metadata.EntryPoint]) -> Registry:
+    """Ask the plugins behind these entry points what they declare."""
+    manager = pluggy.PluginManager("subquad")
+    manager.add_hookspecs(hookspecs)
+    records: dict[str, PluginRecord] = {}
+    problems = []
+    for entry_point in sorted(set(entry_points), key=lambda entry: (entry.name != "builtin", entry.name, entry.value)):
+        distribution = entry_point.dist
+        dist_name = distribution.name if distribution else "unknown"
+        if entry_point.name in records:
+            raise PluginError(
+                what=f"two plugins are called '{entry_point.name}'",
+                where=f"{records[entry_point.name].distribution} and {dist_name}",
+                mend="uninstall one of them, or ask its author to rename the entry point",
+            )
+        try:
+            plugin = entry_point.load()
+        except Exception as error:  # a stranger's module may raise anything; it is named, and the rest works
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            mend = f"repair or uninstall it (pip uninstall {dist_name})"
+            problems.append(PluginProblem(entry_point.name, dist_name, reason, mend))
+            continue
+        record = PluginRecord(
+            entry_point.name, entry_point.value, dist_name, distribution.version if distribution else "unknown"
+        )
+        records[entry_point.name] = record
+        manager.register(plugin, name=entry_point.name)
+        _refuse_misspelt_hooks(manager, plugin, record)
+    return _collect(manager, records, tuple(problems))
+
+
+def _refuse_misspelt_hooks(manager: pluggy.PluginManager, plugin: object, record: PluginRecord) -> None:
+    known = [name for name in dir(hookspecs) if name.startswith("subquad_provide")]
+    for name in dir(plugin):
+        if name.startswith("subquad_provide") and name not in known:
+            raise PluginError(
+                what=f"no hook is called '{name}'",
+                where=f"plugin '{record.name}' ({record.origin})",
+                mend=f"{suggestion(name, known)}the hooks are {', '.join(known)}",
+            )
+        if name in known and manager.parse_hookimpl_opts(plugin, name) is None:
+            raise PluginError(
+                what=f"{name} is not marked as a hook",
+                where=f"plugin '{record.name}' ({record.origin})",
+                mend="decorate it with @subquad.hookimpl",
+            )
+    try:
+        manager.check_pending()
+    except pluggy.PluginValidationError as error:
+        raise PluginError(
+            what=str(error).splitlines()[0],
+            where=f"plugin '{record.name}' ({record.origin})",
+            mend=f"the hooks are {', '.join(known)}",
+        ) from None
+
+
+def _collect(
+    manager: pluggy.PluginManager, records: dict[str, PluginRecord], problems: tuple[PluginProblem, ...]
+) -> Registry:
+    origins: dict[Hashable, PluginRecord] = {}
+
+    def ask(hook: str) -> list[tuple[PluginRecord, object]]:
+        answers = []
+        for implementation in getattr(manager.hook, hook).get_hookimpls():
+            for declared in implementation.function():
+                answers.append((records[implementation.plugin_name], declared))
+        # The host's own declarations first, then alphabetically, so that tables read the same everywhere.
+        return sorted(answers, key=lambda answer: (answer[0].name != "builtin", answer[0].name))
+
+    def named(hook: str, kind: type[Declared], what: str) -> dict[str, Declared]:
+        found: dict[str, Declared] = {}
+        for record, declared in ask(hook):
+            if not isinstance(declared, kind):
+                raise PluginError(
+                    what=f"{hook} returned {type(declared).__name__}, not {kind.__name__}",
+                    where=f"plugin '{record.name}' ({record.origin})",
+                    mend=f"return {kind.__name__} records",
+                )
+            name = getattr(declared, "key", None) or declared.name  # type: ignore[attr-defined]
+            if name in found:
+                raise PluginError(
+                    what=f"two {what} are called '{name}'",
+                    where=f"{origins[found[name]].origin} and {record.origin}",  # type: ignore[index]
+                    mend="uninstall one of the two plugins, or ask an author to rename",
+                )
+            found[name] = declared
+            origins[declared] = record  # type: ignore[index]
+        return found
+
+    components: dict[tuple[ComponentKind, str], ComponentSpec] = {}
+    for record, declared in ask("subquad_provide_components"):
+        assert isinstance(declared, ComponentSpec)
+        if (declared.kind, declared.name) in components:
+            raise PluginError(
+                what=f"two {declared.kind} components are called '{declared.name}'",
+                where=f"{origins[components[declared.kind, declared.name]].origin} and {record.origin}",
+                mend="uninstall one of the two plugins, or ask an author to rename",
+            )
+        components[declared.kind, declared.name] = declared
+        origins[declared] = record
+
+    operators = named("subquad_provide_operators", Operator, "operators")
+    kernels = named("subquad_provide_kernels", Kernel, "kernels")
+    try:
+        CATALOGUE.add_operators(operators.values())
+        CATALOGUE.add_kernels(kernels.values())
+    except CatalogueError as error:
+        raise PluginError(what=str(error), where="operators and kernels", mend="uninstall one of the two") from None
+    return Registry(
+        plugins=tuple(records.values()),
+        problems=problems,
+        mixers=MappingProxyType(named("subquad_provide_mixers", MixerSpec, "mixers")),
+        operators=MappingProxyType(operators),
+        kernels=MappingProxyType(kernels),
+        adapters=MappingProxyType(named("subquad_provide_adapters", AdapterSpec, "adapters")),
+        passes=MappingProxyType(named("subquad_provide_passes", PassSpec, "passes")),
+        components=MappingProxyType(components),
+        config_packages=MappingProxyType(
+            {str(package): record for record, package in ask("subquad_provide_config_packages")}
+        ),
+        origins=MappingProxyType(origins),
+    )

@@ -1,0 +1,129 @@
+"""The dataclasses of a run: the one schema of Python API, YAML and command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from subquad.errors import ConfigError
+
+
+@dataclass(kw_only=True)
+class ChannelMixerConfig:
+    """The per-token map of a block: SwiGLU  W_down(silu(W_gate u) * W_up u)  of hidden width `d_hidden`."""
+
+    d_hidden: int = 512
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Embedding, backbone and lm_head. The backbone is a schedule of mixers that repeats to `num_layers` blocks."""
+
+    name: str = "unnamed"  # the recipe's name; shown, never looked up
+    d_model: int = 256
+    num_layers: int = 4  # blocks
+    vocab_size: int = 0  # 0: the tokenizer's
+    context_len: int = 0  # tokens the model is built for; 0: trainer.seq_len
+    schedule: list[str] = field(default_factory=lambda: ["softmax_attention"])  # keys of `mixers`, repeated
+    # each entry: {mixer: REGISTRY_KEY, channel_mixer: {d_hidden: N} or null, ...fields of that mixer's config}
+    mixers: dict[str, Any] = field(default_factory=dict)
+    channel_mixer: ChannelMixerConfig | None = field(default_factory=ChannelMixerConfig)  # default of every entry
+    tie_embeddings: bool = True
+    norm_eps: float = 1e-6
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "num_layers"):
+            if getattr(self, name) < 1:
+                raise ConfigError(what=f"{name} is {getattr(self, name)}", where=f"model.{name}", mend="use 1 or more")
+        for key in self.schedule:
+            if self.mixers and key not in self.mixers:
+                raise ConfigError(
+                    what=f"the schedule names '{key}', which model.mixers does not hold",
+                    where="model.schedule",
+                    mend=f"use one of {', '.join(self.mixers)}, or add model.mixers.{key}",
+                )
+
+
+@dataclass(kw_only=True)
+class TokenizerConfig:
+    """`bytes` (vocabulary 256), or `file` with the path of a Hugging Face `tokenizers` JSON."""
+
+    kind: str = "bytes"
+    file: str | None = None
+
+
+@dataclass(kw_only=True)
+class TrainerConfig:
+    """How the optimisation runs. One step consumes batch_size x seq_len x accumulate x devices tokens."""
+
+    max_steps: int = 1000
+    max_seconds: float | None = None  # stop after the step that passes this wall time
+    batch_size: int = 8  # sequences per device and micro-batch
+    seq_len: int = 256  # tokens
+    accumulate: int = 1  # micro-batches per step
+    learning_rate_warmup_steps: int = 50
+    final_learning_rate_fraction: float = 0.1  # cosine down to this share of the peak
+    gradient_clip_norm: float = 1.0
+    validate_every_n_steps: int = 200
+    validation_batches: int = 16
+    precision: str = "auto"  # auto | float32 | bfloat16
+    devices: int = 1
+    accelerator: str = "auto"  # auto | cpu | cuda
+    strategy: str = "auto"  # auto | ddp
+    activation_checkpointing: bool = False
+    num_workers: int = 0
+    log_every_n_steps: int = 10
+    progress_bar: bool = True
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """When weights and trainer state are written, and how many checkpoints are kept."""
+
+    every_n_steps: int = 200
+    keep: int = 2
+
+
+@dataclass(kw_only=True)
+class CompilerConfig:
+    """How kernels are chosen: estimator, whether measuring is allowed, and its budget in seconds."""
+
+    estimator: str = "measured"  # measured | roofline | constant
+    measure: bool = True
+    measure_budget_s: float = 30.0
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Everything a run depends on. `data` and `optimizer` hold a registry key (`name`) and that component's fields."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    compiler: CompilerConfig = field(default_factory=CompilerConfig)
+    kernel: dict[str, str] = field(default_factory=dict)  # operator -> pinned kernel
+    deny: list[str] = field(default_factory=list)  # kernels, as NAME or operator/NAME, never to be chosen
+    plan: str | None = None  # a plan.json to follow instead of choosing
+    target: str = "auto"  # the machine at hand, or the name or path of a device file
+    compile: bool = False  # torch.compile the rewritten model
+    tracking: str = "csv"  # none | csv | wandb  (metrics.csv is always written)
+    run_dir: str | None = None  # default: runs/<date>/<time>-<model>
+    resume: str | None = None  # a run folder to go on with
+    seed: int = 0
+    callbacks: list[Any] = field(default_factory=list)  # Lightning callbacks, each with _target_ (allow-listed)
+
+
+@dataclass(kw_only=True)
+class GenerateConfig:
+    """What `generate` needs: a run folder and how to sample."""
+
+    run: str = "???"
+    prompt: str = ""
+    max_tokens: int = 200
+    temperature: float = 0.8
+    top_k: int = 0  # 0: no limit
+    seed: int = 0

@@ -1,0 +1,65 @@
+"""The compiler as training and generation call it: for which device and shapes, and along which plan."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+
+from subquad.compiler.explain import compute_dtype, training_example
+from subquad.compiler.options import CompileOptions
+from subquad.compiler.pipeline import compile_model, plan_versions
+from subquad.compiler.plan import Plan
+from subquad.compiler.target import Target, require_local, resolve_target
+from subquad.errors import ConfigError
+from subquad.model.language_model import LanguageModel
+from subquad.schema import RunConfig
+
+
+def device_of(config: RunConfig) -> torch.device:
+    """Where a run computes: a CUDA device if there is one and the CPU is not asked for."""
+    cpu = "cpu" in (config.trainer.accelerator, config.target)
+    return torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
+
+
+def target_of(config: RunConfig) -> Target:
+    """The device that a run compiles for, which must be the one it computes on.  Raises: ConfigError, NotFoundError."""
+    device = device_of(config)
+    name = device.type if config.target == "auto" else config.target
+    target = require_local(resolve_target(name), config.target)
+    if target.kind != device.type:
+        raise ConfigError(
+            what=f"the target is a {target.kind} device, and the run computes on the {device.type}",
+            where=f"target={config.target}",
+            mend=f"leave target out, or set trainer.accelerator={target.kind}",
+        )
+    return target
+
+
+def compiled(model: LanguageModel, config: RunConfig, plan: Plan | None, *, packed: bool) -> tuple[LanguageModel, Plan]:
+    """Choose kernels for the shapes that the trainer makes, or take those of a plan, and let the model run them."""
+    target = target_of(config)
+    if plan is not None:
+        changes = plan.staleness(target.device.name, plan_versions())
+        if changes is not None:
+            warnings.warn(f"the plan is stale ({changes}); it is followed all the same", stacklevel=2)
+    example = training_example(config, target, packed=packed)
+    return compile_model(model, example, target=target, options=CompileOptions.of_run(config), plan=plan)
+
+
+def follow_for_generation(model: LanguageModel, config: RunConfig, plan: Plan) -> None:
+    """Let the model run a plan's kernels if it was made for this device; else operators keep their defaults."""
+    target = target_of(config)
+    if plan.target == target.device.name:
+        compile_model(model, training_example(config, target, packed=False), target=target, plan=plan)
+
+
+def plan_of(config: RunConfig) -> Plan | None:
+    """The plan that `plan=FILE` names, if it names one.  Raises: ConfigError."""
+    return None if config.plan is None else Plan.load(Path(config.plan).expanduser())
+
+
+def uses_bfloat16(config: RunConfig) -> bool:
+    """Whether matrix products are computed in bfloat16; weights stay float32."""
+    return compute_dtype(config.trainer.precision, device_of(config).type) == "bfloat16"

@@ -1,0 +1,313 @@
+"""train: from a composed configuration to a run folder with a trained model."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+
+from subquad.compiler.options import CompileOptions
+from subquad.compiler.plan import Plan
+from subquad.errors import ConfigError, ResumeError, suggestion
+from subquad.model.build import build_model
+from subquad.model.language_model import LanguageModel
+from subquad.schema import RunConfig
+from subquad.training import run_folder
+from subquad.training.checkpoint import Checkpoint, newest_checkpoint
+from subquad.training.compilation import compiled, device_of, plan_of, target_of, uses_bfloat16
+from subquad.training.data import TextData, build_data
+from subquad.training.distributed import Ranks, process_group, ranks_here, share_of_threads, told_by_rank_zero
+from subquad.training.environment import environment_record
+from subquad.training.module import TrainingModule, Validation
+from subquad.training.optimizers import check_schedule, optimizer_config
+from subquad.training.progress import ProgressBar
+from subquad.training.recorder import Recorder
+from subquad.training.report import write_report
+from subquad.training.resume import check_same_data, resumed_config
+from subquad.training.run_folder import RunFolder
+from subquad.training.stopping import Interrupts, StopAfterStep
+from subquad.training.tokenizer import save_tokenizer
+from subquad.training.tracking import NoTracker, build_tracker, check_tracking
+from subquad.training.user_callbacks import build_callbacks
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """Where the run lies and what it reached: nats per token, and bits per byte of text if it is text."""
+
+    run_dir: Path
+    step: int
+    train_loss: float | None
+    validation_loss: float
+    validation_bits_per_byte: float | None
+    tokens_per_s: float | None
+
+    def __str__(self) -> str:
+        bits = self.validation_bits_per_byte
+        shown = "" if bits is None else f", {bits:.4f} bits per byte"
+        return f"{self.run_dir}: validation loss {self.validation_loss:.4f}{shown} after step {self.step}"
+
+
+def train(config: RunConfig, *, overrides: Sequence[str] | None = None) -> TrainResult:
+    """Train the model that a configuration describes, or go on with the run that `config.resume` names.
+
+    data -> model -> plan -> fit -> final validation -> report; the last line printed is the run folder with that
+    validation. `overrides` are those of the command line, if there is one (see `resume.resumed_config`).
+    Raises: SubquadError. On Ctrl-C the step is finished, a checkpoint written, and KeyboardInterrupt raised.
+    """
+    config = copy.deepcopy(config)  # sizes are filled in; the caller's stays as it is
+    ranks = ranks_here(config.trainer)
+    with share_of_threads(config.trainer.devices):
+        if ranks.from_outside and ranks.rank > 0:
+            with process_group(ranks, None):
+                return _fit(_joined(RunFolder(Path(told_by_rank_zero(None)))), ranks)
+        prepared = _resumed(config, overrides) if config.resume else _started(config)
+        with process_group(ranks, prepared.folder.path):
+            if ranks.from_outside and ranks.world_size > 1:
+                told_by_rank_zero(str(prepared.folder.path))
+            result = _fit(prepared, ranks)
+        write_report(prepared.folder, unigram_bits_per_byte=prepared.data.unigram_bits_per_byte, overrides=overrides)
+    print(result, flush=True)
+    return result
+
+
+def train_as_other_rank(run_dir: Path) -> None:
+    """Take part in a run as one of the ranks that rank 0 started."""
+    folder = RunFolder(run_dir)
+    ranks = ranks_here(run_folder.read_config(folder, "run_dir").trainer)
+    with process_group(ranks, None):
+        _fit(_joined(folder), ranks)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A run that can start: everything is built, and its folder holds the configuration and the plan."""
+
+    folder: RunFolder
+    config: RunConfig
+    data: TextData
+    model: LanguageModel
+    plan: Plan
+    checkpoint: Checkpoint | None
+
+
+def _started(config: RunConfig) -> _Prepared:
+    """A new run. Whatever the configuration may have wrong is found before anything is written."""
+    _check(config)
+    folder = run_folder.new_run_folder(config)
+    data, model, config = _built(config)
+    model, plan = compiled(model, config, plan_of(config), packed=data.source.packed)
+    run_folder.create(folder)
+    run_folder.write_config(folder, config)
+    plan.save(folder.plan)
+    run_folder.write_json(folder.data, {"fingerprint": data.fingerprint})
+    run_folder.write_json(folder.environment, environment_record(device_of(config)))
+    save_tokenizer(data.tokenizer, folder.path)
+    return _Prepared(folder, config, data, model, plan, None)
+
+
+def _resumed(asked: RunConfig, overrides: Sequence[str] | None) -> _Prepared:
+    """A run that goes on."""
+    folder, config = resumed_config(asked, overrides)
+    _check(config)
+    checkpoint = newest_checkpoint(folder.checkpoints)
+    if checkpoint is None:
+        raise ResumeError(
+            what="the run holds no checkpoint that is whole",
+            where=f"resume={asked.resume}",
+            mend="start it again in another folder",
+        )
+    prepared = _prepared(folder, config, checkpoint)
+    run_folder.write_config(folder, config)
+    return prepared
+
+
+def _joined(folder: RunFolder) -> _Prepared:
+    """The run of that folder, on a rank that rank 0 has told of it."""
+    config = run_folder.read_config(folder, "run_dir")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # rank 0 has told of damaged checkpoints and stale plans
+        return _prepared(folder, config, newest_checkpoint(folder.checkpoints))
+
+
+def _prepared(folder: RunFolder, config: RunConfig, checkpoint: Checkpoint | None) -> _Prepared:
+    """What the folder of a run describes, built with its plan, to start at that checkpoint."""
+    data, model, config = _built(config)
+    recorded = run_folder.read_json(folder.data)
+    check_same_data(recorded["fingerprint"], data.fingerprint, str(folder.data))
+    model, plan = compiled(model, config, Plan.load(folder.plan), packed=data.source.packed)
+    return _Prepared(folder, config, data, model, plan, checkpoint)
+
+
+def _check(config: RunConfig) -> None:
+    """Refuse what can be refused without building anything.  Raises: ConfigError, NotFoundError."""
+    trainer = config.trainer
+    check_schedule(trainer)
+    check_tracking(config.tracking)
+    optimizer_config(config.optimizer)
+    CompileOptions.of_run(config)
+    build_callbacks(config.callbacks)
+    for key, value, allowed in (
+        ("precision", trainer.precision, ("auto", "float32", "bfloat16")),
+        ("accelerator", trainer.accelerator, ("auto", "cpu", "cuda")),
+        ("strategy", trainer.strategy, ("auto", "ddp")),
+    ):
+        if value not in allowed:
+            raise ConfigError(
+                what=f"{key} is '{value}'",
+                where=f"trainer.{key}",
+                mend=f"{suggestion(value, allowed)}use one of {', '.join(allowed)}",
+            )
+    have = torch.cuda.device_count()
+    if trainer.accelerator == "cuda" and not have:
+        raise ConfigError(
+            what="no CUDA device is here", where="trainer.accelerator", mend="use trainer.accelerator=cpu"
+        )
+    if device_of(config).type == "cuda" and trainer.devices > have:
+        raise ConfigError(
+            what=f"{trainer.devices} devices are asked for and {have} are here",
+            where="trainer.devices",
+            mend=f"use {have} or fewer",
+        )
+    target_of(config)
+
+
+def _built(config: RunConfig) -> tuple[TextData, LanguageModel, RunConfig]:
+    """Data and model, seeded; the sizes that the configuration left to the data are filled in."""
+    data = build_data(config)
+    _fill(config, "vocab_size", data.vocab_size, "the tokenizer's size")
+    _fill(config, "context_len", config.trainer.seq_len, "trainer.seq_len")
+    torch.manual_seed(config.seed)
+    model = build_model(config.model)
+    model.activation_checkpointing = config.trainer.activation_checkpointing
+    return data, model, config
+
+
+def _fill(config: RunConfig, key: str, least: int, what: str) -> None:
+    """Set a size of the model that is 0, or check that it suffices."""
+    value = getattr(config.model, key)
+    if value == 0:
+        setattr(config.model, key, least)
+    elif value < least:
+        raise ConfigError(
+            what=f"{key} is {value}, below {what} ({least})", where=f"model.{key}", mend=f"use 0, {least} or more"
+        )
+
+
+def _fit(prepared: _Prepared, ranks: Ranks) -> TrainResult:
+    """Run Lightning from the checkpoint (or the beginning) to the end."""
+    config, folder, checkpoint = prepared.config, prepared.folder, prepared.checkpoint
+    state: dict[str, Any] | None = None
+    if checkpoint is not None:
+        prepared.model.load_state_dict(checkpoint.weights())
+        state = checkpoint.trainer_state()
+        prepared.data.load_state_dict(state["data"])
+    module = TrainingModule(prepared.model, config, state)
+    resumed_at, spent_s = (checkpoint.step, float(state["seconds"])) if checkpoint and state else (None, 0.0)
+    tracker = build_tracker(config.tracking, folder.path, asdict(config)) if ranks.rank == 0 else NoTracker()
+    recorder = Recorder(folder, tracker, rank=ranks.rank, resumed_at=resumed_at, spent_s=spent_s)
+    interrupts = Interrupts()
+    callbacks: list[L.Callback] = [recorder, StopAfterStep(interrupts, recorder)]
+    if config.trainer.progress_bar and ranks.rank == 0:
+        callbacks.append(ProgressBar(recorder, resumed_at or 0))
+    exit_code = 1
+    try:
+        with interrupts.listening(), _quiet_lightning():
+            trainer = _lightning(config, ranks, [*callbacks, *build_callbacks(config.callbacks)])
+            if config.compile:
+                module.model.compile()
+            if resumed_at is not None and resumed_at >= config.trainer.max_steps:
+                trainer.validate(module, prepared.data, verbose=False)
+            else:
+                _go_on_from(trainer, resumed_at or 0, config.trainer.accumulate)
+                _run(trainer, module, prepared.data)
+        exit_code = 0
+    finally:
+        recorder.close()
+        tracker.finish(exit_code)
+    found = module.validation
+    assert isinstance(found, Validation), "Lightning ended without the final validation"
+    return TrainResult(
+        run_dir=folder.path,
+        step=max(int(trainer.global_step), resumed_at or 0),
+        train_loss=recorder.last.get("train/loss"),
+        validation_loss=found.loss,
+        validation_bits_per_byte=found.bits_per_byte,
+        tokens_per_s=recorder.last.get("tokens_per_s"),
+    )
+
+
+def _run(trainer: L.Trainer, module: TrainingModule, data: TextData) -> None:
+    """Fit; an interrupt leaves as an interrupt, where Lightning would end the process with code 1."""
+    try:
+        trainer.fit(module, datamodule=data)
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            step = int(trainer.global_step)
+            print(f"interrupted after step {step}; go on with resume=RUN_DIR", file=sys.stderr, flush=True)
+            raise KeyboardInterrupt from None
+        raise
+
+
+def _lightning(config: RunConfig, ranks: Ranks, callbacks: list[L.Callback]) -> L.Trainer:
+    settings, device = config.trainer, device_of(config)
+    distributed = ranks.world_size > 1
+    never = sys.maxsize
+    return L.Trainer(
+        accelerator=device.type,
+        devices=settings.devices,
+        num_nodes=ranks.world_size // settings.devices,
+        strategy=DDPStrategy() if distributed else "auto",
+        precision="bf16-mixed" if uses_bfloat16(config) else "32-true",
+        max_steps=settings.max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=settings.accumulate,
+        val_check_interval=settings.validate_every_n_steps * settings.accumulate or never,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        callbacks=callbacks,
+        use_distributed_sampler=False,  # each rank's batches are already its own
+        inference_mode=False,  # tables that a mixer builds during validation may be used in training
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def _go_on_from(trainer: L.Trainer, step: int, accumulate: int) -> None:
+    """Set the trainer's counters to a step that is over; weights, optimizer and data are restored by their owners."""
+    loop = trainer.fit_loop.epoch_loop
+    seen = loop.batch_progress.total
+    seen.ready = seen.started = seen.processed = seen.completed = step * accumulate
+    done = loop.automatic_optimization.optim_progress.optimizer.step.total
+    done.ready = done.completed = step
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Keep Lightning's remarks on our way of using it from the terminal: each is answered here."""
+    logger = logging.getLogger("lightning.pytorch")
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            # Batches are cheap to make: no worker processes are needed.
+            warnings.filterwarnings("ignore", ".*does not have many workers.*")
+            # Lightning 2.6 with torch 2.13: it asks pytree in a way that will go away.
+            warnings.filterwarnings("ignore", ".*LeafSpec.*")
+            # We run on the CPU because the configuration says so.
+            warnings.filterwarnings("ignore", ".*GPU available but not used.*")
+            yield
+    finally:
+        logger.setLevel(before)

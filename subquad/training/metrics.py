@@ -1,0 +1,95 @@
+"""What a run records as it goes: metrics.csv, and which samples each step consumed."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TextIO
+
+COLUMNS = (
+    "step", "train/loss", "val/loss", "val/bits_per_byte", "tokens_per_s", "learning_rate", "gradient_norm", "seconds",
+)  # fmt: skip
+SAMPLE_COLUMNS = ("step", "sample_ids")
+MAX_RECORDED_IDS = 5_000_000
+"""Sample numbers that a rank records (tens of megabytes); what comes later is known from the seed all the same."""
+
+
+class CsvRecord:
+    """A CSV file with a row per step, in rising order; rows are in the file when `flush` returns.
+
+    Opened with `resume_at`, it drops the rows of later steps: the resumed run writes them again.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], resume_at: int | None = None) -> None:
+        self._columns = tuple(columns)
+        if resume_at is None or not path.exists():
+            self._file: TextIO = path.open("w", newline="", encoding="utf-8")
+            self._writer = csv.writer(self._file)
+            self._writer.writerow(self._columns)
+            self._file.flush()
+            return
+        kept = [row for row in read_rows(path, self._columns) if int(row[0]) <= resume_at]
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([self._columns, *kept])
+        temporary.replace(path)
+        self._file = path.open("a", newline="", encoding="utf-8")
+        self._writer = csv.writer(self._file)
+
+    def append(self, values: Mapping[str, object]) -> None:
+        """Add a row; a column without a value stays empty."""
+        self._writer.writerow([_text(values.get(column)) for column in self._columns])
+
+    def flush(self) -> None:
+        """Hand the rows to the system, so that they outlive this process."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._file.close()
+
+
+class SampleRecord:
+    """The sample numbers that one rank consumed, a row per step."""
+
+    def __init__(self, path: Path, resume_at: int | None = None) -> None:
+        path.parent.mkdir(exist_ok=True)
+        self._record = CsvRecord(path, SAMPLE_COLUMNS, resume_at)
+        self._recorded = 0
+
+    def append(self, step: int, sample_ids: Sequence[int]) -> None:
+        """Add a step, unless enough is recorded."""
+        self._recorded += len(sample_ids)
+        if self._recorded <= MAX_RECORDED_IDS:
+            self._record.append({"step": step, "sample_ids": " ".join(map(str, sample_ids))})
+
+    def flush(self) -> None:
+        """Hand the rows to the system."""
+        self._record.flush()
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._record.close()
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> list[list[str]]:
+    """The whole rows of a record; a last row that was cut off is no row."""
+    text = path.read_text(encoding="utf-8")
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    return [row for row in list(csv.reader(lines))[1:] if len(row) == len(columns)]
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of metrics.csv; an empty cell is no key."""
+    return [
+        {column: float(cell) for column, cell in zip(COLUMNS, row, strict=True) if cell}
+        for row in read_rows(path, COLUMNS)
+    ]
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.8g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,120 @@
+"""What Lightning trains: the language model, its loss, and its optimizer."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from subquad.schema import RunConfig
+from subquad.training.data import Batch
+from subquad.training.optimizers import build_optimizer, learning_rate_factor
+from subquad.training.sources.source import IGNORED
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The held-out loss after a step: nats per predicted token, and bits per byte of text if it is text."""
+
+    step: int
+    loss: float
+    bits_per_byte: float | None
+
+
+def summed_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of  -log softmax(logits)[target]  in nats over the targets that are not -100, and their number.
+
+    Shapes:  logits: b t v    targets: b t   ->  scalars; computed in float32
+    """
+    nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    return nats, (targets != IGNORED).sum()
+
+
+def step_seed(seed: int, micro_batch: int, rank: int) -> int:
+    """The seed of everything random within one micro-batch.
+
+    Randomness is a function of the position, as the data are: a resumed run has no generator state to restore, and
+    what happens between steps (validation, a checkpoint) cannot disturb it.
+    """
+    digest = hashlib.blake2b(f"{seed}/{micro_batch}/{rank}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little")
+
+
+class TrainingModule(L.LightningModule):
+    """A language model with mean token cross entropy, gradient clipping and a warm-up + cosine schedule.
+
+    `restored` is the trainer state of a checkpoint whose weights the model already holds.
+    """
+
+    def __init__(self, model: torch.nn.Module, config: RunConfig, restored: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.validation: Validation | None = None
+        self._restored = restored
+        # Sums over the micro-batches of the current step; read by the recorder when the step is over.
+        self.step_loss = torch.zeros((), dtype=torch.float32)
+        self.gradient_norm = torch.zeros((), dtype=torch.float32)
+        self.learning_rate = 0.0  # of that step: when it is over, the optimizer holds the next one
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        micro_batch = self.trainer.fit_loop.total_batch_idx
+        seed = step_seed(self.config.seed, micro_batch, self.trainer.global_rank)
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        if micro_batch % self.config.trainer.accumulate == 0:
+            self.step_loss = torch.zeros((), dtype=torch.float32, device=self.device)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        nats, count = summed_cross_entropy(self.model(batch["tokens"], batch["cu_seqlens"]), batch["targets"])
+        loss = nats / count.clamp(min=1)
+        self.step_loss += loss.detach() / self.config.trainer.accumulate
+        return loss
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        # Lightning declines to clip for fused optimizers under mixed precision; bf16 has no loss scale to undo.
+        limit = self.config.trainer.gradient_clip_norm
+        self.learning_rate = float(optimizer.param_groups[0]["lr"])
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else math.inf)
+
+    def on_validation_epoch_start(self) -> None:
+        self._sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # nats, targets, bytes
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        nats, count = summed_cross_entropy(self.model(batch["tokens"], batch["cu_seqlens"]), batch["targets"])
+        self._sums += torch.stack([nats.double(), count.double(), nats.new_tensor(batch["target_bytes"]).double()])
+
+    def on_validation_epoch_end(self) -> None:
+        sums = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
+        nats, count, text_bytes = (float(value) for value in sums)
+        bits_per_byte = nats / text_bytes / math.log(2) if text_bytes else None
+        self.validation = Validation(int(self.trainer.global_step), nats / max(1.0, count), bits_per_byte)
+        # For callbacks that watch it, such as early stopping. All ranks hold one value already: any is the largest.
+        self.log("val/loss", self.validation.loss, sync_dist=self.trainer.world_size > 1, reduce_fx="max")
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = build_optimizer(self.config.optimizer, self.model.parameter_groups)  # type: ignore[arg-type]
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(self.config.trainer))
+        if self._restored is not None:
+            optimizer.load_state_dict(self._restored["optimizer"])
+            schedule.load_state_dict(self._restored["schedule"])
+            factor = learning_rate_factor(self.config.trainer)(schedule.last_epoch)
+            for group, peak in zip(optimizer.param_groups, schedule.base_lrs):
+                group["lr"] = peak * factor  # what was stored, unless the run has been made longer
+            self._restored = None  # its memory is the optimizer's now
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

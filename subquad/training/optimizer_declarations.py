@@ -1,0 +1,41 @@
+"""The built-in optimizers, as the plugin declares them; importing this loads no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from subquad.contracts import ComponentSpec
+from subquad.errors import ConfigError
+
+
+@dataclass(kw_only=True)
+class AdamWConfig:
+    """AdamW (Loshchilov and Hutter 2019); decay only where the model's parameter groups allow it."""
+
+    lr: float = 1e-3  # the peak, after warm-up
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    weight_decay: float = 0.1
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ConfigError(what=f"lr is {self.lr}", where="optimizer.lr", mend="use a number above 0")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(
+                what=f"betas are {self.betas}", where="optimizer.betas", mend="use two numbers from 0 to below 1"
+            )
+        if self.weight_decay < 0:
+            raise ConfigError(
+                what=f"weight_decay is {self.weight_decay}", where="optimizer.weight_decay", mend="use 0 or more"
+            )
+
+
+OPTIMIZERS: tuple[ComponentSpec, ...] = (
+    ComponentSpec(
+        kind="optimizer",
+        name="adamw",
+        summary="AdamW with decoupled weight decay",
+        config=AdamWConfig,
+        build="subquad.training.optimizers:build_adamw",
+    ),
+)

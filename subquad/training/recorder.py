@@ -1,0 +1,170 @@
+"""What a step leaves behind: a row of metrics, the samples it consumed, and now and then a checkpoint."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning as L
+
+from subquad.training.checkpoint import remove_unfinished, write_checkpoint
+from subquad.training.data import Batch
+from subquad.training.metrics import COLUMNS, CsvRecord, SampleRecord
+from subquad.training.module import TrainingModule
+from subquad.training.run_folder import RunFolder
+from subquad.training.tracking import Tracker
+
+STATE_VERSION = 1
+
+
+@dataclass
+class Throughput:
+    """Tokens and the seconds spent on them, since the last row; validation and checkpoints do not count."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    _since: float | None = field(default=None, repr=False)
+
+    def start(self) -> None:
+        self._since = time.monotonic()
+
+    def pause(self) -> None:
+        if self._since is not None:
+            self.seconds += time.monotonic() - self._since
+            self._since = None
+
+    def take(self) -> float | None:
+        """Tokens per second since the last call; None before any."""
+        rate = self.tokens / self.seconds if self.seconds else None
+        self.tokens, self.seconds = 0, 0.0
+        return rate
+
+
+class Recorder(L.Callback):
+    """Writes a step's row and checkpoint after its validation, just before the next step begins.
+
+    So a checkpoint never stands without the figures of its own step, and `metrics.csv` is whole up to every one of
+    them. Rank 0 writes; each rank records its own samples.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        tracker: Tracker,
+        *,
+        rank: int,
+        resumed_at: int | None,
+        spent_s: float,
+    ) -> None:
+        self._folder, self._tracker, self._writes = folder, tracker, rank == 0
+        self._samples = SampleRecord(folder.samples(rank), resumed_at)
+        self._metrics: CsvRecord | None = None
+        if self._writes:
+            self._metrics = CsvRecord(folder.metrics, COLUMNS, resumed_at)
+            remove_unfinished(folder.checkpoints)
+        self._started = time.monotonic() - spent_s
+        self._throughput = Throughput()
+        self._sample_ids: list[int] = []
+        self._row: dict[str, float] = {}
+        self._written = resumed_at or 0
+        self.last: dict[str, float] = {}
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of training, over all resumptions."""
+        return time.monotonic() - self._started
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._throughput.start()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._settle(trainer, pl_module)
+        self._throughput.start()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, TrainingModule)
+        self._sample_ids += batch["sample_ids"].tolist()
+        self._throughput.tokens += batch["tokens"].numel() * trainer.world_size
+        self._throughput.pause()
+        config = pl_module.config.trainer
+        if (trainer.fit_loop.total_batch_idx + 1) % config.accumulate:
+            return
+        step = int(trainer.global_step)
+        self._samples.append(step, self._sample_ids)
+        self._sample_ids = []
+        if step == 1 or step % config.log_every_n_steps == 0 or step >= config.max_steps:
+            self._measure(trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, TrainingModule)
+        found = pl_module.validation
+        assert found is not None
+        if self._row.get("step") != found.step:
+            self._measure(trainer, pl_module)
+        self._row |= {"val/loss": found.loss}
+        if found.bits_per_byte is not None:
+            self._row |= {"val/bits_per_byte": found.bits_per_byte}
+        self.last = self.last | self._row
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._settle(trainer, pl_module, last=True)
+
+    def close(self) -> None:
+        """Write what is buffered."""
+        self._samples.close()
+        if self._metrics is not None:
+            self._metrics.close()
+
+    def save_now(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the row and a checkpoint of the step that is just over."""
+        self._settle(trainer, pl_module, last=True)
+
+    def _measure(self, trainer: L.Trainer, pl_module: TrainingModule) -> None:
+        """Begin the row of this step."""
+        mean_loss = trainer.strategy.reduce(pl_module.step_loss.clone(), reduce_op="mean")
+        self._row = {
+            "step": int(trainer.global_step),
+            "train/loss": float(mean_loss),
+            "learning_rate": pl_module.learning_rate,
+            "gradient_norm": float(pl_module.gradient_norm),
+            "seconds": self.seconds,
+        }
+        rate = self._throughput.take()
+        if rate is not None:
+            self._row["tokens_per_s"] = rate
+        self.last = self.last | self._row
+
+    def _settle(self, trainer: L.Trainer, pl_module: L.LightningModule, last: bool = False) -> None:
+        """Write what the step that is over has to leave behind, once."""
+        assert isinstance(pl_module, TrainingModule)
+        step = int(trainer.global_step)
+        if self._row and self._metrics is not None:
+            self._metrics.append(self._row)
+            self._metrics.flush()
+            self._tracker.log(step, {name: value for name, value in self._row.items() if name != "step"})
+        self._row = {}
+        every = pl_module.config.checkpoint.every_n_steps
+        if step > self._written and (last or (every > 0 and step % every == 0)):
+            self._written = step
+            self._samples.flush()
+            if self._writes:
+                self._save(trainer, pl_module, step)
+            trainer.strategy.barrier("checkpoint")
+
+    def _save(self, trainer: L.Trainer, pl_module: TrainingModule, step: int) -> None:
+        schedule: Any = trainer.lr_scheduler_configs[0].scheduler
+        state = {
+            "version": STATE_VERSION,
+            "step": step,
+            "seconds": self.seconds,
+            "optimizer": trainer.optimizers[0].state_dict(),
+            "schedule": schedule.state_dict(),
+            "data": trainer.datamodule.state_dict(),  # type: ignore[attr-defined]
+        }
+        keep = pl_module.config.checkpoint.keep
+        write_checkpoint(self._folder.checkpoints, step, pl_module.model.state_dict(), state, keep=keep)

