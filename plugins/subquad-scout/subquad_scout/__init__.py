@@ -1,0 +1,1 @@
+"""SCOUT (Jafari et al. 2025): attention over segment summaries."""

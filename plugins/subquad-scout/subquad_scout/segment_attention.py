@@ -1,0 +1,98 @@
+"""The segment attention mixer: SCOUT's second half, to follow a mixer that fills the segments' last tokens."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from subquad import ConfigError, MixerContext
+from subquad_kernels.operators import segment_attention
+from subquad_kernels.rotary import Rotary
+from subquad_scout.config import SegmentAttentionConfig
+
+
+class SegmentCarry(NamedTuple):
+    """Rotated keys and values of the segment summaries so far, and how many tokens came before.
+
+    Shapes:  keys, values: b floor(position / segment_len) h_kv k
+    """
+
+    keys: Tensor
+    values: Tensor
+    position: int
+
+
+class SegmentAttention(nn.Module):
+    """y = W_o concat_heads( segment_attention(R q, R k, v) ),  q, k, v = W_q x, W_k x, W_v x.
+
+    Token g attends to itself and to the last token of each segment that ended before it: 1 + floor(g / segment_len)
+    keys. The summaries are not pooled and add no parameters; the mixer before this one writes a segment's content into
+    its last token.
+
+    Shapes:  x: b t d  ->  b t d      R rotates by absolute position, summaries keep the phase of their own token.
+    Source: SCOUT 2025 (arXiv 2509.00935).
+    """
+
+    def __init__(self, config: SegmentAttentionConfig, context: MixerContext) -> None:
+        super().__init__()
+        self.segment_len = config.resolved_segment_len(context.context_len)
+        self.num_heads = config.num_heads
+        self.num_kv_heads = config.num_kv_heads or config.num_heads
+        self.head_dim = config.head_dim or context.d_model // config.num_heads
+        if not config.head_dim and context.d_model % config.num_heads:
+            raise ConfigError(
+                what=f"{config.num_heads} heads do not divide the width {context.d_model}",
+                where="num_heads",
+                mend="use a divisor of model.d_model, or set head_dim",
+            )
+        self.q_proj = nn.Linear(context.d_model, self.num_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(context.d_model, self.num_kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(context.d_model, self.num_kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, context.d_model, bias=False)
+        self.rotary = Rotary(self.head_dim, config.rope_theta)
+
+    def init_parameters(self, std: float) -> None:
+        """Every projection normal(0, std)."""
+        for linear in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+            nn.init.normal_(linear.weight, std=std)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Mix whole sequences.  Shapes:  x: b t d  ->  b t d"""
+        q, k, v = self._project(x)
+        q, k = self.rotary(q, k, 0, cu_seqlens)
+        out = segment_attention(q, k, v, cu_seqlens=cu_seqlens, segment_len=self.segment_len)
+        return self.o_proj(out.flatten(2))  # type: ignore[no-any-return]
+
+    def empty_carry(self, batch_size: int) -> SegmentCarry:
+        """No summaries yet."""
+        shape = (batch_size, 0, self.num_kv_heads, self.head_dim)
+        return SegmentCarry(self.k_proj.weight.new_zeros(shape), self.v_proj.weight.new_zeros(shape), 0)
+
+    def prefill(self, x: Tensor, carry: SegmentCarry) -> tuple[Tensor, SegmentCarry]:
+        """Mix the next t tokens, and keep the summaries of the segments they complete.  Shapes:  x: b t d  ->  b t d"""
+        q, k, v = self._project(x)
+        q, k = self.rotary(q, k, carry.position)
+        out = segment_attention(
+            q, k, v, carry.keys, carry.values, segment_len=self.segment_len, start=carry.position
+        )
+        first = self.segment_len - 1 - carry.position % self.segment_len
+        carry = SegmentCarry(
+            torch.cat([carry.keys, k[:, first :: self.segment_len]], dim=1),
+            torch.cat([carry.values, v[:, first :: self.segment_len]], dim=1),
+            carry.position + x.shape[1],
+        )
+        return self.o_proj(out.flatten(2)), carry
+
+    def decode(self, x_t: Tensor, carry: SegmentCarry) -> tuple[Tensor, SegmentCarry]:
+        """Mix the next token.  Shapes:  x_t: b d  ->  b d"""
+        out, carry = self.prefill(x_t.unsqueeze(1), carry)
+        return out.squeeze(1), carry
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return (
+            self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)),
+            self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)),
+            self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)),
+        )

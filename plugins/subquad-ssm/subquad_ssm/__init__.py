@@ -1,0 +1,1 @@
+"""State-space sequence mixers: Mamba (Gu and Dao 2023)."""

@@ -1,0 +1,28 @@
+"""How the Mamba mixer is configured; imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from subquad import ConfigError
+
+
+@dataclass(kw_only=True)
+class MambaConfig:
+    """A selective state-space model per channel, behind a short convolution and a gate (Mamba, 2023)."""
+
+    expand: int = 2  # d_inner / d_model
+    state_dim: int = 16  # states per channel
+    conv_width: int = 4  # tokens the short convolution sees, the current one included
+    dt_rank: int = 0  # rank of the map to the step sizes; 0: d_model / 16, rounded up
+
+    def __post_init__(self) -> None:
+        for name in ("expand", "state_dim", "conv_width"):
+            if getattr(self, name) < 1:
+                raise ConfigError(what=f"{name} is {getattr(self, name)}", where=name, mend="use 1 or more")
+        if self.dt_rank < 0:
+            raise ConfigError(what=f"dt_rank is {self.dt_rank}", where="dt_rank", mend="use 1 or more, or 0")
+
+    def resolved_dt_rank(self, d_model: int) -> int:
+        """The rank of the step-size map in a model of width `d_model`."""
+        return self.dt_rank or -(-d_model // 16)

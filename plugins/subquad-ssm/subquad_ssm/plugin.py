@@ -1,0 +1,27 @@
+"""What this plugin declares; imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from subquad import Growth, MixerSpec, hookimpl
+from subquad_ssm.config import MambaConfig
+
+
+@hookimpl
+def subquad_provide_mixers() -> Iterable[MixerSpec]:
+    return [
+        MixerSpec(
+            name="mamba",
+            summary="selective state-space model with input-dependent steps, behind a short convolution",
+            paper="Gu and Dao 2023 (arXiv 2312.00752)",
+            config=MambaConfig,
+            build="subquad_ssm.mamba:Mamba",
+            work_growth=Growth.LINEAR,
+            carry_growth=Growth.CONSTANT,
+            no_decay=("A_log", "D", "dt_proj.bias"),
+            # Rates and step sizes act exponentially on the state: 8 bits of them change what is remembered.
+            float32_parameters=("A_log", "D", "dt_proj.bias"),
+            operators=("causal_conv", "selective_scan"),
+        )
+    ]
