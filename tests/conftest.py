@@ -1,0 +1,95 @@
+"""A run that takes a second: what the tests of training start from."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from subquad.schema import (
+    ChannelMixerConfig,
+    CheckpointConfig,
+    CompilerConfig,
+    ModelConfig,
+    RunConfig,
+    TrainerConfig,
+)
+
+TinyRun = Callable[..., RunConfig]
+
+JOB = """
+import json, sys
+from subquad.component_config import typed_config
+from subquad.schema import RunConfig
+from subquad.training.fit import train
+
+if __name__ == "__main__":
+    train(typed_config(RunConfig, json.load(open(sys.argv[1])), "job"))
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text that a model of a thousand parameters learns something about in ten steps."""
+    path = tmp_path_factory.mktemp("tiny-corpus") / "corpus.txt"
+    words = "the quick brown fox jumps over the lazy dog and the cat sat on the mat while it rained".split()  # noqa: SIM905
+    sentences = [" ".join(words[(7 * i + j * j) % len(words)] for j in range(4 + i % 9)) for i in range(600)]
+    path.write_text("\n\n".join(sentences) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def tiny_run(tiny_corpus: Path, tmp_path: Path) -> TinyRun:
+    """Builds the configuration of a small run: `tiny_run("folder", max_steps=4, run={"seed": 1})`."""
+
+    def config(
+        run_dir: str, *, every: int = 4, keep: int = 2, run: dict[str, Any] | None = None, **trainer: Any
+    ) -> RunConfig:
+        settings = {
+            "max_steps": 12, "batch_size": 2, "seq_len": 32, "validate_every_n_steps": 6, "validation_batches": 2,
+            "log_every_n_steps": 3, "learning_rate_warmup_steps": 3, "accelerator": "cpu", "progress_bar": False,
+        } | trainer  # fmt: skip
+        values: dict[str, Any] = {
+            "model": ModelConfig(
+                name="tiny",
+                d_model=32,
+                num_layers=2,
+                mixers={"softmax_attention": {"mixer": "softmax_attention", "num_heads": 2}},
+                channel_mixer=ChannelMixerConfig(d_hidden=64),
+            ),
+            "data": {"name": "text_files", "files": [str(tiny_corpus)]},
+            "trainer": TrainerConfig(**settings),
+            "checkpoint": CheckpointConfig(every_n_steps=every, keep=keep),
+            "compiler": CompilerConfig(measure=False),
+            "optimizer": {"name": "adamw", "lr": 3e-3},
+            "run_dir": str(tmp_path / run_dir),
+        }
+        return RunConfig(**values | (run or {}))
+
+    return config
+
+
+@pytest.fixture
+def start_run(tmp_path: Path) -> Callable[[RunConfig], subprocess.Popen[str]]:
+    """Starts a run in a process of its own, with one thread."""
+
+    def start(config: RunConfig) -> subprocess.Popen[str]:
+        script, job = tmp_path / "job.py", tmp_path / "job.json"
+        script.write_text(JOB, encoding="utf-8")
+        job.write_text(json.dumps(asdict(config)), encoding="utf-8")
+        return subprocess.Popen(
+            [sys.executable, str(script), str(job)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start

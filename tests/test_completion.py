@@ -1,0 +1,56 @@
+"""A real bash completes verbs, groups and keys."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from subquad.__main__ import VERBS
+
+
+def completed(line: str, folder: Path) -> list[str]:
+    """What a real bash offers for a line, by calling the function as readline would."""
+    (folder / "train").mkdir()  # a path may look like a verb
+    program = folder / "train" / "subquad"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m subquad "$@"\n')
+    program.chmod(0o755)
+    line = line.replace("PROGRAM", str(program))
+    script = (
+        'eval "$(subquad completion)"\n'
+        "complete -p subquad >/dev/null || exit 9\n"
+        "COMP_LINE=$1 COMP_POINT=${#1}; COMP_WORDS=($1); COMP_CWORD=$((${#COMP_WORDS[@]} - 1))\n"
+        "_subquad_complete subquad\n"
+        'printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    result = subprocess.run(
+        ["bash", "--norc", "-c", script, "bash", line],
+        env=os.environ | {"PATH": f"{program.parent}:{os.environ['PATH']}"},
+        capture_output=True, text=True, check=True, cwd=folder,
+    )  # fmt: skip
+    assert result.stderr == ""
+    return result.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("subquad tr", {"train"}),
+        ("subquad ", set(VERBS)),
+        ("subquad train model=scout_s", {"model=scout_swa", "model=scout_swa_470m", "model=scout_swa_1_57b"}),
+        ("subquad train data=mqar data.num_p", {"data.num_pairs="}),
+        ("subquad explain model=mamba trainer.max_st", {"trainer.max_steps="}),
+        ("PROGRAM train trainer.max_st", {"trainer.max_steps="}),
+        ("subquad generate pro", {"prompt="}),
+        ("subquad plugins --", {"--json"}),
+    ],
+)
+def test_bash_completes_verbs_groups_and_keys(line: str, offered: set[str], tmp_path: Path) -> None:
+    assert set(completed(line, tmp_path)) == offered
+
+
+def test_bash_completes_every_group_after_a_verb(tmp_path: Path) -> None:
+    assert {"model=", "data=", "optimizer=", "seed="} <= set(completed("subquad train ", tmp_path))

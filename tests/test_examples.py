@@ -1,0 +1,60 @@
+"""The examples run as their READMEs say."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+@pytest.fixture(scope="module")
+def gated_conv_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The third-party plugin, built and installed into a folder of its own."""
+    root = tmp_path_factory.mktemp("plugin")
+    shutil.copytree(EXAMPLES / "02_write_a_plugin", root / "source")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*command, "--target", str(root / "site"), str(root / "source")], check=True, capture_output=True)
+    return root / "site"
+
+
+def run(arguments: list[str], site: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(site), "SUBQUAD_CACHE": str(cwd / "cache")}
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], env=environment, cwd=cwd, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_example_plugin_is_discovered_under_its_name(gated_conv_path: Path, tmp_path: Path) -> None:
+    result = run(["subquad", "plugins", "--json"], gated_conv_path, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "subquad-gated-conv" in json.dumps(json.loads(result.stdout))
+
+
+def test_the_example_plugin_trains(gated_conv_path: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("the quick brown fox jumps over the lazy dog\n\n" * 400)
+    overrides = [
+        "model=transformer", "+mixer@model.mixers.gated_conv=gated_conv", "model.d_model=32", "model.num_layers=2",
+        "model.schedule=[gated_conv,softmax_attention]", "data=text_files", f"data.files=[{corpus}]",
+        "trainer.max_steps=3", "trainer.seq_len=32", "trainer.batch_size=2", "trainer.progress_bar=false",
+        "compiler.measure=false", f"run_dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    result = run(["subquad", "train", *overrides], gated_conv_path, tmp_path)
+    assert result.returncode == 0, result.stderr
+    plan = (tmp_path / "run" / "plan.json").read_text()
+    assert "gated_conv" in plan
+    assert "causal_conv" in plan
+
+
+def test_the_example_plugins_own_tests_pass(gated_conv_path: Path, tmp_path: Path) -> None:
+    tests = EXAMPLES / "02_write_a_plugin" / "test_gated_conv.py"
+    arguments = ["pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tests)]
+    result = run(arguments, gated_conv_path, tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
