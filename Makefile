@@ -2,18 +2,23 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+DISTRIBUTIONS := -e kernels -e cost_model -e ".[train,hf,triton,dev]" -e plugins/subquad-scout -e plugins/subquad-ssm
 PYPROJECTS := pyproject.toml kernels/pyproject.toml cost_model/pyproject.toml plugins/subquad-scout/pyproject.toml plugins/subquad-ssm/pyproject.toml
 STAMP := $(VENV)/.installed
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install train test test-all lint
+# The versions of the machines with GPUs, in an environment of their own: several GB, a CUDA build that runs on CPUs.
+TWIN := .venv-gpu-versions
+TWIN_STAMP := $(TWIN)/.installed
+
+.PHONY: install train test test-all test-gpu-versions install-gpu-versions lint
 
 install: $(STAMP)
 
 $(STAMP): constraints.txt $(PYPROJECTS) tools/check_python.py
 	$(PYTHON) tools/check_python.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "torch==2.13.0" \
-		-e kernels -e cost_model -e ".[train,dev]" -e plugins/subquad-scout -e plugins/subquad-ssm
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt "torch==2.13.0" $(DISTRIBUTIONS)
 	touch $(STAMP)
 
 train: $(STAMP)
@@ -29,3 +34,15 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest -m "not gpu"
+
+install-gpu-versions: $(TWIN_STAMP)
+
+$(TWIN_STAMP): constraints.txt constraints-gpu.txt $(PYPROJECTS) tools/check_python.py
+	$(PYTHON) tools/check_python.py
+	test -x $(TWIN)/bin/python || $(PYTHON) -m venv $(TWIN)
+	grep -vE "^($$(cut -d= -f1 constraints-gpu.txt | paste -sd '|'))==" constraints.txt | cat - constraints-gpu.txt > $(TWIN)/constraints.txt
+	$(TWIN)/bin/python $(PIP_INSTALL) -c $(TWIN)/constraints.txt "torch==2.11.0" $(DISTRIBUTIONS)
+	touch $(TWIN_STAMP)
+
+test-gpu-versions: $(TWIN_STAMP)
+	$(TWIN)/bin/python -m pytest -m "not gpu and not slow"

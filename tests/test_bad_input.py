@@ -109,7 +109,7 @@ def test_a_strangers_recipe_that_names_code_is_refused_before_anything_is_built(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["model.mixers.softmax_attention.num_heads=3"], ["model.mixers.softmax_attention", "3"]),
+        (["model.mixers.softmax_attention.num_heads=5"], ["model.mixers.softmax_attention", "5"]),
         (["model.mixers.softmax_attention.num_kv_heads=3"], ["model.mixers.softmax_attention", "num_kv_heads"]),
         (["target=z9"], ["z9", "target"]),
         (["target=device.json"], ["device.json"]),

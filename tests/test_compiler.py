@@ -384,7 +384,8 @@ def test_explain_works_for_a_device_that_is_absent_and_calls_its_figures_bounds(
     text = explain(run_config("softmax_attention", target="l40s"))
     assert "bounds from a data sheet, not measurements" in text
     assert "bfloat16" in text
-    assert "sdpa_flash stays: the estimates" in text
+    # Its rival there needs triton, which is an extra.
+    assert "sdpa_flash stays: the estimates" in text or "flex_attention: triton is not installed" in text
 
 
 def test_explaining_a_billion_parameters_allocates_none() -> None:

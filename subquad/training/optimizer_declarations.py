@@ -12,7 +12,7 @@ from subquad.errors import ConfigError
 class AdamWConfig:
     """AdamW (Loshchilov and Hutter 2019); decay only where the model's parameter groups allow it."""
 
-    lr: float = 1e-3  # the peak, after warm-up
+    lr: float = 3e-3  # the peak, after warm-up; it suits laptop sizes, some hundred million parameters want about 4e-4
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     weight_decay: float = 0.1
     eps: float = 1e-8

@@ -63,9 +63,10 @@ def backward(
     found: dict[str, Tensor | None] = {"q": torch.empty_like(q), "k": torch.empty_like(k), "v": torch.empty_like(v)}
     by_token = lse.transpose(1, 2)
     for group in document_groups(cu_seqlens):
-        padded = [group.pad(tensor) for tensor in (gradient, q, k, v)]
-        saved = (group.pad(out), group.pad(by_token).transpose(1, 2))
-        part = _backward(*padded, None, None, *saved, segment_len, 0, factor)
+        part = _backward(
+            group.pad(gradient), group.pad(q), group.pad(k), group.pad(v), None, None,
+            group.pad(out), group.pad(by_token).transpose(1, 2), segment_len, 0, factor,
+        )  # fmt: skip
         for name in ("q", "k", "v"):
             whole, piece = found[name], part[name]
             assert whole is not None and piece is not None
@@ -140,7 +141,7 @@ def _forward(
 def _own_scores(q: Tensor, k: Tensor, factor: float) -> Tensor:
     """scale q_g . k_g of every token.  Shapes:  q: b t h k    k: b t h_kv k  ->  b t h"""
     exact = torch.promote_types(q.dtype, torch.float32)
-    queries = q.unflatten(2, (k.shape[2], -1)).to(exact)
+    queries: Tensor = q.unflatten(2, (k.shape[2], -1)).to(exact)
     return ((queries * k.unsqueeze(3).to(exact)).sum(dim=-1) * factor).flatten(2)
 
 

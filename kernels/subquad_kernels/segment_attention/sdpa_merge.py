@@ -63,9 +63,10 @@ def backward(
     found: dict[str, Tensor | None] = {"q": torch.empty_like(q), "k": torch.empty_like(k), "v": torch.empty_like(v)}
     by_token = lse.transpose(1, 2)
     for group in document_groups(cu_seqlens):
-        padded = [group.pad(tensor) for tensor in (gradient, q, k, v)]
-        saved = (group.pad(out), group.pad(by_token).transpose(1, 2))
-        part = _backward(*padded, None, None, *saved, segment_len, 0, factor)
+        part = _backward(
+            group.pad(gradient), group.pad(q), group.pad(k), group.pad(v), None, None,
+            group.pad(out), group.pad(by_token).transpose(1, 2), segment_len, 0, factor,
+        )  # fmt: skip
         for name in ("q", "k", "v"):
             whole, piece = found[name], part[name]
             assert whole is not None and piece is not None

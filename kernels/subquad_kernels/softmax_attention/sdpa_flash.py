@@ -56,10 +56,11 @@ def backward(
         found = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
         by_token = lse.transpose(1, 2)
         for group in document_groups(cu_seqlens):
-            padded = [group.pad(tensor) for tensor in (gradient, q, k, v, out)]
-            padded_lse = group.pad(by_token).transpose(1, 2)
             mask = None if causal else group.real
-            parts = _cpu_backward(*padded, padded_lse, causal, window, factor, mask)
+            parts = _cpu_backward(
+                group.pad(gradient), group.pad(q), group.pad(k), group.pad(v), group.pad(out),
+                group.pad(by_token).transpose(1, 2), causal, window, factor, mask,
+            )  # fmt: skip
             for whole, part in zip(found, parts):
                 group.write(whole, part)
     return dict(zip(("q", "k", "v"), found))

@@ -35,10 +35,10 @@ def backward(
     """dq, dk, dv by differentiating the tiles, computed once more."""
     values: Any = arguments
     with torch.enable_grad():
-        inputs = [values[name].detach().requires_grad_() for name in ("q", "k", "v")]
+        q, k, v = (values[name].detach().requires_grad_() for name in ("q", "k", "v"))
         factor = scale_of(values["q"], values["scale"])
-        out, _ = _attend(*inputs, values["cu_seqlens"], values["window"], factor)
-        found = torch.autograd.grad(out, inputs, gradients[0])
+        out, _ = _attend(q, k, v, values["cu_seqlens"], values["window"], factor)
+        found = torch.autograd.grad(out, (q, k, v), gradients[0])
     return dict(zip(("q", "k", "v"), found))
 
 
@@ -52,7 +52,8 @@ def _attend(
     tiles = -(-t // tile)
 
     def tiled(x: Tensor) -> Tensor:  # [b, tiles, tile, heads, width]
-        return pad(x, (0, 0, 0, 0, 0, tiles * tile - t)).unflatten(1, (tiles, tile))
+        laid_out: Tensor = pad(x, (0, 0, 0, 0, 0, tiles * tile - t)).unflatten(1, (tiles, tile))
+        return laid_out
 
     def with_previous(x: Tensor) -> Tensor:  # [b, tiles, 2 tile, heads, width]
         x = tiled(x)
