@@ -1,0 +1,103 @@
+"""What the documentation says is what the program does."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from subquad import Example, build_model, compile_model, hookspecs, load_config, schema
+from subquad.__main__ import VERBS
+from subquad.compiler.options import CompileOptions
+from subquad.compiler.pipeline import compiled_graphs
+from subquad.component_config import defaults_of
+from subquad.registry import load_registry
+from subquad.training.metrics import COLUMNS
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+HOST = (ROOT / "subquad" / "README.md").read_text(encoding="utf-8")
+ROOMS = ("subquad", "conf", "kernels", "cost_model", "plugins", "tests", "examples")
+LONGEST_LINE_OF_A_SCREEN = 90
+
+
+def commands(text: str) -> list[list[str]]:
+    """The arguments of every `python -m subquad ...` line in code blocks."""
+    blocks = re.findall(r"```(?:bash|)\n(.*?)```", text, flags=re.S)
+    lines = [line for block in blocks for line in block.splitlines()]
+    return [shlex.split(line)[3:] for line in lines if line.startswith("python -m subquad ")]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_room_has_a_readme_of_one_screen(room: str) -> None:
+    text = (ROOT / room / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= LONGEST_LINE_OF_A_SCREEN
+
+
+@pytest.mark.parametrize("arguments", [found for found in commands(README) if found[0] in ("train", "explain")], ids=str)
+def test_the_readmes_recipes_compose(arguments: list[str]) -> None:
+    overrides = [argument for argument in arguments[1:] if "=" in argument and not argument.startswith("resume=")]
+    if "--multirun" in arguments:
+        overrides = [re.sub(r"^(model=)(\w+),.*", r"\1\2", override) for override in overrides]
+    assert load_config(overrides).model.num_layers > 0
+
+
+def test_every_verb_stands_in_the_readme_and_no_other() -> None:
+    named = {arguments[0] for arguments in commands(README)}
+    assert set(VERBS) - {"completion"} <= named <= set(VERBS)
+    assert "subquad completion" in README
+
+
+def test_every_hook_stands_in_the_readme_of_the_host() -> None:
+    hooks = {name for name in dir(hookspecs) if name.startswith("subquad_provide")}
+    assert set(re.findall(r"^\| `(subquad_provide_\w+)` \|", HOST, flags=re.M)) == hooks
+
+
+@pytest.mark.parametrize("name", sorted(load_registry().mixers))
+def test_every_mixer_stands_in_the_table_of_the_readme(name: str) -> None:
+    assert f"| `{name}` |" in README
+
+
+@pytest.mark.parametrize("kind", ["TrainerConfig", "CheckpointConfig", "CompilerConfig"])
+def test_every_key_of_a_run_is_described_beside_its_default(kind: str) -> None:
+    source = (ROOT / "subquad" / "schema.py").read_text(encoding="utf-8")
+    for field in dataclasses.fields(getattr(schema, kind)):
+        assert re.search(rf"^    {field.name}: .* = ", source, flags=re.M), field.name
+
+
+@pytest.mark.parametrize("plugin", ["subquad-scout", "subquad-ssm"])
+def test_every_key_of_a_plugins_mixers_stands_in_its_readme(plugin: str) -> None:
+    text = (ROOT / "plugins" / plugin / "README.md").read_text(encoding="utf-8")
+    registry = load_registry()
+    for spec in registry.mixers.values():
+        if registry.origin(spec).startswith(plugin):
+            for key in defaults_of(spec.config):
+                assert f"`{key}" in text, f"{spec.name}.{key}"
+
+
+def test_the_graph_in_the_readme_is_the_compilers() -> None:
+    config = load_config(["model=scout_mamba"]).model
+    config.vocab_size, config.context_len, config.num_layers = 256, 256, 2
+    torch.manual_seed(0)
+    example = Example(tokens_shape=(8, 256), packed=True, training=True)
+    model, _ = compile_model(build_model(config), example, target="cpu", options=CompileOptions(measure=False))
+    printed = re.sub(r" : _\w+_", "", compiled_graphs(model)[1, "packed"].code)
+    shown = re.search(r"```python\n(def forward.*?)```", HOST, flags=re.S)
+    assert shown is not None
+
+    def without_choice(text: str) -> str:
+        # Which kernel is fastest depends on the machine; that one is named does not.
+        return re.sub(r", '[^']+'\)", ", KERNEL)", text).strip()
+
+    assert without_choice(shown[1]) == without_choice(printed)
+    assert "', KERNEL" not in without_choice(shown[1])
+
+
+def test_the_columns_of_metrics_csv_are_named_in_the_readme() -> None:
+    for column in ("step", "train/loss", "val/loss", "val/bits_per_byte", "tokens_per_s"):
+        assert column in COLUMNS
+    assert "metrics.csv" in README
