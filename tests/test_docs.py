@@ -38,7 +38,9 @@ def test_every_room_has_a_readme_of_one_screen(room: str) -> None:
     assert len(text.splitlines()) <= LONGEST_LINE_OF_A_SCREEN
 
 
-@pytest.mark.parametrize("arguments", [found for found in commands(README) if found[0] in ("train", "explain")], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [found for found in commands(README) if found[0] in ("train", "explain")], ids=str
+)
 def test_the_readmes_recipes_compose(arguments: list[str]) -> None:
     overrides = [argument for argument in arguments[1:] if "=" in argument and not argument.startswith("resume=")]
     if "--multirun" in arguments:
