@@ -194,11 +194,11 @@ def add_kernel(monkeypatch: pytest.MonkeyPatch, name: str, half: Any) -> Kernel:
 
 
 class Slow:
-    """Compacted, and ten milliseconds of nothing."""
+    """Compacted, after a sleep that is long beside what it computes, also on a busy machine."""
 
     @staticmethod
     def forward(**arguments: Any) -> Any:
-        time.sleep(0.01)
+        time.sleep(0.05)
         return CATALOGUE.kernel("segment_attention", "compacted").torch_half.forward(**arguments)
 
     @staticmethod
@@ -250,7 +250,7 @@ def test_unsure_estimates_are_measured_and_the_slow_kernel_loses(monkeypatch: py
     assert choice.chosen != "sleepy"
     figures = {figure.kernel: figure for figure in choice.figures}
     assert figures["sleepy"].source == "measured"
-    assert figures["sleepy"].seconds > 0.01 > figures[choice.chosen].seconds
+    assert figures["sleepy"].seconds > figures[choice.chosen].seconds
     assert any("measured for" in note for note in plan.notes)
 
 

@@ -27,9 +27,9 @@ LONGEST_LINE_OF_A_SCREEN = 90
 
 def commands(text: str) -> list[list[str]]:
     """The arguments of every `python -m subquad ...` line in code blocks."""
-    blocks = re.findall(r"```(?:bash|)\n(.*?)```", text, flags=re.S)
-    lines = [line for block in blocks for line in block.splitlines()]
-    return [shlex.split(line)[3:] for line in lines if line.startswith("python -m subquad ")]
+    fenced = text.split("```")[1::2]
+    lines = [line for block in fenced for line in block.splitlines() if line.startswith("python -m subquad ")]
+    return [shlex.split(line, comments=True)[3:] for line in lines]
 
 
 @pytest.mark.parametrize("room", ROOMS)
