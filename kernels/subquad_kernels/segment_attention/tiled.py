@@ -7,7 +7,7 @@ Forward is one launch, backward three: gradients of queries and of own terms, gr
 addition to the tokens they stand at. Nothing is added atomically: equal inputs give equal bits. A packed sequence is
 one call too, without a loop over documents and without waiting for the device. The README derives the backward.
 
-Shapes:  queries: TILE_T rows of one head    summaries: TILE_N rows of its key head    widths are padded to BLOCK_K, BLOCK_V
+Tiles:  queries: TILE_T rows of one head    summaries: TILE_N rows of its key head    widths: padded to BLOCK_K, BLOCK_V
 """
 
 from __future__ import annotations
@@ -57,25 +57,24 @@ TILINGS: dict[Stage, Tiling] = {}
 
 
 def tiling(stage: Stage, dtype: torch.dtype, width: int, t: int) -> Tiling:
-    """The tiles of a kernel for the wider of the two head widths, padded to a power of two."""
+    """The tiles of a kernel for the wider of the two head widths, padded to a power of two.
+
+    Chosen so that on compute capability 9.0 no loop spills registers.
+    """
     if stage in TILINGS:
         return TILINGS[stage]
-    if dtype == torch.float32:
-        # Products without tensor cores: tiles that fit the registers.
-        length = 32 if width <= 64 else 16
-        return Tiling(length, length, 4, 1)
-    short = t <= 16
+    if dtype == torch.float32:  # products without tensor cores: operands live in registers
+        return Tiling(32, 32, 8, 1) if width <= 64 else Tiling(16, 16, 8, 1)
+    pipeline = 3 if width <= 128 else 2
+    if stage == "summary_gradients":
+        if width <= 64:
+            return Tiling(64, 128, 8, pipeline)
+        return Tiling(64, 64, 8, 2) if width <= 128 else Tiling(16, 64, 8, 2)
+    if t <= 16:  # decoding: the least that a product takes
+        return Tiling(16, 64 if width <= 128 else 32, 4, pipeline)
     if stage == "forward":
-        if width <= 64:
-            return Tiling(16 if short else 128, 64, 4, 3)
-        return Tiling(16 if short else 128, 64 if width <= 128 else 32, 4 if short else 8, 3 if width <= 128 else 2)
-    if stage == "query_gradients":
-        if width <= 64:
-            return Tiling(16 if short else 128, 64, 4 if short else 8, 3)
-        return Tiling(16 if short else 64, 64 if width <= 128 else 32, 4 if short or width <= 128 else 8, 2)
-    if width <= 64:
-        return Tiling(64, 128, 8, 3)
-    return Tiling(64 if width <= 128 else 32, 64, 8, 2)
+        return Tiling(128, 64 if width <= 128 else 32, 4 if width <= 64 else 8, pipeline)
+    return Tiling(128 if width <= 128 else 64, 64 if width <= 128 else 32, 8, 3 if width <= 64 else 2)
 
 
 def forward(
@@ -243,7 +242,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _block(width: int) -> int:
     """The next power of two; a product takes 16 at least."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, 1 << (width - 1).bit_length())
 
 
 @triton.jit
@@ -291,7 +290,8 @@ def _range_of_tile(low, high, row, begin, last, t, start, segment_len, TILE_N: t
 
 @triton.jit
 def _attend(
-    acc, total, peak, queries, keys, values, keys_n, values_n, column_k, column_v, row_low, row_high, from_, to, factor2,
+    acc, total, peak, queries, keys, values, keys_n, values_n, column_k, column_v,
+    row_low, row_high, from_, to, factor2,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILE_N: tl.constexpr,
     EDGE: tl.constexpr,
 ):  # fmt: skip
@@ -476,7 +476,7 @@ def _pull_back_to_summaries(
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILE_T: tl.constexpr,
     EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Add the pulls of query tiles from_..to, counted from row `origin`; rows outside earliest..latest count for nothing.
+    """Add the pulls of query tiles from_..to, counted from row `origin`; only rows in earliest..latest count.
 
     Scores are computed transposed, k q^T: the products P^T dout and dS^T q then take them as they come.
     """
