@@ -17,7 +17,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from subquad_kernels.builtin import CATALOGUE
+from subquad_kernels.builtin import KERNELS
 from subquad_kernels.device_limits import device_limits
 from subquad_kernels.segment_attention import tiled
 from subquad_kernels.segment_attention.declaration import OPERATOR
@@ -26,7 +26,7 @@ from subquad_kernels.self_check import kernel_errors
 from subquad_kernels.workload import DType, Phase, Workload
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-KERNEL = CATALOGUE.kernel("segment_attention", "tiled")
+KERNEL = next(kernel for kernel in KERNELS if kernel.key == "segment_attention/tiled")
 SMALL = tiled.Tiling(tile_t=16, tile_n=16, num_warps=4, num_stages=1)
 """The smallest tiles there are: short sequences then cross many edges."""
 
@@ -79,6 +79,12 @@ def test_tiled_equals_the_reference_at_any_length(t: int, segment_len: int) -> N
 )
 def test_tiled_equals_the_reference_with_shared_heads_and_any_width(shape: dict[str, int]) -> None:
     assert_equals_reference(inputs(workload(2, t=19, **shape)))
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_half_precision_stays_within_its_tolerance() -> None:
+    # float16 stands for both: the interpreter computes wrongly in bfloat16.
+    assert_equals_reference(inputs(workload(2, "float16", t=35)))
 
 
 @pytest.mark.usefixtures("small_tiles")

@@ -73,7 +73,7 @@ def tiling(stage: Stage, dtype: torch.dtype, width: int, t: int) -> Tiling:
     if t <= 16:  # decoding: the least that a product takes
         return Tiling(16, 64 if width <= 128 else 32, 4, pipeline)
     if stage == "forward":
-        return Tiling(128, 64 if width <= 128 else 32, 4 if width <= 64 else 8, pipeline)
+        return Tiling(128, 64 if width <= 128 else 32, 8, pipeline)
     return Tiling(128 if width <= 128 else 64, 64 if width <= 128 else 32, 8, 3 if width <= 64 else 2)
 
 
