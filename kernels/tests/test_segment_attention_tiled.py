@@ -113,7 +113,7 @@ def test_tokens_after_the_last_boundary_are_a_document_of_their_own() -> None:
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize(("t", "m", "into"), [(1, 3, 0), (1, 20, 3), (3, 2, 1), (21, 2, 2), (40, 18, 3)])
+@pytest.mark.parametrize(("t", "m", "into"), [(1, 3, 0), (1, 20, 3), (3, 2, 1), (21, 2, 2), (40, 18, 3), (9, 0, 3)])
 def test_known_summaries_are_seen_and_receive_gradients(t: int, m: int, into: int) -> None:
     arguments = inputs(workload(4, t=t, m=m))
     assert_equals_reference(arguments | {"start": 4 * m + into})
@@ -193,6 +193,9 @@ def test_the_kernel_says_where_it_does_not_apply() -> None:
     assert "head width 8" in str(KERNEL.supports(workload(3, k=8), limits))
     assert "head width 257" in str(KERNEL.supports(workload(3, v=257), limits))
     assert KERNEL.refusal(workload(3), limits) == "runs on cuda only"
+    for arguments in (inputs(workload(3, "float64")), inputs(workload(3, k=8))):
+        with pytest.raises(ValueError, match="name another kernel"):
+            tiled.forward(**arguments)
 
 
 COMPILE = '''

@@ -91,6 +91,7 @@ def forward(
     """out and lse."""
     b, t, h, key_width = q.shape
     value_width = v.shape[3]
+    _check(q, v)
     factor = scale_of(q, scale)
     if factor < 0:  # the kernel takes its maxima before it scales
         q, factor = -q, -factor
@@ -100,14 +101,15 @@ def forward(
     lse = q.new_empty(b, h, t, dtype=torch.float32)
     block_k, block_v = _block(key_width), _block(value_width)
     tiles = tiling("forward", q.dtype, max(block_k, block_v), t)
-    _forward_kernel[(triton.cdiv(t, tiles.tile_t) * b * h,)](
-        q, k, v, seen.keys, seen.values, out, lse, seen.low, seen.high,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *seen.keys.stride()[:3], *seen.values.stride()[:3],
-        t, h, start, segment_len, factor * LOG2E.value,
-        GROUPS=h // k.shape[2], K=key_width, V=value_width, BLOCK_K=block_k, BLOCK_V=block_v,
-        TILE_T=tiles.tile_t, TILE_N=tiles.tile_n, PACKED=cu_seqlens is not None,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        _forward_kernel[(triton.cdiv(t, tiles.tile_t) * b * h,)](
+            q, k, v, seen.keys, seen.values, out, lse, seen.low, seen.high,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *seen.keys.stride()[:3], *seen.values.stride()[:3],
+            t, h, start, segment_len, factor * LOG2E.value,
+            GROUPS=h // k.shape[2], K=key_width, V=value_width, BLOCK_K=block_k, BLOCK_V=block_v,
+            TILE_T=tiles.tile_t, TILE_N=tiles.tile_n, PACKED=cu_seqlens is not None,
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        )  # fmt: skip
     return out, lse
 
 
@@ -115,6 +117,13 @@ def backward(
     arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]
 ) -> dict[str, Tensor | None]:
     """Gradients of q, k, v and of the known summaries, from the saved log-sum-exp."""
+    with torch.cuda.device_of(outputs[0]):
+        return _backward(arguments, outputs, gradients)
+
+
+def _backward(
+    arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]
+) -> dict[str, Tensor | None]:
     values: Any = arguments
     q, k, v, cu_seqlens = _rows(values["q"]), _rows(values["k"]), _rows(values["v"]), values["cu_seqlens"]
     segment_len, start, factor = values["segment_len"], values["start"], scale_of(q, values["scale"])
@@ -166,6 +175,15 @@ def backward(
         for name, part, like in (("summary_k", part_k, k), ("summary_v", part_v, v)):
             found[name] = part[:, :, :, :known].sum(dim=0).transpose(1, 2).to(like.dtype)
     return found
+
+
+def _check(q: Tensor, v: Tensor) -> None:
+    """Raise ValueError where no kernel below applies; the record of this kernel says the same before a call."""
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"tiled does not compute in {q.dtype}: name another kernel, such as compacted")
+    for width in (q.shape[3], v.shape[3]):
+        if not 16 <= width <= 256:
+            raise ValueError(f"tiled takes widths from 16 to 256, not {width}: name another kernel, such as compacted")
 
 
 @dataclass(frozen=True)
