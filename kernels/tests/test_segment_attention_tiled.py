@@ -210,7 +210,7 @@ from triton.runtime.jit import JITFunction
 
 from subquad_kernels.segment_attention import tiled
 
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
 compiled = {}
 
 

@@ -31,6 +31,8 @@ Stage = Literal["forward", "query_gradients", "summary_gradients"]
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+ROOM: tl.constexpr = tl.constexpr(256)
+"""Row terms of the backward are padded to this many rows: any tile of queries reads them whole, 16 bytes at a time."""
 
 PROGRAMS = 1024
 """Programs that fill a large GPU with room to even out unequal ones: about four for each place on 132 processors."""
@@ -135,14 +137,14 @@ def _backward(
     seen = _Seen.by_call(k, v, values["summary_k"], values["summary_v"], cu_seqlens, segment_len, start)
     dq = q.new_empty(q.shape)
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-    delta = torch.empty_like(lse)
+    row_terms = lse.new_empty(b, h, triton.cdiv(t, ROOM.value) * ROOM.value, 2)
     block_k, block_v = _block(key_width), _block(value_width)
     packed, wide = cu_seqlens is not None, max(block_k, block_v)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     summary_strides = (*seen.keys.stride()[:3], *seen.values.stride()[:3])
     tiles = tiling("query_gradients", q.dtype, wide, t)
     _query_gradients_kernel[(triton.cdiv(t, tiles.tile_t) * b * h,)](
-        q, k, v, seen.keys, seen.values, out, d_out, lse, delta, dq, dk, dv, seen.low, seen.high,
+        q, k, v, seen.keys, seen.values, out, d_out, lse, row_terms, dq, dk, dv, seen.low, seen.high,
         *strides, *summary_strides, t, h, start, segment_len, factor,
         GROUPS=h // h_kv, K=key_width, V=value_width, BLOCK_K=block_k, BLOCK_V=block_v,
         TILE_T=tiles.tile_t, TILE_N=tiles.tile_n, PACKED=packed,
@@ -155,12 +157,12 @@ def _backward(
     tiles = tiling("summary_gradients", q.dtype, wide, t)
     programs = triton.cdiv(seen.count, tiles.tile_n) * b * h_kv
     splits = max(1, min(triton.cdiv(PROGRAMS, programs), t // SPLIT_T))
-    # Whole tiles to each split, so that only the last one has a ragged end.
+    # Splits begin and end between tiles.
     split_t = triton.cdiv(triton.cdiv(t, splits), tiles.tile_t) * tiles.tile_t
     part_k = lse.new_empty(splits, b, h_kv, seen.count, key_width)
     part_v = lse.new_empty(splits, b, h_kv, seen.count, value_width)
     _summary_gradients_kernel[(programs * splits,)](
-        q, seen.keys, seen.values, d_out, lse, delta, part_k, part_v, seen.position, seen.end,
+        q, seen.keys, seen.values, d_out, row_terms.view(torch.int64), part_k, part_v, seen.position, seen.end,
         *q.stride()[:3], *summary_strides, t, h_kv, seen.count, seen.first, segment_len, splits, split_t, factor,
         GROUPS=h // h_kv, K=key_width, V=value_width, BLOCK_K=block_k, BLOCK_V=block_v,
         TILE_T=tiles.tile_t, TILE_N=tiles.tile_n, PACKED=packed,
@@ -402,10 +404,11 @@ def _pull_back_to_queries(
         key = _tile(keys + place * keys_n + column_k[None, :], summary < to, column_k < K, EDGE, K == BLOCK_K)
         value = _tile(values + place * values_n + column_v[None, :], summary < to, column_v < V, EDGE, V == BLOCK_V)
         score = tl.dot(queries, tl.trans(key), input_precision="ieee")  # [TILE_T, TILE_N]
-        weight = tl.exp2(score * factor2 - lse2[:, None])
+        score = score * factor2 - lse2[:, None]
         if EDGE:
             visible = (summary[None, :] >= row_low[:, None]) & (summary[None, :] < row_high[:, None])
-            weight = tl.where(visible, weight, 0.0)
+            score = tl.where(visible, score, float("-inf"))
+        weight = tl.exp2(score)
         d_weight = tl.dot(d_out, tl.trans(value), input_precision="ieee")
         d_score = weight * (d_weight - delta[:, None])
         acc = tl.dot(d_score.to(key.dtype), key, acc, input_precision="ieee")
@@ -414,13 +417,16 @@ def _pull_back_to_queries(
 
 @triton.jit(do_not_specialize=["t", "start", "segment_len"])
 def _query_gradients_kernel(
-    q, k, v, keys, values, out, d_out, lse, delta, dq, dk, dv, low, high,
+    q, k, v, keys, values, out, d_out, lse, row_terms, dq, dk, dv, low, high,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, keys_b, keys_n, keys_h, values_b, values_n, values_h,
     t, h, start, segment_len, factor,
     GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     TILE_T: tl.constexpr, TILE_N: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """dq and delta = dout . out of one tile of one head; the first head of a group also writes its keys' own terms."""
+    """dq of one tile of one head, and for later the rows' log-sum-exp (in units of log 2) and delta = dout . out.
+
+    The first head of a group also writes the own terms of its keys.
+    """
     tiles = tl.cdiv(t, TILE_T)
     begin = (tiles - 1 - tl.program_id(0) % tiles) * TILE_T  # the longest first
     batch_head = tl.program_id(0) // tiles
@@ -464,7 +470,9 @@ def _query_gradients_kernel(
     results = _tile(out + by_token + head * V, row_ok, v_ok, True, V == BLOCK_V)
     lse2 = tl.load(lse + by_head + head * t, mask=row_ok, other=0.0) * LOG2E
     row_delta = tl.sum(pulls.to(tl.float32) * results.to(tl.float32), 1)
-    tl.store(delta + by_head + head * t, row_delta, mask=row_ok)
+    row_terms += 2 * (batch_head.to(tl.int64) * (tl.cdiv(t, ROOM) * ROOM) + row)
+    tl.store(row_terms, lse2, mask=row_ok)
+    tl.store(row_terms + 1, row_delta, mask=row_ok)
     own_weight = tl.exp2(tl.sum(queries.to(tl.float32) * own_key, 1) * factor2 - lse2)
     d_own = own_weight * (tl.sum(pulls.to(tl.float32) * own_value, 1) - row_delta)
     acc = d_own[:, None] * own_key
@@ -489,43 +497,46 @@ def _query_gradients_kernel(
 
 @triton.jit
 def _pull_back_to_summaries(
-    acc_k, acc_v, keys, values, q, d_out, lse, delta, q_t, d_out_t, column_k, column_v, position, end,
-    origin, from_, to, earliest, latest, factor2,
+    acc_k, acc_v, keys, values, q, d_out, row_terms, q_t, d_out_t, column_k, column_v, position, end,
+    tile, number, gap_at, gap, earliest, latest, factor2,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILE_T: tl.constexpr,
     EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Add the pulls of query tiles from_..to, counted from row `origin`; only rows in earliest..latest count.
+    """Add the pulls of `number` tiles of queries from `tile` on, where after `gap_at` tiles `gap` are passed over.
 
     Scores are computed transposed, k q^T: the products P^T dout and dS^T q then take them as they come.
     """
     offset = tl.arange(0, TILE_T)
-    for index in range(from_, to):
-        row = origin + index * TILE_T + offset
+    for index in range(0, number):
+        begin = (tile + index) * TILE_T
+        if EDGE:
+            begin += tl.where(index >= gap_at, gap * TILE_T, 0)
+        row = begin + offset
         row_ok = (row >= earliest) & (row < latest)
         place = row.to(tl.int64)[:, None]
         queries = _tile(q + place * q_t + column_k[None, :], row_ok, column_k < K, EDGE, K == BLOCK_K)
         pulls = _tile(d_out + place * d_out_t + column_v[None, :], row_ok, column_v < V, EDGE, V == BLOCK_V)
-        if EDGE:
-            row_lse = tl.load(lse + row, mask=row_ok, other=0.0)
-            row_delta = tl.load(delta + row, mask=row_ok, other=0.0)
-        else:
-            row_lse = tl.load(lse + row)
-            row_delta = tl.load(delta + row)
+        # Both terms of a row in one word: every thread needs those of all its columns.
+        terms = tl.load(row_terms + row)
+        lse2 = terms.to(tl.int32).to(tl.float32, bitcast=True)
+        delta = (terms >> 32).to(tl.int32).to(tl.float32, bitcast=True)
         score = tl.dot(keys, tl.trans(queries), input_precision="ieee")  # [TILE_N, TILE_T]
-        weight = tl.exp2(score * factor2 - (row_lse * LOG2E)[None, :])
+        score = score * factor2 - lse2[None, :]
         if EDGE:
             visible = (row[None, :] > position[:, None]) & (row[None, :] < end[:, None]) & row_ok[None, :]
-            weight = tl.where(visible, weight, 0.0)
+            score = tl.where(visible, score, float("-inf"))
+            delta = tl.where(row_ok, delta, 0.0)  # beyond the last row stands what memory held before
+        weight = tl.exp2(score)
         acc_v = tl.dot(weight.to(pulls.dtype), pulls, acc_v, input_precision="ieee")
         d_weight = tl.dot(values, tl.trans(pulls), input_precision="ieee")
-        d_score = weight * (d_weight - row_delta[None, :])
+        d_score = weight * (d_weight - delta[None, :])
         acc_k = tl.dot(d_score.to(queries.dtype), queries, acc_k, input_precision="ieee")
     return acc_k, acc_v
 
 
 @triton.jit(do_not_specialize=["t", "count", "first", "segment_len", "splits", "split_t"])
 def _summary_gradients_kernel(
-    q, keys, values, d_out, lse, delta, part_k, part_v, positions, ends,
+    q, keys, values, d_out, row_terms, part_k, part_v, positions, ends,
     q_b, q_t, q_h, keys_b, keys_n, keys_h, values_b, values_n, values_h,
     t, h_kv, count, first, segment_len, splits, split_t, factor,
     GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -533,7 +544,7 @@ def _summary_gradients_kernel(
 ):  # fmt: skip
     """The gradient of one tile of summaries of one key head, from the queries of one split of time.
 
-    Shapes:  part_k: splits b h_kv n k    part_v: splits b h_kv n v
+    Shapes:  row_terms: b h t (padded; two fp32 in a word)    part_k: splits b h_kv n k    part_v: splits b h_kv n v
     """
     tiles = tl.cdiv(count, TILE_N)
     tile = tl.program_id(0) % tiles  # the earliest are seen by most: the longest first
@@ -548,18 +559,19 @@ def _summary_gradients_kernel(
         latest = tl.minimum(tl.max(end, 0), (split + 1) * split_t)
         # Summaries of several documents have no query that sees them all.
         all_seen_from = tl.where(tl.min(end, 0) == tl.max(end, 0), tl.max(position, 0) + 1, latest)
-        earliest = tl.minimum(tl.min(position, 0) + 1, latest)
+        earliest = tl.min(position, 0) + 1
     else:
         position = first + summary * segment_len
         end = position * 0 + t
         latest = tl.minimum(t, (split + 1) * split_t)
         all_seen_from = first + (tl.minimum((tile + 1) * TILE_N, count) - 1) * segment_len + 1
-        earliest = tl.minimum(first + tile * TILE_N * segment_len + 1, latest)
-    earliest = tl.maximum(earliest, tl.minimum(split * split_t, latest))
-    # Tiles of queries are counted back from `latest`, so that a ragged one lies among those at the early edge.
-    number = tl.cdiv(latest - earliest, TILE_T)
-    whole = tl.maximum(latest - tl.maximum(earliest, all_seen_from), 0) // TILE_T
-    origin = latest - number * TILE_T
+        earliest = first + tile * TILE_N * segment_len + 1
+    earliest = tl.maximum(earliest, split * split_t)
+    # Tiles begin at multiples of TILE_T; those that every summary is seen by whole lie between ragged ones.
+    from_ = earliest // TILE_T
+    to = tl.maximum(tl.cdiv(latest, TILE_T), from_)
+    whole_from = tl.minimum(tl.cdiv(tl.maximum(earliest, all_seen_from), TILE_T), to)
+    whole = tl.maximum(latest // TILE_T - whole_from, 0)
 
     column_k, column_v = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
     at_k, at_v = column_k[None, :], column_v[None, :]
@@ -576,15 +588,15 @@ def _summary_gradients_kernel(
         head = key_head * GROUPS + member
         q_head = q + batch * q_b + head * q_h
         d_out_head = d_out + (batch * t * h + head) * V
-        by_head = (batch * h + head) * t
+        terms_head = row_terms + (batch * h + head) * (tl.cdiv(t, ROOM) * ROOM)
         acc_k, acc_v = _pull_back_to_summaries(
-            acc_k, acc_v, key, value, q_head, d_out_head, lse + by_head, delta + by_head, q_t, h * V,
-            column_k, column_v, position, end, origin, 0, number - whole, earliest, latest, factor2,
+            acc_k, acc_v, key, value, q_head, d_out_head, terms_head, q_t, h * V, column_k, column_v, position, end,
+            from_, to - from_ - whole, whole_from - from_, whole, earliest, latest, factor2,
             K, V, BLOCK_K, BLOCK_V, TILE_T, True,
         )  # fmt: skip
         acc_k, acc_v = _pull_back_to_summaries(
-            acc_k, acc_v, key, value, q_head, d_out_head, lse + by_head, delta + by_head, q_t, h * V,
-            column_k, column_v, position, end, origin, number - whole, number, earliest, latest, factor2,
+            acc_k, acc_v, key, value, q_head, d_out_head, terms_head, q_t, h * V, column_k, column_v, position, end,
+            whole_from, whole, 0, 0, earliest, latest, factor2,
             K, V, BLOCK_K, BLOCK_V, TILE_T, False,
         )  # fmt: skip
     batch_heads = tl.num_programs(0) // tiles // splits
