@@ -69,9 +69,9 @@ def tiling(stage: Stage, dtype: torch.dtype, width: int, t: int) -> Tiling:
         return Tiling(32, 32, 8, 1) if width <= 64 else Tiling(16, 16, 8, 1)
     pipeline = 3 if width <= 128 else 2
     if stage == "summary_gradients":
-        if width <= 64:
-            return Tiling(64, 128, 8, pipeline)
-        return Tiling(64, 64, 8, 2) if width <= 128 else Tiling(16, 64, 8, 2)
+        if width <= 128:
+            return Tiling(64, 128, 8, 3 if width <= 64 else 2)
+        return Tiling(16, 64, 8, 2)
     if t <= 16:  # decoding: the least that a product takes
         return Tiling(16, 64 if width <= 128 else 32, 4, pipeline)
     if stage == "forward":
