@@ -55,7 +55,7 @@ OPERATOR = Operator(
     tensors=("q", "k", "v", "summary_k", "summary_v", "cu_seqlens"),
     outputs=("out",),
     residuals=("lse",),
-    defaults={"cpu": "compacted", "cuda": "compacted"},
+    defaults={"cpu": "compacted", "cuda": "tiled"},
     work=work,
     tolerances={
         "float64": Tolerance(output=1e-12, gradient=1e-11, reason="sums of up to 1 + t / segment_len terms, reordered"),
@@ -88,6 +88,15 @@ def _merge_supports(workload: Workload, limits: DeviceLimits) -> str | None:
     return None
 
 
+def _tiled_supports(workload: Workload, limits: DeviceLimits) -> str | None:
+    if workload.dtype not in ("float32", "bfloat16", "float16"):
+        return f"does not compute in {workload.dtype}"
+    for axis in ("k", "v"):
+        if not 16 <= workload.shape[axis] <= 256:
+            return f"head width {workload.shape[axis]} is not between 16 and 256"
+    return None
+
+
 _BOTH = frozenset({"cpu", "cuda"})
 KERNELS = (
     Kernel(
@@ -110,5 +119,13 @@ KERNELS = (
         implementation=f"{_HERE}.sdpa_merge",
         supports=_merge_supports,
         devices=_BOTH,
+    ),
+    Kernel(
+        operator="segment_attention",
+        name="tiled",
+        implementation=f"{_HERE}.tiled",
+        supports=_tiled_supports,
+        devices=frozenset({"cuda"}),
+        requires=("triton>=3.6",),
     ),
 )
