@@ -42,6 +42,7 @@ class Launch:
 
     tile_c: int
     group: int
+    keep_decays: bool = True
     num_warps: int = 1
     programs: int = 1056
     shortest: int = 64
@@ -175,6 +176,8 @@ class _Call:
         dchannels = self._new(2, b * segments, c)
         dinitial = None if self.initial is None else self._states(dfinal)
         decays, writes = (self._new(segments - 1, b, c, n) for _ in range(2))
+        held = CHUNK // launch.group * launch.tile_c * triton.next_power_of_2(n)
+        checkpoints = self._new(tiles * b * segments, held)
         constants = self._constants(launch) | {"FINAL": dfinal is not None, "GATE": self.z is not None}
         if segments > 1:
             _summarise_gradients[(tiles * b * (segments - 1),)](
@@ -186,10 +189,10 @@ class _Call:
         _differentiate[(tiles * b * segments,)](
             self.x, self.dt, self.A, self.B, self.C, self.D, self.z, self.dt_bias, self.initial, self.marks,
             boundaries, ungated, dy, dfinal, decays, writes,
-            dx, ddt, dz, dmaps, drates, dchannels, dinitial,
+            dx, ddt, dz, dmaps, drates, dchannels, dinitial, checkpoints,
             t, c, b, segments, segment_len,
             self.x.stride(0), self.dt.stride(0), self.B.stride(0), self.C.stride(0), _stride(self.z), dy.stride(0),
-            SKIP=self.D is not None, INITIAL=self.initial is not None, **constants,
+            SKIP=self.D is not None, INITIAL=self.initial is not None, KEEP=launch.keep_decays, **constants,
         )  # fmt: skip
         dB, dC = dmaps[0] if tiles == 1 else dmaps.sum(0)
         dD, dbias = dchannels.sum(1)
@@ -248,22 +251,53 @@ def _place(c, b, TILE_C: tl.constexpr):
 
 
 @triton.jit
-def _step(raw, SOFTPLUS: tl.constexpr):
-    """Step size and its derivative by `raw`, both with full relative precision however small.
+def _load_vector(vector, columns, within, GIVEN: tl.constexpr):
+    """A tile of D or dt_bias in fp32, zeros where it is not given."""
+    tile = tl.zeros(columns.shape, tl.float32)
+    if GIVEN:
+        tile = tl.load(vector + columns, mask=within, other=0.0).to(tl.float32)
+    return tile
+
+
+@triton.jit
+def _load_rows(rows, stride, first, limit, columns, within, GROUP: tl.constexpr):
+    """A tile of each of GROUP rows from `first` on, in its own type; zeros from row `limit` on.
+
+    `rows` points at a row near by: the offsets within are small and take no 64-bit arithmetic.
+    """
+    tiles = ()
+    for i in tl.static_range(GROUP):
+        tiles += (tl.load(rows + (first + i) * stride + columns, mask=within & (first + i < limit), other=0.0),)
+    return tiles
+
+
+@triton.jit
+def _load_marks(marks, start, first, limit, GROUP: tl.constexpr, PACKED: tl.constexpr):
+    """The marks of GROUP tokens, counted from token `start` as rows are; empty when not packed."""
+    tags = ()
+    if PACKED:
+        for i in tl.static_range(GROUP):
+            tags += (tl.load(marks + start + first + i, mask=first + i < limit, other=0),)
+    return tags
+
+
+@triton.jit
+def _step(raw, bias, valid, SOFTPLUS: tl.constexpr):
+    """Step size and its derivative by `raw`, both with full relative precision however small; 0 past the end.
 
     softplus(u) = max(u, 0) + log(1 + e),  e = exp(-|u|);  log(1 + e) = 2 artanh(s),  s = e / (2 + e) <= 1/3, of which
-    seven terms leave 2e-8.
+    seven terms leave 2e-8. A token with step 0 changes no state.
     """
-    step = raw
+    step = raw.to(tl.float32) + bias
     slope = tl.full(raw.shape, 1.0, tl.float32)
     if SOFTPLUS:
-        e = tl.exp2(-tl.abs(raw) * _LOG2_E)
+        e = tl.exp2(-tl.abs(step) * _LOG2_E)
         s = e / (2.0 + e)
         q = s * s
         series = 1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13))))))
-        step = tl.maximum(raw, 0.0) + 2.0 * s * series
-        slope = tl.where(raw >= 0, 1.0, e) / (1.0 + e)
-    return step, slope
+        slope = tl.where(step >= 0, 1.0, e) / (1.0 + e)
+        step = tl.maximum(step, 0.0) + 2.0 * s * series
+    return tl.where(valid, step, 0.0), tl.where(valid, slope, 0.0)
 
 
 @triton.jit
@@ -272,28 +306,14 @@ def _sigmoid(z):
 
 
 @triton.jit
-def _load_row(rows, row, stride, valid, columns, within):
-    """A tile of one row in fp32, counted from a row near by so that the offset is small; 0 past the end."""
-    return tl.load(rows + row * stride + columns, mask=within & valid, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _load_step(dt, bias, row, stride, valid, channels, within, SOFTPLUS: tl.constexpr):
-    """Step size of a tile's channels at one token, 0 (a token that does nothing) past the end.  [TILE_C]"""
-    raw = _load_row(dt, row, stride, valid, channels, within) + bias
-    step, slope = _step(raw, SOFTPLUS)
-    return tl.where(valid, step, 0.0), tl.where(valid, slope, 0.0)
-
-
-@triton.jit
-def _restart(state, mark, initial, state_size, offsets, within, INITIAL: tl.constexpr):
+def _restart(state, tag, initial, state_size, offsets, within, INITIAL: tl.constexpr):
     """The state before a document's first token: its initial state or zero; other tokens keep theirs.  [TILE_C, N]"""
     if INITIAL:
-        if (mark & 1) != 0:
-            place = (mark >> 2).to(tl.int64) * state_size
+        if (tag & 1) != 0:
+            place = (tag >> 2).to(tl.int64) * state_size
             state = tl.load(initial + place + offsets, mask=within, other=0.0).to(tl.float32)
     else:
-        state = tl.where((mark & 1) != 0, 0.0, state)
+        state = tl.where((tag & 1) != 0, 0.0, state)
     return state
 
 
@@ -316,37 +336,39 @@ def _summarise(
     within = in_c[:, None] & in_n[None, :]
     state_size = c * N
     rates = tl.load(A + offsets, mask=within, other=0.0).to(tl.float32) * _LOG2_E
-    bias = tl.zeros([TILE_C], tl.float32)
-    if BIAS:
-        bias = tl.load(dt_bias + channels, mask=in_c, other=0.0).to(tl.float32)
+    bias = _load_vector(dt_bias, channels, in_c, BIAS)
 
     state = tl.zeros([TILE_C, PAD_N], tl.float32)
     if INITIAL and not PACKED:
         if segment == 0:
             state = tl.load(initial + sequence * state_size + offsets, mask=within, other=0.0).to(tl.float32)
     begin = segment * segment_len
-    end = tl.minimum(begin + segment_len, t)
-    first_row = sequence * t
+    limit = tl.minimum(segment_len, t - begin)
+    row = sequence * t + begin
+    x_at, dt_at, B_at = x + row * x_stride, dt + row * dt_stride, B + row * B_stride
     age = tl.zeros([TILE_C], tl.float32)  # the sum of steps
     kept = begin >= 0  # no document starts in this segment
-    for base in range(begin, end, GROUP):
-        row = first_row + base
-        x_at, dt_at, B_at = x + row * x_stride, dt + row * dt_stride, B + row * B_stride
-        steps, drives, maps, tags = (), (), (), ()
+    next_raws = _load_rows(dt_at, dt_stride, 0, limit, channels, in_c, GROUP)
+    next_inputs = _load_rows(x_at, x_stride, 0, limit, channels, in_c, GROUP)
+    next_maps = _load_rows(B_at, B_stride, 0, limit, columns, in_n, GROUP)
+    for base in range(0, limit, GROUP):
+        raws, inputs, maps = next_raws, next_inputs, next_maps
+        ahead = base + GROUP
+        next_raws = _load_rows(dt_at, dt_stride, ahead, limit, channels, in_c, GROUP)
+        next_inputs = _load_rows(x_at, x_stride, ahead, limit, channels, in_c, GROUP)
+        next_maps = _load_rows(B_at, B_stride, ahead, limit, columns, in_n, GROUP)
+        tags = _load_marks(marks, begin, base, limit, GROUP, PACKED)
+        steps, drives = (), ()
         for i in tl.static_range(GROUP):
-            valid = base + i < end
-            step, _ = _load_step(dt_at, bias, i, dt_stride, valid, channels, in_c, SOFTPLUS)
-            steps += (step,)
-            drives += (step * _load_row(x_at, i, x_stride, valid, channels, in_c),)
-            maps += (_load_row(B_at, i, B_stride, valid, columns, in_n),)
-            if PACKED:
-                tags += (tl.load(marks + base + i, mask=valid, other=0),)
+            step, _ = _step(raws[i], bias, base + i < limit, SOFTPLUS)
+            age += step
+            steps += (step[:, None],)
+            drives += ((step * inputs[i].to(tl.float32))[:, None],)
         for i in tl.static_range(GROUP):
             if PACKED:
                 state = _restart(state, tags[i], initial, state_size, offsets, within, INITIAL)
                 kept = kept & ((tags[i] & 1) == 0)
-            age += steps[i]
-            state = tl.exp2(steps[i][:, None] * rates) * state + drives[i][:, None] * maps[i][None, :]
+            state = tl.exp2(steps[i] * rates) * state + drives[i] * maps[i].to(tl.float32)[None, :]
     decay = tl.exp2(age[:, None] * rates)
     if PACKED:
         decay = tl.where(kept, decay, 0.0)
@@ -372,12 +394,8 @@ def _scan(
     within = in_c[:, None] & in_n[None, :]
     state_size = c * N
     rates = tl.load(A + offsets, mask=within, other=0.0).to(tl.float32) * _LOG2_E
-    bias = tl.zeros([TILE_C], tl.float32)
-    if BIAS:
-        bias = tl.load(dt_bias + channels, mask=in_c, other=0.0).to(tl.float32)
-    skip = tl.zeros([TILE_C], tl.float32)
-    if SKIP:
-        skip = tl.load(D + channels, mask=in_c, other=0.0).to(tl.float32)
+    bias = _load_vector(dt_bias, channels, in_c, BIAS)
+    skip = _load_vector(D, channels, in_c, SKIP)
 
     state = tl.zeros([TILE_C, PAD_N], tl.float32)
     if INITIAL and not PACKED:
@@ -389,54 +407,72 @@ def _scan(
         state = decay * state + tl.load(writes + place + offsets, mask=within, other=0.0)
 
     begin = segment * segment_len
-    end = tl.minimum(begin + segment_len, t)
-    first_row = sequence * t
-    for chunk_start in range(begin, end, CHUNK):
-        if chunk_start > 0:
-            boundary = state
+    limit = tl.minimum(segment_len, t - begin)
+    row = sequence * t + begin
+    x_at, dt_at, B_at, C_at = x + row * x_stride, dt + row * dt_stride, B + row * B_stride, C + row * C_stride
+    y_at, z_at, ungated_at = y + row * c, z, ungated
+    if GATE:
+        z_at, ungated_at = z + row * z_stride, ungated + row * c
+    next_raws = _load_rows(dt_at, dt_stride, 0, limit, channels, in_c, GROUP)
+    next_inputs = _load_rows(x_at, x_stride, 0, limit, channels, in_c, GROUP)
+    next_maps = _load_rows(B_at, B_stride, 0, limit, columns, in_n, GROUP)
+    next_reads = _load_rows(C_at, C_stride, 0, limit, columns, in_n, GROUP)
+    for base in range(0, limit, GROUP):
+        # The loads of the next group are under way while this one is computed.
+        raws, inputs, maps, reads = next_raws, next_inputs, next_maps, next_reads
+        ahead = base + GROUP
+        next_raws = _load_rows(dt_at, dt_stride, ahead, limit, channels, in_c, GROUP)
+        next_inputs = _load_rows(x_at, x_stride, ahead, limit, channels, in_c, GROUP)
+        next_maps = _load_rows(B_at, B_stride, ahead, limit, columns, in_n, GROUP)
+        next_reads = _load_rows(C_at, C_stride, ahead, limit, columns, in_n, GROUP)
+        gates = ()
+        if GATE:  # needed last
+            gates = _load_rows(z_at, z_stride, base, limit, channels, in_c, GROUP)
+        tags = _load_marks(marks, begin, base, limit, GROUP, PACKED)
+        if base % CHUNK == 0:
+            if begin + base > 0:
+                boundary = state
+                if PACKED:
+                    boundary = tl.where((tags[0] & 1) != 0, 0.0, state)
+                place = (((begin + base) // CHUNK - 1) * b + sequence) * state_size
+                by_state = columns[None, :] * c + channels[:, None]  # boundaries lie n c
+                tl.store(boundaries + place + by_state, boundary, mask=within)
+        # The group's vectors change their layout here, so that no two tokens have that between them.
+        steps, drives, totals = (), (), ()
+        for i in tl.static_range(GROUP):
+            step, _ = _step(raws[i], bias, base + i < limit, SOFTPLUS)
+            steps += (step[:, None],)
+            drives += ((step * inputs[i].to(tl.float32))[:, None],)
+        for i in tl.static_range(GROUP):
             if PACKED:
-                boundary = tl.where((tl.load(marks + chunk_start) & 1) != 0, 0.0, state)
-            place = ((chunk_start // CHUNK - 1) * b + sequence) * state_size
-            by_state = columns[None, :] * c + channels[:, None]  # boundaries lie n c
-            tl.store(boundaries + place + by_state, boundary, mask=within)
-        row = first_row + chunk_start
-        x_at, dt_at, z_at = x + row * x_stride, dt + row * dt_stride, z
-        B_at, C_at, y_at, ungated_at = B + row * B_stride, C + row * C_stride, y + row * c, ungated
-        if GATE:
-            z_at, ungated_at = z + row * z_stride, ungated + row * c
-        for base in range(0, CHUNK, GROUP):
-            inputs, steps, drives, maps, reads, gates, tags = (), (), (), (), (), (), ()
-            for i in tl.static_range(GROUP):
-                token = base + i
-                valid = chunk_start + token < end
-                value = _load_row(x_at, token, x_stride, valid, channels, in_c)
-                step, _ = _load_step(dt_at, bias, token, dt_stride, valid, channels, in_c, SOFTPLUS)
-                inputs += (value,)
-                steps += (step,)
-                drives += (step * value,)
-                maps += (_load_row(B_at, token, B_stride, valid, columns, in_n),)
-                reads += (_load_row(C_at, token, C_stride, valid, columns, in_n),)
-                if GATE:
-                    gates += (_load_row(z_at, token, z_stride, valid, channels, in_c),)
-                if PACKED:
-                    tags += (tl.load(marks + chunk_start + token, mask=valid, other=0),)
-            for i in tl.static_range(GROUP):
-                valid = chunk_start + base + i < end
-                place = (base + i) * c + channels
-                if PACKED:
-                    state = _restart(state, tags[i], initial, state_size, offsets, within, INITIAL)
-                state = tl.exp2(steps[i][:, None] * rates) * state + drives[i][:, None] * maps[i][None, :]
-                total = tl.sum(state * reads[i][None, :], axis=1) + skip * inputs[i]
-                if GATE:
-                    tl.store(ungated_at + place, total, mask=in_c & valid)
-                    total = total * gates[i] * _sigmoid(gates[i])
-                tl.store(y_at + place, total.to(y.dtype.element_ty), mask=in_c & valid)
-                if PACKED:
-                    if (tags[i] & 2) != 0:
-                        tl.store(final + (tags[i] >> 2).to(tl.int64) * state_size + offsets, state, mask=within)
+                state = _restart(state, tags[i], initial, state_size, offsets, within, INITIAL)
+            state = tl.exp2(steps[i] * rates) * state + drives[i] * maps[i].to(tl.float32)[None, :]
+            totals += (tl.sum(state * reads[i].to(tl.float32)[None, :], axis=1),)
+            if PACKED:
+                if (tags[i] & 2) != 0:
+                    tl.store(final + (tags[i] >> 2).to(tl.int64) * state_size + offsets, state, mask=within)
+        for i in tl.static_range(GROUP):
+            mask = in_c & (base + i < limit)
+            place = (base + i) * c + channels
+            total = totals[i] + skip * inputs[i].to(tl.float32)
+            if GATE:
+                tl.store(ungated_at + place, total, mask=mask)
+                gate = gates[i].to(tl.float32)
+                total = total * gate * _sigmoid(gate)
+            tl.store(y_at + place, total.to(y.dtype.element_ty), mask=mask)
     if not PACKED:
         if segment == segments - 1:
             tl.store(final + sequence * state_size + offsets, state, mask=within)
+
+
+@triton.jit
+def _pull(dy, z, GATE: tl.constexpr):
+    """The gradient of y before its gate."""
+    pull = dy.to(tl.float32)
+    if GATE:
+        gate = z.to(tl.float32)
+        pull = pull * gate * _sigmoid(gate)
+    return pull
 
 
 @triton.jit(do_not_specialize=["t", "b", "segments", "segment_len"])
@@ -460,44 +496,42 @@ def _summarise_gradients(
     within = in_c[:, None] & in_n[None, :]
     state_size = c * N
     rates = tl.load(A + offsets, mask=within, other=0.0).to(tl.float32) * _LOG2_E
-    bias = tl.zeros([TILE_C], tl.float32)
-    if BIAS:
-        bias = tl.load(dt_bias + channels, mask=in_c, other=0.0).to(tl.float32)
+    bias = _load_vector(dt_bias, channels, in_c, BIAS)
 
     carried = tl.zeros([TILE_C, PAD_N], tl.float32)
     if FINAL and not PACKED:
         if segment == segments - 1:
             carried = tl.load(dfinal + sequence * state_size + offsets, mask=within, other=0.0).to(tl.float32)
     begin = segment * segment_len
-    end = tl.minimum(begin + segment_len, t)
-    first_row = sequence * t
+    limit = tl.minimum(segment_len, t - begin)
+    row = sequence * t + begin
+    dt_at, dy_at, C_at, z_at = dt + row * dt_stride, dy + row * dy_stride, C + row * C_stride, z
+    if GATE:
+        z_at = z + row * z_stride
     age = tl.zeros([TILE_C], tl.float32)
     kept = begin >= 0
-    groups = tl.cdiv(end - begin, GROUP)
+    groups = tl.cdiv(limit, GROUP)
     for group in range(groups):
-        base = begin + (groups - 1 - group) * GROUP
-        row = first_row + base
-        dt_at, dy_at, C_at = dt + row * dt_stride, dy + row * dy_stride, C + row * C_stride
-        steps, pulls, reads, tags = (), (), (), ()
+        base = (groups - 1 - group) * GROUP
+        raws = _load_rows(dt_at, dt_stride, base, limit, channels, in_c, GROUP)
+        results = _load_rows(dy_at, dy_stride, base, limit, channels, in_c, GROUP)
+        reads = _load_rows(C_at, C_stride, base, limit, columns, in_n, GROUP)
+        gates = results
+        if GATE:
+            gates = _load_rows(z_at, z_stride, base, limit, channels, in_c, GROUP)
+        tags = _load_marks(marks, begin, base, limit, GROUP, PACKED)
+        steps, pulls = (), ()
         for i in tl.static_range(GROUP):
-            valid = base + i < end
-            step, _ = _load_step(dt_at, bias, i, dt_stride, valid, channels, in_c, SOFTPLUS)
-            pull = _load_row(dy_at, i, dy_stride, valid, channels, in_c)
-            if GATE:
-                gate = _load_row(z + row * z_stride, i, z_stride, valid, channels, in_c)
-                pull = pull * gate * _sigmoid(gate)
-            steps += (step,)
-            pulls += (pull,)
-            reads += (_load_row(C_at, i, C_stride, valid, columns, in_n),)
-            if PACKED:
-                tags += (tl.load(marks + base + i, mask=valid, other=0),)
+            step, _ = _step(raws[i], bias, base + i < limit, SOFTPLUS)
+            age += step
+            steps += (step[:, None],)
+            pulls += (_pull(results[i], gates[i], GATE)[:, None],)
         for i in tl.static_range(GROUP - 1, -1, -1):
             if PACKED and FINAL:
                 if (tags[i] & 2) != 0:
                     place = (tags[i] >> 2).to(tl.int64) * state_size
                     carried += tl.load(dfinal + place + offsets, mask=within, other=0.0).to(tl.float32)
-            carried = tl.exp2(steps[i][:, None] * rates) * (carried + pulls[i][:, None] * reads[i][None, :])
-            age += steps[i]
+            carried = tl.exp2(steps[i] * rates) * (carried + pulls[i] * reads[i].to(tl.float32)[None, :])
             if PACKED:
                 carried = tl.where((tags[i] & 1) != 0, 0.0, carried)
                 kept = kept & ((tags[i] & 1) == 0)
@@ -512,15 +546,16 @@ def _summarise_gradients(
 @triton.jit(do_not_specialize=["t", "b", "segments", "segment_len"])
 def _differentiate(
     x, dt, A, B, C, D, z, dt_bias, initial, marks, boundaries, ungated, dy, dfinal, decays, writes,
-    dx, ddt, dz, dmaps, drates, dchannels, dinitial,
+    dx, ddt, dz, dmaps, drates, dchannels, dinitial, checkpoints,
     t, c, b, segments, segment_len, x_stride, dt_stride, B_stride, C_stride, z_stride, dy_stride,
     N: tl.constexpr, PAD_N: tl.constexpr, TILE_C: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
     SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, FINAL: tl.constexpr, GATE: tl.constexpr,
-    SKIP: tl.constexpr, INITIAL: tl.constexpr,
+    SKIP: tl.constexpr, INITIAL: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one segment, chunks from last to first, inside a chunk groups of tokens from last to first.
+    """All gradients of one segment: chunks from last to first, in a chunk groups from last to first.
 
-    `carried` is what the token after the current one sends back: decay_{t+1} g_{t+1}.
+    `carried` is what the token after the current one sends back, decay_{t+1} g_{t+1}. The states that enter the groups
+    of a chunk are found first and wait in `checkpoints`, which only this program touches and the cache holds.
     """
     tile, sequence, segment = _place(c, b, TILE_C)
     channels = tile * TILE_C + tl.arange(0, TILE_C)
@@ -530,12 +565,10 @@ def _differentiate(
     within = in_c[:, None] & in_n[None, :]
     state_size = c * N
     rates = tl.load(A + offsets, mask=within, other=0.0).to(tl.float32) * _LOG2_E
-    bias = tl.zeros([TILE_C], tl.float32)
-    if BIAS:
-        bias = tl.load(dt_bias + channels, mask=in_c, other=0.0).to(tl.float32)
-    skip = tl.zeros([TILE_C], tl.float32)
-    if SKIP:
-        skip = tl.load(D + channels, mask=in_c, other=0.0).to(tl.float32)
+    bias = _load_vector(dt_bias, channels, in_c, BIAS)
+    skip = _load_vector(D, channels, in_c, SKIP)
+    slots = checkpoints + tl.program_id(0).to(tl.int64) * (CHUNK // GROUP * TILE_C * PAD_N)
+    slots += tl.arange(0, TILE_C)[:, None] * PAD_N + columns[None, :]
 
     carried = tl.zeros([TILE_C, PAD_N], tl.float32)
     if FINAL and not PACKED:
@@ -548,7 +581,6 @@ def _differentiate(
 
     begin = segment * segment_len
     end = tl.minimum(begin + segment_len, t)
-    first_row = sequence * t
     rate_grads = tl.zeros([TILE_C, PAD_N], tl.float32)
     skip_grads = tl.zeros([TILE_C], tl.float32)
     bias_grads = tl.zeros([TILE_C], tl.float32)
@@ -557,93 +589,110 @@ def _differentiate(
     chunks = tl.cdiv(end - begin, CHUNK)
     for reverse_chunk in range(chunks):
         chunk_start = begin + (chunks - 1 - reverse_chunk) * CHUNK
-        boundary = tl.zeros([TILE_C, PAD_N], tl.float32)
+        limit = end - chunk_start
+        row = sequence * t + chunk_start
+        x_at, dt_at, B_at, C_at = x + row * x_stride, dt + row * dt_stride, B + row * B_stride, C + row * C_stride
+        dx_at, ddt_at, dy_at, dB_at, dC_at = dx + row * c, ddt + row * c, dy + row * dy_stride, dB + row * N, dC + row * N
+        z_at, dz_at, ungated_at = z, dz, ungated
+        if GATE:
+            z_at, dz_at, ungated_at = z + row * z_stride, dz + row * c, ungated + row * c
+
+        state = tl.zeros([TILE_C, PAD_N], tl.float32)
         if chunk_start > 0:
             place = ((chunk_start // CHUNK - 1) * b + sequence) * state_size
             by_state = columns[None, :] * c + channels[:, None]
-            boundary = tl.load(boundaries + place + by_state, mask=within, other=0.0)
+            state = tl.load(boundaries + place + by_state, mask=within, other=0.0)
         elif INITIAL and not PACKED:
-            boundary = tl.load(initial + sequence * state_size + offsets, mask=within, other=0.0).to(tl.float32)
-        row = first_row + chunk_start
-        x_at, dt_at, dy_at, z_at = x + row * x_stride, dt + row * dt_stride, dy + row * dy_stride, z
-        B_at, C_at, dx_at, ddt_at = B + row * B_stride, C + row * C_stride, dx + row * c, ddt + row * c
-        dB_at, dC_at, dz_at, ungated_at = dB + row * N, dC + row * N, dz, ungated
-        if GATE:
-            z_at, dz_at, ungated_at = z + row * z_stride, dz + row * c, ungated + row * c
-        for reverse_group in range(CHUNK // GROUP):
-            base = CHUNK - GROUP - reverse_group * GROUP
-            # The state that enters the group: from the chunk's start once more, holding no states on the way.
-            entering = boundary
-            for token in range(base):
-                valid = chunk_start + token < end
-                step, _ = _load_step(dt_at, bias, token, dt_stride, valid, channels, in_c, SOFTPLUS)
-                drive = step * _load_row(x_at, token, x_stride, valid, channels, in_c)
-                write = _load_row(B_at, token, B_stride, valid, columns, in_n)
-                if PACKED:
-                    tag = tl.load(marks + chunk_start + token, mask=valid, other=0)
-                    entering = _restart(entering, tag, initial, state_size, offsets, within, INITIAL)
-                entering = tl.exp2(step[:, None] * rates) * entering + drive[:, None] * write[None, :]
-
-            inputs, steps, slopes, maps, reads, pulls, gates, totals, tags = (), (), (), (), (), (), (), (), ()
+            state = tl.load(initial + sequence * state_size + offsets, mask=within, other=0.0).to(tl.float32)
+        next_raws = _load_rows(dt_at, dt_stride, 0, limit, channels, in_c, GROUP)
+        next_inputs = _load_rows(x_at, x_stride, 0, limit, channels, in_c, GROUP)
+        next_maps = _load_rows(B_at, B_stride, 0, limit, columns, in_n, GROUP)
+        tl.store(slots, state)
+        for group in range(CHUNK // GROUP - 1):
+            base = group * GROUP
+            raws, inputs, maps = next_raws, next_inputs, next_maps
+            next_raws = _load_rows(dt_at, dt_stride, base + GROUP, limit, channels, in_c, GROUP)
+            next_inputs = _load_rows(x_at, x_stride, base + GROUP, limit, channels, in_c, GROUP)
+            next_maps = _load_rows(B_at, B_stride, base + GROUP, limit, columns, in_n, GROUP)
+            tags = _load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
+            steps, drives = (), ()
             for i in tl.static_range(GROUP):
-                token = base + i
-                valid = chunk_start + token < end
-                step, slope = _load_step(dt_at, bias, token, dt_stride, valid, channels, in_c, SOFTPLUS)
-                inputs += (_load_row(x_at, token, x_stride, valid, channels, in_c),)
-                steps += (step,)
-                slopes += (slope,)
-                maps += (_load_row(B_at, token, B_stride, valid, columns, in_n),)
-                reads += (_load_row(C_at, token, C_stride, valid, columns, in_n),)
-                pulls += (_load_row(dy_at, token, dy_stride, valid, channels, in_c),)
-                if GATE:
-                    gates += (_load_row(z_at, token, z_stride, valid, channels, in_c),)
-                    totals += (_load_row(ungated_at, token, c, valid, channels, in_c),)
-                if PACKED:
-                    tags += (tl.load(marks + chunk_start + token, mask=valid, other=0),)
-
-            # The states before and after every token of the group, and its decays.
-            before, after, factors = (), (), ()
-            state = entering
+                step, _ = _step(raws[i], bias, base + i < limit, SOFTPLUS)
+                steps += (step[:, None],)
+                drives += ((step * inputs[i].to(tl.float32))[:, None],)
             for i in tl.static_range(GROUP):
                 if PACKED:
                     state = _restart(state, tags[i], initial, state_size, offsets, within, INITIAL)
-                factor = tl.exp2(steps[i][:, None] * rates)
-                before += (state,)
-                state = factor * state + (steps[i] * inputs[i])[:, None] * maps[i][None, :]
+                state = tl.exp2(steps[i] * rates) * state + drives[i] * maps[i].to(tl.float32)[None, :]
+            tl.store(slots + (group + 1) * (TILE_C * PAD_N), state)
+
+        for reverse_group in range(CHUNK // GROUP):
+            base = CHUNK - GROUP - reverse_group * GROUP
+            raws = _load_rows(dt_at, dt_stride, base, limit, channels, in_c, GROUP)
+            inputs = _load_rows(x_at, x_stride, base, limit, channels, in_c, GROUP)
+            maps = _load_rows(B_at, B_stride, base, limit, columns, in_n, GROUP)
+            results = _load_rows(dy_at, dy_stride, base, limit, channels, in_c, GROUP)
+            gates, totals = results, results
+            if GATE:
+                gates = _load_rows(z_at, z_stride, base, limit, channels, in_c, GROUP)
+                totals = _load_rows(ungated_at, c, base, limit, channels, in_c, GROUP)
+            reads = _load_rows(C_at, C_stride, base, limit, columns, in_n, GROUP)
+            tags = _load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
+            entering = tl.load(slots + (CHUNK // GROUP - 1 - reverse_group) * (TILE_C * PAD_N))
+
+            # The states after every token of the group, and its decays where registers allow.
+            steps, slopes, after, factors = (), (), (), ()
+            state = entering
+            for i in tl.static_range(GROUP):
+                step, slope = _step(raws[i], bias, base + i < limit, SOFTPLUS)
+                steps += (step,)
+                slopes += (slope,)
+                if PACKED:
+                    state = _restart(state, tags[i], initial, state_size, offsets, within, INITIAL)
+                factor = tl.exp2(step[:, None] * rates)
+                drive = step * inputs[i].to(tl.float32)
+                state = factor * state + drive[:, None] * maps[i].to(tl.float32)[None, :]
                 after += (state,)
-                factors += (factor,)
+                if KEEP:
+                    factors += (factor,)
 
             for i in tl.static_range(GROUP - 1, -1, -1):
-                valid = chunk_start + base + i < end
+                mask = in_c & (base + i < limit)
+                mask_maps = in_n & (base + i < limit)
                 place = (base + i) * c + channels
-                at_maps = (base + i) * N + columns
-                pull = pulls[i]
+                place_maps = (base + i) * N + columns
+                value, step = inputs[i].to(tl.float32), steps[i]
+                pull = _pull(results[i], gates[i], GATE)
                 if GATE:
-                    gate = gates[i]
+                    gate = gates[i].to(tl.float32)
                     sigmoid = _sigmoid(gate)
-                    gate_grad = pull * totals[i] * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-                    tl.store(dz_at + place, gate_grad.to(dz.dtype.element_ty), mask=in_c & valid)
-                    pull = pull * gate * sigmoid
+                    gate_grad = results[i].to(tl.float32) * totals[i] * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+                    tl.store(dz_at + place, gate_grad.to(dz.dtype.element_ty), mask=mask)
                 if PACKED and FINAL:
                     if (tags[i] & 2) != 0:
                         at = (tags[i] >> 2).to(tl.int64) * state_size
                         carried += tl.load(dfinal + at + offsets, mask=within, other=0.0).to(tl.float32)
-                grad = carried + pull[:, None] * reads[i][None, :]
-                drive = steps[i] * inputs[i]
-                tl.store(dC_at + at_maps, tl.sum(pull[:, None] * after[i], axis=0), mask=in_n & valid)
-                tl.store(dB_at + at_maps, tl.sum(drive[:, None] * grad, axis=0), mask=in_n & valid)
-                drive_grad = tl.sum(grad * maps[i][None, :], axis=1)
-                carried = grad * factors[i]
-                exponent_grad = carried * before[i]
-                rate_grads += steps[i][:, None] * exponent_grad
+                grad = carried + pull[:, None] * reads[i].to(tl.float32)[None, :]
+                tl.store(dC_at + place_maps, tl.sum(pull[:, None] * after[i], axis=0), mask=mask_maps)
+                tl.store(dB_at + place_maps, tl.sum((step * value)[:, None] * grad, axis=0), mask=mask_maps)
+                drive_grad = tl.sum(grad * maps[i].to(tl.float32)[None, :], axis=1)
+                if KEEP:
+                    carried = grad * factors[i]
+                else:
+                    carried = grad * tl.exp2(step[:, None] * rates)
+                before = after[i - 1] if i > 0 else entering
+                if PACKED:
+                    before = _restart(before, tags[i], initial, state_size, offsets, within, INITIAL)
+                exponent_grad = carried * before
+                rate_grads += step[:, None] * exponent_grad
                 # `rates` are A log2 e.
-                step_grad = tl.sum(exponent_grad * rates, axis=1) * _LN_2 + drive_grad * inputs[i]
+                step_grad = tl.sum(exponent_grad * rates, axis=1) * _LN_2 + drive_grad * value
                 raw_grad = step_grad * slopes[i]
-                tl.store(ddt_at + place, raw_grad.to(ddt.dtype.element_ty), mask=in_c & valid)
+                tl.store(ddt_at + place, raw_grad.to(ddt.dtype.element_ty), mask=mask)
                 bias_grads += raw_grad
-                skip_grads += pull * inputs[i]
-                input_grad = drive_grad * steps[i] + skip * pull
-                tl.store(dx_at + place, input_grad.to(dx.dtype.element_ty), mask=in_c & valid)
+                skip_grads += pull * value
+                input_grad = drive_grad * step + skip * pull
+                tl.store(dx_at + place, input_grad.to(dx.dtype.element_ty), mask=mask)
                 if PACKED:
                     if INITIAL:
                         if (tags[i] & 1) != 0:
