@@ -42,7 +42,6 @@ class Launch:
 
     tile_c: int
     group: int
-    keep_decays: bool = True
     num_warps: int = 1
     programs: int = 1056
     shortest: int = 64
@@ -192,7 +191,7 @@ class _Call:
             dx, ddt, dz, dmaps, drates, dchannels, dinitial, checkpoints,
             t, c, b, segments, segment_len,
             self.x.stride(0), self.dt.stride(0), self.B.stride(0), self.C.stride(0), _stride(self.z), dy.stride(0),
-            SKIP=self.D is not None, INITIAL=self.initial is not None, KEEP=launch.keep_decays, **constants,
+            SKIP=self.D is not None, INITIAL=self.initial is not None, **constants,
         )  # fmt: skip
         dB, dC = dmaps[0] if tiles == 1 else dmaps.sum(0)
         dD, dbias = dchannels.sum(1)
@@ -550,7 +549,7 @@ def _differentiate(
     t, c, b, segments, segment_len, x_stride, dt_stride, B_stride, C_stride, z_stride, dy_stride,
     N: tl.constexpr, PAD_N: tl.constexpr, TILE_C: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
     SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, FINAL: tl.constexpr, GATE: tl.constexpr,
-    SKIP: tl.constexpr, INITIAL: tl.constexpr, KEEP: tl.constexpr,
+    SKIP: tl.constexpr, INITIAL: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one segment: chunks from last to first, in a chunk groups from last to first.
 
@@ -640,7 +639,7 @@ def _differentiate(
             tags = _load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
             entering = tl.load(slots + (CHUNK // GROUP - 1 - reverse_group) * (TILE_C * PAD_N))
 
-            # The states after every token of the group, and its decays where registers allow.
+            # The states after every token of the group and its decays.
             steps, slopes, after, factors = (), (), (), ()
             state = entering
             for i in tl.static_range(GROUP):
@@ -653,8 +652,7 @@ def _differentiate(
                 drive = step * inputs[i].to(tl.float32)
                 state = factor * state + drive[:, None] * maps[i].to(tl.float32)[None, :]
                 after += (state,)
-                if KEEP:
-                    factors += (factor,)
+                factors += (factor,)
 
             for i in tl.static_range(GROUP - 1, -1, -1):
                 mask = in_c & (base + i < limit)
@@ -676,10 +674,7 @@ def _differentiate(
                 tl.store(dC_at + place_maps, tl.sum(pull[:, None] * after[i], axis=0), mask=mask_maps)
                 tl.store(dB_at + place_maps, tl.sum((step * value)[:, None] * grad, axis=0), mask=mask_maps)
                 drive_grad = tl.sum(grad * maps[i].to(tl.float32)[None, :], axis=1)
-                if KEEP:
-                    carried = grad * factors[i]
-                else:
-                    carried = grad * tl.exp2(step[:, None] * rates)
+                carried = grad * factors[i]
                 before = after[i - 1] if i > 0 else entering
                 if PACKED:
                     before = _restart(before, tags[i], initial, state_size, offsets, within, INITIAL)
