@@ -6,6 +6,9 @@ tokens early and (backward) ends w-1 late. Sums over tokens are written as one p
 afterwards: no atomics, the same bits every time. Gradients of initial states have a small kernel of their own.
 """
 
+# What Triton compiles has no Python types, and tuples that grow.
+# mypy: disable-error-code="no-untyped-def,assignment,misc,var-annotated"
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -17,19 +20,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from subquad_kernels.causal_conv.declaration import MOST_TAPS
 from subquad_kernels.documents import document_ids
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Arguments, Outputs
 
-MOST_TAPS = 8
-"""More taps than this do not fit in registers beside their gradients."""
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """How one direction is laid out on a device: `tile_c` channels, `stretch` tokens, `group` tokens loaded together."""
+    """How one direction is laid out: channels and tokens a program, and how many tokens are loaded together."""
 
     tile_c: int
     stretch: int
@@ -246,15 +248,14 @@ def _load_history(
     x_at, initial, x_stride, sequence, begin, c, channels, within,
     WIDTH: tl.constexpr, PACKED: tl.constexpr, INITIAL: tl.constexpr,
 ):  # fmt: skip
-    """The w-1 inputs before token `begin`, oldest first: of the sequence, and before it of its initial state or zero."""
+    """The w-1 inputs before token `begin`, oldest first; before the sequence its initial state or zeros."""
     history = ()
     for j in tl.static_range(WIDTH - 1):
         back = WIDTH - 1 - j
         value = tl.load(x_at - back * x_stride + channels, mask=within & (begin >= back), other=0.0).to(tl.float32)
-        if INITIAL and not PACKED:
-            if begin < back:
-                row = sequence * (WIDTH - 1) + j + begin
-                value = tl.load(initial + row * c + channels, mask=within, other=0.0).to(tl.float32)
+        if INITIAL and not PACKED and begin < back:
+            row = sequence * (WIDTH - 1) + j + begin
+            value = tl.load(initial + row * c + channels, mask=within, other=0.0).to(tl.float32)
         history += (value,)
     return history
 

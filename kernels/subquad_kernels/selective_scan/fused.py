@@ -10,6 +10,9 @@ written as one partial sum a program, and added afterwards: no atomics, the same
 README.md has the equations and the reasons for the sizes.
 """
 
+# What Triton compiles has no Python types, and tuples that grow.
+# mypy: disable-error-code="no-untyped-def,assignment,misc,var-annotated"
+
 from __future__ import annotations
 
 import math
@@ -49,13 +52,13 @@ class Launch:
 
 
 def launch_of(n: int, *, backward: bool) -> Launch:
-    """Sizes for a state size: 16 states a lane, so that a backward's four tokens of states fit its registers.
+    """Sizes for a state size: 16 states a lane, so that the states and decays of a backward's group fit in registers.
 
     1056 programs are 8 warps on each of an H100's 132 multiprocessors, what 255 registers a lane leave room for.
     """
     padded = max(1, triton.next_power_of_2(n))
     tile_c = min(64, max(8 if backward else 16, 512 // padded))
-    return Launch(tile_c=tile_c, group=4)
+    return Launch(tile_c=tile_c, group=2 if backward else 4)
 
 
 def forward(launch: Launch | None = None, **arguments: Argument) -> Outputs:
@@ -338,9 +341,8 @@ def _summarise(
     bias = _load_vector(dt_bias, channels, in_c, BIAS)
 
     state = tl.zeros([TILE_C, PAD_N], tl.float32)
-    if INITIAL and not PACKED:
-        if segment == 0:
-            state = tl.load(initial + sequence * state_size + offsets, mask=within, other=0.0).to(tl.float32)
+    if INITIAL and not PACKED and segment == 0:
+        state = tl.load(initial + sequence * state_size + offsets, mask=within, other=0.0).to(tl.float32)
     begin = segment * segment_len
     limit = tl.minimum(segment_len, t - begin)
     row = sequence * t + begin
@@ -397,9 +399,8 @@ def _scan(
     skip = _load_vector(D, channels, in_c, SKIP)
 
     state = tl.zeros([TILE_C, PAD_N], tl.float32)
-    if INITIAL and not PACKED:
-        if segment == 0:
-            state = tl.load(initial + sequence * state_size + offsets, mask=within, other=0.0).to(tl.float32)
+    if INITIAL and not PACKED and segment == 0:
+        state = tl.load(initial + sequence * state_size + offsets, mask=within, other=0.0).to(tl.float32)
     for earlier in range(segment):
         place = (earlier * b + sequence) * state_size
         decay = tl.load(decays + place + offsets, mask=within, other=0.0)
@@ -428,14 +429,13 @@ def _scan(
         if GATE:  # needed last
             gates = _load_rows(z_at, z_stride, base, limit, channels, in_c, GROUP)
         tags = _load_marks(marks, begin, base, limit, GROUP, PACKED)
-        if base % CHUNK == 0:
-            if begin + base > 0:
-                boundary = state
-                if PACKED:
-                    boundary = tl.where((tags[0] & 1) != 0, 0.0, state)
-                place = (((begin + base) // CHUNK - 1) * b + sequence) * state_size
-                by_state = columns[None, :] * c + channels[:, None]  # boundaries lie n c
-                tl.store(boundaries + place + by_state, boundary, mask=within)
+        if base % CHUNK == 0 and begin + base > 0:
+            boundary = state
+            if PACKED:
+                boundary = tl.where((tags[0] & 1) != 0, 0.0, state)
+            place = (((begin + base) // CHUNK - 1) * b + sequence) * state_size
+            by_state = columns[None, :] * c + channels[:, None]  # boundaries lie n c
+            tl.store(boundaries + place + by_state, boundary, mask=within)
         # The group's vectors change their layout here, so that no two tokens have that between them.
         steps, drives, totals = (), (), ()
         for i in tl.static_range(GROUP):
@@ -447,9 +447,8 @@ def _scan(
                 state = _restart(state, tags[i], initial, state_size, offsets, within, INITIAL)
             state = tl.exp2(steps[i] * rates) * state + drives[i] * maps[i].to(tl.float32)[None, :]
             totals += (tl.sum(state * reads[i].to(tl.float32)[None, :], axis=1),)
-            if PACKED:
-                if (tags[i] & 2) != 0:
-                    tl.store(final + (tags[i] >> 2).to(tl.int64) * state_size + offsets, state, mask=within)
+            if PACKED and (tags[i] & 2) != 0:
+                tl.store(final + (tags[i] >> 2).to(tl.int64) * state_size + offsets, state, mask=within)
         for i in tl.static_range(GROUP):
             mask = in_c & (base + i < limit)
             place = (base + i) * c + channels
@@ -459,9 +458,8 @@ def _scan(
                 gate = gates[i].to(tl.float32)
                 total = total * gate * _sigmoid(gate)
             tl.store(y_at + place, total.to(y.dtype.element_ty), mask=mask)
-    if not PACKED:
-        if segment == segments - 1:
-            tl.store(final + sequence * state_size + offsets, state, mask=within)
+    if not PACKED and segment == segments - 1:
+        tl.store(final + sequence * state_size + offsets, state, mask=within)
 
 
 @triton.jit
@@ -498,9 +496,8 @@ def _summarise_gradients(
     bias = _load_vector(dt_bias, channels, in_c, BIAS)
 
     carried = tl.zeros([TILE_C, PAD_N], tl.float32)
-    if FINAL and not PACKED:
-        if segment == segments - 1:
-            carried = tl.load(dfinal + sequence * state_size + offsets, mask=within, other=0.0).to(tl.float32)
+    if FINAL and not PACKED and segment == segments - 1:
+        carried = tl.load(dfinal + sequence * state_size + offsets, mask=within, other=0.0).to(tl.float32)
     begin = segment * segment_len
     limit = tl.minimum(segment_len, t - begin)
     row = sequence * t + begin
@@ -526,10 +523,9 @@ def _summarise_gradients(
             steps += (step[:, None],)
             pulls += (_pull(results[i], gates[i], GATE)[:, None],)
         for i in tl.static_range(GROUP - 1, -1, -1):
-            if PACKED and FINAL:
-                if (tags[i] & 2) != 0:
-                    place = (tags[i] >> 2).to(tl.int64) * state_size
-                    carried += tl.load(dfinal + place + offsets, mask=within, other=0.0).to(tl.float32)
+            if PACKED and FINAL and (tags[i] & 2) != 0:
+                place = (tags[i] >> 2).to(tl.int64) * state_size
+                carried += tl.load(dfinal + place + offsets, mask=within, other=0.0).to(tl.float32)
             carried = tl.exp2(steps[i] * rates) * (carried + pulls[i] * reads[i].to(tl.float32)[None, :])
             if PACKED:
                 carried = tl.where((tags[i] & 1) != 0, 0.0, carried)
@@ -570,9 +566,8 @@ def _differentiate(
     slots += tl.arange(0, TILE_C)[:, None] * PAD_N + columns[None, :]
 
     carried = tl.zeros([TILE_C, PAD_N], tl.float32)
-    if FINAL and not PACKED:
-        if segment == segments - 1:
-            carried = tl.load(dfinal + sequence * state_size + offsets, mask=within, other=0.0).to(tl.float32)
+    if FINAL and not PACKED and segment == segments - 1:
+        carried = tl.load(dfinal + sequence * state_size + offsets, mask=within, other=0.0).to(tl.float32)
     for back in range(segments - 1 - segment):
         place = ((segments - 2 - back) * b + sequence) * state_size
         decay = tl.load(decays + place + offsets, mask=within, other=0.0)
@@ -591,7 +586,8 @@ def _differentiate(
         limit = end - chunk_start
         row = sequence * t + chunk_start
         x_at, dt_at, B_at, C_at = x + row * x_stride, dt + row * dt_stride, B + row * B_stride, C + row * C_stride
-        dx_at, ddt_at, dy_at, dB_at, dC_at = dx + row * c, ddt + row * c, dy + row * dy_stride, dB + row * N, dC + row * N
+        dx_at, ddt_at, dy_at = dx + row * c, ddt + row * c, dy + row * dy_stride
+        dB_at, dC_at = dB + row * N, dC + row * N
         z_at, dz_at, ungated_at = z, dz, ungated
         if GATE:
             z_at, dz_at, ungated_at = z + row * z_stride, dz + row * c, ungated + row * c
@@ -666,10 +662,9 @@ def _differentiate(
                     sigmoid = _sigmoid(gate)
                     gate_grad = results[i].to(tl.float32) * totals[i] * sigmoid * (1.0 + gate * (1.0 - sigmoid))
                     tl.store(dz_at + place, gate_grad.to(dz.dtype.element_ty), mask=mask)
-                if PACKED and FINAL:
-                    if (tags[i] & 2) != 0:
-                        at = (tags[i] >> 2).to(tl.int64) * state_size
-                        carried += tl.load(dfinal + at + offsets, mask=within, other=0.0).to(tl.float32)
+                if PACKED and FINAL and (tags[i] & 2) != 0:
+                    at = (tags[i] >> 2).to(tl.int64) * state_size
+                    carried += tl.load(dfinal + at + offsets, mask=within, other=0.0).to(tl.float32)
                 grad = carried + pull[:, None] * reads[i].to(tl.float32)[None, :]
                 tl.store(dC_at + place_maps, tl.sum(pull[:, None] * after[i], axis=0), mask=mask_maps)
                 tl.store(dB_at + place_maps, tl.sum((step * value)[:, None] * grad, axis=0), mask=mask_maps)
@@ -689,15 +684,13 @@ def _differentiate(
                 input_grad = drive_grad * step + skip * pull
                 tl.store(dx_at + place, input_grad.to(dx.dtype.element_ty), mask=mask)
                 if PACKED:
-                    if INITIAL:
-                        if (tags[i] & 1) != 0:
-                            at = (tags[i] >> 2).to(tl.int64) * state_size
-                            tl.store(dinitial + at + offsets, carried, mask=within)
+                    if INITIAL and (tags[i] & 1) != 0:
+                        at = (tags[i] >> 2).to(tl.int64) * state_size
+                        tl.store(dinitial + at + offsets, carried, mask=within)
                     carried = tl.where((tags[i] & 1) != 0, 0.0, carried)
 
-    if INITIAL and not PACKED:
-        if segment == 0:
-            tl.store(dinitial + sequence * state_size + offsets, carried, mask=within)
+    if INITIAL and not PACKED and segment == 0:
+        tl.store(dinitial + sequence * state_size + offsets, carried, mask=within)
     part = sequence * segments + segment
     tl.store(drates + part * state_size + offsets, rate_grads, mask=within)
     sums = dchannels + part * c + channels
