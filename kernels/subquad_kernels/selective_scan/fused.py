@@ -178,7 +178,7 @@ class _Call:
         dchannels = self._new(2, b * segments, c)
         dinitial = None if self.initial is None else self._states(dfinal)
         decays, writes = (self._new(segments - 1, b, c, n) for _ in range(2))
-        held = CHUNK // launch.group * launch.tile_c * triton.next_power_of_2(n)
+        held = max(1, CHUNK // launch.group - 1) * launch.tile_c * triton.next_power_of_2(n)
         checkpoints = self._new(tiles * b * segments, held)
         constants = self._constants(launch) | {"FINAL": dfinal is not None, "GATE": self.z is not None}
         if segments > 1:
@@ -550,7 +550,7 @@ def _differentiate(
     """All gradients of one segment: chunks from last to first, in a chunk groups from last to first.
 
     `carried` is what the token after the current one sends back, decay_{t+1} g_{t+1}. The states that enter the groups
-    of a chunk are found first and wait in `checkpoints`, which only this program touches and the cache holds.
+    of a chunk are found first; all but the last wait in `checkpoints`, which only this program touches and L2 holds.
     """
     tile, sequence, segment = _place(c, b, TILE_C)
     channels = tile * TILE_C + tl.arange(0, TILE_C)
@@ -562,7 +562,7 @@ def _differentiate(
     rates = tl.load(A + offsets, mask=within, other=0.0).to(tl.float32) * _LOG2_E
     bias = _load_vector(dt_bias, channels, in_c, BIAS)
     skip = _load_vector(D, channels, in_c, SKIP)
-    slots = checkpoints + tl.program_id(0).to(tl.int64) * (CHUNK // GROUP * TILE_C * PAD_N)
+    slots = checkpoints + tl.program_id(0).to(tl.int64) * ((CHUNK // GROUP - 1) * TILE_C * PAD_N)
     slots += tl.arange(0, TILE_C)[:, None] * PAD_N + columns[None, :]
 
     carried = tl.zeros([TILE_C, PAD_N], tl.float32)
@@ -602,8 +602,8 @@ def _differentiate(
         next_raws = _load_rows(dt_at, dt_stride, 0, limit, channels, in_c, GROUP)
         next_inputs = _load_rows(x_at, x_stride, 0, limit, channels, in_c, GROUP)
         next_maps = _load_rows(B_at, B_stride, 0, limit, columns, in_n, GROUP)
-        tl.store(slots, state)
         for group in range(CHUNK // GROUP - 1):
+            tl.store(slots + group * (TILE_C * PAD_N), state)
             base = group * GROUP
             raws, inputs, maps = next_raws, next_inputs, next_maps
             next_raws = _load_rows(dt_at, dt_stride, base + GROUP, limit, channels, in_c, GROUP)
@@ -619,7 +619,6 @@ def _differentiate(
                 if PACKED:
                     state = _restart(state, tags[i], initial, state_size, offsets, within, INITIAL)
                 state = tl.exp2(steps[i] * rates) * state + drives[i] * maps[i].to(tl.float32)[None, :]
-            tl.store(slots + (group + 1) * (TILE_C * PAD_N), state)
 
         for reverse_group in range(CHUNK // GROUP):
             base = CHUNK - GROUP - reverse_group * GROUP
@@ -633,11 +632,12 @@ def _differentiate(
                 totals = _load_rows(ungated_at, c, base, limit, channels, in_c, GROUP)
             reads = _load_rows(C_at, C_stride, base, limit, columns, in_n, GROUP)
             tags = _load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
-            entering = tl.load(slots + (CHUNK // GROUP - 1 - reverse_group) * (TILE_C * PAD_N))
+            if reverse_group > 0:
+                state = tl.load(slots + (CHUNK // GROUP - 1 - reverse_group) * (TILE_C * PAD_N))
+            entering = state
 
             # The states after every token of the group and its decays.
             steps, slopes, after, factors = (), (), (), ()
-            state = entering
             for i in tl.static_range(GROUP):
                 step, slope = _step(raws[i], bias, base + i < limit, SOFTPLUS)
                 steps += (step,)
