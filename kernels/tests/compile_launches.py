@@ -23,7 +23,7 @@ TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torc
 SCAN = dict.fromkeys(("softplus", "skip", "gate", "dt_bias", "initial_state"), True)
 CASES: dict[str, list[tuple[dict[str, int], dict[str, Any]]]] = {
     "selective_scan": [
-        (dict(b=2, t=300, c=64, n=16), dict.fromkeys(SCAN, False) | {"gate": True}),
+        (dict(b=2, t=60, c=64, n=16), dict.fromkeys(SCAN, False) | {"gate": True}),
         (dict(b=1, t=300, c=96, n=16, documents=3), SCAN),
     ],
     "causal_conv": [

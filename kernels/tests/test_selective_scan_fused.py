@@ -226,8 +226,8 @@ def test_every_launch_compiles_for_sm_90(tmp_path: Path) -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
-    for name in ("_summarise", "_scan", "_summarise_gradients", "_differentiate"):
-        assert run.stdout.count(f"compiled {name}\n") == 2
+    for name, times in (("_summarise", 1), ("_scan", 2), ("_summarise_gradients", 1), ("_differentiate", 2)):
+        assert run.stdout.count(f"compiled {name}\n") == times  # only the longer of the two calls is cut
 
 
 @pytest.mark.gpu
