@@ -91,8 +91,9 @@ class Operator:
 
     `definition` names a module or object that satisfies `OperatorDefinition`. `tensors` lists its tensor arguments in
     the order of the torch op's signature, `outputs` the results callers see and `residuals` what the forward hands to
-    the backward. `defaults` maps a device kind to the kernel that runs when nobody chose. `examples` are small
-    workloads on which every kernel can be checked within a second.
+    the backward. `defaults` maps a device kind to the kernels that run when nobody chose, most wanted first: the first
+    one that is installed and supports the call. `examples` are small workloads on which every kernel can be checked
+    within a second.
     """
 
     name: str
@@ -101,7 +102,7 @@ class Operator:
     tensors: tuple[str, ...]
     outputs: tuple[str, ...]
     residuals: tuple[str, ...]
-    defaults: Mapping[str, str]
+    defaults: Mapping[str, tuple[str, ...]]
     work: Callable[[Workload], Work]
     tolerances: Mapping[str, Tolerance]
     examples: tuple[Workload, ...] = ()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from subquad_kernels.catalogue import CATALOGUE, Kernel, Operator
+from subquad_kernels.device_limits import device_limits
 from subquad_kernels.kernel_table import DEFAULT, look_up
+from subquad_kernels.workload import Workload
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Arguments, Outputs
@@ -31,13 +34,26 @@ def kernel_for(operator: Operator, text: str, arguments: Arguments) -> Kernel:
     """The kernel that a call runs: by name, by table, or the operator's default on the device of its tensors."""
     name = look_up(text, *operator.torch_half.batch_and_length(arguments))
     if name == DEFAULT:
-        name = default_kernel(operator, _first_tensor(arguments).device.type)
+        device = _first_tensor(arguments).device
+        wanted = default_kernels(operator, device.type)
+        # A lone default is not asked whether it supports the call: it would be run all the same.
+        name = wanted[0] if len(wanted) == 1 else _first_supporting(
+            wanted, operator.torch_half.workload_of(arguments, "forward"), str(device)
+        )
     return CATALOGUE.kernel(operator.name, name)
 
 
-def default_kernel(operator: Operator, device_kind: str) -> str:
-    """The kernel that runs on a kind of device when nobody chose; `reference` where none is named."""
-    return operator.defaults.get(device_kind, "reference")
+def default_kernels(operator: Operator, device_kind: str) -> tuple[str, ...]:
+    """What runs on a kind of device when nobody chose, most wanted first; `reference` where none is named."""
+    return operator.defaults.get(device_kind, ("reference",))
+
+
+@lru_cache(maxsize=4096)
+def _first_supporting(wanted: tuple[str, ...], workload: Workload, device: str) -> str:
+    """The first kernel that is installed and supports the workload; the last one if none says so."""
+    limits = device_limits(device)
+    refusals = {name: CATALOGUE.kernel(workload.operator, name).refusal(workload, limits) for name in wanted}
+    return next((name for name in wanted if refusals[name] is None), wanted[-1])
 
 
 def differentiable(operator: Operator, arguments: Arguments) -> list[str]:

@@ -46,7 +46,7 @@ def test_a_kernel_agrees_with_its_reference_on_cuda(kernel: Kernel, workload: Wo
 
 @pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
 def test_the_check_finds_a_wrong_gradient_and_an_unwritten_output(operator: Operator) -> None:
-    honest = CATALOGUE.kernel(operator.name, operator.defaults["cpu"])
+    honest = CATALOGUE.kernel(operator.name, operator.defaults["cpu"][0])
     workload = operator.examples[0]
     arguments = operator.torch_half.sample_inputs(shape_class(workload, "cpu"), seed=0, device="cpu")
 

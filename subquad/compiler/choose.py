@@ -24,7 +24,7 @@ from subquad_cost_model import (
 from subquad_kernels.catalogue import CATALOGUE, Kernel, Operator
 from subquad_kernels.kernel_table import Row, format_table
 from subquad_kernels.self_check import VerdictStore
-from subquad_kernels.torch_operator import default_kernel
+from subquad_kernels.torch_operator import default_kernels
 from subquad_kernels.workload import Workload
 
 REFERENCE = "reference"
@@ -70,7 +70,7 @@ class Chooser:
     def _choose(self, operator: Operator, workloads: tuple[Workload, ...], used: bool) -> Choice:
         pinned = self._options.pins.get(operator.name)
         candidates, declined = self._candidates(operator, workloads)
-        default = default_kernel(operator, self._target.kind)
+        wanted = default_kernels(operator, self._target.kind)
         if pinned is not None:
             if pinned in candidates:
                 figure = Figure.of(pinned, self._estimates(operator, candidates[pinned], workloads))
@@ -83,17 +83,15 @@ class Chooser:
                     where=f"kernel.{operator.name}",
                     mend=f"use one of {', '.join(candidates)}, or leave it out",
                 )
-        if REFERENCE in candidates and len(candidates) > 1 and default != REFERENCE:
+        if REFERENCE in candidates and len(candidates) > 1 and wanted[0] != REFERENCE:
             del candidates[REFERENCE]
             declined[REFERENCE] = "defines the operator; runs only where nothing else does"
-        if default not in candidates:
-            default = next(iter(candidates))
+        default = _first(wanted, candidates)
         if not used:
             candidates = {default: candidates[default]}
         if self._target.local is not None:
             self._drop_failing(operator, workloads, candidates, declined)
-            if default not in candidates:
-                default = next(iter(candidates))
+            default = _first(wanted, candidates)
         estimates = {name: self._total(operator, kernel, workloads) for name, kernel in candidates.items()}
         decision = decide(estimates, default)
         if decision.to_measure and self._measures(used):
@@ -105,7 +103,7 @@ class Chooser:
         order = sorted(candidates, key=lambda name: (name != chosen, estimates[name].seconds))
         return Choice(
             kernel=chosen,
-            text=self._text(operator, workloads[0], chosen),
+            text=_text(workloads[0], chosen, default),
             figures=tuple(Figure.of(name, self._estimates(operator, candidates[name], workloads)) for name in order),
             declined=declined,
             reason=self._reason(decision, used),
@@ -186,11 +184,14 @@ class Chooser:
             source=figure.source,  # type: ignore[arg-type]
         )
 
-    def _text(self, operator: Operator, workload: Workload, chosen: str) -> str:
-        """The node's argument: another kernel than the default holds for the shapes it was chosen for, and below."""
-        default = default_kernel(operator, self._target.kind)
-        if chosen == default:
-            return chosen
-        return format_table(
-            [Row(chosen, max_b=workload.shape.get("b"), max_t=workload.shape.get("t")), Row(default)]
-        )
+
+def _first(wanted: tuple[str, ...], candidates: Mapping[str, Kernel]) -> str:
+    """The most wanted default that is a candidate, else the first candidate."""
+    return next((name for name in wanted if name in candidates), next(iter(candidates)))
+
+
+def _text(workload: Workload, chosen: str, default: str) -> str:
+    """The node's argument: another kernel than the default holds for the shapes it was chosen for, and below."""
+    if chosen == default:
+        return chosen
+    return format_table([Row(chosen, max_b=workload.shape.get("b"), max_t=workload.shape.get("t")), Row(default)])

@@ -46,7 +46,7 @@ OPERATOR = Operator(
     tensors=("x", "weight", "bias", "initial_state", "cu_seqlens"),
     outputs=("y", "final_state"),
     residuals=(),
-    defaults={"cpu": "taps", "cuda": "conv1d"},
+    defaults={"cpu": ("taps",), "cuda": ("fused", "conv1d")},
     work=work,
     tolerances={
         "float64": Tolerance(output=1e-13, gradient=1e-12, reason="sums of w and of b t terms in another order"),
@@ -65,6 +65,20 @@ OPERATOR = Operator(
 
 
 def _anything(workload: Workload, limits: DeviceLimits) -> str | None:
+    return None
+
+
+MOST_TAPS = 8
+"""More taps than this do not fit in registers beside their gradients."""
+
+
+def _fused_supports(workload: Workload, limits: DeviceLimits) -> str | None:
+    if workload.dtype == "float64":
+        return "computes in float32, not in float64"
+    if workload.shape["w"] > MOST_TAPS:
+        return f"has at most {MOST_TAPS} taps, not {workload.shape['w']}"
+    if limits.capability is not None and limits.capability < (8, 0):
+        return "needs compute capability 8.0"
     return None
 
 
@@ -90,5 +104,13 @@ KERNELS = (
         implementation=f"{_HERE}.conv1d",
         supports=_anything,
         devices=_BOTH,
+    ),
+    Kernel(
+        operator="causal_conv",
+        name="fused",
+        implementation=f"{_HERE}.fused",
+        supports=_fused_supports,
+        devices=frozenset({"cuda"}),
+        requires=("triton>=3.6",),
     ),
 )

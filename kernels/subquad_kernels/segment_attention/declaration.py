@@ -55,7 +55,7 @@ OPERATOR = Operator(
     tensors=("q", "k", "v", "summary_k", "summary_v", "cu_seqlens"),
     outputs=("out",),
     residuals=("lse",),
-    defaults={"cpu": "compacted", "cuda": "tiled"},
+    defaults={"cpu": ("compacted",), "cuda": ("tiled", "compacted")},
     work=work,
     tolerances={
         "float64": Tolerance(output=1e-12, gradient=1e-11, reason="sums of up to 1 + t / segment_len terms, reordered"),

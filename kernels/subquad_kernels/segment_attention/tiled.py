@@ -76,7 +76,9 @@ def tiling(stage: Stage, dtype: torch.dtype, width: int, t: int) -> Tiling:
         return Tiling(16, 64 if width <= 128 else 32, 4, pipeline)
     if stage == "forward":
         return Tiling(128, 64 if width <= 128 else 32, 8, pipeline)
-    return Tiling(128 if width <= 128 else 64, 64 if width <= 128 else 32, 8, 3 if width <= 64 else 2)
+    if width <= 64:
+        return Tiling(64, 64, 4, 2)
+    return Tiling(128 if width <= 128 else 64, 64 if width <= 128 else 32, 8, 2)
 
 
 def forward(

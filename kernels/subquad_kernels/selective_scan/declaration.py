@@ -56,7 +56,7 @@ OPERATOR = Operator(
     tensors=("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state", "cu_seqlens"),
     outputs=("y", "final_state"),
     residuals=("boundaries", "ungated"),
-    defaults={"cpu": "chunked", "cuda": "chunked"},
+    defaults={"cpu": ("chunked",), "cuda": ("fused", "chunked")},
     work=work,
     tolerances={
         "float64": Tolerance(output=1e-11, gradient=1e-10, reason="sums of up to t and c terms in another order"),
@@ -78,6 +78,16 @@ def _anything(workload: Workload, limits: DeviceLimits) -> str | None:
     return None
 
 
+def _fused_supports(workload: Workload, limits: DeviceLimits) -> str | None:
+    if workload.dtype == "float64":
+        return "computes in float32, not in float64"
+    if workload.shape["n"] > 64:
+        return f"holds up to 64 states a channel in registers, not {workload.shape['n']}"
+    if limits.capability is not None and limits.capability < (8, 0):
+        return "needs compute capability 8.0"
+    return None
+
+
 _BOTH = frozenset({"cpu", "cuda"})
 KERNELS = (
     Kernel(
@@ -93,5 +103,13 @@ KERNELS = (
         implementation=f"{_HERE}.chunked",
         supports=_anything,
         devices=_BOTH,
+    ),
+    Kernel(
+        operator="selective_scan",
+        name="fused",
+        implementation=f"{_HERE}.fused",
+        supports=_fused_supports,
+        devices=frozenset({"cuda"}),
+        requires=("triton>=3.6",),
     ),
 )

@@ -65,7 +65,7 @@ OPERATOR = Operator(
     tensors=("q", "k", "v", "cu_seqlens"),
     outputs=("out",),
     residuals=("lse",),
-    defaults={"cpu": "sdpa_flash", "cuda": "sdpa_flash"},
+    defaults={"cpu": ("sdpa_flash",), "cuda": ("sdpa_flash", "sdpa_efficient", "reference")},
     work=work,
     tolerances={
         "float64": Tolerance(output=1e-12, gradient=1e-11, reason="sums of up to s terms in another order"),

@@ -1,0 +1,270 @@
+"""The fused selective scan: in Triton's interpreter where there is no GPU, against the definition in float64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import subquad_kernels.builtin  # noqa: F401  (fills the catalogue)
+from subquad_kernels.catalogue import CATALOGUE
+from subquad_kernels.device_limits import device_limits
+from subquad_kernels.selective_scan import chunked, declaration, definition, fused
+from subquad_kernels.self_check import judge, kernel_errors
+from subquad_kernels.workload import DeviceLimits, Option, Workload
+
+OPERATOR = declaration.OPERATOR
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"  # without a GPU the kernels run in Triton's interpreter
+
+
+def workload(t: int, *, full: bool = True, softplus: bool = True, dtype: str = "float32", **shape: int) -> Workload:
+    """b = 1, c = 3, n = 3 unless told; `full` gives every optional tensor."""
+    options: dict[str, Option] = dict.fromkeys(("skip", "gate", "dt_bias", "initial_state"), full)
+    axes = {"b": 1, "t": t, "c": 3, "n": 3} | shape
+    return Workload(operator="selective_scan", shape=axes, dtype=dtype, options={"softplus": softplus} | options)  # type: ignore[arg-type]
+
+
+def sample(case: Workload, device: str = DEVICE, **changes: Any) -> dict[str, Any]:
+    return definition.sample_inputs(case, seed=0, device=device) | changes
+
+
+def bounds(*lengths: int) -> Tensor:
+    return torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=DEVICE)
+
+
+def launched(launch: fused.Launch | None) -> Any:
+    """The kernel's record, with its functions bound to a launch."""
+
+    class Bound:
+        @staticmethod
+        def forward(**arguments: Any) -> tuple[Tensor, ...]:
+            return fused.forward(launch, **arguments)
+
+        @staticmethod
+        def backward(*values: Any) -> dict[str, Tensor | None]:
+            return fused.backward(*values, launch)
+
+    kernel = replace(CATALOGUE.kernel("selective_scan", "fused"))
+    kernel.__dict__["torch_half"] = Bound
+    return kernel
+
+
+def errors_of(arguments: dict[str, Any], launch: fused.Launch | None = None) -> dict[str, float]:
+    """Errors of both outputs and of every gradient, with gradients flowing in through both outputs."""
+    found = kernel_errors(OPERATOR, launched(launch), arguments, gradients=True)
+    given = [name for name in OPERATOR.tensors if arguments[name] is not None and name != "cu_seqlens"]
+    assert set(found) == {"y", "final_state", *(f"d_{name}" for name in given)}
+    return found
+
+
+def assert_exact(arguments: dict[str, Any], launch: fused.Launch | None = None) -> None:
+    errors = errors_of(arguments, launch)
+    tolerance = OPERATOR.tolerances["float32"]
+    for name, error in errors.items():
+        assert error <= (tolerance.gradient if name.startswith("d_") else tolerance.output), f"{name}: {error:.1e}"
+
+
+SMALL = fused.Launch(tile_c=4, group=4)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_memory_is_nan() -> Iterator[None]:
+    """An output that is not written shows, and so does scratch memory that is read before it is written."""
+    if ON_GPU:  # there cuBLAS would have to be told too; kernel_errors leaves NaN in the allocator's memory
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).new_empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("t", [1, 15, 16, 17])
+def test_outputs_and_all_gradients_equal_the_reference_at_the_edges_of_a_chunk(t: int) -> None:
+    assert_exact(sample(workload(t)))
+
+
+def test_optional_tensors_may_be_absent() -> None:
+    assert_exact(sample(workload(7, full=False, softplus=False)))
+
+
+def test_tiles_and_sequences_do_not_mix() -> None:
+    assert_exact(sample(workload(3, b=2, c=5)), SMALL)
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_state_sizes_that_are_not_powers_of_two_are_masked(n: int) -> None:
+    assert_exact(sample(workload(3, n=n)), replace(SMALL, group=2))
+
+
+def test_cutting_time_changes_nothing() -> None:
+    """Three segments, the last of them short: states and gradients cross two cuts."""
+    assert_exact(sample(workload(37)), fused.with_segments(SMALL, 16))
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["all tensors", "required tensors"])
+@pytest.mark.parametrize("segment_len", [None, 16], ids=["whole", "cut"])
+def test_packed_documents_have_states_of_their_own(full: bool, segment_len: int | None) -> None:
+    """Empty documents, documents of one token, one that starts at a cut and one that crosses it."""
+    lengths = (0, 3, 1, 0, 12, 5, 0)
+    arguments = sample(workload(21, full=full, documents=7), cu_seqlens=bounds(*lengths))
+    assert_exact(arguments, fused.with_segments(SMALL, segment_len))
+
+
+@pytest.mark.parametrize("step", [1e-8, 50.0], ids=["decay near 1", "decay underflows"])
+def test_extreme_decays_neither_overflow_nor_lose_gradients(step: float) -> None:
+    arguments = sample(workload(18, softplus=False), dt_bias=None)
+    arguments["dt"] = torch.full_like(arguments["dt"], step)
+    assert_exact(arguments, fused.with_segments(SMALL, 16))
+
+
+def test_small_steps_keep_their_precision() -> None:
+    """softplus(-12) = 6e-6: the logarithm of 1 + 6e-6 has 2e-2 of its digits left in fp32."""
+    arguments = sample(workload(3))
+    arguments["dt"] = torch.full_like(arguments["dt"], -12) - arguments["dt_bias"]
+    assert_exact(arguments)
+
+
+def test_residuals_are_those_the_operator_declares() -> None:
+    arguments = sample(workload(33, c=2, n=2, documents=3), cu_seqlens=bounds(16, 4, 13))
+    expected, found = chunked.forward(**arguments), fused.forward(SMALL, **arguments)
+    assert found[2].shape == (2, 1, 2, 2)
+    assert not found[2][0].any()  # a document starts at token 16
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_slices_of_wider_tensors_are_taken_as_they_are() -> None:
+    """x and z are halves of one projection, B and C slices of another: views, with rows further apart."""
+    arguments = sample(workload(3, b=2))
+    expected = fused.forward(**arguments)
+    wide = torch.cat([arguments["x"], arguments["z"]], dim=2)
+    maps = torch.cat([arguments["B"], arguments["C"]], dim=2)
+    views = dict(zip("xzBC", (*wide.chunk(2, 2), *maps.chunk(2, 2))))
+    assert all(torch.equal(a, b) for a, b in zip(fused.forward(**arguments | views), expected))
+
+
+def test_the_same_call_gives_the_same_bits() -> None:
+    arguments = sample(workload(300, b=2, c=96) if ON_GPU else workload(2))
+    outputs = fused.forward(**arguments)
+    first, second = (fused.backward(arguments, outputs, outputs[:2]) for _ in range(2))
+    assert all(torch.equal(gradient, second[name]) for name, gradient in first.items() if gradient is not None)
+
+
+def test_a_missing_gradient_is_zero() -> None:
+    arguments = sample(workload(2))
+    outputs = fused.forward(**arguments)
+    pull = torch.ones_like(outputs[0])
+    some = fused.backward(arguments, outputs, (pull, None))
+    same = fused.backward(arguments, outputs, (pull, torch.zeros_like(outputs[1])))
+    assert all(torch.equal(some[name], same[name]) for name in same if same[name] is not None)
+    state_alone = fused.backward(arguments, outputs, (None, torch.ones_like(outputs[1])))
+    assert state_alone["x"].any()
+    assert not state_alone["C"].any()
+
+
+def test_a_planted_error_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison of this file can fail, for one gradient alone and for a state that is not passed on."""
+    arguments = sample(workload(17))
+    honest = fused._Call.backward
+
+    def loses_a_digit(*values: Any) -> dict[str, Tensor | None]:
+        found = honest(*values)
+        return found | {"A": found["A"] * 1.001}
+
+    monkeypatch.setattr(fused._Call, "backward", loses_a_digit)
+    with pytest.raises(AssertionError, match="d_A"):
+        assert_exact(arguments)
+    monkeypatch.undo()
+    marks = fused._marks
+    monkeypatch.setattr(fused, "_marks", lambda *values: marks(*values) & ~1)  # no document ever starts
+    with pytest.raises(AssertionError):
+        assert_exact(sample(workload(4, documents=2), cu_seqlens=bounds(2, 2)))
+
+
+def test_what_it_cannot_compute_is_declined_with_a_reason() -> None:
+    kernel = CATALOGUE.kernel("selective_scan", "fused")
+    h100 = DeviceLimits(kind="cuda", name="H100", capability=(9, 0))
+    assert kernel.supports(workload(9, dtype="bfloat16"), h100) is None
+    assert "float64" in str(kernel.supports(workload(9, dtype="float64"), h100))
+    assert "64 states" in str(kernel.supports(workload(9, n=65), h100))
+    assert "8.0" in str(kernel.supports(workload(9), DeviceLimits(kind="cuda", name="V100", capability=(7, 0))))
+    with pytest.raises(TypeError, match="chunked"):
+        fused.forward(**sample(workload(2, dtype="float64")))
+
+
+def test_time_is_cut_only_where_programs_are_few() -> None:
+    launch = fused.launch_of(16, backward=True)
+
+    def segments(b: int, t: int, c: int) -> int:
+        shape = torch.empty(b, t, c, device="meta")
+        call = fused._Call.__new__(fused._Call)
+        call.b, call.t, call.c = shape.shape
+        return call._cut(launch)[1]
+
+    assert segments(16, 2048, 2048) == 1
+    assert segments(1, 32768, 2048) >= 16
+    assert segments(1, 1, 2048) == 1
+    assert segments(1, 65, 32) == 1 + 1  # no segment is shorter than 64 tokens but the last
+
+
+def test_every_launch_compiles_for_sm_90(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_launches.py")
+    run = subprocess.run(
+        [sys.executable, str(script), "selective_scan"],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    for name, times in (("_summarise", 1), ("_scan", 2), ("_summarise_gradients", 1), ("_differentiate", 2)):
+        assert run.stdout.count(f"compiled {name}\n") == times  # only the longer of the two calls is cut
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    ("shape", "full"),
+    [
+        (dict(b=2, t=700, c=96, n=16), True),
+        (dict(b=2, t=333, c=256, n=16), False),
+        (dict(b=1, t=700, c=160, n=16, documents=9), True),
+        (dict(b=1, t=517, c=128, n=8, documents=5), False),
+        (dict(b=3, t=1, c=200, n=64), True),
+        (dict(b=2, t=129, c=96, n=13), True),
+    ],
+    ids=str,
+)
+def test_on_a_gpu_it_is_within_the_operators_tolerance(shape: dict[str, int], full: bool, dtype: str) -> None:
+    case = workload(full=full, dtype=dtype, **shape)
+    kernel = CATALOGUE.kernel("selective_scan", "fused")
+    assert kernel.refusal(case, device_limits("cuda")) is None
+    for launch in (None, fused.with_segments(fused.launch_of(shape["n"], backward=True), 64)):
+        errors = kernel_errors(OPERATOR, launched(launch), sample(case, "cuda"), gradients=True)
+        verdict = judge(OPERATOR, kernel, case, errors)
+        assert verdict.passed, verdict.reason
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_nothing_waits_for_the_host() -> None:
+    """Packed boundaries are read on the device: a call in a CUDA graph replays with other boundaries."""
+    arguments = sample(workload(300, c=96, n=16, dtype="bfloat16", documents=4), "cuda")
+    outputs = fused.forward(**arguments)
+    fused.backward(arguments, outputs, outputs[:2])  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = fused.forward(**arguments)
+        fused.backward(arguments, outputs, outputs[:2])
+    arguments["cu_seqlens"].copy_(bounds(100, 0, 1, 199))
+    graph.replay()
+    torch.testing.assert_close(outputs[0], fused.forward(**arguments)[0])
