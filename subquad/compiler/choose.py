@@ -61,7 +61,7 @@ class Chooser:
         return self._measurer.spent_s
 
     def choose(self, operator: Operator, workload: Workload, *, training: bool, used: bool) -> Choice:
-        """The choice for a node. A node that this run does not use is estimated, never measured."""
+        """The choice for a node. One that this run does not use keeps its default, neither checked nor measured."""
         key = (workload.key, training, used)
         if key not in self._known:
             self._known[key] = self._choose(operator, phases(workload, training), used)
@@ -89,7 +89,7 @@ class Chooser:
         default = _first(wanted, candidates)
         if not used:
             candidates = {default: candidates[default]}
-        if self._target.local is not None:
+        elif self._target.local is not None:
             self._drop_failing(operator, workloads, candidates, declined)
             default = _first(wanted, candidates)
         estimates = {name: self._total(operator, kernel, workloads) for name, kernel in candidates.items()}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from subquad.compiler.example import Example
 from subquad.compiler.explain import compute_dtype, training_example
 from subquad.compiler.options import CompileOptions
 from subquad.compiler.pipeline import compile_model, plan_versions
@@ -48,11 +49,14 @@ def compiled(model: LanguageModel, config: RunConfig, plan: Plan | None, *, pack
     return compile_model(model, example, target=target, options=CompileOptions.of_run(config), plan=plan)
 
 
-def follow_for_generation(model: LanguageModel, config: RunConfig, plan: Plan) -> None:
-    """Let the model run a plan's kernels if it was made for this device; else operators keep their defaults."""
-    target = target_of(config)
-    if plan.target == target.device.name:
-        compile_model(model, training_example(config, target, packed=False), target=target, plan=plan)
+def compile_for_generation(model: LanguageModel, config: RunConfig) -> None:
+    """Choose checked kernels for prefill and decode on this device; the run's plan is for training's shapes.
+
+    Nothing is measured, so that the first token comes soon; what the run forbids stays forbidden.
+    """
+    example = Example(tokens_shape=(1, config.model.context_len), decoding=True)
+    options = CompileOptions(estimator=config.compiler.estimator, measure=False, deny=tuple(config.deny))
+    compile_model(model, example, target=target_of(config), options=options)
 
 
 def plan_of(config: RunConfig) -> Plan | None:

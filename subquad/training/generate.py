@@ -11,13 +11,12 @@ from typing import TextIO
 import torch
 from torch import Tensor
 
-from subquad.compiler.plan import Plan
 from subquad.errors import ConfigError, ResumeError
 from subquad.model.build import build_model
 from subquad.model.language_model import LanguageModel
 from subquad.schema import GenerateConfig
 from subquad.training.checkpoint import newest_checkpoint
-from subquad.training.compilation import device_of, follow_for_generation
+from subquad.training.compilation import compile_for_generation, device_of
 from subquad.training.run_folder import RunFolder, read_config
 from subquad.training.tokenizer import Tokenizer, load_tokenizer
 
@@ -83,7 +82,7 @@ class TextStream:
 
 
 def load_run(path: Path) -> tuple[LanguageModel, Tokenizer, torch.device]:
-    """The trained model of a run folder, running the kernels of its plan, with its tokenizer.  Raises: ResumeError."""
+    """The trained model of a run folder, running kernels chosen for generation, with its tokenizer.  Raises: ResumeError."""
     folder = RunFolder(path.absolute())
     config = read_config(folder, f"run={path}")
     checkpoint = newest_checkpoint(folder.checkpoints)
@@ -95,7 +94,7 @@ def load_run(path: Path) -> tuple[LanguageModel, Tokenizer, torch.device]:
     model = build_model(config.model)
     model.load_state_dict(checkpoint.weights())
     model.to(device).eval()
-    follow_for_generation(model, config, Plan.load(folder.plan))
+    compile_for_generation(model, config)
     return model, load_tokenizer(folder.path), device
 
 
