@@ -185,6 +185,7 @@ def tune(record: Record, limit: Limit) -> None:
         for configuration in configurations:
             if limit.over(40):
                 print("time is up: the rest is not tuned")
+                keep(stage, best)
                 return
             tiled.TILINGS[stage] = tiled.Tiling(*configuration)
             row: dict[str, Any] = {"stage": stage, "tiling": configuration}
@@ -199,10 +200,7 @@ def tune(record: Record, limit: Limit) -> None:
                 row["failure"] = f"{type(error).__name__}: {error}"[:200]
                 print(f"{stage:18} {configuration!s:20} {row['failure'][:80]}", flush=True)
             record.tuning.append(row)
-        if best is None:
-            del tiled.TILINGS[stage]
-        else:
-            tiled.TILINGS[stage] = best[1]
+        keep(stage, best)
     by_programs = {}
     for programs in PROGRAMS:
         tiled.PROGRAMS = programs
@@ -213,6 +211,13 @@ def tune(record: Record, limit: Limit) -> None:
     base = by_programs[PROGRAMS[0]]
     try_compact_copies(record, times)
     tiled.PROGRAMS = min(by_programs, key=lambda p: sum(a / b for a, b in zip(by_programs[p], base)))
+
+
+def keep(stage: tiled.Stage, best: tuple[float, tiled.Tiling] | None) -> None:
+    """Run the best tiling found from now on, or the package's own."""
+    tiled.TILINGS.pop(stage, None)
+    if best is not None:
+        tiled.TILINGS[stage] = best[1]
 
 
 def try_compact_copies(record: Record, times: Callable[[tiled.Stage], list[float]]) -> None:

@@ -82,7 +82,7 @@ class TextStream:
 
 
 def load_run(path: Path) -> tuple[LanguageModel, Tokenizer, torch.device]:
-    """The trained model of a run folder, running kernels chosen for generation, with its tokenizer.  Raises: ResumeError."""
+    """The model of a run folder, with kernels chosen for generation, and its tokenizer.  Raises: ResumeError."""
     folder = RunFolder(path.absolute())
     config = read_config(folder, f"run={path}")
     checkpoint = newest_checkpoint(folder.checkpoints)
