@@ -1,6 +1,6 @@
 """The fused segment attention: on a CPU in Triton's interpreter (float32, tiny tiles), on a GPU as it is.
 
-GPU tests last seen on: nobody's yet.
+GPU tests: not yet seen through on a device; the benchmark's checks were, on an H100, 2026-11-24.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from subquad_kernels.segment_attention.declaration import OPERATOR
 from subquad_kernels.segment_attention.definition import sample_inputs
 from subquad_kernels.self_check import kernel_errors
 from subquad_kernels.workload import DType, Phase, Workload
+
+# The interpreter computes in numpy: lanes that a mask discards may hold anything. Results are checked, for NaN too.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNEL = next(kernel for kernel in KERNELS if kernel.key == "segment_attention/tiled")

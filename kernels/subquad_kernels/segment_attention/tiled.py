@@ -522,12 +522,15 @@ def _pull_back_to_summaries(
         terms = tl.load(row_terms + row)
         lse2 = terms.to(tl.int32).to(tl.float32, bitcast=True)
         delta = (terms >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        if EDGE:
+            # Beyond the last row stands what memory held before.
+            lse2 = tl.where(row_ok, lse2, 0.0)
+            delta = tl.where(row_ok, delta, 0.0)
         score = tl.dot(keys, tl.trans(queries), input_precision="ieee")  # [TILE_N, TILE_T]
         score = score * factor2 - lse2[None, :]
         if EDGE:
             visible = (row[None, :] > position[:, None]) & (row[None, :] < end[:, None]) & row_ok[None, :]
             score = tl.where(visible, score, float("-inf"))
-            delta = tl.where(row_ok, delta, 0.0)  # beyond the last row stands what memory held before
         weight = tl.exp2(score)
         acc_v = tl.dot(weight.to(pulls.dtype), pulls, acc_v, input_precision="ieee")
         d_weight = tl.dot(values, tl.trans(pulls), input_precision="ieee")
