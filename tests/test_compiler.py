@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from subquad.compiler.capture import capture, kernel_of, operator_nodes
 from subquad.compiler.example import Example
 from subquad.compiler.explain import explain, explained_plan
+from subquad.compiler.measure_kernels import Measurer
 from subquad.compiler.options import CompileOptions
 from subquad.compiler.passes.select_kernels import select_kernels
 from subquad.compiler.pipeline import compile_model, compiled_graphs
@@ -260,6 +261,41 @@ def test_a_slow_default_loses_to_a_measured_rival(monkeypatch: pytest.MonkeyPatc
     choice = next(choice for choice in segment_plan(measure_budget_s=5.0).choices if choice.used)
     assert choice.chosen in ("compacted", "sdpa_merge")
     assert choice.kernel == f"b<=1,t<=48: {choice.chosen}; sleepy"
+
+
+@pytest.mark.parametrize("is_default", [False, True])
+def test_a_kernel_that_fails_beyond_the_size_of_its_check_is_left_out_and_named(
+    is_default: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = CATALOGUE.kernel("segment_attention", "compacted").torch_half
+
+    class Small:
+        @staticmethod
+        def forward(**arguments: Any) -> Any:
+            if measuring:
+                raise RuntimeError("too long for me")
+            return checked.forward(**arguments)
+
+        backward = staticmethod(checked.backward)
+
+    measuring: list[bool] = []
+    failure = Measurer.failure
+
+    def at_full_size(*call: Any) -> str | None:
+        measuring.append(True)
+        try:
+            return failure(*call)
+        finally:
+            measuring.clear()
+
+    monkeypatch.setattr(Measurer, "failure", at_full_size)
+    add_kernel(monkeypatch, "small", Small)
+    if is_default:
+        monkeypatch.setattr("subquad.compiler.choose.default_kernels", lambda operator, kind: ("small",))
+    choice = next(choice for choice in segment_plan(measure_budget_s=5.0).choices if choice.used)
+    assert choice.chosen in ("compacted", "sdpa_merge")
+    assert choice.declined["small"] == "failed at this size: RuntimeError: too long for me"
+    assert "small" not in choice.kernel
 
 
 def test_without_measuring_the_default_stays(monkeypatch: pytest.MonkeyPatch) -> None:

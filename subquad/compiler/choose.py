@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from subquad.cache import user_cache
@@ -95,6 +95,11 @@ class Chooser:
         estimates = {name: self._total(operator, kernel, workloads) for name, kernel in candidates.items()}
         decision = decide(estimates, default)
         if decision.to_measure and self._measures(used):
+            self._drop_raising(operator, workloads, candidates, declined, decision.to_measure)
+            default = _first(wanted, candidates)
+            estimates = {name: estimates[name] for name in candidates}
+            decision = decide(estimates, default)
+        if decision.to_measure and self._measures(used):
             rivals = [candidates[name] for name in decision.to_measure]
             if all([self._measurer.measure(operator, rivals, workload) for workload in workloads]):
                 estimates = {name: self._total(operator, kernel, workloads) for name, kernel in candidates.items()}
@@ -161,6 +166,22 @@ class Chooser:
             # The reference is the definition: it is held against itself in float64 and can only fail by rounding.
             candidates[REFERENCE] = CATALOGUE.kernel(operator.name, REFERENCE)
             declined.pop(REFERENCE, None)
+
+    def _drop_raising(
+        self,
+        operator: Operator,
+        workloads: tuple[Workload, ...],
+        candidates: dict[str, Kernel],
+        declined: dict[str, str],
+        names: Iterable[str],
+    ) -> None:
+        """Leave out what cannot run at this size, though it could at that of its self-check; the last one stays."""
+        for name in names:
+            failures = (self._measurer.failure(operator, candidates[name], workload) for workload in workloads)
+            reason = next((failure for failure in failures if failure is not None), None)
+            if reason is not None and len(candidates) > 1:
+                del candidates[name]
+                declined[name] = f"failed at this size: {reason}"
 
     def _estimator(self) -> Estimator:
         if self._options.estimator == "constant":

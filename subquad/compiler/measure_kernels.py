@@ -31,6 +31,23 @@ class Measurer:
         self.spent_s = 0.0
         self._target, self._budget_s = target, budget_s
 
+    def failure(self, operator: Operator, kernel: Kernel, workload: Workload) -> str | None:
+        """Why the kernel cannot run this workload here, found by running it once; None if it can."""
+        device = self._target.local
+        if device is None or self._budget_s - self.spent_s < LEAST_BUDGET_S:
+            return None
+        started = time.perf_counter()
+        try:
+            with torch.no_grad():
+                call_of(operator, kernel, workload, device)()
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+        except Exception as error:  # a stranger's kernel may raise anything: it is named, and its rivals are measured
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+        finally:
+            self.spent_s += time.perf_counter() - started
+        return None
+
     def measure(self, operator: Operator, kernels: Sequence[Kernel], workload: Workload) -> bool:
         """Time these kernels on the workload, interleaved, and record it; False when the budget is spent."""
         device = self._target.local
