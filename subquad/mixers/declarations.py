@@ -14,7 +14,7 @@ MIXERS = (
         build="subquad.mixers.softmax_attention:SoftmaxAttention",
         work_growth=Growth.QUADRATIC,
         carry_growth=Growth.LINEAR,
-        operators=("softmax_attention",),
+        operators=("rotary", "softmax_attention"),
     ),
     MixerSpec(
         name="window",
@@ -24,6 +24,6 @@ MIXERS = (
         build="subquad.mixers.window:Window",
         work_growth=Growth.LINEAR,
         carry_growth=Growth.CONSTANT,
-        operators=("softmax_attention",),
+        operators=("rotary", "softmax_attention"),
     ),
 )

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from subquad.contracts import MixerContext
 from subquad.errors import ConfigError
 from subquad.mixers.configs import SoftmaxAttentionConfig
-from subquad_kernels.operators import softmax_attention
-from subquad_kernels.rotary import Rotary
+from subquad_kernels.operators import rotary, softmax_attention
 
 
 class AttentionCarry(NamedTuple):
@@ -24,7 +23,7 @@ class AttentionCarry(NamedTuple):
 class SoftmaxAttention(nn.Module):
     """Causal attention:  y = W_o concat_heads( softmax_attention(R q, R k, v) ),  q, k, v = W_q x, W_k x, W_v x.
 
-    Shapes:  x: b t d  ->  b t d      R rotates by position (`Rotary`); no biases.
+    Shapes:  x: b t d  ->  b t d      R rotates by position (`rotary`); no biases.
     Source: Vaswani et al. 2017, 3.2; Su et al. 2021 (positions); Ainslie et al. 2023 (shared key heads).
     """
 
@@ -45,7 +44,7 @@ class SoftmaxAttention(nn.Module):
         self.k_proj = nn.Linear(context.d_model, self.num_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(context.d_model, self.num_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, context.d_model, bias=False)
-        self.rotary = Rotary(self.head_dim, config.rope_theta)
+        self.rope_theta = config.rope_theta
 
     def init_parameters(self, std: float) -> None:
         """Every projection normal(0, std)."""
@@ -55,7 +54,7 @@ class SoftmaxAttention(nn.Module):
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Mix whole sequences.  Shapes:  x: b t d  ->  b t d"""
         q, k, v = self._project(x)
-        q, k = self.rotary(q, k, 0, cu_seqlens)
+        q, k = rotary(q, k, cu_seqlens, theta=self.rope_theta)
         out = softmax_attention(q, k, v, cu_seqlens, window=self.window)
         return self.o_proj(out.flatten(2))  # type: ignore[no-any-return]
 
@@ -82,7 +81,7 @@ class SoftmaxAttention(nn.Module):
 
     def _attend(self, x: Tensor, keys: Tensor, values: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self._project(x)
-        q, k = self.rotary(q, k, start)
+        q, k = rotary(q, k, start=start, theta=self.rope_theta)
         keys, values = torch.cat([keys, k], dim=1), torch.cat([values, v], dim=1)
         out = softmax_attention(q, keys, values, window=self.window)
         return self.o_proj(out.flatten(2)), keys, values

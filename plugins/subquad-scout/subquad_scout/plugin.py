@@ -20,6 +20,6 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             # t^2 / segment_len for a fixed segment, t^1.5 for segment_len="sqrt"; promised is what always holds.
             work_growth=Growth.QUADRATIC,
             carry_growth=Growth.LINEAR,
-            operators=("segment_attention",),
+            operators=("rotary", "segment_attention"),
         )
     ]

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from subquad import ConfigError, MixerContext
-from subquad_kernels.operators import segment_attention
-from subquad_kernels.rotary import Rotary
+from subquad_kernels.operators import rotary, segment_attention
 from subquad_scout.config import SegmentAttentionConfig
 
 
@@ -51,7 +50,7 @@ class SegmentAttention(nn.Module):
         self.k_proj = nn.Linear(context.d_model, self.num_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(context.d_model, self.num_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, context.d_model, bias=False)
-        self.rotary = Rotary(self.head_dim, config.rope_theta)
+        self.rope_theta = config.rope_theta
 
     def init_parameters(self, std: float) -> None:
         """Every projection normal(0, std)."""
@@ -61,7 +60,7 @@ class SegmentAttention(nn.Module):
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Mix whole sequences.  Shapes:  x: b t d  ->  b t d"""
         q, k, v = self._project(x)
-        q, k = self.rotary(q, k, 0, cu_seqlens)
+        q, k = rotary(q, k, cu_seqlens, theta=self.rope_theta)
         out = segment_attention(q, k, v, cu_seqlens=cu_seqlens, segment_len=self.segment_len)
         return self.o_proj(out.flatten(2))  # type: ignore[no-any-return]
 
@@ -73,7 +72,7 @@ class SegmentAttention(nn.Module):
     def prefill(self, x: Tensor, carry: SegmentCarry) -> tuple[Tensor, SegmentCarry]:
         """Mix the next t tokens, and keep the summaries of the segments they complete.  Shapes:  x: b t d  ->  b t d"""
         q, k, v = self._project(x)
-        q, k = self.rotary(q, k, carry.position)
+        q, k = rotary(q, k, start=carry.position, theta=self.rope_theta)
         out = segment_attention(
             q, k, v, carry.keys, carry.values, segment_len=self.segment_len, start=carry.position
         )

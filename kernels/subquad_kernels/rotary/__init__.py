@@ -1,0 +1,14 @@
+"""Rotary position embedding: a rotation of pairs of features by an angle that grows with the position.
+
+    angle(p, i) = p theta^(-2 i / k)
+    (x_i, x_{i + k/2}) -> (x_i cos - x_{i + k/2} sin,  x_{i + k/2} cos + x_i sin)        i = 0 .. k/2 - 1
+
+Token j stands at p = start + j, or at its place in its document when packed. Scores of rotated queries and keys depend
+on the distance of their positions alone. The gradient is the rotation by the opposite angle.
+
+Shapes:  q: b t h k    k: b t h_kv k    cu_seqlens: documents + 1 (then b = 1)  ->  as q and k
+         Angles are taken in fp64 and reduced to one turn before they are rounded: p theta^(..) in fp32 loses whole
+         turns beyond a million tokens.
+
+Source: Su et al. 2021, section 3.4.2; half-split pairs as in GPT-NeoX.
+"""

@@ -1,0 +1,85 @@
+"""The records of the rotary embedding: what it costs, and where each kernel applies."""
+
+from __future__ import annotations
+
+from subquad_kernels.catalogue import Kernel, Operator, Tolerance
+from subquad_kernels.workload import DeviceLimits, DType, Phase, Work, Workload
+
+_HERE = "subquad_kernels.rotary"
+
+
+def work(workload: Workload) -> Work:
+    """3 FLOPs per feature, and a sine and a cosine per token and pair; the backward is the same rotation back."""
+    shape, e = workload.shape, workload.element_bytes
+    b, t, h, h_kv, k = (shape[axis] for axis in ("b", "t", "h", "h_kv", "k"))
+    documents = shape.get("documents", 0)
+    features = b * t * (h + h_kv) * k
+    boundaries = 4 * (documents + 1) if documents else 0
+    return Work(
+        vector_flops=3 * features,
+        transcendental_ops=t * k,
+        bytes_moved=2 * features * e + boundaries,
+        saved_bytes=boundaries if workload.phase == "forward" else 0,
+    )
+
+
+def _example(dtype: DType, phase: Phase = "forward", **shape: int) -> Workload:
+    axes = {"b": 2, "t": 37, "h": 4, "h_kv": 2, "k": 16} | shape
+    return Workload(operator="rotary", shape=axes, dtype=dtype, phase=phase, options={"theta": 1e6})
+
+
+OPERATOR = Operator(
+    name="rotary",
+    summary="rotation of queries and keys by their positions",
+    definition=f"{_HERE}.definition",
+    tensors=("q", "k", "cu_seqlens"),
+    outputs=("rotated_q", "rotated_k"),
+    residuals=(),
+    defaults={"cpu": ("tables",), "cuda": ("fused", "tables")},
+    work=work,
+    tolerances={
+        "float64": Tolerance(output=1e-12, gradient=1e-12, reason="sine and cosine by another formula"),
+        "float32": Tolerance(output=2e-6, gradient=2e-6, reason="sine and cosine rounded to 24 bits"),
+        "bfloat16": Tolerance(output=8e-3, gradient=8e-3, reason="fp32 inside; results rounded once to 8 bits"),
+        "float16": Tolerance(output=1e-3, gradient=1e-3, reason="fp32 inside; results rounded once to 11 bits"),
+    },
+    examples=(
+        _example("float32"),
+        _example("float32", b=1, documents=4),
+        _example("float32", "decode", t=1),
+        _example("bfloat16"),
+    ),
+)
+
+
+def _anything(workload: Workload, limits: DeviceLimits) -> str | None:
+    return None
+
+
+def _fused_supports(workload: Workload, limits: DeviceLimits) -> str | None:
+    if workload.dtype == "float64":
+        return "computes in float32, not in float64"
+    if workload.shape["k"] > 512:
+        return f"holds heads of up to 512 features, not {workload.shape['k']}"
+    return None
+
+
+_BOTH = frozenset({"cpu", "cuda"})
+KERNELS = (
+    Kernel(
+        operator="rotary",
+        name="reference",
+        implementation=f"{_HERE}.definition:REFERENCE",
+        supports=_anything,
+        devices=_BOTH,
+    ),
+    Kernel(operator="rotary", name="tables", implementation=f"{_HERE}.tables", supports=_anything, devices=_BOTH),
+    Kernel(
+        operator="rotary",
+        name="fused",
+        implementation=f"{_HERE}.fused",
+        supports=_fused_supports,
+        devices=frozenset({"cuda"}),
+        requires=("triton>=3.6",),
+    ),
+)

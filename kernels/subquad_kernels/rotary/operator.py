@@ -1,0 +1,33 @@
+"""The torch op `subquad::rotary` and the function that mixers call."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from subquad_kernels.kernel_table import DEFAULT
+from subquad_kernels.rotary.declaration import OPERATOR
+from subquad_kernels.torch_operator import define
+
+OP = define(
+    OPERATOR, "(Tensor q, Tensor k, Tensor? cu_seqlens, int start, float theta, str kernel) -> (Tensor, Tensor)"
+)
+
+
+def rotary(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    start: int = 0,
+    theta: float = 1e6,
+    kernel: str = DEFAULT,
+) -> tuple[Tensor, Tensor]:
+    """Rotate queries and keys by their positions:  (x_i, x_{i+k/2}) turned by  p theta^(-2 i / k).
+
+    Shapes:  q: b t h k    k: b t h_kv k    cu_seqlens: documents + 1 (int32; then b is 1)  ->  as q and k
+    Positions count from `start`; from 0 at each document when packed. `kernel` names a kernel or a table of kernels.
+    Raises: ValueError for shapes that do not fit; CatalogueError for an unknown kernel.
+    Source: Su et al. 2021, section 3.4.2; half-split pairs.
+    """
+    rotated_q, rotated_k = OP(q, k, cu_seqlens, start, theta, kernel)
+    return rotated_q, rotated_k
