@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _LIBRARY = torch.library.Library("subquad", "FRAGMENT")
 
+_DEVICES = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
+
 _MOST_DECISIONS = 4096
 """Signatures that one operator remembers, about a kilobyte each."""
 
@@ -123,13 +125,17 @@ def define(operator: Operator, signature: str) -> Callable[..., Any]:
             torch.empty_like(values[place], memory_format=torch.contiguous_format) for place in differentiable(values)
         ]
 
+    def below_autograd(keyset: torch._C.DispatchKeySet, values: Sequence[Any]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            # Where no mode, tracer or subclass stands before the device, torch need not be asked the way.
+            return run(*values) if keyset.highestPriorityTypeId() in _DEVICES else op.redispatch(keyset, *values)
+
     class Recorded(torch.autograd.Function):
         """The op below autograd, and how its gradients come back."""
 
         @staticmethod
         def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *values: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                output = op.redispatch(keyset, *values)
+            output = below_autograd(keyset, values)
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(
                 *[values[place] for place in tensors], *(output if isinstance(output, tuple) else (output,))
@@ -156,13 +162,12 @@ def define(operator: Operator, signature: str) -> Callable[..., Any]:
     def record(keyset: torch._C.DispatchKeySet, *values: Any) -> Any:
         # As torch.library.register_autograd, which in every call walks the schema to fill in defaults: half the host's
         # time of a recorded call.
-        below = keyset & torch._C._after_autograd_keyset
+        keyset = keyset & torch._C._after_autograd_keyset
         if torch.is_grad_enabled() and any(
             values[place] is not None and values[place].requires_grad for place in tensors
         ):
-            return Recorded.apply(below, *values)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(below, *values)
+            return Recorded.apply(keyset, *values)
+        return below_autograd(keyset, values)
 
     _LIBRARY.impl(operator.name, run, "CompositeExplicitAutograd")
     _LIBRARY.impl(backward_name, run_backward, "CompositeExplicitAutograd")
