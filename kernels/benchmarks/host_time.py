@@ -36,9 +36,9 @@ import subquad_kernels.operators
 from subquad_kernels.builtin import OPERATORS
 from subquad_kernels.catalogue import CATALOGUE, Kernel, Operator
 from subquad_kernels.self_check import stack_versions
+from subquad_kernels.triton_launch import QuickLaunch
 from subquad_kernels.workload import Workload
 
-TRITON_FILES = ("fused", "tiled", "chunked_triton")
 SIZES = {"b": 2, "t": 256, "s": 256, "h": 4, "h_kv": 4, "k": 64, "v": 64, "c": 256}
 
 
@@ -60,13 +60,21 @@ class Nothing:
 
 
 class Unlaunched:
-    """Stands where a jitted kernel stood."""
+    """Stands where a kernel stood, jitted or compiled."""
 
     def __getitem__(self, grid: object) -> Callable[..., None]:
         return self._launch
 
     def _launch(self, *args: object, **constants: object) -> None:
         pass
+
+
+class Everything(dict[Any, Any]):
+    """The memory of a `QuickLaunch` to which nothing is new."""
+
+    def get(self, key: object, default: object = None) -> object:
+        hash(key)
+        return Unlaunched()
 
 
 def nothing(operator: Operator) -> str:
@@ -89,19 +97,28 @@ def triton_kernels(operator: Operator) -> list[Kernel]:
     ]
 
 
+def _module(kernel: Kernel) -> Any:
+    return importlib.import_module(kernel.implementation.partition(":")[0])
+
+
 def _jitted(kernel: Kernel) -> list[str]:
     from triton.runtime.jit import KernelInterface
 
-    module = importlib.import_module(kernel.implementation.partition(":")[0])
-    return [name for name, value in vars(module).items() if isinstance(value, KernelInterface)]
+    return [name for name, value in vars(_module(kernel)).items() if isinstance(value, KernelInterface | QuickLaunch)]
 
 
 @contextmanager
 def launches_left_out(kernel: Kernel) -> Iterator[None]:
-    module = importlib.import_module(kernel.implementation.partition(":")[0])
+    """The kernel's Python runs as ever, up to where triton would hand the launch to the driver."""
+    module = _module(kernel)
     before = {name: getattr(module, name) for name in _jitted(kernel)}
-    for name in before:
-        setattr(module, name, Unlaunched())
+    for name, value in before.items():
+        if isinstance(value, QuickLaunch):
+            quick = QuickLaunch(value.jitted)
+            quick._compiled = Everything()
+            setattr(module, name, quick)
+        else:
+            setattr(module, name, Unlaunched())
     try:
         yield
     finally:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from subquad_kernels.causal_conv.declaration import MOST_TAPS
 from subquad_kernels.triton_documents import find_documents, halvings
+from subquad_kernels.triton_launch import QuickLaunch
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Arguments, Outputs
@@ -209,6 +210,7 @@ def _marks(cu_seqlens: Tensor, t: int) -> Tensor:
     return marks
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "documents", "steps"])
 def _mark(cu_seqlens, marks, t, documents, steps, TILE_T: tl.constexpr):
     tokens = tl.program_id(0) * TILE_T + tl.arange(0, TILE_T)
@@ -315,6 +317,7 @@ def _pull(dy, total, SILU: tl.constexpr):
     return pull
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "stretch"])
 def _convolve(
     x, taps, bias, initial, marks, y, t, c, b, stretch, tap_c, tap_w, x_stride,
@@ -346,6 +349,7 @@ def _convolve(
         history = seen[GROUP:]
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "stretch"])
 def _differentiate(
     x, taps, bias, initial, marks, dy, dfinal, dx, sums, t, c, b, stretch, tap_c, tap_w, x_stride, dy_stride,
@@ -421,6 +425,7 @@ def _differentiate(
     tl.store(part + WIDTH * c, bias_grads, mask=within)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t"])
 def _differentiate_initial(
     x, taps, bias, initial, cu_seqlens, dy, dfinal, dinitial, t, c, tap_c, tap_w, x_stride, dy_stride,
@@ -463,6 +468,7 @@ def _differentiate_initial(
         tl.store(dinitial + states + j * c, grads[j].to(dinitial.dtype.element_ty), mask=within)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t"])
 def _keep_last(
     x, initial, cu_seqlens, final, t, c, x_stride,

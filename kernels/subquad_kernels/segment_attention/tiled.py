@@ -23,6 +23,7 @@ from torch import Tensor
 from subquad_kernels.segment_attention.definition import scale_of
 from subquad_kernels.segment_attention.summaries import Summaries
 from subquad_kernels.triton_documents import find_documents, halvings
+from subquad_kernels.triton_launch import QuickLaunch
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Arguments, Outputs
@@ -263,6 +264,7 @@ def _block(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "count", "documents", "steps", "segment_len"])
 def _mark_kernel(cu_seqlens, tokens, room, t, count, documents, steps, segment_len, TILE_T: tl.constexpr):
     """Which summaries each token sees, and of each summary its token and the end of its document.
@@ -361,6 +363,7 @@ def _attend(
     return acc, total, peak
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "start", "segment_len"])
 def _forward_kernel(
     q, k, v, keys, values, out, lse, low, high,
@@ -436,6 +439,7 @@ def _pull_back_to_queries(
     return acc
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "start", "segment_len"])
 def _query_gradients_kernel(
     q, k, v, keys, values, out, d_out, lse, row_terms, dq, dk, dv, low, high,
@@ -558,6 +562,7 @@ def _pull_back_to_summaries(
     return acc_k, acc_v
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "count", "first", "segment_len", "splits", "split_t"])
 def _summary_gradients_kernel(
     q, keys, values, d_out, row_terms, part_k, part_v, positions, ends,
@@ -631,6 +636,7 @@ def _summary_gradients_kernel(
     _put(part_v + part * V + at_v, acc_v, summary_ok, column_v < V, V == BLOCK_V)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "count", "first", "segment_len", "splits"])
 def _add_to_tokens_kernel(
     part_k, part_v, dk, dv, positions, t, b, h_kv, count, first, segment_len, splits,

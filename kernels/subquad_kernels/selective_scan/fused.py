@@ -28,6 +28,7 @@ from torch import Tensor
 
 from subquad_kernels.selective_scan.declaration import CHUNK
 from subquad_kernels.triton_documents import find_documents, halvings
+from subquad_kernels.triton_launch import QuickLaunch
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Argument, Arguments, Outputs
@@ -255,6 +256,7 @@ def _marks(cu_seqlens: Tensor, t: int) -> Tensor:
     return marks
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "documents", "steps"])
 def _mark(cu_seqlens, marks, t, documents, steps, TILE_T: tl.constexpr):
     tokens = tl.program_id(0) * TILE_T + tl.arange(0, TILE_T)
@@ -341,6 +343,7 @@ def _restart(state, tag, initial, state_size, offsets, within, INITIAL: tl.const
     return state
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "segment_len"])
 def _summarise(
     x, dt, A, B, dt_bias, initial, marks, decays, writes,
@@ -400,6 +403,7 @@ def _summarise(
     tl.store(writes + place + offsets, state, mask=within)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "segments", "segment_len"])
 def _scan(
     x, dt, A, B, C, D, z, dt_bias, initial, marks, decays, writes, y, final, boundaries, ungated,
@@ -494,6 +498,7 @@ def _pull(dy, z, GATE: tl.constexpr):
     return pull
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "segments", "segment_len"])
 def _summarise_gradients(
     dt, A, C, z, dt_bias, marks, dy, dfinal, decays, writes,
@@ -560,6 +565,7 @@ def _summarise_gradients(
     tl.store(writes + place + offsets, carried, mask=within)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "segments", "segment_len"])
 def _differentiate(
     x, dt, A, B, C, D, z, dt_bias, initial, marks, boundaries, ungated, dy, dfinal, decays, writes,
