@@ -103,20 +103,26 @@ class Compiled:
 
 
 def resources(compiled: Any, target: str) -> dict[str, int]:
-    """Registers, spilled bytes and shared memory of a compiled kernel, and the size of its code."""
+    """Registers, spilled bytes and shared memory of a compiled kernel, and its instructions for matrix products."""
+    shared = compiled.metadata.shared
     if target.startswith("gfx"):
         text = compiled.asm["amdgcn"]
-        registers, spilled = (int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count"))  # type: ignore[index]  # fmt: skip
-        return {"registers": registers, "spilled": 4 * spilled, "shared": compiled.metadata.shared, "matrix": text.count("v_mfma_")}  # fmt: skip
-    cubin = compiled.asm["cubin"]
+        registers, spilled = (_number(rf"\.{name}:\s+", text) for name in ("vgpr_count", "vgpr_spill_count"))
+        return {"registers": registers, "spilled": 4 * spilled, "shared": shared, "products": text.count("v_mfma_")}
     with NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(compiled.asm["cubin"])
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
-    products = compiled.asm["ptx"].count("mma.sync") + compiled.asm["ptx"].count("mma_async") + compiled.asm["ptx"].count("tcgen05.mma")  # fmt: skip
-    return {"registers": registers, "spilled": stack, "shared": compiled.metadata.shared, "matrix": products}
+    products = len(re.findall(r"mma\.sync|mma_async|tcgen05\.mma", compiled.asm["ptx"]))
+    registers, spilled = (_number(name, usage) for name in ("REG:", "STACK:"))
+    return {"registers": registers, "spilled": spilled, "shared": shared, "products": products}
+
+
+def _number(before: str, text: str) -> int:
+    found = re.search(rf"{before}(\d+)", text)
+    assert found is not None
+    return int(found[1])
 
 
 def main(operator_name: str, kernel_name: str, targets: str, *flags: str) -> None:
