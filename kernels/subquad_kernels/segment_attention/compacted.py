@@ -89,7 +89,9 @@ def _by_token(x: Tensor, t: int) -> Tensor:
 def _scores(queries: Tensor, keys: Tensor, summaries: Summaries, begin: int, end: int, factor: float) -> Tensor:
     """Masked scores of queries begin..end against the first n summaries.  Shape: b h_kv (r T) n"""
     count, tile = keys.shape[2], end - begin
-    scores = torch.matmul(queries, keys.transpose(2, 3)).to(torch.promote_types(queries.dtype, torch.float32))
+    exact = torch.promote_types(queries.dtype, torch.float32)
+    # A product in half precision would round its results: a score of 40 by 0.1, and its weight by a tenth.
+    scores = torch.matmul(queries.to(exact), keys.to(exact).transpose(2, 3))
     scores *= factor
     visible_to_all = summaries.visible(begin)
     if visible_to_all < count:
