@@ -214,7 +214,7 @@ def driver_version() -> str:
         found = re.search(r"\b\d+\.\d+(\.\d+)?\b", Path("/proc/driver/nvidia/version").read_text(encoding="utf-8"))
     except OSError:
         found = None
-    return found[0] if found is not None else str(torch._C._cuda_getDriverVersion())
+    return found[0] if found is not None else str(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]
 
 
 def sample_workloads(operator: Operator) -> tuple[Workload, ...]:
