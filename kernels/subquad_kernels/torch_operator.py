@@ -105,7 +105,9 @@ def define(operator: Operator, signature: str) -> Callable[..., Any]:
         return [place for place in tensors if values[place] is not None and values[place].is_floating_point()]
 
     def run(*values: Any) -> Any:
-        results = decisions.functions(values).forward(**dict(zip(names, values)))
+        # A kernel is one operation with the types of its arguments: autocast must not reach the products inside.
+        with torch._C._DisableAutocast():
+            results = decisions.functions(values).forward(**dict(zip(names, values)))
         return _unwrapped(tuple(result if result.is_contiguous() else result.contiguous() for result in results))
 
     def fake(*values: Any) -> Any:
@@ -117,7 +119,8 @@ def define(operator: Operator, signature: str) -> Callable[..., Any]:
     def run_backward(*values: Any) -> list[Tensor]:
         *call, outputs, gradients = values
         arguments = dict(zip(names, call))
-        found = decisions.functions(call).backward(arguments, tuple(outputs), tuple(gradients))
+        with torch._C._DisableAutocast():
+            found = decisions.functions(call).backward(arguments, tuple(outputs), tuple(gradients))
         return [_gradient(found.get(names[place]), call[place]) for place in differentiable(call)]
 
     def fake_backward(*values: Any) -> list[Tensor]:
