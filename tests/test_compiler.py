@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from subquad.compiler.capture import capture, kernel_of, operator_nodes
 from subquad.compiler.example import Example
@@ -29,6 +30,7 @@ from subquad.model.build import build_model
 from subquad.model.language_model import LanguageModel
 from subquad.schema import ChannelMixerConfig, ModelConfig, RunConfig, TrainerConfig
 from subquad_kernels.catalogue import CATALOGUE, Kernel
+from subquad_kernels.torch_operator import named_arguments
 from subquad_kernels.workload import Workload
 
 EXAMPLE = Example(tokens_shape=(2, 24), packed=True, training=True)
@@ -159,21 +161,21 @@ def test_a_method_that_cannot_be_captured_runs_as_written_and_is_named() -> None
 
 @pytest.mark.parametrize("method", ["forward", "packed", "prefill", "decode"])
 @pytest.mark.parametrize("mixer_name", list(MIXERS))
-def test_workloads_are_those_of_a_real_call(mixer_name: str, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workloads_are_those_of_a_real_call(mixer_name: str, method: Any) -> None:
     mixer: Any = small_model(mixer_name).blocks[0].mixer
     graph_module = capture(mixer).graphs[method]
     predicted = node_workloads(mixer, graph_module, method, EXAMPLE, 32)
     seen: list[Workload] = []
-    for operator in CATALOGUE:
-        half = operator.torch_half
-        phase = "decode" if method == "decode" else "forward"
 
-        def check(arguments: Any, half: Any = half, phase: str = phase, original: Any = half.check) -> None:
-            seen.append(half.workload_of(arguments, phase))
-            original(arguments)
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if op.namespace == "subquad":
+                arguments = named_arguments(op, args, kwargs or {})
+                half = CATALOGUE.operator(op._opname).torch_half
+                seen.append(half.workload_of(arguments, "decode" if method == "decode" else "forward"))
+            return op(*args, **(kwargs or {}))
 
-        monkeypatch.setattr(half, "check", check)
-    with torch.no_grad():
+    with torch.no_grad(), Calls():
         if method == "forward":
             mixer(torch.randn(2, 24, 32))
         elif method == "packed":

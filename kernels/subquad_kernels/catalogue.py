@@ -68,7 +68,10 @@ class OperatorDefinition(Protocol):
 
     @staticmethod
     def sample_inputs(workload: Workload, *, seed: int, device: str) -> dict[str, Argument]:
-        """Draw realistic arguments of this workload (decay, gates and boundaries included)."""
+        """Draw arguments of this workload: realistic ones, and among them the extreme ones that a kernel must stand.
+
+        Decays near 0 and near 1, scores of tens, and of four documents and more an empty one and one of one token.
+        """
 
 
 class KernelFunctions(Protocol):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,8 +23,9 @@ from subquad_kernels.workload import Phase, Workload
 FORMAT_VERSION = 1
 _LIMITS: Mapping[str, Mapping[str, int]] = {
     # A reference loops over time on some operators; a GPU kernel must be tried beyond its largest tile.
-    "cpu": {"b": 2, "t": 70, "c": 24, "documents": 4, "m": 9, "h_kv": 2},
-    "cuda": {"b": 2, "t": 300, "c": 96, "documents": 5, "m": 40, "h_kv": 2},
+    # Widths of heads and states stay as they are. Four documents are the least with an empty one and one of one token.
+    "cpu": {"b": 2, "t": 70, "c": 24, "documents": 4, "m": 9, "h": 2, "h_kv": 2},
+    "cuda": {"b": 2, "t": 300, "c": 96, "documents": 5, "m": 40, "h": 2, "h_kv": 2},
 }
 _SMALLEST = 1e-2
 """Below this largest reference value an error is absolute: a gradient may be zero but for rounding."""
@@ -56,11 +60,20 @@ def shape_class(workload: Workload, device_kind: str) -> Workload:
     return replace(workload, shape=shape, phase=phase)
 
 
-def check_kernel(kernel: Kernel, workload: Workload, device: str = "cpu", *, seed: int = 0) -> Verdict:
+def verdict_key(kernel: Kernel, workload: Workload, device: str = "cpu") -> str:
+    """What a verdict holds for: the kernel and its code, the shape class, the device and the versions beneath it."""
+    small = shape_class(workload, torch.device(device).type)
+    return "|".join([kernel.key, kernel.version, small.key, device_limits(device).name, *stack_versions()])
+
+
+def check_kernel(kernel: Kernel, workload: Workload, device: str = "cpu", *, seed: int | None = None) -> Verdict:
     """Run a kernel beside its operator's float64 reference on the workload's shape class.
 
     Forward always; every gradient unless the workload is a decode. An exception in the kernel is a failed check.
+    Without `seed` the draw is that of the verdict's key: another for every shape class, the same each time.
     """
+    if seed is None:
+        seed = int(hashlib.sha256(verdict_key(kernel, workload, device).encode()).hexdigest()[:8], 16)
     operator = CATALOGUE.operator(kernel.operator)
     small = shape_class(workload, torch.device(device).type)
     arguments = operator.torch_half.sample_inputs(small, seed=seed, device=device)
@@ -103,7 +116,7 @@ def kernel_errors(
         if isinstance(exact[name], Tensor) and exact[name].is_floating_point()
     }
     expected = operator.torch_half.reference(**exact)
-    _poison(expected)
+    _poison(operator.torch_half.empty_outputs(arguments))
     found = tuple(result.contiguous() for result in kernel.torch_half.forward(**arguments))
     names = operator.outputs + operator.residuals
     count = len(operator.outputs)
@@ -119,7 +132,7 @@ def kernel_errors(
         [pull.double() for pull, out in zip(pulls, expected) if out.requires_grad],
         allow_unused=True,
     )
-    _poison(tuple(gradient for gradient in reference if gradient is not None))
+    _poison(tuple(arguments[name] for name in wanted))
     computed = kernel.torch_half.backward(arguments, found, tuple(pulls))
     for name, gradient in zip(wanted, reference):
         mine = computed.get(name)
@@ -141,7 +154,8 @@ def _error(found: Tensor, expected: Tensor) -> float:
 
 def _poison(like: tuple[Tensor, ...]) -> None:
     """Leave NaN in memory that the kernel is about to be handed as empty: an unwritten output shows."""
-    rubbish = [torch.full(tensor.shape, float("nan"), device=tensor.device) for tensor in like for _ in range(2)]
+    # Three of each: the kernel's own scratch may take the first.
+    rubbish = [torch.full_like(tensor, float("nan")) for tensor in like for _ in range(3)]
     del rubbish
 
 
@@ -165,8 +179,7 @@ class VerdictStore:
 
     def check(self, kernel: Kernel, workload: Workload, device: str = "cpu") -> Verdict:
         """The stored verdict, or a new one, which is stored."""
-        small = shape_class(workload, torch.device(device).type)
-        key = "|".join([kernel.key, kernel.version, small.key, device_limits(device).name, *stack_versions()])
+        key = verdict_key(kernel, workload, device)
         if key not in self._known:
             verdict = check_kernel(kernel, workload, device)
             self._known[key] = verdict
@@ -178,7 +191,7 @@ class VerdictStore:
 
 
 def stack_versions() -> tuple[str, ...]:
-    """The versions on which a verdict depends: Python, torch, CUDA, driver library and triton."""
+    """The versions on which a verdict depends: Python, torch, CUDA, the device's driver and triton."""
     try:
         triton = version("triton")
     except PackageNotFoundError:
@@ -187,8 +200,21 @@ def stack_versions() -> tuple[str, ...]:
         f"python {platform.python_version()}",
         f"torch {torch.__version__}",
         f"cuda {torch.version.cuda}",
+        f"driver {driver_version()}",
         f"triton {triton}",
     )
+
+
+@lru_cache(maxsize=1)
+def driver_version() -> str:
+    """The version of the NVIDIA kernel driver, or of the CUDA it serves where Linux does not say; none without one."""
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return "none"
+    try:
+        found = re.search(r"\b\d+\.\d+(\.\d+)?\b", Path("/proc/driver/nvidia/version").read_text(encoding="utf-8"))
+    except OSError:
+        found = None
+    return found[0] if found is not None else str(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]
 
 
 def sample_workloads(operator: Operator) -> tuple[Workload, ...]:

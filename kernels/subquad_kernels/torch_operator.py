@@ -11,8 +11,7 @@ Both look the kernel up in the catalogue when they run, so that a graph pass cho
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,12 +21,16 @@ from torch.utils.flop_counter import register_flop_formula
 from subquad_kernels.catalogue import CATALOGUE, Kernel, Operator
 from subquad_kernels.device_limits import device_limits
 from subquad_kernels.kernel_table import DEFAULT, look_up
-from subquad_kernels.workload import Workload
 
 if TYPE_CHECKING:
-    from subquad_kernels.catalogue import Arguments, Outputs
+    from subquad_kernels.catalogue import Arguments, KernelFunctions, Outputs
 
 _LIBRARY = torch.library.Library("subquad", "FRAGMENT")
+
+_DEVICES = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
+
+_MOST_DECISIONS = 4096
+"""Signatures that one operator remembers, about a kilobyte each."""
 
 
 def kernel_for(operator: Operator, text: str, arguments: Arguments) -> Kernel:
@@ -36,10 +39,10 @@ def kernel_for(operator: Operator, text: str, arguments: Arguments) -> Kernel:
     if name == DEFAULT:
         device = _first_tensor(arguments).device
         wanted = default_kernels(operator, device.type)
-        # A lone default is not asked whether it supports the call: it would be run all the same.
-        name = wanted[0] if len(wanted) == 1 else _first_supporting(
-            wanted, operator.torch_half.workload_of(arguments, "forward"), str(device)
-        )
+        limits, workload = device_limits(str(device)), operator.torch_half.workload_of(arguments, "forward")
+        refused = (CATALOGUE.kernel(operator.name, name).refusal(workload, limits) is not None for name in wanted)
+        # Where all refuse, the last one says why when it runs.
+        name = next((name for name, refusal in zip(wanted, refused) if not refusal), wanted[-1])
     return CATALOGUE.kernel(operator.name, name)
 
 
@@ -48,21 +51,33 @@ def default_kernels(operator: Operator, device_kind: str) -> tuple[str, ...]:
     return operator.defaults.get(device_kind, ("reference",))
 
 
-@lru_cache(maxsize=4096)
-def _first_supporting(wanted: tuple[str, ...], workload: Workload, device: str) -> str:
-    """The first kernel that is installed and supports the workload; the last one if none says so."""
-    limits = device_limits(device)
-    refusals = {name: CATALOGUE.kernel(workload.operator, name).refusal(workload, limits) for name in wanted}
-    return next((name for name in wanted if refusals[name] is None), wanted[-1])
+class _Decisions:
+    """Which kernel runs a call: checked and looked up once for all calls of one kernel text, shapes, types and devices.
 
+    A call then costs the host what it takes to compare its shapes (benchmarks/host_time.py).
+    """
 
-def differentiable(operator: Operator, arguments: Arguments) -> list[str]:
-    """The tensor arguments that are given and have gradients, in the operator's order."""
-    return [
-        name
-        for name in operator.tensors
-        if isinstance(value := arguments[name], Tensor) and value.is_floating_point()
-    ]
+    def __init__(self, operator: Operator, names: list[str]) -> None:
+        self._operator, self._names = operator, names
+        self._known: dict[tuple[object, ...], KernelFunctions] = {}
+
+    def functions(self, values: Sequence[Any]) -> KernelFunctions:
+        """The functions of the kernel for a call; `values` are the op's arguments, the kernel's text last."""
+        key: list[object] = []
+        for value in values:
+            if isinstance(value, Tensor):
+                key += (value.shape, value.dtype, value.device)
+            else:
+                key.append(value)
+        known = self._known.get(signature := tuple(key))
+        if known is None:
+            arguments = dict(zip(self._names, values))
+            self._operator.torch_half.check(arguments)
+            known = kernel_for(self._operator, values[-1], arguments).torch_half
+            if len(self._known) >= _MOST_DECISIONS:  # generation meets a new length with every token
+                self._known.clear()
+            self._known[signature] = known
+        return known
 
 
 def define(operator: Operator, signature: str) -> Callable[..., Any]:
@@ -82,13 +97,18 @@ def define(operator: Operator, signature: str) -> Callable[..., Any]:
     _LIBRARY.define(f"{backward_name}{backward_inputs} -> Tensor[]")
     num_outputs = len(operator.outputs)
 
+    decisions = _Decisions(operator, names)
+    tensors, options = _places(names, operator.tensors)
+
+    def differentiable(values: Sequence[Any]) -> list[int]:
+        """Where the arguments stand that are given and have gradients."""
+        return [place for place in tensors if values[place] is not None and values[place].is_floating_point()]
+
     def run(*values: Any) -> Any:
-        arguments = dict(zip(names, values))
-        definition = operator.torch_half
-        definition.check(arguments)
-        kernel = kernel_for(operator, values[-1], arguments)
-        results = kernel.torch_half.forward(**arguments)
-        return _unwrapped(tuple(result.contiguous() for result in results))
+        # A kernel is one operation with the types of its arguments: autocast must not reach the products inside.
+        with torch._C._DisableAutocast():
+            results = decisions.functions(values).forward(**dict(zip(names, values)))
+        return _unwrapped(tuple(result if result.is_contiguous() else result.contiguous() for result in results))
 
     def fake(*values: Any) -> Any:
         arguments = dict(zip(names, values))
@@ -97,48 +117,66 @@ def define(operator: Operator, signature: str) -> Callable[..., Any]:
         return _unwrapped(definition.empty_outputs(arguments))
 
     def run_backward(*values: Any) -> list[Tensor]:
-        *call, kernel_text, outputs, gradients = values
+        *call, outputs, gradients = values
         arguments = dict(zip(names, call))
-        kernel = kernel_for(operator, kernel_text, arguments)
-        found = kernel.torch_half.backward(arguments, tuple(outputs), tuple(gradients))
-        return [_gradient(found.get(name), arguments[name]) for name in differentiable(operator, arguments)]
+        with torch._C._DisableAutocast():
+            found = decisions.functions(call).backward(arguments, tuple(outputs), tuple(gradients))
+        return [_gradient(found.get(names[place]), call[place]) for place in differentiable(call)]
 
     def fake_backward(*values: Any) -> list[Tensor]:
-        arguments = dict(zip(names, values))
         return [
-            torch.empty_like(arguments[name], memory_format=torch.contiguous_format)
-            for name in differentiable(operator, arguments)
+            torch.empty_like(values[place], memory_format=torch.contiguous_format) for place in differentiable(values)
         ]
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        results = output if isinstance(output, tuple) else (output,)
-        ctx.set_materialize_grads(False)
-        tensors = [value for value in inputs if isinstance(value, Tensor)]
-        ctx.save_for_backward(*tensors, *results)
-        ctx.num_results = len(results)
-        ctx.values = [None if isinstance(value, Tensor) else value for value in inputs]
-        ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
+    def below_autograd(keyset: torch._C.DispatchKeySet, values: Sequence[Any]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            # Where no mode, tracer or subclass stands before the device, torch need not be asked the way.
+            return run(*values) if keyset.highestPriorityTypeId() in _DEVICES else op.redispatch(keyset, *values)
 
-    def autograd_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = list(ctx.saved_tensors)
-        results = saved[len(saved) - ctx.num_results :]
-        tensors = iter(saved)
-        values = [next(tensors) if is_tensor else value for is_tensor, value in zip(ctx.is_tensor, ctx.values)]
-        arguments = dict(zip(names, values))
-        wanted = [None if gradient is None else gradient.contiguous() for gradient in gradients[:num_outputs]]
-        if all(gradient is None for gradient in wanted):
-            return (None,) * len(values)
-        # Called by name, so that the backward stays one node for torch.compile and for FLOP counters.
-        found = dict(zip(differentiable(operator, arguments), backward_op(*values, results, wanted)))
-        return tuple(found.get(name) for name in parameters)
+    class Recorded(torch.autograd.Function):
+        """The op below autograd, and how its gradients come back."""
+
+        @staticmethod
+        def forward(ctx: Any, keyset: torch._C.DispatchKeySet, *values: Any) -> Any:
+            output = below_autograd(keyset, values)
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(
+                *[values[place] for place in tensors], *(output if isinstance(output, tuple) else (output,))
+            )
+            ctx.options = [values[place] for place in options]
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+            found: list[Tensor | None] = [None] * len(parameters)
+            pulls = [_contiguous(gradient) for gradient in gradients[:num_outputs]]
+            if any(pull is not None for pull in pulls):
+                saved = ctx.saved_tensors
+                values: list[Any] = [None] * len(parameters)
+                for places, part in ((tensors, saved), (options, ctx.options)):
+                    for place, value in zip(places, part):
+                        values[place] = value
+                # Called by name, so that the backward stays one node for torch.compile and for FLOP counters.
+                computed = backward_op(*values, saved[len(tensors) :], pulls)
+                for place, gradient in zip(differentiable(values), computed):
+                    found[place] = gradient
+            return None, *found
+
+    def record(keyset: torch._C.DispatchKeySet, *values: Any) -> Any:
+        # As torch.library.register_autograd, which in every call walks the schema to fill in defaults: half the host's
+        # time of a recorded call.
+        keyset = keyset & torch._C._after_autograd_keyset
+        if torch.is_grad_enabled() and any(
+            values[place] is not None and values[place].requires_grad for place in tensors
+        ):
+            return Recorded.apply(keyset, *values)
+        return below_autograd(keyset, values)
 
     _LIBRARY.impl(operator.name, run, "CompositeExplicitAutograd")
     _LIBRARY.impl(backward_name, run_backward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"subquad::{operator.name}", fake, lib=_LIBRARY)
     torch.library.register_fake(f"subquad::{backward_name}", fake_backward, lib=_LIBRARY)
-    torch.library.register_autograd(
-        f"subquad::{operator.name}", autograd_backward, setup_context=setup_context, lib=_LIBRARY
-    )
+    _LIBRARY.impl(operator.name, record, "Autograd", with_keyset=True)
     op = getattr(torch.ops.subquad, operator.name).default
     backward_op = getattr(torch.ops.subquad, backward_name).default
 
@@ -159,10 +197,7 @@ def define(operator: Operator, signature: str) -> Callable[..., Any]:
 def named_arguments(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Every argument of an op's schema by name, defaults filled in."""
     given = {argument.name: value for argument, value in zip(op._schema.arguments, args)} | kwargs
-    return {
-        argument.name: given.get(argument.name, argument.default_value)
-        for argument in op._schema.arguments
-    }
+    return {argument.name: given.get(argument.name, argument.default_value) for argument in op._schema.arguments}
 
 
 class ReferenceKernel:
@@ -202,9 +237,21 @@ class ReferenceKernel:
         return dict(zip(inputs, found))
 
 
-def _gradient(found: Tensor | None, like: Any) -> Tensor:
+def _places(names: list[str], tensors: tuple[str, ...]) -> tuple[list[int], list[int]]:
+    """Where an op's tensors stand among its arguments, and where everything else does, the kernel's text included."""
+    places = [names.index(name) for name in tensors]
+    return places, [place for place in range(len(names) + 1) if place not in places]
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
+
+
+def _gradient(found: Tensor | None, like: Tensor) -> Tensor:
     if found is None:
         return torch.zeros_like(like, memory_format=torch.contiguous_format)
+    if found.dtype == like.dtype and found.is_contiguous():
+        return found
     return found.to(like.dtype).contiguous()
 
 

@@ -1,13 +1,23 @@
-"""Compile for sm_90 every Triton launch that an operator's fused kernel makes, without a GPU: python THIS OPERATOR.
+"""Compile ahead of time what a kernel's calls launch, without a GPU, and print what each launch takes of the device.
 
-Run as a script and not in the interpreter of Triton: forward and backward are called on CPU tensors in bfloat16, and
-in place of each launch its kernel is compiled with the types, constants and alignments of the arguments.
+    python kernels/tests/compile_launches.py OPERATOR KERNEL TARGET,... [--all]
+
+Run as a script and not in the interpreter of Triton: forward and backward are called on CPU tensors, and in place of
+each launch its kernel is compiled with the types, constants and alignments of the arguments. One JSON line a launch:
+registers a thread, bytes of memory a thread that registers spilled to, bytes of shared memory a program. Without --all
+the calls are those of a training step in bfloat16; with it every case, in float32 as well.
 """
 
 from __future__ import annotations
 
-import importlib
+import json
+import re
+import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
@@ -15,70 +25,118 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 import subquad_kernels.builtin  # noqa: F401  (fills the catalogue)
+from subquad_kernels.catalogue import CATALOGUE, Operator
 from subquad_kernels.workload import Workload
 
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
-SCAN = dict.fromkeys(("softplus", "skip", "gate", "dt_bias", "initial_state"), True)
-CASES: dict[str, list[tuple[dict[str, int], dict[str, Any]]]] = {
-    "selective_scan": [
-        (dict(b=2, t=60, c=64, n=16), dict.fromkeys(SCAN, False) | {"gate": True}),
-        (dict(b=1, t=300, c=96, n=16, documents=3), SCAN),
-    ],
-    "causal_conv": [
-        (dict(b=2, t=300, c=128, w=4), {"activation": "none", "bias": False, "initial_state": False}),
-        (dict(b=1, t=300, c=96, w=4, documents=3), {"activation": "silu", "bias": True, "initial_state": True}),
-        (dict(b=1, t=300, c=96, w=1), {"activation": "silu", "bias": True, "initial_state": True}),
-    ],
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
+SIZES = {"t": 300, "s": 300, "k": 64, "v": 64, "c": 96, "n": 16}
+"""Widths of models instead of those of the operators' examples, which are for quick checks."""
 
-LAUNCHED = {
-    "selective_scan": ("_summarise", "_scan", "_summarise_gradients", "_differentiate"),
-    "causal_conv": ("_convolve", "_differentiate", "_differentiate_initial"),
-}
+
+def cases(operator: Operator, everything: bool) -> Iterator[Workload]:
+    """The operator's examples at the widths of models; with `everything` also other widths and float32."""
+    for example in operator.examples:
+        decode = example.phase == "decode"
+        if example.dtype != "float32" or (decode and not everything):
+            continue
+        sizes = {axis: size for axis, size in SIZES.items() if not (decode and axis in ("t", "s"))}
+        shape = {axis: sizes.get(axis, length) for axis, length in example.shape.items()}
+        yield replace(example, shape=shape, dtype="bfloat16")
+        if everything:
+            yield replace(example, shape=shape)
+            if "k" in shape:
+                for width in (32, 128, 256):
+                    yield replace(example, shape=shape | {"k": width, "v": width}, dtype="bfloat16")
+                yield replace(example, shape=shape | {"k": 48, "v": 128}, dtype="bfloat16")
+            elif "n" in shape:
+                yield replace(example, shape=shape | {"n": 64}, dtype="bfloat16")
 
 
-class Compiles:
-    """Stands where a jitted kernel stood: a launch compiles it."""
+class Compiled:
+    """What was compiled, once for every kernel, signature and target."""
 
-    def __init__(self, name: str, function: Any) -> None:
-        self.name, self.function = name, function
+    def __init__(self, targets: list[str]) -> None:
+        self._targets, self._seen = targets, set[str]()
+        self.case = ""
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+    def launch(self, jitted: JITFunction[Any], *args: Any, grid: tuple[int, ...], warmup: bool, **named: Any) -> None:
+        """Stand where `JITFunction.run` stood."""
         assert grid[0] > 0
-        return self.launch
-
-    def launch(self, *args: Any, num_warps: int, **constants: Any) -> None:
-        values = dict(zip(self.function.arg_names, args)) | constants
-        signature, constexprs, attributes = {}, {}, {}
-        for index, name in enumerate(self.function.arg_names):
-            value = values[name]
-            if name in constants or value is None:
-                signature[name], constexprs[(index,)] = "constexpr", value
+        values = dict(zip(jitted.arg_names, args)) | named
+        options = {name: value for name, value in named.items() if name not in jitted.arg_names}
+        signature, constants, attributes = {}, {}, {}
+        for index, parameter in enumerate(jitted.params):
+            value, special = values[parameter.name], not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (special and type(value) is int and value == 1):
+                signature[parameter.name], constants[(index,)] = "constexpr", value
             elif isinstance(value, Tensor):
-                signature[name], attributes[(index,)] = f"*{TYPES[value.dtype]}", [["tt.divisibility", 16]]
+                signature[parameter.name], attributes[(index,)] = f"*{TYPES[value.dtype]}", [["tt.divisibility", 16]]
+            elif isinstance(value, float):
+                signature[parameter.name] = "fp32"
             else:
-                signature[name] = "i32"
-                if value % 16 == 0:
+                signature[parameter.name] = "i32"
+                if special and value % 16 == 0:
                     attributes[(index,)] = [["tt.divisibility", 16]]
-        source = ASTSource(fn=self.function, signature=signature, constexprs=constexprs, attrs=attributes)
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
-        assert len(compiled.asm["cubin"]) > 0
-        print(f"compiled {self.name}")
+        name = jitted.fn.__name__
+        for target in self._targets:
+            key = str((name, signature, constants, attributes, options, target))
+            if key not in self._seen:
+                self._seen.add(key)
+                source = ASTSource(jitted, signature, constants, attributes)
+                found = {"kernel": name, "target": target, "case": self.case}
+                try:
+                    compiled = triton.compile(source, target=TARGETS[target], options=options)
+                    print(json.dumps(found | resources(compiled, target)), flush=True)
+                except Exception as error:  # reported, and the rest is compiled all the same
+                    print(json.dumps(found | {"failure": f"{type(error).__name__}: {error}"[:500]}), flush=True)
 
 
-def main(operator: str) -> None:
-    fused = importlib.import_module(f"subquad_kernels.{operator}.fused")
-    definition = importlib.import_module(f"subquad_kernels.{operator}.definition")
-    for name in LAUNCHED[operator]:
-        setattr(fused, name, Compiles(name, getattr(fused, name)))
-    for shape, options in CASES[operator]:
-        case = Workload(operator=operator, shape=shape, dtype="bfloat16", options=options)
-        arguments = definition.sample_inputs(case, seed=0, device="cpu")
-        outputs = fused.forward(**arguments)
-        fused.backward(arguments, outputs, (outputs[0], outputs[1]))
+def resources(compiled: Any, target: str) -> dict[str, int]:
+    """Registers, spilled bytes and shared memory of a compiled kernel, and its instructions for matrix products."""
+    shared = compiled.metadata.shared
+    if target.startswith("gfx"):
+        text = compiled.asm["amdgcn"]
+        registers, spilled = (_number(rf"\.{name}:\s+", text) for name in ("vgpr_count", "vgpr_spill_count"))
+        return {"registers": registers, "spilled": 4 * spilled, "shared": shared, "products": text.count("v_mfma_")}
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    products = len(re.findall(r"mma\.sync|mma_async|tcgen05\.mma", compiled.asm["ptx"]))
+    registers, spilled = (_number(name, usage) for name in ("REG:", "STACK:"))
+    return {"registers": registers, "spilled": spilled, "shared": shared, "products": products}
+
+
+def _number(before: str, text: str) -> int:
+    found = re.search(rf"{before}(\d+)", text)
+    assert found is not None
+    return int(found[1])
+
+
+def main(operator_name: str, kernel_name: str, targets: str, *flags: str) -> None:
+    operator, kernel = CATALOGUE.operator(operator_name), CATALOGUE.kernel(operator_name, kernel_name)
+    compiled = Compiled(targets.split(","))
+    JITFunction.run = lambda jitted, *args, **named: compiled.launch(jitted, *args, **named)  # type: ignore[method-assign]
+    for case in cases(operator, "--all" in flags):
+        compiled.case = f"{case.dtype} {case.phase} {dict(case.shape)}"
+        arguments = operator.torch_half.sample_inputs(case, seed=0, device="cpu")
+        outputs = kernel.torch_half.forward(**arguments)
+        if case.phase != "decode":
+            pulls = tuple(torch.zeros_like(output) for output in outputs[: len(operator.outputs)])
+            kernel.torch_half.backward(arguments, outputs, pulls)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -42,6 +42,17 @@ def choice_table(plan: Plan) -> list[tuple[str, str, str, str, str]]:
     return rows
 
 
+def failures(plan: Plan) -> list[str]:
+    """A line for each kernel that was left out because it failed, in its self-check or at the size of the run."""
+    found = [
+        f"{choice.operator}/{name} {reason}"
+        for choice in plan.choices
+        for name, reason in choice.declined.items()
+        if reason.startswith("failed ")
+    ]
+    return list(dict.fromkeys(found))
+
+
 def _groups(plan: Plan) -> list[list[NodeChoice]]:
     groups: dict[object, list[NodeChoice]] = {}
     for choice in plan.choices:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,12 +22,16 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad_kernels.causal_conv.declaration import MOST_TAPS
-from subquad_kernels.documents import document_ids
+from subquad_kernels.triton_documents import find_documents, halvings
+from subquad_kernels.triton_launch import QuickLaunch
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Arguments, Outputs
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
+
+_MARKS = 128
+"""Tokens that one program of `_mark` marks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,15 +44,16 @@ class Launch:
     num_warps: int = 1
 
 
+@lru_cache(maxsize=4096)
 def launch_of(tokens: int, c: int, width: int, *, backward: bool) -> Launch:
     """Sizes for a call: wide loads where registers allow, stretches short enough to fill a large GPU.
 
     4224 programs are 32 warps on each of an H100's 132 multiprocessors; stretches under 16 tokens reread too much.
     """
     widest = 128 if backward or width > 4 else 256
-    tile_c = min(widest, max(32, triton.next_power_of_2(c)))
-    tiles = triton.cdiv(c, tile_c)
-    stretch = triton.next_power_of_2(max(1, tokens * tiles // 4224))
+    tile_c = min(widest, max(32, _power_of_two(c)))
+    tiles = -(-c // tile_c)
+    stretch = _power_of_two(max(1, tokens * tiles // 4224))
     return Launch(tile_c=tile_c, stretch=min(256, max(16, stretch)))
 
 
@@ -97,11 +103,11 @@ class _Call:
         if self.width > MOST_TAPS:
             raise ValueError(f"causal_conv/fused has at most {MOST_TAPS} taps, not {self.width}: use kernel='conv1d'")
         self.sequences, self.x = x, _rows(x)
-        self.taps = weight.T.contiguous()
+        self.taps = weight
         self.bias = bias
         self.initial = None if initial_state is None else initial_state.contiguous()
-        self.cu_seqlens = cu_seqlens
-        self.marks = None if cu_seqlens is None else _marks(cu_seqlens, self.t)
+        self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+        self.marks = None if self.cu_seqlens is None else _marks(self.cu_seqlens, self.t)
         self.silu = activation == "silu"
 
     def _constants(self, launch: Launch) -> dict[str, Any]:
@@ -117,7 +123,7 @@ class _Call:
         }
 
     def _cut(self, launch: Launch) -> tuple[int, int]:
-        return triton.cdiv(self.c, launch.tile_c), triton.cdiv(self.t, launch.stretch)
+        return -(-self.c // launch.tile_c), -(-self.t // launch.stretch)
 
     def forward(self, launch: Launch) -> Outputs:
         """y: b t c    final_state: q (w-1) c"""
@@ -125,28 +131,24 @@ class _Call:
         y = torch.empty(self.b, self.t, self.c, dtype=self.x.dtype, device=self.x.device)
         _convolve[(tiles * self.b * stretches,)](
             self.x, self.taps, self.bias, self.initial, self.marks, y,
-            self.t, self.c, self.b, launch.stretch, self.x.stride(0), **self._constants(launch),
+            self.t, self.c, self.b, launch.stretch, *self.taps.stride(), self.x.stride(0), **self._constants(launch),
         )  # fmt: skip
         return y, self._final_state()
 
     def _final_state(self) -> Tensor:
         """The last w-1 inputs of every sequence or document, its initial state among them where it is shorter."""
-        x, kept = self.sequences, self.width - 1
-        if self.cu_seqlens is None:
-            if self.t >= kept:
-                return x[:, self.t - kept :].contiguous()
-            before = x.new_zeros(self.b, kept, self.c) if self.initial is None else self.initial.to(x.dtype)
-            return torch.cat([before[:, self.t :], x], dim=1)
-        bounds = self.cu_seqlens.long()
-        offsets = torch.arange(kept, device=x.device)
-        tokens = bounds[1:, None] - kept + offsets
-        is_state = tokens < bounds[:-1, None]
-        final = x[0][tokens.clamp(min=0)]
-        if self.initial is None:
-            return final.masked_fill_(is_state[..., None], 0)
-        rows = (bounds.diff()[:, None] + offsets).clamp(max=max(kept - 1, 0))
-        before = self.initial.to(x.dtype).gather(1, rows[..., None].expand(-1, -1, self.c))
-        return torch.where(is_state[..., None], before, final)
+        kept = self.width - 1
+        if self.cu_seqlens is None and self.t >= kept:
+            return self.sequences[:, self.t - kept :].contiguous()
+        states = self.b if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
+        final = self.x.new_empty(states, kept, self.c)
+        if kept:
+            tile = min(256, _power_of_two(self.c))
+            _keep_last[(-(-self.c // tile) * states,)](
+                self.x, self.initial, self.cu_seqlens, final, self.t, self.c, self.x.stride(0), KEPT=kept, TILE_C=tile,
+                PACKED=self.cu_seqlens is not None, INITIAL=self.initial is not None, num_warps=1,
+            )  # fmt: skip
+        return final
 
     def backward(self, launch: Launch, dy: Tensor | None, dfinal: Tensor | None) -> dict[str, Tensor | None]:
         """Gradients; those of x and initial_state in their types, the others in fp32."""
@@ -160,7 +162,8 @@ class _Call:
         constants = self._constants(launch)
         _differentiate[(tiles * b * stretches,)](
             self.x, self.taps, self.bias, self.initial, self.marks, dy, dfinal, dx, sums,
-            t, c, b, launch.stretch, self.x.stride(0), dy.stride(0), FINAL=dfinal is not None, **constants,
+            t, c, b, launch.stretch, *self.taps.stride(), self.x.stride(0), dy.stride(0),
+            FINAL=dfinal is not None, **constants,
         )  # fmt: skip
         dinitial = None
         if self.initial is not None:
@@ -168,7 +171,7 @@ class _Call:
             if width > 1:
                 _differentiate_initial[(tiles * self.initial.shape[0],)](
                     self.x, self.taps, self.bias, self.initial, self.cu_seqlens, dy, dfinal, dinitial,
-                    t, c, self.x.stride(0), dy.stride(0), FINAL=dfinal is not None,
+                    t, c, *self.taps.stride(), self.x.stride(0), dy.stride(0), FINAL=dfinal is not None,
                     **{name: value for name, value in constants.items() if name not in ("GROUP", "INITIAL")},
                 )  # fmt: skip
         totals = sums.sum(0)
@@ -178,6 +181,11 @@ class _Call:
             "bias": None if self.bias is None else totals[width],
             "initial_state": dinitial,
         }
+
+
+def _power_of_two(number: int) -> int:
+    """The least one that is not smaller; triton's own function takes microseconds of every call."""
+    return 1 << (number - 1).bit_length()
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -196,11 +204,20 @@ def _marks(cu_seqlens: Tensor, t: int) -> Tensor:
 
     Shapes:  cu_seqlens: documents + 1  ->  t
     """
-    ids = document_ids(cu_seqlens, t)
-    tokens = torch.arange(t, device=cu_seqlens.device)
-    position = (tokens - cu_seqlens[ids]).clamp(max=15)
-    left = (cu_seqlens[ids + 1] - tokens).clamp(max=15)
-    return (256 * ids + 16 * left + position).to(torch.int32)
+    marks = cu_seqlens.new_empty(t)
+    documents = cu_seqlens.shape[0] - 1
+    _mark[(-(-t // _MARKS),)](cu_seqlens, marks, t, documents, halvings(documents), TILE_T=_MARKS, num_warps=1)
+    return marks
+
+
+@QuickLaunch
+@triton.jit(do_not_specialize=["t", "documents", "steps"])
+def _mark(cu_seqlens, marks, t, documents, steps, TILE_T: tl.constexpr):
+    tokens = tl.program_id(0) * TILE_T + tl.arange(0, TILE_T)
+    document = find_documents(cu_seqlens, documents, steps, tokens)
+    position = tl.minimum(tokens - tl.load(cu_seqlens + document), 15)
+    left = tl.minimum(tl.maximum(tl.load(cu_seqlens + document + 1) - tokens, 0), 15)
+    tl.store(marks + tokens, 256 * document + 16 * left + position, mask=tokens < t)
 
 
 @triton.jit
@@ -213,10 +230,10 @@ def _place(c, b, TILE_C: tl.constexpr):
 
 
 @triton.jit
-def _load_taps(taps, bias, c, channels, within, WIDTH: tl.constexpr, BIAS: tl.constexpr):
+def _load_taps(taps, bias, tap_c, tap_w, channels, within, WIDTH: tl.constexpr, BIAS: tl.constexpr):
     filters = ()
     for j in tl.static_range(WIDTH):
-        filters += (tl.load(taps + j * c + channels, mask=within, other=0.0).to(tl.float32),)
+        filters += (tl.load(taps + channels * tap_c + j * tap_w, mask=within, other=0.0).to(tl.float32),)
     offset = tl.zeros(channels.shape, tl.float32)
     if BIAS:
         offset = tl.load(bias + channels, mask=within, other=0.0).to(tl.float32)
@@ -300,16 +317,17 @@ def _pull(dy, total, SILU: tl.constexpr):
     return pull
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "stretch"])
 def _convolve(
-    x, taps, bias, initial, marks, y, t, c, b, stretch, x_stride,
+    x, taps, bias, initial, marks, y, t, c, b, stretch, tap_c, tap_w, x_stride,
     WIDTH: tl.constexpr, TILE_C: tl.constexpr, GROUP: tl.constexpr, SILU: tl.constexpr, BIAS: tl.constexpr,
     PACKED: tl.constexpr, INITIAL: tl.constexpr,
 ):  # fmt: skip
     tile, sequence, index = _place(c, b, TILE_C)
     channels = tile * TILE_C + tl.arange(0, TILE_C)
     within = channels < c
-    filters, offset = _load_taps(taps, bias, c, channels, within, WIDTH, BIAS)
+    filters, offset = _load_taps(taps, bias, tap_c, tap_w, channels, within, WIDTH, BIAS)
     begin = index * stretch
     limit = tl.minimum(stretch, t - begin)
     x_at = x + (sequence * t + begin) * x_stride
@@ -331,9 +349,10 @@ def _convolve(
         history = seen[GROUP:]
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "stretch"])
 def _differentiate(
-    x, taps, bias, initial, marks, dy, dfinal, dx, sums, t, c, b, stretch, x_stride, dy_stride,
+    x, taps, bias, initial, marks, dy, dfinal, dx, sums, t, c, b, stretch, tap_c, tap_w, x_stride, dy_stride,
     WIDTH: tl.constexpr, TILE_C: tl.constexpr, GROUP: tl.constexpr, SILU: tl.constexpr, BIAS: tl.constexpr,
     PACKED: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
 ):  # fmt: skip
@@ -345,7 +364,7 @@ def _differentiate(
     tile, sequence, index = _place(c, b, TILE_C)
     channels = tile * TILE_C + tl.arange(0, TILE_C)
     within = channels < c
-    filters, offset = _load_taps(taps, bias, c, channels, within, WIDTH, BIAS)
+    filters, offset = _load_taps(taps, bias, tap_c, tap_w, channels, within, WIDTH, BIAS)
     begin = index * stretch
     limit = tl.minimum(stretch, t - begin)
     x_at = x + (sequence * t + begin) * x_stride
@@ -406,9 +425,10 @@ def _differentiate(
     tl.store(part + WIDTH * c, bias_grads, mask=within)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t"])
 def _differentiate_initial(
-    x, taps, bias, initial, cu_seqlens, dy, dfinal, dinitial, t, c, x_stride, dy_stride,
+    x, taps, bias, initial, cu_seqlens, dy, dfinal, dinitial, t, c, tap_c, tap_w, x_stride, dy_stride,
     WIDTH: tl.constexpr, TILE_C: tl.constexpr, SILU: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr,
     FINAL: tl.constexpr,
 ):  # fmt: skip
@@ -418,7 +438,7 @@ def _differentiate_initial(
     document = (program // tiles).to(tl.int64)
     channels = (program % tiles) * TILE_C + tl.arange(0, TILE_C)
     within = channels < c
-    filters, offset = _load_taps(taps, bias, c, channels, within, WIDTH, BIAS)
+    filters, offset = _load_taps(taps, bias, tap_c, tap_w, channels, within, WIDTH, BIAS)
     begin, length = document * t, t
     if PACKED:
         begin = tl.load(cu_seqlens + document).to(tl.int64)
@@ -446,3 +466,28 @@ def _differentiate_initial(
         grads = grown
     for j in tl.static_range(WIDTH - 1):
         tl.store(dinitial + states + j * c, grads[j].to(dinitial.dtype.element_ty), mask=within)
+
+
+@QuickLaunch
+@triton.jit(do_not_specialize=["t"])
+def _keep_last(
+    x, initial, cu_seqlens, final, t, c, x_stride,
+    KEPT: tl.constexpr, TILE_C: tl.constexpr, PACKED: tl.constexpr, INITIAL: tl.constexpr,
+):  # fmt: skip
+    """The last w-1 inputs of one document, after the end of its initial state where it is shorter."""
+    program = tl.program_id(0)
+    tiles = tl.cdiv(c, TILE_C)
+    document = (program // tiles).to(tl.int64)
+    channels = (program % tiles) * TILE_C + tl.arange(0, TILE_C)
+    within = channels < c
+    begin, length = document * t, t
+    if PACKED:
+        begin = tl.load(cu_seqlens + document).to(tl.int64)
+        length = tl.load(cu_seqlens + document + 1) - tl.load(cu_seqlens + document)
+    states = document * KEPT * c + channels
+    for j in tl.static_range(KEPT):
+        token = length - KEPT + j
+        value = tl.load(x + (begin + token) * x_stride + channels, mask=within & (token >= 0), other=0.0)
+        if INITIAL and token < 0:
+            value = tl.load(initial + states + (token + KEPT) * c, mask=within, other=0.0).to(value.dtype)
+        tl.store(final + states + j * c, value, mask=within)

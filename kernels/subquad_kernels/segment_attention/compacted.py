@@ -89,7 +89,9 @@ def _by_token(x: Tensor, t: int) -> Tensor:
 def _scores(queries: Tensor, keys: Tensor, summaries: Summaries, begin: int, end: int, factor: float) -> Tensor:
     """Masked scores of queries begin..end against the first n summaries.  Shape: b h_kv (r T) n"""
     count, tile = keys.shape[2], end - begin
-    scores = torch.matmul(queries, keys.transpose(2, 3)).to(torch.promote_types(queries.dtype, torch.float32))
+    exact = torch.promote_types(queries.dtype, torch.float32)
+    # A product in half precision would round its results: a score of 40 by 0.1, and its weight by a tenth.
+    scores = torch.matmul(queries.to(exact), keys.to(exact).transpose(2, 3))
     scores *= factor
     visible_to_all = summaries.visible(begin)
     if visible_to_all < count:
@@ -183,7 +185,8 @@ def _backward(
         keys, values = all_keys[:, :, :count], all_values[:, :, :count]
         total = _grouped(lse[:, :, begin:end].transpose(1, 2).unsqueeze(-1), h_kv)
         weights = _scores(queries, keys, summaries, begin, end, factor).sub_(total).exp_()
-        d_weights = torch.matmul(d_out, values.transpose(2, 3)).to(exact)
+        # In fp32: delta, nearly as large where one key has all the weight, is subtracted.
+        d_weights = torch.matmul(d_out.to(exact), values.to(exact).transpose(2, 3))
         d_scores = d_weights.sub_(_grouped(delta[:, begin:end, :, None], h_kv)).mul_(weights).mul_(factor)
         d_values[:, :, :count] += torch.matmul(weights.to(d_out.dtype).transpose(2, 3), d_out)
         d_scores = d_scores.to(queries.dtype)

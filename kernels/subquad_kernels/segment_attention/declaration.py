@@ -67,7 +67,7 @@ OPERATOR = Operator(
         _example("float32"),
         _example("float32", b=1, documents=4),
         _example("float32", "decode", t=1, m=6),
-        _example("bfloat16"),
+        _example("bfloat16", k=64, v=64),
     ),
 )
 

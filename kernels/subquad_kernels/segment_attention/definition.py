@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, einsum
 
 from subquad_kernels.documents import check_cu_seqlens, document_ids, document_positions
-from subquad_kernels.samples import draw_boundaries
+from subquad_kernels.samples import draw_boundaries, draw_outliers
 from subquad_kernels.torch_operator import ReferenceKernel
 from subquad_kernels.workload import Workload
 
@@ -134,7 +134,10 @@ def workload_of(arguments: Arguments, phase: str) -> Workload:
 
 
 def sample_inputs(workload: Workload, *, seed: int, device: str) -> dict[str, Argument]:
-    """Scores of a few units, as trained models have them; the call starts in mid-segment when it has a past."""
+    """Scores of a few units, as trained models have them, and one query in eight whose are of tens.
+
+    The call starts in mid-segment when it has a past.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     shape = workload.shape
     b, t, h, h_kv, k, v, m = (shape[axis] for axis in ("b", "t", "h", "h_kv", "k", "v", "m"))
@@ -145,7 +148,7 @@ def sample_inputs(workload: Workload, *, seed: int, device: str) -> dict[str, Ar
         return torch.randn(size, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
     return {
-        "q": 1.5 * draw(b, t, h, k),
+        "q": draw_outliers(1.5 * draw(b, t, h, k), generator),
         "k": draw(b, t, h_kv, k),
         "v": draw(b, t, h_kv, v),
         "summary_k": draw(b, m, h_kv, k) if m else None,

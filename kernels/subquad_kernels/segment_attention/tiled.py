@@ -19,10 +19,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.functional import pad
 
 from subquad_kernels.segment_attention.definition import scale_of
 from subquad_kernels.segment_attention.summaries import Summaries
+from subquad_kernels.triton_documents import find_documents, halvings
+from subquad_kernels.triton_launch import QuickLaunch
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Arguments, Outputs
@@ -39,6 +40,9 @@ PROGRAMS = 1024
 
 SPLIT_T = 1024
 """Queries that one program of the summaries' gradients takes at least, when they are split to fill the device."""
+
+MARKED_T = 128
+"""Tokens of one program that finds documents."""
 
 ADD_ROWS = 32
 """Summaries of one program that adds gradients to tokens: bound by memory, hardly by this."""
@@ -106,7 +110,7 @@ def forward(
     block_k, block_v = _block(key_width), _block(value_width)
     tiles = tiling("forward", q.dtype, max(block_k, block_v), t)
     with torch.cuda.device_of(q):
-        _forward_kernel[(triton.cdiv(t, tiles.tile_t) * b * h,)](
+        _forward_kernel[(-(-t // tiles.tile_t) * b * h,)](
             q, k, v, seen.keys, seen.values, out, lse, seen.low, seen.high,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *seen.keys.stride()[:3], *seen.values.stride()[:3],
             t, h, start, segment_len, factor * LOG2E.value,
@@ -117,17 +121,13 @@ def forward(
     return out, lse
 
 
-def backward(
-    arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]
-) -> dict[str, Tensor | None]:
+def backward(arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
     """Gradients of q, k, v and of the known summaries, from the saved log-sum-exp."""
     with torch.cuda.device_of(outputs[0]):
         return _backward(arguments, outputs, gradients)
 
 
-def _backward(
-    arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]
-) -> dict[str, Tensor | None]:
+def _backward(arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
     values: Any = arguments
     q, k, v, cu_seqlens = _rows(values["q"]), _rows(values["k"]), _rows(values["v"]), values["cu_seqlens"]
     segment_len, start, factor = values["segment_len"], values["start"], scale_of(q, values["scale"])
@@ -139,13 +139,13 @@ def _backward(
     seen = _Seen.by_call(k, v, values["summary_k"], values["summary_v"], cu_seqlens, segment_len, start)
     dq = q.new_empty(q.shape)
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-    row_terms = lse.new_empty(b, h, triton.cdiv(t, ROOM.value) * ROOM.value, 2)
+    row_terms = lse.new_empty(b, h, -(-t // ROOM.value) * ROOM.value, 2)
     block_k, block_v = _block(key_width), _block(value_width)
     packed, wide = cu_seqlens is not None, max(block_k, block_v)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     summary_strides = (*seen.keys.stride()[:3], *seen.values.stride()[:3])
     tiles = tiling("query_gradients", q.dtype, wide, t)
-    _query_gradients_kernel[(triton.cdiv(t, tiles.tile_t) * b * h,)](
+    _query_gradients_kernel[(-(-t // tiles.tile_t) * b * h,)](
         q, k, v, seen.keys, seen.values, out, d_out, lse, row_terms, dq, dk, dv, seen.low, seen.high,
         *strides, *summary_strides, t, h, start, segment_len, factor,
         GROUPS=h // h_kv, K=key_width, V=value_width, BLOCK_K=block_k, BLOCK_V=block_v,
@@ -157,10 +157,10 @@ def _backward(
         return found
 
     tiles = tiling("summary_gradients", q.dtype, wide, t)
-    programs = triton.cdiv(seen.count, tiles.tile_n) * b * h_kv
-    splits = max(1, min(triton.cdiv(PROGRAMS, programs), t // SPLIT_T))
+    programs = -(-seen.count // tiles.tile_n) * b * h_kv
+    splits = max(1, min(-(-PROGRAMS // programs), t // SPLIT_T))
     # Splits begin and end between tiles.
-    split_t = triton.cdiv(triton.cdiv(t, splits), tiles.tile_t) * tiles.tile_t
+    split_t = -(-t // (splits * tiles.tile_t)) * tiles.tile_t
     part_k = lse.new_empty(splits, b, h_kv, seen.count, key_width)
     part_v = lse.new_empty(splits, b, h_kv, seen.count, value_width)
     _summary_gradients_kernel[(programs * splits,)](
@@ -170,7 +170,7 @@ def _backward(
         TILE_T=tiles.tile_t, TILE_N=tiles.tile_n, PACKED=packed,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
-    _add_to_tokens_kernel[(triton.cdiv(seen.count, ADD_ROWS) * b * h_kv,)](
+    _add_to_tokens_kernel[(-(-seen.count // ADD_ROWS) * b * h_kv,)](
         part_k, part_v, dk, dv, seen.position, t, b, h_kv, seen.count, seen.first, segment_len, splits,
         K=key_width, V=value_width, BLOCK_K=block_k, BLOCK_V=block_v, TILE_N=ADD_ROWS, PACKED=packed, num_warps=4,
     )  # fmt: skip
@@ -236,25 +236,22 @@ class _Seen:
 
     @classmethod
     def by_documents(cls, k: Tensor, v: Tensor, cu_seqlens: Tensor, segment_len: int) -> _Seen:
-        """Room for t // segment_len summaries, the most there can be; those that do not exist are seen by nobody."""
+        """Room for a summary in each stretch of segment_len tokens, which holds one at most: summaries of one document
+        are segment_len apart, and others further. Room that none takes is seen by nobody.
+        """
         t = k.shape[1]
-        count = t // segment_len
-        # Tokens after the last boundary, if any, are a document of their own.
-        bounds = pad(cu_seqlens, (0, 1), value=t)
-        before = pad((bounds.diff() // segment_len).cumsum(0, dtype=torch.int32), (1, 0))  # summaries before each
-        token = torch.arange(t, dtype=torch.int32, device=k.device)
-        document = torch.searchsorted(bounds[1:], token, right=True)
-        low = before[document]
-        high = low + (token - bounds[document]) // segment_len
-        summary = token[:count]
-        owner = torch.searchsorted(before[1:], summary, right=True).clamp_(max=len(bounds) - 2)
-        exists = summary < before[-1]
-        position = bounds[owner] + (summary - before[owner] + 1) * segment_len - 1
-        position = torch.where(exists, position, t)
-        end = torch.where(exists, bounds[owner + 1], 0)
+        count = -(-t // segment_len)
+        tokens = cu_seqlens.new_empty(2, t)
+        room = cu_seqlens.new_full((2, count), t)
+        documents = cu_seqlens.shape[0] - 1
+        _mark_kernel[(-(-t // MARKED_T),)](
+            cu_seqlens.contiguous(), tokens, room, t, count, documents, halvings(documents), segment_len,
+            TILE_T=MARKED_T, num_warps=1,
+        )  # fmt: skip
+        low, high = tokens.unbind()
+        position, end = room.unbind()
         rows = position.clamp(max=t - 1)
-        keys, values = k.index_select(1, rows), v.index_select(1, rows)
-        return cls(keys, values, count, 0, low, high, position, end)
+        return cls(k.index_select(1, rows), v.index_select(1, rows), count, 0, low, high, position, end)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -265,6 +262,30 @@ def _rows(x: Tensor) -> Tensor:
 def _block(width: int) -> int:
     """The next power of two; a product takes 16 at least."""
     return max(16, 1 << (width - 1).bit_length())
+
+
+@QuickLaunch
+@triton.jit(do_not_specialize=["t", "count", "documents", "steps", "segment_len"])
+def _mark_kernel(cu_seqlens, tokens, room, t, count, documents, steps, segment_len, TILE_T: tl.constexpr):
+    """Which summaries each token sees, and of each summary its token and the end of its document.
+
+    Summary j of a document that starts at s stands at s + (j + 1) segment_len - 1, in stretch j + 1 + (s - 1) //
+    segment_len (rounded down) of the sequence.
+    Shapes:  tokens: 2 t (low, high)    room: 2 count (position, end)
+    """
+    token = tl.program_id(0) * TILE_T + tl.arange(0, TILE_T)
+    document = find_documents(cu_seqlens, documents, steps, token)
+    start, end = tl.load(cu_seqlens + document), tl.load(cu_seqlens + document + 1)
+    # Tokens after the last boundary, if any, are a document of their own.
+    start, end = tl.where(token < end, start, end), tl.where(token < end, end, t)
+    low = (start + segment_len - 1) // segment_len
+    within = token - start
+    tl.store(tokens + token, low, mask=token < t)
+    tl.store(tokens + t + token, low + within // segment_len, mask=token < t)
+    is_summary = (token < t) & (within % segment_len == segment_len - 1)
+    place = token // segment_len
+    tl.store(room + place, token, mask=is_summary)
+    tl.store(room + count + place, end, mask=is_summary)
 
 
 @triton.jit
@@ -342,6 +363,7 @@ def _attend(
     return acc, total, peak
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "start", "segment_len"])
 def _forward_kernel(
     q, k, v, keys, values, out, lse, low, high,
@@ -417,6 +439,7 @@ def _pull_back_to_queries(
     return acc
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "start", "segment_len"])
 def _query_gradients_kernel(
     q, k, v, keys, values, out, d_out, lse, row_terms, dq, dk, dv, low, high,
@@ -539,6 +562,7 @@ def _pull_back_to_summaries(
     return acc_k, acc_v
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "count", "first", "segment_len", "splits", "split_t"])
 def _summary_gradients_kernel(
     q, keys, values, d_out, row_terms, part_k, part_v, positions, ends,
@@ -560,10 +584,12 @@ def _summary_gradients_kernel(
     summary_ok = summary < count
     if PACKED:
         position = tl.load(positions + summary, mask=summary_ok, other=t)
-        end = tl.load(ends + summary, mask=summary_ok, other=0)
+        exists = position < t
+        end = tl.load(ends + summary, mask=exists, other=0)
         latest = tl.minimum(tl.max(end, 0), (split + 1) * split_t)
         # Summaries of several documents have no query that sees them all.
-        all_seen_from = tl.where(tl.min(end, 0) == tl.max(end, 0), tl.max(position, 0) + 1, latest)
+        one_document = tl.min(tl.where(exists, end, t), 0) == tl.max(end, 0)
+        all_seen_from = tl.where(one_document, tl.max(tl.where(exists, position, 0), 0) + 1, latest)
         earliest = tl.min(position, 0) + 1
     else:
         position = first + summary * segment_len
@@ -610,6 +636,7 @@ def _summary_gradients_kernel(
     _put(part_v + part * V + at_v, acc_v, summary_ok, column_v < V, V == BLOCK_V)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "count", "first", "segment_len", "splits"])
 def _add_to_tokens_kernel(
     part_k, part_v, dk, dv, positions, t, b, h_kv, count, first, segment_len, splits,

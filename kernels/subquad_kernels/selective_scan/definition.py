@@ -141,7 +141,10 @@ def workload_of(arguments: Arguments, phase: str) -> Workload:
 
 
 def sample_inputs(workload: Workload, *, seed: int, device: str) -> dict[str, Argument]:
-    """Step sizes from 1e-3 to 1e-1 and A = -1 .. -n, as Mamba starts: decays from 0.2 to 0.999."""
+    """Step sizes from 1e-3 to 1e-1 and A = -1 .. -n, as Mamba starts: decays from 0.2 to 0.999.
+
+    One channel in four has a step from 10 down to 1e-4, as training may leave them: decays from 0 to 1.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     shape, options = workload.shape, workload.options
     b, t, c, n = (shape[axis] for axis in ("b", "t", "c", "n"))
@@ -152,6 +155,7 @@ def sample_inputs(workload: Workload, *, seed: int, device: str) -> dict[str, Ar
         return torch.randn(size, generator=generator, device=device, dtype=torch.float32)
 
     start = (torch.rand(c, generator=generator, device=device) * math.log(100) + math.log(1e-3)).exp()
+    start[::4] = torch.logspace(1, -4, -(-c // 4), device=device)
     if options["softplus"]:  # the inverse of softplus
         start = start + (-(-start).expm1()).log()
         raw = start + 0.5 * draw(b, t, c)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,14 +26,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from subquad_kernels.documents import document_ids
 from subquad_kernels.selective_scan.declaration import CHUNK
+from subquad_kernels.triton_documents import find_documents, halvings
+from subquad_kernels.triton_launch import QuickLaunch
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Argument, Arguments, Outputs
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _LN_2 = tl.constexpr(math.log(2))
+
+_MARKS = 128
+"""Tokens that one program of `_mark` marks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +58,14 @@ class Launch:
     segment_len: int | None = None
 
 
+@lru_cache(maxsize=256)
 def launch_of(n: int, *, backward: bool) -> Launch:
     """Sizes for a state size: 16 states a lane, so that the states and decays of a backward's group fit in registers.
 
     1056 programs are 8 warps on each of an H100's 132 multiprocessors, what 255 registers a lane leave room for. The
     forward holds less, and four times as many were fastest (README).
     """
-    padded = max(1, triton.next_power_of_2(n))
+    padded = _power_of_two(n)
     tile_c = min(64, max(8 if backward else 16, 512 // padded))
     return Launch(tile_c=tile_c, group=2) if backward else Launch(tile_c=tile_c, group=8, programs=4224)
 
@@ -104,19 +110,19 @@ class _Call:
 
     def _cut(self, launch: Launch) -> tuple[int, int, int]:
         """Tiles of channels, segments of time, and tokens a segment (whole chunks)."""
-        tiles = triton.cdiv(self.c, launch.tile_c)
+        tiles = -(-self.c // launch.tile_c)
         if launch.segment_len is not None:
             wanted = launch.segment_len
         else:
-            segments = triton.cdiv(launch.programs, tiles * self.b) if tiles * self.b < launch.enough else 1
-            wanted = max(launch.shortest, triton.cdiv(self.t, segments))
-        segment_len = triton.cdiv(wanted, CHUNK) * CHUNK
-        return tiles, triton.cdiv(self.t, segment_len), segment_len
+            segments = -(-launch.programs // (tiles * self.b)) if tiles * self.b < launch.enough else 1
+            wanted = max(launch.shortest, -(-self.t // segments))
+        segment_len = -(-wanted // CHUNK) * CHUNK
+        return tiles, -(-self.t // segment_len), segment_len
 
     def _constants(self, launch: Launch) -> dict[str, Any]:
         return {
             "N": self.n,
-            "PAD_N": triton.next_power_of_2(self.n),
+            "PAD_N": _power_of_two(self.n),
             "TILE_C": launch.tile_c,
             "CHUNK": CHUNK,
             "GROUP": launch.group,
@@ -181,7 +187,7 @@ class _Call:
         dchannels = self._new(2, b * segments, c)
         dinitial = None if self.initial is None else self._states(dfinal)
         decays, writes = (self._new(segments - 1, b, c, n) for _ in range(2))
-        held = max(1, CHUNK // launch.group - 1) * launch.tile_c * triton.next_power_of_2(n)
+        held = max(1, CHUNK // launch.group - 1) * launch.tile_c * _power_of_two(n)
         checkpoints = self._new(tiles * b * segments, held)
         constants = self._constants(launch) | {"FINAL": dfinal is not None, "GATE": self.z is not None}
         if segments > 1:
@@ -219,6 +225,11 @@ def with_segments(launch: Launch, segment_len: int | None) -> Launch:
     return replace(launch, segment_len=segment_len)
 
 
+def _power_of_two(number: int) -> int:
+    """The least one that is not smaller; triton's own function takes microseconds of every call."""
+    return 1 << (number - 1).bit_length()
+
+
 def _rows(tensor: Tensor) -> Tensor:
     """The tokens of all sequences as rows; a view where a slice of a wider tensor allows it.
 
@@ -238,11 +249,21 @@ def _marks(cu_seqlens: Tensor, t: int) -> Tensor:
 
     Shapes:  cu_seqlens: documents + 1  ->  t
     """
-    ids = document_ids(cu_seqlens, t)
-    tokens = torch.arange(t, device=cu_seqlens.device)
-    first = cu_seqlens[ids] == tokens
-    last = cu_seqlens[ids + 1] == tokens + 1
-    return (4 * ids + 2 * last + first).to(torch.int32)
+    cu_seqlens = cu_seqlens.contiguous()
+    marks = cu_seqlens.new_empty(t)
+    documents = cu_seqlens.shape[0] - 1
+    _mark[(-(-t // _MARKS),)](cu_seqlens, marks, t, documents, halvings(documents), TILE_T=_MARKS, num_warps=1)
+    return marks
+
+
+@QuickLaunch
+@triton.jit(do_not_specialize=["t", "documents", "steps"])
+def _mark(cu_seqlens, marks, t, documents, steps, TILE_T: tl.constexpr):
+    tokens = tl.program_id(0) * TILE_T + tl.arange(0, TILE_T)
+    document = find_documents(cu_seqlens, documents, steps, tokens)
+    first = tl.load(cu_seqlens + document) == tokens
+    last = tl.load(cu_seqlens + document + 1) == tokens + 1
+    tl.store(marks + tokens, 4 * document + 2 * last.to(tl.int32) + first.to(tl.int32), mask=tokens < t)
 
 
 @triton.jit
@@ -322,6 +343,7 @@ def _restart(state, tag, initial, state_size, offsets, within, INITIAL: tl.const
     return state
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "segment_len"])
 def _summarise(
     x, dt, A, B, dt_bias, initial, marks, decays, writes,
@@ -381,6 +403,7 @@ def _summarise(
     tl.store(writes + place + offsets, state, mask=within)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "segments", "segment_len"])
 def _scan(
     x, dt, A, B, C, D, z, dt_bias, initial, marks, decays, writes, y, final, boundaries, ungated,
@@ -475,6 +498,7 @@ def _pull(dy, z, GATE: tl.constexpr):
     return pull
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "segments", "segment_len"])
 def _summarise_gradients(
     dt, A, C, z, dt_bias, marks, dy, dfinal, decays, writes,
@@ -541,6 +565,7 @@ def _summarise_gradients(
     tl.store(writes + place + offsets, carried, mask=within)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "segments", "segment_len"])
 def _differentiate(
     x, dt, A, B, C, D, z, dt_bias, initial, marks, boundaries, ungated, dy, dfinal, decays, writes,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, einsum
 
 from subquad_kernels.documents import check_cu_seqlens, document_ids
-from subquad_kernels.samples import draw_boundaries
+from subquad_kernels.samples import draw_boundaries, draw_outliers
 from subquad_kernels.torch_operator import ReferenceKernel
 from subquad_kernels.workload import Workload
 
@@ -115,7 +115,7 @@ def workload_of(arguments: Arguments, phase: str) -> Workload:
 
 
 def sample_inputs(workload: Workload, *, seed: int, device: str) -> dict[str, Argument]:
-    """Scores of a few units, as trained models have them."""
+    """Scores of a few units, as trained models have them, and one query in eight whose are of tens."""
     generator = torch.Generator(device).manual_seed(seed)
     shape = workload.shape
     b, t, s, h, h_kv, k, v = (shape[axis] for axis in ("b", "t", "s", "h", "h_kv", "k", "v"))
@@ -125,7 +125,7 @@ def sample_inputs(workload: Workload, *, seed: int, device: str) -> dict[str, Ar
         return torch.randn(size, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
     return {
-        "q": 1.5 * draw(b, t, h, k),
+        "q": draw_outliers(1.5 * draw(b, t, h, k), generator),
         "k": draw(b, s, h_kv, k),
         "v": draw(b, s, h_kv, v),
         "cu_seqlens": draw_boundaries(shape, seed, device),

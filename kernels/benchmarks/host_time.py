@@ -1,0 +1,235 @@
+"""Time what a call of an operator costs the host: Python, dispatcher and autograd, without the work of the device.
+
+    python kernels/benchmarks/host_time.py [--repeats 2000] [--json OUT.json]
+
+A number is the median wall time, in microseconds, of one call that begins with an idle device and is not waited for.
+Four of them for every operator, packed and not:
+
+    op            the operator in torch.no_grad()
+    op+grad       the operator where autograd records it
+    op+backward   the same, and torch.autograd.grad of every floating argument
+    kernel        the kernel's own forward, then its backward, called directly: the part that is not the operator's
+
+On any machine:    `nothing` is a kernel that allocates its results and computes none: what is left is the operator's.
+                   `unlaunched` is the operator's Triton kernel with its launches left out (tensors on the CPU):
+                   what is left is the Python that prepares them.
+On a CUDA device:  `launched` is the operator's Triton kernel as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import subquad_kernels.operators
+from subquad_kernels.builtin import OPERATORS
+from subquad_kernels.catalogue import CATALOGUE, Kernel, Operator
+from subquad_kernels.self_check import stack_versions
+from subquad_kernels.triton_launch import QuickLaunch
+from subquad_kernels.workload import Workload
+
+SIZES = {"b": 2, "t": 256, "s": 256, "h": 4, "h_kv": 4, "k": 64, "v": 64, "c": 256}
+
+
+class Nothing:
+    """Results of the right shapes, and nothing computed."""
+
+    def __init__(self, operator: Operator) -> None:
+        self._operator = operator
+
+    def forward(self, **arguments: Any) -> tuple[Tensor, ...]:
+        return self._operator.torch_half.empty_outputs(arguments)
+
+    def backward(self, arguments: Any, outputs: Any, gradients: Any) -> dict[str, Tensor | None]:
+        return {
+            name: torch.empty_like(value)
+            for name in self._operator.tensors
+            if isinstance(value := arguments[name], Tensor) and value.is_floating_point()
+        }
+
+
+class Unlaunched:
+    """Stands where a kernel stood, jitted or compiled."""
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return self._launch
+
+    def _launch(self, *args: object, **constants: object) -> None:
+        pass
+
+
+class Everything(dict[Any, Any]):
+    """The memory of a `QuickLaunch` to which nothing is new."""
+
+    def get(self, key: object, default: object = None) -> object:
+        hash(key)
+        return Unlaunched()
+
+
+def nothing(operator: Operator) -> str:
+    """Put a kernel that computes nothing into the catalogue; its name."""
+    kernel = Kernel(
+        operator=operator.name, name="nothing", implementation="", supports=lambda workload, limits: None,
+        devices=frozenset({"cpu", "cuda"}),
+    )  # fmt: skip
+    kernel.__dict__["torch_half"] = Nothing(operator)
+    CATALOGUE.add_kernels([kernel])
+    return "nothing"
+
+
+def triton_kernels(operator: Operator) -> list[Kernel]:
+    """The operator's kernels that this package wrote in Triton."""
+    return [
+        kernel
+        for kernel in CATALOGUE.kernels(operator.name)
+        if any("triton" in text for text in kernel.requires) and _jitted(kernel)
+    ]
+
+
+def _module(kernel: Kernel) -> Any:
+    return importlib.import_module(kernel.implementation.partition(":")[0])
+
+
+def _jitted(kernel: Kernel) -> list[str]:
+    from triton.runtime.jit import KernelInterface
+
+    return [name for name, value in vars(_module(kernel)).items() if isinstance(value, KernelInterface | QuickLaunch)]
+
+
+@contextmanager
+def launches_left_out(kernel: Kernel) -> Iterator[None]:
+    """The kernel's Python runs as ever, up to where triton would hand the launch to the driver."""
+    module = _module(kernel)
+    before = {name: getattr(module, name) for name in _jitted(kernel)}
+    for name, value in before.items():
+        if isinstance(value, QuickLaunch):
+            quick = QuickLaunch(value.jitted)
+            quick._compiled = Everything()
+            setattr(module, name, quick)
+        else:
+            setattr(module, name, Unlaunched())
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
+
+
+def workloads(operator: Operator) -> Iterator[tuple[str, Workload]]:
+    """A training call of ordinary widths, and a packed one, in bfloat16."""
+    for example in operator.examples:
+        if example.dtype != "float32" or example.phase == "decode" or example.options.get("initial_state"):
+            continue
+        shape = {axis: SIZES.get(axis, length) for axis, length in example.shape.items()}
+        packed = "documents" in shape
+        if packed:
+            shape["b"] = 1
+        if not example.options.get("window"):
+            yield ("packed" if packed else "plain"), Workload(
+                operator=operator.name, shape=shape, dtype="bfloat16", phase="backward", options=example.options
+            )  # fmt: skip
+
+
+def microseconds(call: Callable[[], object], repeats: int, device: str) -> float:
+    """Median over calls of the host's time, each begun with an idle device."""
+    times = []
+    gc.collect()
+    gc.disable()
+    for repeat in range(repeats + repeats // 10):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        result = call()
+        end = time.perf_counter()
+        del result
+        if repeat >= repeats // 10:
+            times.append(end - begin)
+    gc.enable()
+    return 1e6 * statistics.median(times)
+
+
+def measure(operator: Operator, kernel: str, case: Workload, device: str, repeats: int) -> dict[str, float]:
+    """The four numbers of the page's head."""
+    arguments = operator.torch_half.sample_inputs(case, seed=0, device=device)
+    function = getattr(subquad_kernels.operators, operator.name)
+    leaves = {
+        name: value.detach().requires_grad_()
+        for name, value in arguments.items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
+    recorded = arguments | leaves
+    functions = CATALOGUE.kernel(operator.name, kernel).torch_half
+    outputs = functions.forward(**arguments)
+    pull = torch.ones_like(outputs[0])
+    pulls = (pull, *(None for _ in operator.outputs[1:]))
+
+    def call(values: dict[str, Any]) -> Any:
+        found = function(**values, kernel=kernel)
+        return found[0] if isinstance(found, tuple) else found
+
+    def plain() -> object:
+        with torch.no_grad():
+            return call(arguments)
+
+    def direct() -> object:
+        return functions.backward(arguments, functions.forward(**arguments), pulls)
+
+    inputs = list(leaves.values())
+    return {
+        "op": microseconds(plain, repeats, device),
+        "op+grad": microseconds(lambda: call(recorded), repeats, device),
+        "op+backward": microseconds(
+            lambda: torch.autograd.grad(call(recorded), inputs, pull, allow_unused=True), repeats, device
+        ),
+        "kernel forward": microseconds(lambda: functions.forward(**arguments), repeats, device),
+        "kernel both": microseconds(direct, repeats, device),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=2000)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    on_cuda = torch.cuda.is_available()
+    rows: list[dict[str, Any]] = []
+    columns = ("op", "op+grad", "op+backward", "kernel forward", "kernel both")
+    print(f"{'operator':20}{'case':8}{'kernel':22}" + "".join(f"{column:>16}" for column in columns))
+
+    def report(operator: Operator, label: str, kernel: str, how: str, case: Workload, device: str) -> None:
+        row = measure(operator, kernel, case, device, options.repeats)
+        rows.append({"operator": operator.name, "case": label, "kernel": kernel, "how": how, **row})
+        print(
+            f"{operator.name:20}{label:8}{how if how == kernel else f'{kernel} {how}':22}"
+            + "".join(f"{row[column]:16.1f}" for column in columns),
+            flush=True,
+        )
+
+    for operator in OPERATORS:
+        empty = nothing(operator)
+        for label, case in workloads(operator):
+            report(operator, label, empty, "nothing", case, "cpu")
+            for kernel in triton_kernels(operator):
+                with launches_left_out(kernel):
+                    report(operator, label, kernel.name, "unlaunched", case, "cpu")
+                if on_cuda:
+                    report(operator, label, kernel.name, "launched", case, "cuda")
+    if options.json is not None:
+        device = torch.cuda.get_device_name() if on_cuda else "cpu"
+        options.json.write_text(json.dumps({"device": device, "versions": stack_versions(), "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

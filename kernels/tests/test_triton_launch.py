@@ -1,0 +1,89 @@
+"""A quick launch runs what triton compiled for these very arguments, and asks triton for every other list of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from subquad_kernels import triton_launch
+from subquad_kernels.triton_documents import halvings
+from subquad_kernels.triton_launch import QuickLaunch
+
+
+class Compiled:
+    """What triton hands back from a launch: launched with every argument by place, constants included."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+        return lambda *values: self.launches.append((grid, *values))
+
+
+class Jitted:
+    """Stands for a jitted kernel of four arguments, and remembers what it was asked to compile."""
+
+    arg_names = ("x", "t", "WIDTH", "PACKED")
+
+    def __init__(self) -> None:
+        self.compiled: list[Compiled] = []
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        def launch(*values: Any, **constants: Any) -> Compiled:
+            self.compiled.append(Compiled())
+            return self.compiled[-1]
+
+        return launch
+
+
+def test_a_list_of_arguments_that_was_seen_goes_to_what_was_compiled_for_it() -> None:
+    jitted = Jitted()
+    kernel = QuickLaunch(jitted)
+    first, second = torch.zeros(32), torch.zeros(32)
+    kernel[(5,)](first, 7, WIDTH=4, PACKED=False, num_warps=1)
+    kernel[(6,)](second, 7, PACKED=False, WIDTH=4, num_warps=1)  # named in another order: asked again, not confused
+    kernel[(8,)](second, 7, WIDTH=4, PACKED=False, num_warps=1)
+    assert [len(compiled.launches) for compiled in jitted.compiled] == [1, 0]
+    assert jitted.compiled[0].launches == [((8, 1, 1), second, 7, 4, False)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"x": torch.zeros(33)[1:]},  # not at a multiple of 16 bytes
+        {"x": torch.zeros(32, dtype=torch.bfloat16)},
+        {"x": torch.zeros(32, device="meta")},
+        {"t": 16},
+        {"WIDTH": 8},
+        {"PACKED": True},
+        {"num_warps": 2},
+    ],
+    ids=str,
+)
+def test_any_other_argument_is_left_to_triton(change: dict[str, Any]) -> None:
+    jitted = Jitted()
+    kernel = QuickLaunch(jitted)
+    for values in ({}, change):
+        call = {"x": torch.zeros(32), "t": 7, "WIDTH": 4, "PACKED": False, "num_warps": 1} | values
+        kernel[(1,)](call.pop("x"), call.pop("t"), **call)
+    assert len(jitted.compiled) == 2
+
+
+def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_launch, "_MOST_KNOWN", 8)
+    kernel = QuickLaunch(Jitted())
+    for t in range(100):
+        kernel[(1,)](torch.zeros(32), t, WIDTH=4, PACKED=False)
+        assert len(kernel._compiled) <= 8
+
+
+@pytest.mark.parametrize("documents", [1, 2, 3, 4, 5, 8, 9, 1000])
+def test_the_search_for_documents_halves_until_one_is_left(documents: int) -> None:
+    left = documents
+    for _ in range(halvings(documents)):
+        left = -(-left // 2)
+    assert left == 1
