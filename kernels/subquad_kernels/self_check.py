@@ -163,10 +163,13 @@ class VerdictStore:
                 if isinstance(record, dict) and record.get("format_version") == FORMAT_VERSION:
                     self._known[record["key"]] = Verdict(**record["verdict"])
 
+    def knows(self, kernel: Kernel, workload: Workload, device: str = "cpu") -> bool:
+        """Whether a check would be answered without running the kernel."""
+        return _key(kernel, workload, device) in self._known
+
     def check(self, kernel: Kernel, workload: Workload, device: str = "cpu") -> Verdict:
         """The stored verdict, or a new one, which is stored."""
-        small = shape_class(workload, torch.device(device).type)
-        key = "|".join([kernel.key, kernel.version, small.key, device_limits(device).name, *stack_versions()])
+        key = _key(kernel, workload, device)
         if key not in self._known:
             verdict = check_kernel(kernel, workload, device)
             self._known[key] = verdict
@@ -175,6 +178,11 @@ class VerdictStore:
                 with self._path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
         return self._known[key]
+
+
+def _key(kernel: Kernel, workload: Workload, device: str) -> str:
+    small = shape_class(workload, torch.device(device).type)
+    return "|".join([kernel.key, kernel.version, small.key, device_limits(device).name, *stack_versions()])
 
 
 def stack_versions() -> tuple[str, ...]:
