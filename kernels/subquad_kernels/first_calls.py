@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from subquad_kernels.catalogue import CATALOGUE, Kernel, Operator
 from subquad_kernels.self_check import shape_class
@@ -37,9 +36,7 @@ class FirstCall:
     failure: str | None
 
 
-def first_calls(
-    jobs: Iterable[tuple[Kernel, Workload]], device: str, *, threads: int | None = None
-) -> list[FirstCall]:
+def first_calls(jobs: Iterable[tuple[Kernel, Workload]], device: str, *, threads: int | None = None) -> list[FirstCall]:
     """Call every kernel that compiles, in both directions, all at once; one thread a core unless `threads` says.
 
     Kernels that compile nothing, or must be alone when they do, are left out. A backward is called with the gradient
@@ -88,9 +85,7 @@ def _outputs(operator: Operator, arguments: Mapping[str, Any]) -> Sequence[Any]:
     return tuple(torch.zeros_like(output) for output in operator.torch_half.empty_outputs(arguments))
 
 
-def _first_call(
-    kernel: Kernel, workload: Workload, part: Part, run: Callable[[], object], device: str
-) -> FirstCall:
+def _first_call(kernel: Kernel, workload: Workload, part: Part, run: Callable[[], object], device: str) -> FirstCall:
     started, failure = time.perf_counter(), None
     on_device = torch.cuda.device(device) if device.startswith("cuda") else nullcontext()
     try:

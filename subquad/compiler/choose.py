@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -22,6 +24,7 @@ from subquad_cost_model import (
     decide,
 )
 from subquad_kernels.catalogue import CATALOGUE, Kernel, Operator
+from subquad_kernels.first_calls import FirstCall, cores, first_calls
 from subquad_kernels.kernel_table import Row, format_table
 from subquad_kernels.self_check import VerdictStore
 from subquad_kernels.torch_operator import default_kernels
@@ -46,10 +49,13 @@ class Chooser:
 
     A kernel is a candidate if it supports the workload on the target, is not denied, and, where the target is at hand,
     agrees with the reference on this machine. The default stays unless a rival is surely no slower.
+    `compile_all`: kernels whose checks are known are compiled ahead as well.
     """
 
-    def __init__(self, target: Target, options: CompileOptions) -> None:
-        self._target, self._options = target, options
+    def __init__(self, target: Target, options: CompileOptions, *, compile_all: bool = False) -> None:
+        self._target, self._options, self._compile_all = target, options, compile_all
+        self.first_calls: list[FirstCall] = []
+        self.compiled_s = self.checked_s = 0.0
         folder = user_cache("verdicts")
         self._verdicts = VerdictStore(None if folder is None else folder / "verdicts.jsonl")
         self._measurer = Measurer(target, options.measure_budget_s)
@@ -59,6 +65,31 @@ class Chooser:
     def measured_s(self) -> float:
         """Seconds spent on measuring so far."""
         return self._measurer.spent_s
+
+    def compile_ahead(self, uses: Iterable[tuple[Operator, Workload, bool]]) -> None:
+        """Compile the kernels that choosing for these will check, all at once; `uses` are workloads and `training`."""
+        device = self._target.local
+        if device is None:
+            return
+        jobs = {
+            (kernel, phases(workload, training)[-1]): None
+            for operator, workload, training in uses
+            for kernel in self._to_compile(operator, phases(workload, training))
+        }
+        wanted = [job for job in jobs if self._compile_all or not self._verdicts.knows(*job, device)]
+        if len(wanted) < 2 and not self._compile_all:
+            return  # alone it is compiled as soon by its check
+        started = time.perf_counter()
+        print(f"compiling {_counted(wanted)} on {cores()} cores (once)", file=sys.stderr)
+        self.first_calls += first_calls(wanted, device)
+        self.compiled_s += time.perf_counter() - started
+
+    def _to_compile(self, operator: Operator, workloads: tuple[Workload, ...]) -> list[Kernel]:
+        candidates, _ = self._candidates(operator, workloads)
+        pinned = self._options.pins.get(operator.name)
+        names = candidates if pinned is None else {pinned} & set(candidates)
+        kernels = [candidates[name] for name in names]
+        return [kernel for kernel in kernels if kernel.compiles and kernel.first_calls_in_threads]
 
     def choose(self, operator: Operator, workload: Workload, *, training: bool, used: bool) -> Choice:
         """The choice for a node. One that this run does not use keeps its default, neither checked nor measured."""
@@ -157,11 +188,13 @@ class Chooser:
     ) -> None:
         device = self._target.local
         assert device is not None
+        started = time.perf_counter()
         for name in list(candidates):
             verdict = self._verdicts.check(candidates[name], workloads[-1], device)
             if not verdict.passed:
                 del candidates[name]
                 declined[name] = f"failed its self-check: {verdict.reason}"
+        self.checked_s += time.perf_counter() - started
         if not candidates:
             # The reference is the definition: it is held against itself in float64 and can only fail by rounding.
             candidates[REFERENCE] = CATALOGUE.kernel(operator.name, REFERENCE)
@@ -204,6 +237,10 @@ class Chooser:
             peak_bytes=figure.peak_bytes,
             source=figure.source,  # type: ignore[arg-type]
         )
+
+
+def _counted(jobs: list[tuple[Kernel, Workload]]) -> str:
+    return ", ".join(dict.fromkeys(kernel.key for kernel, _ in jobs)) or "nothing"
 
 
 def _first(wanted: tuple[str, ...], candidates: Mapping[str, Kernel]) -> str:

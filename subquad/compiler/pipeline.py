@@ -60,17 +60,29 @@ def capture_model(model: LanguageModel) -> list[Captured]:
 
 
 def make_plan(
-    model: LanguageModel, captured: list[Captured], example: Example, target: Target, options: CompileOptions
+    model: LanguageModel,
+    captured: list[Captured],
+    example: Example,
+    target: Target,
+    options: CompileOptions,
+    chooser: Chooser | None = None,
 ) -> Plan:
-    """Choose a kernel for every operator node; what this run uses comes first, while the budget lasts."""
-    chooser = Chooser(target, options)
+    """Choose a kernel for every operator node; what this run uses comes first, while the budget lasts.
+
+    A `chooser` of the caller's, for this target and these options, can be asked afterwards what its seconds went into.
+    """
+    chooser = chooser or Chooser(target, options)
     nodes = sorted(
         _described_nodes(model, captured, example), key=lambda node: (node[1] not in example.methods, node[0])
     )
+    chooser.compile_ahead(
+        (operator, workload, _trains(example, method))
+        for _, method, _, operator, workload in nodes
+        if method in example.methods
+    )
     choices = []
     for layer, method, node, operator, workload in nodes:
-        used = method in example.methods
-        training = example.training and method in ("forward", "packed")
+        used, training = method in example.methods, _trains(example, method)
         choice = chooser.choose(operator, workload, training=training, used=used)
         choices.append(_node_choice(model, layer, method, node, workload, choice, training, used))
     choices.sort(key=lambda choice: (choice.layer, METHODS.index(choice.method), choice.node))  # type: ignore[arg-type]
@@ -130,6 +142,10 @@ def _described_nodes(
             for node, operator in operator_nodes(graph_module.graph):
                 described.append((block.layer_index, method, node.name, operator, workloads[node.name]))
     return described
+
+
+def _trains(example: Example, method: Method) -> bool:
+    return example.training and method in ("forward", "packed")
 
 
 def _node_choice(
