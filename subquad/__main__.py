@@ -23,6 +23,7 @@ VERBS: Mapping[str, str] = MappingProxyType(
     {
         "train": "train a model: train model=scout_mamba trainer.max_steps=200",
         "explain": "show which kernel each operator would get, and why: explain model=scout_mamba target=h100",
+        "warmup": "compile, check and measure what a run will call: warmup model=scout_mamba",
         "generate": 'continue a text: generate run=RUN_DIR prompt="def "',
         "plugins": "list what is installed, and which kernels are usable here (--json)",
         "doctor": "versions, devices, caches, and a check of every usable kernel",
@@ -43,7 +44,7 @@ HELP = f"""subquad {__version__}: choose, verify and train sub-quadratic sequenc
 
 {{verbs}}
 
-train and explain take Hydra's arguments: key=value, group=choice, --multirun, --cfg job, --config-dir DIR, --help.
+train, explain and warmup take Hydra's arguments: key=value, group=choice, --multirun, --cfg job, --help.
 --traceback shows where an error came from."""
 
 

@@ -77,7 +77,7 @@ class Chooser:
             for kernel in self._to_compile(operator, phases(workload, training))
         }
         wanted = [job for job in jobs if self._compile_all or not self._verdicts.knows(*job, device)]
-        if len(wanted) < 2 and not self._compile_all:
+        if len(wanted) < (1 if self._compile_all else 2):
             return  # alone it is compiled as soon by its check
         started = time.perf_counter()
         print(f"compiling {_counted(wanted)} on {cores()} cores (once)", file=sys.stderr)
