@@ -23,6 +23,7 @@ VERBS: Mapping[str, str] = MappingProxyType(
     {
         "train": "train a model: train model=scout_mamba trainer.max_steps=200",
         "explain": "show which kernel each operator would get, and why: explain model=scout_mamba target=h100",
+        "bench": "time an operator's kernels as lengths grow: bench operator=segment_attention",
         "warmup": "compile, check and measure what a run will call: warmup model=scout_mamba",
         "generate": 'continue a text: generate run=RUN_DIR prompt="def "',
         "plugins": "list what is installed, and which kernels are usable here (--json)",

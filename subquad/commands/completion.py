@@ -25,6 +25,9 @@ _subquad_complete() {
         generate)
             COMPREPLY=($(compgen -W "run= prompt= max_tokens= temperature= top_k= seed=" -- "$word"))
             ;;
+        bench)
+            COMPREPLY=($(compgen -W "operator= target= kernels= dtype= shapes= options= plot=" -- "$word"))
+            ;;
         plugins)
             COMPREPLY=($(compgen -W "--json" -- "$word"))
             ;;

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from subquad.cache import user_cache
+from subquad.compiler.compile_ahead import compile_ahead
 from subquad.compiler.measure_kernels import Measurer
 from subquad.compiler.options import CompileOptions
 from subquad.compiler.plan import Figure
@@ -24,7 +24,7 @@ from subquad_cost_model import (
     decide,
 )
 from subquad_kernels.catalogue import CATALOGUE, Kernel, Operator
-from subquad_kernels.first_calls import FirstCall, cores, first_calls
+from subquad_kernels.first_calls import FirstCall
 from subquad_kernels.kernel_table import Row, format_table
 from subquad_kernels.self_check import VerdictStore
 from subquad_kernels.torch_operator import default_kernels
@@ -71,25 +71,19 @@ class Chooser:
         device = self._target.local
         if device is None:
             return
-        jobs = {
-            (kernel, phases(workload, training)[-1]): None
-            for operator, workload, training in uses
-            for kernel in self._to_compile(operator, phases(workload, training))
-        }
-        wanted = [job for job in jobs if self._compile_all or not self._verdicts.knows(*job, device)]
-        if len(wanted) < (1 if self._compile_all else 2):
-            return  # alone it is compiled as soon by its check
         started = time.perf_counter()
-        print(f"compiling {_counted(wanted)} on {cores()} cores (once)", file=sys.stderr)
-        self.first_calls += first_calls(wanted, device)
+        jobs = [
+            (kernel, phases(workload, training)[-1])
+            for operator, workload, training in uses
+            for kernel in self._may_run(operator, phases(workload, training))
+        ]
+        self.first_calls += compile_ahead(jobs, device, self._verdicts, again=self._compile_all)
         self.compiled_s += time.perf_counter() - started
 
-    def _to_compile(self, operator: Operator, workloads: tuple[Workload, ...]) -> list[Kernel]:
+    def _may_run(self, operator: Operator, workloads: tuple[Workload, ...]) -> list[Kernel]:
         candidates, _ = self._candidates(operator, workloads)
         pinned = self._options.pins.get(operator.name)
-        names = candidates if pinned is None else {pinned} & set(candidates)
-        kernels = [candidates[name] for name in names]
-        return [kernel for kernel in kernels if kernel.compiles and kernel.first_calls_in_threads]
+        return [kernel for name, kernel in candidates.items() if pinned in (None, name)]
 
     def choose(self, operator: Operator, workload: Workload, *, training: bool, used: bool) -> Choice:
         """The choice for a node. One that this run does not use keeps its default, neither checked nor measured."""
@@ -237,10 +231,6 @@ class Chooser:
             peak_bytes=figure.peak_bytes,
             source=figure.source,  # type: ignore[arg-type]
         )
-
-
-def _counted(jobs: list[tuple[Kernel, Workload]]) -> str:
-    return ", ".join(dict.fromkeys(kernel.key for kernel, _ in jobs)) or "nothing"
 
 
 def _first(wanted: tuple[str, ...], candidates: Mapping[str, Kernel]) -> str:
