@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from subquad_kernels.catalogue import CATALOGUE, Kernel, Operator
 from subquad_kernels.self_check import shape_class
 from subquad_kernels.workload import Workload
+
+if TYPE_CHECKING:
+    from subquad_kernels.catalogue import Arguments, Outputs
 
 Part = Literal["forward", "backward", "backward of the first output"]
 
@@ -75,12 +78,12 @@ def _calls(kernel: Kernel, workload: Workload, device: str) -> list[Callable[[],
         pulls = outputs[: len(operator.outputs)]
         parts["backward"] = partial(functions.backward, arguments, outputs, pulls)
         if len(pulls) > 1:
-            alone = (pulls[0], *(None for _ in pulls[1:]))
+            alone = (pulls[0], *[None] * (len(pulls) - 1))
             parts["backward of the first output"] = partial(functions.backward, arguments, outputs, alone)
     return [partial(_first_call, kernel, workload, part, run, device) for part, run in parts.items()]
 
 
-def _outputs(operator: Operator, arguments: Mapping[str, Any]) -> Sequence[Any]:
+def _outputs(operator: Operator, arguments: Arguments) -> Outputs:
     """Outputs and residuals as a forward leaves them, but for their values: a backward need not wait for one."""
     return tuple(torch.zeros_like(output) for output in operator.torch_half.empty_outputs(arguments))
 
