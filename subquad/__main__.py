@@ -33,7 +33,8 @@ VERBS: Mapping[str, str] = MappingProxyType(
 )
 USAGE, FAILED, INTERRUPTED = 2, 1, 130
 """Exit codes: the call was wrong; the run failed; Ctrl-C (128 + SIGINT)."""
-TRAIN_EXTRA = frozenset({"lightning", "wandb", "matplotlib"})
+EXTRAS: Mapping[str, str] = MappingProxyType({"lightning": "train", "wandb": "train", "matplotlib": "plot"})
+"""Modules that an extra of the distribution installs."""
 REQUIRED = frozenset(
     {"torch", "hydra", "omegaconf", "yaml", "pluggy", "packaging", "platformdirs", "filelock", "rich", "numpy",
      "safetensors", "tokenizers", "subquad_kernels", "subquad_cost_model"}
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ModuleNotFoundError as error:
-        if full_error or _top_level(error) not in REQUIRED | TRAIN_EXTRA:
+        if full_error or _top_level(error) not in REQUIRED | set(EXTRAS):
             traceback.print_exc()
             return FAILED
         print(_not_installed(error), file=sys.stderr)
@@ -108,8 +109,8 @@ def _verb(name: str) -> Verb:
 
 def _not_installed(error: ModuleNotFoundError) -> ConfigError:
     name = _top_level(error)
-    if name in TRAIN_EXTRA:
-        mend = "pip install 'subquad[train]'"
+    if name in EXTRAS:
+        mend = f"pip install 'subquad[{EXTRAS[name]}]'"
     else:
         mend = "in a checkout run `make install`, then use .venv/bin/python; elsewhere pip install subquad"
     return ConfigError(what=f"{name} is not installed", where=sys.executable, mend=mend)

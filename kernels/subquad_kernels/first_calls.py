@@ -59,6 +59,10 @@ def first_calls(jobs: Iterable[tuple[Kernel, Workload]], device: str, *, threads
     ]
     if not calls:
         return []
+    if kind == "cuda":
+        from triton.runtime import driver
+
+        driver.active.get_current_device()  # builds a C module at its first use, once if it is done here
     with ThreadPoolExecutor(min(len(calls), threads or cores())) as pool:
         return [future.result() for future in [pool.submit(call) for call in calls]]
 
