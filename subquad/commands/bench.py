@@ -26,11 +26,12 @@ HELP = """Time every kernel of an operator as lengths grow, and check it against
 
 forward, both   milliseconds of the kernel alone, forward and forward + backward: on CUDA by the device's own events,
                 each call with a cold cache, median of five rounds in which rivals take turns
+spread          half of slowest minus fastest round, over the median: trust no difference below it
 called          milliseconds on the wall of a forward and backward through the operator and autograd
 x floor, x best both, over the bound of the counted work on this device, and over the fastest kernel
 peak            what that call needs beyond its inputs (CUDA)
 error           the largest of the self-check: outputs and gradients against the float64 reference"""
-HEADER = ("kernel", "forward", "both", "called", "x floor", "x best", "peak MiB", "error", "")
+HEADER = ("kernel", "forward", "both", "spread", "called", "x floor", "x best", "peak MiB", "error", "")
 
 
 def run(arguments: list[str]) -> int:
@@ -93,8 +94,8 @@ def as_text(case: Case) -> str:
 def _cells(row: Row, case: Case) -> list[str]:
     error = "" if row.error is None else f"{row.error:.1e}"
     if row.why_not is not None:
-        return [row.kernel, *[""] * 6, error, row.why_not]
-    times = [_milliseconds(seconds) for seconds in (row.forward_s, row.both_s, row.called_s)]
+        return [row.kernel, *[""] * 7, error, row.why_not]
+    times = [_milliseconds(row.forward_s), _milliseconds(row.both_s), f"{row.spread:.0%}", _milliseconds(row.called_s)]
     ratios = [_number(row.both_s / case.floor_s, 1), _number(row.both_s / case.best_s, 2)]
     peak = f"{row.peak_bytes / 2**20:.1f}" if row.peak_bytes else ""
     return [row.kernel, *times, *ratios, peak, error, ""]

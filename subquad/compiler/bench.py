@@ -22,7 +22,7 @@ from subquad.compiler.workload import cost_row, phases
 from subquad.errors import ConfigError, NotFoundError, suggestion
 from subquad.registry import load_registry
 from subquad.schema import BenchConfig
-from subquad_cost_model import lower_bound_s, time_rivals
+from subquad_cost_model import Measurement, lower_bound_s, time_rivals
 from subquad_kernels.catalogue import CATALOGUE, Kernel, Operator
 from subquad_kernels.self_check import VerdictStore
 from subquad_kernels.workload import DType, Workload
@@ -38,14 +38,16 @@ class Row:
     """One kernel at one length: seconds, or the reason why it was left out.
 
     `forward_s` and `backward_s` are of the kernel alone, `called_s` of a forward and backward through the operator and
-    autograd, on the wall; `peak_bytes` is what that call needs beyond its inputs (0: not observed); `error` the
-    largest of its self-check.
+    autograd, on the wall; `spread` is half of slowest minus fastest round over their median, the larger of both
+    directions; `peak_bytes` is what the call needs beyond its inputs (0: not observed); `error` the largest of the
+    self-check.
     """
 
     kernel: str
     forward_s: float = math.nan
     backward_s: float = math.nan
     called_s: float = math.nan
+    spread: float = 0.0
     peak_bytes: int = 0
     error: float | None = None
     why_not: str | None = None
@@ -127,9 +129,11 @@ class Bench:
                 reason = None if failure is None else f"failed at this size: {failure}"
             rows[kernel.name] = Row(kernel=kernel.name, error=error, why_not=reason)
         left = [kernel for kernel in self.kernels if rows[kernel.name].why_not is None]
-        for part, field in ((forward, "forward_s"), (backward, "backward_s")):
-            for name, seconds in self._seconds(left, part).items():
-                rows[name] = replace(rows[name], **{field: seconds})  # type: ignore[arg-type]
+        for name, found in self._measured(left, forward).items():
+            rows[name] = replace(rows[name], forward_s=found.median_s, spread=_spread(found))
+        for name, found in self._measured(left, backward).items():
+            spread = max(rows[name].spread, _spread(found))
+            rows[name] = replace(rows[name], backward_s=found.median_s, spread=spread)
         for name, (seconds, peak) in self._called(left, workload).items():
             rows[name] = replace(rows[name], called_s=seconds, peak_bytes=peak)
         floor_s = sum(
@@ -138,16 +142,20 @@ class Bench:
         )
         return Case(workload=workload, floor_s=floor_s, rows=tuple(rows.values()))
 
-    def _seconds(self, kernels: Sequence[Kernel], workload: Workload) -> dict[str, float]:
-        """The median of each kernel, out of the record that it was added to."""
+    def _measured(self, kernels: Sequence[Kernel], workload: Workload) -> dict[str, Measurement]:
+        """The measurement of each kernel, out of the record that it was added to."""
         measurer = Measurer(self.target, BUDGET_S, THOROUGH)
-        if kernels:
-            measurer.measure(self.operator, kernels, workload)
+        try:
+            if kernels:
+                measurer.measure(self.operator, kernels, workload)
+        except torch.OutOfMemoryError:  # rivals that take turns hold their inputs at the same time
+            for kernel in kernels:
+                measurer.measure(self.operator, [kernel], workload)
         found = {
             kernel.name: measurer.store.find(cost_row(self.operator, kernel, workload), self.target.device)
             for kernel in kernels
         }
-        return {name: measurement.median_s for name, measurement in found.items() if measurement is not None}
+        return {name: measurement for name, measurement in found.items() if measurement is not None}
 
     def _called(self, kernels: Sequence[Kernel], workload: Workload) -> dict[str, tuple[float, int]]:
         """Seconds on the wall and bytes of a forward and backward as training makes it."""
@@ -189,6 +197,10 @@ def bench_workloads(operator: Operator, kind: str, request: BenchConfig) -> list
             if length < (0 if axis == "m" else 1):
                 raise ConfigError(what=f"{axis} is {length}", where="bench.shapes", mend="use 1 or more")
     return [replace(base, shape=_shape(base.shape, change)) for change in changes]
+
+
+def _spread(measurement: Measurement) -> float:
+    return (measurement.high_s - measurement.low_s) / 2 / measurement.median_s
 
 
 def _shape(shape: Mapping[str, int], change: Mapping[str, int]) -> dict[str, int]:

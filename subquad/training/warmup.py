@@ -40,7 +40,8 @@ def warm_up(config: RunConfig) -> WarmUp:
     """Compile, check and measure what training with this configuration will call; the user's caches keep it.
 
     All kernels are compiled at once, one a core. On CUDA a step of the model itself, over few tokens, follows: it
-    compiles what is left, if the plan's kernels are called in another way than their checks call them.
+    compiles what is left, if the plan's kernels are called in another way than their checks call them. What
+    torch.compile does under `compile=true` is left to the run.
     Raises: ConfigError, NotFoundError; RunError when that step fails.
     """
     if config.resume:
