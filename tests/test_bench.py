@@ -119,6 +119,18 @@ def test_a_kernel_that_fails_its_check_or_at_this_size_is_not_timed(monkeypatch:
     assert long.best_s == long.rows[1].both_s
 
 
+def test_a_kernel_that_fails_when_it_is_called_through_the_operator_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(operator: Operator, kernel: str, arguments: Any) -> object:
+        if kernel == "conv1d":
+            raise RuntimeError("no memory left")
+        return None
+
+    monkeypatch.setattr(bench_module, "_train", breaks)
+    (case,) = cases(operator="causal_conv", kernels=["taps", "conv1d"], shapes=[{"t": 16, "c": 8}])
+    assert [row.why_not for row in case.rows] == [None, "failed when called: RuntimeError: no memory left"]
+    assert case.best_s == case.rows[0].both_s
+
+
 def test_a_wrong_kernel_is_named_with_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
     taps = CATALOGUE.kernel("causal_conv", "taps").torch_half
 

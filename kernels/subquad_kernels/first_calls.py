@@ -1,8 +1,7 @@
 """First calls beside each other: a Triton kernel is compiled when it is first called, and others need not wait for it.
 
-Triton spends the time of a compilation outside of Python (MLIR, LLVM, ptxas), where other threads run: 15.6 s of
-compiling the selective scan one after the other take 9.1 s on two threads, of which the longest two in a row take 9.
-Threads share the process's CUDA context and its modules, and everybody shares Triton's cache on disk.
+Triton spends most of a compilation outside of Python (MLIR, LLVM, ptxas), where other threads run. Threads, unlike
+processes, need no CUDA context and no import of torch each; later processes find what they compiled in Triton's cache.
 """
 
 from __future__ import annotations
@@ -74,7 +73,11 @@ def cores() -> int:
 
 def _calls(kernel: Kernel, workload: Workload, device: str) -> list[Callable[[], FirstCall]]:
     operator = CATALOGUE.operator(kernel.operator)
-    functions = kernel.torch_half  # imported here: two threads that import one module may wait for each other
+    try:
+        functions = kernel.torch_half  # not in the threads: two that import one module may wait for each other
+    except Exception as error:  # a stranger's module may raise anything
+        failed = FirstCall(kernel=kernel.key, workload=workload, part="forward", seconds=0.0, failure=_failure(error))
+        return [lambda: failed]
     arguments = operator.torch_half.sample_inputs(workload, seed=0, device=device)
     parts: dict[Part, Callable[[], object]] = {"forward": partial(functions.forward, **arguments)}
     if workload.phase != "decode":
@@ -101,7 +104,11 @@ def _first_call(kernel: Kernel, workload: Workload, part: Part, run: Callable[[]
             if device.startswith("cuda"):
                 torch.cuda.synchronize()
     except Exception as error:  # a stranger's kernel may raise anything
-        failure = f"{type(error).__name__}: {error}".splitlines()[0]
+        failure = _failure(error)
     return FirstCall(
         kernel=kernel.key, workload=workload, part=part, seconds=time.perf_counter() - started, failure=failure
     )
+
+
+def _failure(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -101,6 +101,13 @@ def test_what_a_kernel_raises_is_noted_and_the_others_are_called() -> None:
     assert all(call.seconds >= 0 for call in calls)
 
 
+def test_a_kernel_that_cannot_be_imported_is_noted() -> None:
+    missing = kernel(None)
+    del missing.__dict__["torch_half"]
+    (call,) = first_calls([(missing, WORKLOAD)], "cpu")
+    assert call.failure == "ModuleNotFoundError: No module named 'nowhere'"
+
+
 def test_there_is_a_core() -> None:
     assert cores() >= 1
 

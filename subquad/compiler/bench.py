@@ -134,8 +134,8 @@ class Bench:
         for name, found in self._measured(left, backward).items():
             spread = max(rows[name].spread, _spread(found))
             rows[name] = replace(rows[name], backward_s=found.median_s, spread=spread)
-        for name, (seconds, peak) in self._called(left, workload).items():
-            rows[name] = replace(rows[name], called_s=seconds, peak_bytes=peak)
+        for name, row in self._called({kernel.name: rows[kernel.name] for kernel in left}, workload).items():
+            rows[name] = row
         floor_s = sum(
             lower_bound_s(cost_row(self.operator, self.kernels[0], part), self.target.device)
             for part in (forward, backward)
@@ -157,10 +157,19 @@ class Bench:
         }
         return {name: measurement for name, measurement in found.items() if measurement is not None}
 
-    def _called(self, kernels: Sequence[Kernel], workload: Workload) -> dict[str, tuple[float, int]]:
-        """Seconds on the wall and bytes of a forward and backward as training makes it."""
+    def _called(self, rows: Mapping[str, Row], workload: Workload) -> dict[str, Row]:
+        """The rows with seconds on the wall and bytes of a forward and backward as training makes it."""
         arguments = self.operator.torch_half.sample_inputs(workload, seed=0, device=self.device)
-        calls = {kernel.name: partial(_train, self.operator, kernel.name, arguments) for kernel in kernels}
+        done, calls = dict(rows), {}
+        for name, row in rows.items():
+            call = partial(_train, self.operator, name, arguments)
+            try:
+                call()  # what it sets up once is no memory of a call
+                done[name] = replace(row, peak_bytes=added_bytes(call, self.device))
+                calls[name] = call
+            except Exception as error:  # such as memory, which a call through autograd holds longer
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                done[name] = replace(row, why_not=f"failed when called: {reason}")
         timings = time_rivals(
             calls,
             synchronize=torch.cuda.synchronize if self.target.kind == "cuda" else None,
@@ -168,7 +177,7 @@ class Bench:
             repeats=THOROUGH.repeats,
             budget_s=BUDGET_S,
         )
-        return {name: (timings[name].median_s, added_bytes(call, self.device)) for name, call in calls.items()}
+        return done | {name: replace(done[name], called_s=timings[name].median_s) for name in calls}
 
 
 def bench_workloads(operator: Operator, kind: str, request: BenchConfig) -> list[Workload]:
