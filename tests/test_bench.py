@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -233,6 +234,74 @@ def test_values_are_yaml() -> None:
 
 
 # --- the clock of CUDA devices ------------------------------------------------------------
+
+
+class FakeDevice:
+    """A host that takes time to queue, and a device that begins what is queued when it has ended what came before."""
+
+    CLEAR_S = 5e-5
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.host_s = self.free_s = 0.0
+        self.clears = 0
+        device = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                self.at_s = 0.0
+
+            def record(self) -> None:
+                self.at_s = max(device.host_s, device.free_s)
+
+            def elapsed_time(self, end: Event) -> float:
+                return (end.at_s - self.at_s) * 1e3
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", self._wait)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda name: SimpleNamespace(L2_cache_size=8))
+        monkeypatch.setattr(time, "perf_counter", lambda: self.host_s)
+        monkeypatch.setattr(torch, "empty", lambda *size, **others: SimpleNamespace(zero_=self._clear))
+
+    def launch(self, host_s: float, device_s: float) -> None:
+        self.host_s += host_s
+        self.free_s = max(self.host_s, self.free_s) + device_s
+
+    def _clear(self) -> None:
+        self.clears += 1
+        self.launch(2e-6, self.CLEAR_S)
+
+    def _wait(self) -> None:
+        self.host_s = max(self.host_s, self.free_s)
+
+
+def test_the_devices_clock_leaves_out_gaps_that_the_host_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = FakeDevice(monkeypatch)
+    clock = CudaClock("cuda")
+
+    def run() -> None:
+        device.launch(4e-5, 1e-5)
+        device.launch(4e-5, 1e-5)
+
+    assert clock(run, 10) == pytest.approx(10 * 2e-5)
+    before = device.clears
+    assert clock(run, 10) == pytest.approx(10 * 2e-5)
+    assert device.clears - before == 10 * 4, "80 us to queue, half as long again, in clears of 50 us, and one"
+
+
+def test_the_devices_clock_neither_waits_for_slow_hosts_nor_makes_more_calls_than_a_median_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = FakeDevice(monkeypatch)
+    clock = CudaClock("cuda")
+    made: list[int] = []
+
+    def slow() -> None:
+        made.append(1)
+        device.launch(1e-2, 1e-5)
+
+    assert clock(slow, 1000) > 1000 * 1e-5  # with its gaps
+    assert len(made) == CudaClock.MOST_CALLS
+    assert device.clears <= 5 + CudaClock.MOST_CALLS * CudaClock.MOST_CLEARS
 
 
 @pytest.mark.gpu

@@ -62,8 +62,11 @@ def first_calls(jobs: Iterable[tuple[Kernel, Workload]], device: str, *, threads
         from triton.runtime import driver
 
         driver.active.get_current_device()  # builds a C module at its first use, once if it is done here
-    with ThreadPoolExecutor(min(len(calls), threads or cores())) as pool:
+    pool = ThreadPoolExecutor(min(len(calls), threads or cores()))
+    try:
         return [future.result() for future in [pool.submit(call) for call in calls]]
+    finally:
+        pool.shutdown(cancel_futures=True)  # on Ctrl-C only what has begun is waited for
 
 
 def cores() -> int:
