@@ -23,6 +23,8 @@ VERBS: Mapping[str, str] = MappingProxyType(
     {
         "train": "train a model: train model=scout_mamba trainer.max_steps=200",
         "explain": "show which kernel each operator would get, and why: explain model=scout_mamba target=h100",
+        "bench": "time an operator's kernels as lengths grow: bench operator=segment_attention",
+        "warmup": "compile, check and measure what a run will call: warmup model=scout_mamba",
         "generate": 'continue a text: generate run=RUN_DIR prompt="def "',
         "plugins": "list what is installed, and which kernels are usable here (--json)",
         "doctor": "versions, devices, caches, and a check of every usable kernel",
@@ -31,7 +33,8 @@ VERBS: Mapping[str, str] = MappingProxyType(
 )
 USAGE, FAILED, INTERRUPTED = 2, 1, 130
 """Exit codes: the call was wrong; the run failed; Ctrl-C (128 + SIGINT)."""
-TRAIN_EXTRA = frozenset({"lightning", "wandb", "matplotlib"})
+EXTRAS: Mapping[str, str] = MappingProxyType({"lightning": "train", "wandb": "train", "matplotlib": "plot"})
+"""Modules that an extra of the distribution installs."""
 REQUIRED = frozenset(
     {"torch", "hydra", "omegaconf", "yaml", "pluggy", "packaging", "platformdirs", "filelock", "rich", "numpy",
      "safetensors", "tokenizers", "subquad_kernels", "subquad_cost_model"}
@@ -43,7 +46,7 @@ HELP = f"""subquad {__version__}: choose, verify and train sub-quadratic sequenc
 
 {{verbs}}
 
-train and explain take Hydra's arguments: key=value, group=choice, --multirun, --cfg job, --config-dir DIR, --help.
+train, explain and warmup take Hydra's arguments: key=value, group=choice, --multirun, --cfg job, --help.
 --traceback shows where an error came from."""
 
 
@@ -84,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ModuleNotFoundError as error:
-        if full_error or _top_level(error) not in REQUIRED | TRAIN_EXTRA:
+        if full_error or _top_level(error) not in REQUIRED | set(EXTRAS):
             traceback.print_exc()
             return FAILED
         print(_not_installed(error), file=sys.stderr)
@@ -106,8 +109,8 @@ def _verb(name: str) -> Verb:
 
 def _not_installed(error: ModuleNotFoundError) -> ConfigError:
     name = _top_level(error)
-    if name in TRAIN_EXTRA:
-        mend = "pip install 'subquad[train]'"
+    if name in EXTRAS:
+        mend = f"pip install 'subquad[{EXTRAS[name]}]'"
     else:
         mend = "in a checkout run `make install`, then use .venv/bin/python; elsewhere pip install subquad"
     return ConfigError(what=f"{name} is not installed", where=sys.executable, mend=mend)

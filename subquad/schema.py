@@ -127,3 +127,16 @@ class GenerateConfig:
     temperature: float = 0.8
     top_k: int = 0  # 0: no limit
     seed: int = 0
+
+
+@dataclass(kw_only=True)
+class BenchConfig:
+    """What `bench` times. Empty lists mean all kernels but the reference, and the operator's own series of lengths."""
+
+    operator: str = "???"
+    target: str = "auto"
+    kernels: list[str] = field(default_factory=list)
+    dtype: str = "auto"  # auto: that of the operator's series
+    shapes: list[dict[str, int]] = field(default_factory=list)  # axes that differ from the series, such as {t: 4096}
+    options: dict[str, Any] = field(default_factory=dict)  # the operator's own, such as {segment_len: 64}
+    plot: bool = False

@@ -44,6 +44,8 @@ def completed(line: str, folder: Path) -> list[str]:
         ("subquad train data=mqar data.num_p", {"data.num_pairs="}),
         ("subquad explain model=mamba trainer.max_st", {"trainer.max_steps="}),
         ("PROGRAM train trainer.max_st", {"trainer.max_steps="}),
+        ("subquad warmup trainer.max_st", {"trainer.max_steps="}),
+        ("subquad bench ker", {"kernels="}),
         ("subquad generate pro", {"prompt="}),
         ("subquad plugins --", {"--json"}),
     ],

@@ -39,7 +39,7 @@ def test_every_room_has_a_readme_of_one_screen(room: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [found for found in commands(README) if found[0] in ("train", "explain")], ids=str
+    "arguments", [found for found in commands(README) if found[0] in ("train", "explain", "warmup")], ids=str
 )
 def test_the_readmes_recipes_compose(arguments: list[str]) -> None:
     overrides = [argument for argument in arguments[1:] if "=" in argument and not argument.startswith("resume=")]
@@ -52,6 +52,11 @@ def test_every_verb_stands_in_the_readme_and_no_other() -> None:
     named = {arguments[0] for arguments in commands(README)}
     assert set(VERBS) - {"completion"} <= named <= set(VERBS)
     assert "subquad completion" in README
+
+
+def test_every_key_of_bench_stands_in_the_readme_of_the_host() -> None:
+    keys = [field.name for field in dataclasses.fields(schema.BenchConfig)]
+    assert re.findall(r"^\| `(\w+)` \|", HOST.partition("`bench operator=NAME`")[2], flags=re.M) == keys
 
 
 def test_every_hook_stands_in_the_readme_of_the_host() -> None:

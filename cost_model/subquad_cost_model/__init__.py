@@ -5,7 +5,7 @@ from subquad_cost_model.constant import ConstantEstimator
 from subquad_cost_model.device import Device
 from subquad_cost_model.devices import UnknownDeviceError, load_device, shipped_devices
 from subquad_cost_model.estimator import Estimate, Estimator
-from subquad_cost_model.measure import Timing, time_callable, time_rivals
+from subquad_cost_model.measure import Clock, Timing, time_callable, time_rivals
 from subquad_cost_model.measured import MeasuredEstimator
 from subquad_cost_model.measurements import Measurement, MeasurementStore
 from subquad_cost_model.metrics import coverage, error_factor, regret
@@ -15,6 +15,7 @@ from subquad_cost_model.rows import CostRow
 from subquad_cost_model.undecided import Decision, decide
 
 __all__ = [
+    "Clock",
     "ConstantEstimator",
     "CostRow",
     "Decision",

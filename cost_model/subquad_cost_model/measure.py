@@ -1,6 +1,7 @@
 """Time callables: warmed up, long enough to be read off the clock, rivals interleaved.
 
-Callables are opaque: pass `synchronize=torch.cuda.synchronize` when they return before their work is done.
+Callables are opaque: pass `synchronize=torch.cuda.synchronize` when they return before their work is done, or a
+`clock` that asks the device itself.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 Run = Callable[[], object]
+Clock = Callable[[Run, int], float]
+"""Makes so many calls and says how many seconds they took."""
 
 # With fewer repeats than this, fastest and slowest say little about the next call (a third repeat falls outside of the
 # first two in a third of all cases), so the interval is widened by FEW_REPEATS_FACTOR either way.
@@ -55,14 +59,17 @@ def time_rivals(
     repeats: int = 5,
     budget_s: float = 2.0,
     seed: int = 0,
+    warm_up_s: float = 0.0,
+    clock: Clock | None = None,
 ) -> dict[str, Timing]:
     """How long one call of each rival takes, timed in rounds of random order so that drift hits all alike.
 
-    Each rival is called twice to warm it up (the second call sizes its loop), then once per round in a loop of at
-    least `min_s`. Rounds end after `repeats`, or once `budget_s` is spent, but not before the first: slow callables
-    take three calls each, however small the budget. `synchronize` waits for the device and is called around loops.
+    Each rival is called twice to warm it up, and on until `warm_up_s` have passed (the last call sizes its loop), then
+    once per round in a loop of at least `min_s`. Rounds end after `repeats`, or once `budget_s` is spent, but not
+    before the first: slow callables take three calls each, however small the budget. Loops are timed by `clock`; where
+    there is none, by the wall, and `synchronize` waits for the device before and after.
     """
-    samples = _samples_s(rivals, synchronize or _nothing, min_s, repeats, budget_s, seed)
+    samples = _samples_s(rivals, clock or wall_clock(synchronize), min_s, repeats, budget_s, seed, warm_up_s)
     return {name: _timing(of_it) for name, of_it in samples.items()}
 
 
@@ -71,27 +78,42 @@ def fastest_s(run: Run, *, synchronize: Run | None = None, budget_s: float = 2.0
 
     Many and short, because one window that no other program disturbs is enough.
     """
-    samples = _samples_s({"": run}, synchronize or _nothing, SHORT_WINDOW_S, MANY_REPEATS, budget_s, 0)
+    samples = _samples_s({"": run}, wall_clock(synchronize), SHORT_WINDOW_S, MANY_REPEATS, budget_s, 0)
     return min(samples[""])
 
 
+def wall_clock(synchronize: Run | None = None) -> Clock:
+    """Times a loop of calls from outside, as a caller meets it."""
+    return partial(_loop_s, wait=synchronize or _nothing)
+
+
 def _samples_s(
-    rivals: Mapping[str, Run], wait: Run, min_s: float, repeats: int, budget_s: float, seed: int
+    rivals: Mapping[str, Run],
+    clock: Clock,
+    min_s: float,
+    repeats: int,
+    budget_s: float,
+    seed: int,
+    warm_up_s: float = 0.0,
 ) -> dict[str, list[float]]:
     if min_s <= 0 or repeats < 1:
         raise ValueError(f"min_s must be positive and repeats at least 1, not {min_s} and {repeats}")
     started_s = time.perf_counter()
     calls: dict[str, int] = {}
     for name, run in rivals.items():
-        _loop_s(run, 1, wait)
-        calls[name] = max(1, math.ceil(min_s / max(_loop_s(run, 1, wait), SHORTEST_CALL_S)))
+        clock(run, 1)
+        warm_at_s = time.perf_counter() + min(warm_up_s, budget_s / len(rivals))
+        once_s = clock(run, 1)
+        while time.perf_counter() < warm_at_s:
+            once_s = clock(run, 1)
+        calls[name] = max(1, math.ceil(min_s / max(once_s, SHORTEST_CALL_S)))
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     order = list(rivals)
     shuffle = random.Random(seed).shuffle
     for _ in range(repeats):
         shuffle(order)
         for name in order:
-            loop_s = _loop_s(rivals[name], calls[name], wait)
+            loop_s = clock(rivals[name], calls[name])
             # A clock that did not tick between two readings must not make a time of zero.
             seconds[name].append(max(loop_s / calls[name], 1e-9))
             if loop_s < min_s / 2:

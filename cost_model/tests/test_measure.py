@@ -51,6 +51,28 @@ def test_two_callables_of_a_known_ratio_come_out_in_order() -> None:
     assert all(timing.low_s <= timing.median_s <= timing.high_s for timing in timings.values())
 
 
+def test_loops_are_timed_by_the_clock_that_is_given(clock: Clock) -> None:
+    """A device may count only what it does itself: here half of what passes on the wall."""
+
+    def half(run: Callable[[], object], calls: int) -> float:
+        started_s = clock.now_s
+        for _ in range(calls):
+            run()
+        return (clock.now_s - started_s) / 2
+
+    timings = time_rivals({"a": clock.lasting(0.1), "b": clock.lasting(0.01)}, clock=half, budget_s=100)
+    assert timings["a"].median_s == pytest.approx(0.05)
+    assert timings["b"].median_s == pytest.approx(0.005)
+
+
+@pytest.mark.parametrize(("warm_up_s", "calls"), [(0.0, 2), (0.95, 11)])
+def test_a_rival_is_warmed_up_for_as_long_as_is_asked(warm_up_s: float, calls: int, clock: Clock) -> None:
+    run = clock.lasting(0.1)
+    made: list[float] = []
+    time_rivals({"": lambda: made.append(clock.now_s) or run()}, warm_up_s=warm_up_s, repeats=1, budget_s=100)
+    assert len(made) == calls + 1
+
+
 def test_times_are_per_call_whatever_the_loop(clock: Clock) -> None:
     timings = time_rivals({"long": clock.lasting(0.5), "short": clock.lasting(1e-5)}, budget_s=100)
     assert timings["long"].median_s == pytest.approx(0.5)

@@ -10,7 +10,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -96,7 +96,7 @@ class Operator:
     the order of the torch op's signature, `outputs` the results callers see and `residuals` what the forward hands to
     the backward. `defaults` maps a device kind to the kernels that run when nobody chose, most wanted first: the first
     one that is installed and supports the call. `examples` are small workloads on which every kernel can be checked
-    within a second.
+    within a second. `benchmarks` maps a device kind to the smallest workload of a series in which `t` doubles.
     """
 
     name: str
@@ -109,6 +109,7 @@ class Operator:
     work: Callable[[Workload], Work]
     tolerances: Mapping[str, Tolerance]
     examples: tuple[Workload, ...] = ()
+    benchmarks: Mapping[str, Workload] = field(default_factory=dict)
 
     @property
     def op_name(self) -> str:
@@ -130,6 +131,7 @@ class Kernel:
 
     `supports` answers None, or the reason why this workload cannot run on that device. `requires` are requirement
     strings of optional distributions; a kernel that is not installed is a reported fact, never an ImportError.
+    `first_calls_in_threads` is False where a first call must have the process to itself, as torch.compile's must.
     """
 
     operator: str
@@ -139,11 +141,17 @@ class Kernel:
     devices: frozenset[str]
     requires: tuple[str, ...] = ()
     origin: str = "subquad-kernels"
+    first_calls_in_threads: bool = True
 
     @property
     def key(self) -> str:
         """`operator/name`: unique in the catalogue."""
         return f"{self.operator}/{self.name}"
+
+    @property
+    def compiles(self) -> bool:
+        """Whether its first call compiles Triton kernels, which takes seconds."""
+        return any(Requirement(text).name == "triton" for text in self.requires)
 
     @cached_property
     def version(self) -> str:

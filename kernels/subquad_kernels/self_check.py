@@ -177,6 +177,10 @@ class VerdictStore:
                 if isinstance(record, dict) and record.get("format_version") == FORMAT_VERSION:
                     self._known[record["key"]] = Verdict(**record["verdict"])
 
+    def knows(self, kernel: Kernel, workload: Workload, device: str = "cpu") -> bool:
+        """Whether a check would be answered without running the kernel."""
+        return verdict_key(kernel, workload, device) in self._known
+
     def check(self, kernel: Kernel, workload: Workload, device: str = "cpu") -> Verdict:
         """The stored verdict, or a new one, which is stored."""
         key = verdict_key(kernel, workload, device)

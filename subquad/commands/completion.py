@@ -16,7 +16,7 @@ _subquad_complete() {
     fi
     local verb=${words[1]} choices
     case $verb in
-        train|explain)
+        train|explain|warmup)
             # Hydra expects a program's name and its arguments: the verb is left out.
             line="subquad ${line#*"${words[0]}"*"$verb"}"
             choices=$(COMP_LINE=$line COMP_POINT=${#line} "${words[0]}" "$verb" -sc query=bash 2>/dev/null)
@@ -24,6 +24,9 @@ _subquad_complete() {
             ;;
         generate)
             COMPREPLY=($(compgen -W "run= prompt= max_tokens= temperature= top_k= seed=" -- "$word"))
+            ;;
+        bench)
+            COMPREPLY=($(compgen -W "operator= target= kernels= dtype= shapes= options= plot=" -- "$word"))
             ;;
         plugins)
             COMPREPLY=($(compgen -W "--json" -- "$word"))

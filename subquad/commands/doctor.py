@@ -57,7 +57,19 @@ def run(arguments: list[str]) -> int:
 
 def check_kernels(registry: Registry, devices: list[str]) -> Iterator[KernelHealth]:
     """Check every kernel on every device that it can run on, over its operator's sample workloads."""
+    from subquad_kernels.device_limits import device_limits
+    from subquad_kernels.first_calls import first_calls
+    from subquad_kernels.self_check import sample_workloads
+
     for device in devices:
+        limits = device_limits(device)
+        jobs = (
+            (kernel, workload)
+            for kernel in registry.kernels.values()
+            for workload in sample_workloads(registry.operators[kernel.operator])
+            if kernel.refusal(workload, limits) is None
+        )
+        first_calls(jobs, device)  # compiles all at once what the checks would compile one after the other
         for kernel in registry.kernels.values():
             yield _check(registry, kernel, device)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from subquad.commands.key_values import key_values, keys_with_defaults
 from subquad.component_config import typed_config
-from subquad.errors import ConfigError, suggestion
+from subquad.errors import ConfigError
 from subquad.schema import GenerateConfig
 
 HELP = """Continue a text with a trained model; tokens are printed as they come.
@@ -18,8 +19,7 @@ HELP = """Continue a text with a trained model; tokens are printed as they come.
 def run(arguments: list[str]) -> int:
     """Generate as `key=value` arguments say."""
     if any(argument in ("--help", "-h") for argument in arguments):
-        fields = dataclasses.fields(GenerateConfig)
-        print(HELP.format(keys="\n".join(f"  {field.name:<12} default {field.default!r}" for field in fields)))
+        print(HELP.format(keys=keys_with_defaults(GenerateConfig)))
         return 0
     config = generate_config(arguments)
     from subquad.training.generate import generate
@@ -30,17 +30,7 @@ def run(arguments: list[str]) -> int:
 
 def generate_config(arguments: list[str]) -> GenerateConfig:
     """Read `key=value` arguments; everything after the first `=` is the value, as it stands.  Raises: ConfigError."""
-    known = [field.name for field in dataclasses.fields(GenerateConfig)]
-    values: dict[str, str] = {}
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals or key not in known:
-            raise ConfigError(
-                what=f"there is no key '{key}'" if equals else f"'{argument}' is not of the form key=value",
-                where="generate",
-                mend=f"{suggestion(key, known)}the keys are {', '.join(known)}",
-            )
-        values[key] = value
+    values = key_values("generate", GenerateConfig, arguments)
     if not values.get("run"):
         raise ConfigError(what="no run folder is named", where="generate.run", mend="name one: generate run=RUN_DIR")
     # Texts are taken literally: OmegaConf would read a prompt's `${...}` and `???` as its own.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from subquad.cache import user_cache
+from subquad.compiler.compile_ahead import compile_ahead
 from subquad.compiler.measure_kernels import Measurer
 from subquad.compiler.options import CompileOptions
 from subquad.compiler.plan import Figure
@@ -22,6 +24,7 @@ from subquad_cost_model import (
     decide,
 )
 from subquad_kernels.catalogue import CATALOGUE, Kernel, Operator
+from subquad_kernels.first_calls import FirstCall
 from subquad_kernels.kernel_table import Row, format_table
 from subquad_kernels.self_check import VerdictStore
 from subquad_kernels.torch_operator import default_kernels
@@ -46,10 +49,13 @@ class Chooser:
 
     A kernel is a candidate if it supports the workload on the target, is not denied, and, where the target is at hand,
     agrees with the reference on this machine. The default stays unless a rival is surely no slower.
+    `compile_all`: kernels whose checks are known are compiled ahead as well.
     """
 
-    def __init__(self, target: Target, options: CompileOptions) -> None:
-        self._target, self._options = target, options
+    def __init__(self, target: Target, options: CompileOptions, *, compile_all: bool = False) -> None:
+        self._target, self._options, self._compile_all = target, options, compile_all
+        self.first_calls: list[FirstCall] = []
+        self.compiled_s = self.checked_s = 0.0
         folder = user_cache("verdicts")
         self._verdicts = VerdictStore(None if folder is None else folder / "verdicts.jsonl")
         self._measurer = Measurer(target, options.measure_budget_s)
@@ -59,6 +65,25 @@ class Chooser:
     def measured_s(self) -> float:
         """Seconds spent on measuring so far."""
         return self._measurer.spent_s
+
+    def compile_ahead(self, uses: Iterable[tuple[Operator, Workload, bool]]) -> None:
+        """Compile the kernels that choosing for these will check, all at once; `uses` are workloads and `training`."""
+        device = self._target.local
+        if device is None:
+            return
+        started = time.perf_counter()
+        jobs = [
+            (kernel, phases(workload, training)[-1])
+            for operator, workload, training in uses
+            for kernel in self._may_run(operator, phases(workload, training))
+        ]
+        self.first_calls += compile_ahead(jobs, device, self._verdicts, again=self._compile_all)
+        self.compiled_s += time.perf_counter() - started
+
+    def _may_run(self, operator: Operator, workloads: tuple[Workload, ...]) -> list[Kernel]:
+        candidates, _ = self._candidates(operator, workloads)
+        pinned = self._options.pins.get(operator.name)
+        return [kernel for name, kernel in candidates.items() if pinned in (None, name)]
 
     def choose(self, operator: Operator, workload: Workload, *, training: bool, used: bool) -> Choice:
         """The choice for a node. One that this run does not use keeps its default, neither checked nor measured."""
@@ -157,11 +182,13 @@ class Chooser:
     ) -> None:
         device = self._target.local
         assert device is not None
+        started = time.perf_counter()
         for name in list(candidates):
             verdict = self._verdicts.check(candidates[name], workloads[-1], device)
             if not verdict.passed:
                 del candidates[name]
                 declined[name] = f"failed its self-check: {verdict.reason}"
+        self.checked_s += time.perf_counter() - started
         if not candidates:
             # The reference is the definition: it is held against itself in float64 and can only fail by rounding.
             candidates[REFERENCE] = CATALOGUE.kernel(operator.name, REFERENCE)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from subquad.compiler.choose import Chooser
 from subquad.compiler.example import Example
 from subquad.compiler.options import CompileOptions
 from subquad.compiler.pipeline import capture_model, make_plan
@@ -13,7 +14,7 @@ from subquad.compiler.plan import Plan
 from subquad.compiler.report import format_plan
 from subquad.compiler.target import Target, resolve_target
 from subquad.model.build import build_model
-from subquad.schema import RunConfig
+from subquad.schema import ModelConfig, RunConfig
 
 
 def explain(config: RunConfig) -> str:
@@ -22,18 +23,31 @@ def explain(config: RunConfig) -> str:
 
 
 def explained_plan(config: RunConfig) -> Plan:
-    """The plan itself. The model is built of shapes alone: a billion parameters cost nothing."""
+    """The plan itself."""
     target = resolve_target(config.target)
-    # The vocabulary is no operator's concern.
-    model_config = replace(
+    return plan_of_shapes(config, target, Chooser(target, CompileOptions.of_run(config)))
+
+
+def plan_of_shapes(config: RunConfig, target: Target, chooser: Chooser) -> Plan:
+    """The plan of training on a target. The model is built of shapes alone: a billion parameters cost nothing."""
+    with FakeTensorMode():
+        model = build_model(sized_model(config))
+    example = training_example(config, target, packed=is_packed(config))
+    return make_plan(model, capture_model(model), example, target, chooser)
+
+
+def sized_model(config: RunConfig) -> ModelConfig:
+    """The model's configuration with the sizes that it leaves to the data; a vocabulary is no operator's concern."""
+    return replace(
         config.model,
         vocab_size=config.model.vocab_size or 256,
         context_len=config.model.context_len or config.trainer.seq_len,
     )
-    with FakeTensorMode():
-        model = build_model(model_config)
-    example = training_example(config, target, packed=config.data.get("name") not in UNPACKED_SOURCES)
-    return make_plan(model, capture_model(model), example, target, CompileOptions.of_run(config))
+
+
+def is_packed(config: RunConfig) -> bool:
+    """Whether the run's batches carry the boundaries of documents."""
+    return config.data.get("name") not in UNPACKED_SOURCES
 
 
 UNPACKED_SOURCES = ("mqar", "copying")

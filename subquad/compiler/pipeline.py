@@ -43,7 +43,7 @@ def compile_model(
     where = resolve_target(target) if isinstance(target, str) else target
     captured = capture_model(model)
     if plan is None:
-        plan = make_plan(model, captured, example, where, options or CompileOptions())
+        plan = make_plan(model, captured, example, where, Chooser(where, options or CompileOptions()))
     elif list(plan.schedule) != [block.mixer_name for block in _blocks(model)]:
         raise ConfigError(
             what=f"the plan is for the mixers {', '.join(plan.schedule)}",
@@ -60,17 +60,24 @@ def capture_model(model: LanguageModel) -> list[Captured]:
 
 
 def make_plan(
-    model: LanguageModel, captured: list[Captured], example: Example, target: Target, options: CompileOptions
+    model: LanguageModel,
+    captured: list[Captured],
+    example: Example,
+    target: Target,
+    chooser: Chooser,
 ) -> Plan:
     """Choose a kernel for every operator node; what this run uses comes first, while the budget lasts."""
-    chooser = Chooser(target, options)
     nodes = sorted(
         _described_nodes(model, captured, example), key=lambda node: (node[1] not in example.methods, node[0])
     )
+    chooser.compile_ahead(
+        (operator, workload, _trains(example, method))
+        for _, method, _, operator, workload in nodes
+        if method in example.methods
+    )
     choices = []
     for layer, method, node, operator, workload in nodes:
-        used = method in example.methods
-        training = example.training and method in ("forward", "packed")
+        used, training = method in example.methods, _trains(example, method)
         choice = chooser.choose(operator, workload, training=training, used=used)
         choices.append(_node_choice(model, layer, method, node, workload, choice, training, used))
     choices.sort(key=lambda choice: (choice.layer, METHODS.index(choice.method), choice.node))  # type: ignore[arg-type]
@@ -124,12 +131,26 @@ def _described_nodes(
     model: LanguageModel, captured: list[Captured], example: Example
 ) -> list[tuple[int, Method, str, Operator, Workload]]:
     described = []
+    known: dict[tuple[str, ...], Mapping[str, Workload]] = {}  # layers repeat; running a graph on shapes takes long
     for block, of_block in zip(_blocks(model), captured):
         for method, graph_module in of_block.graphs.items():
-            workloads = node_workloads(block.mixer, graph_module, method, example, model.embedding.embedding_dim)
+            key = (method, graph_module.code, *_looks(block.mixer))
+            if key not in known:
+                d_model = model.embedding.embedding_dim
+                known[key] = node_workloads(block.mixer, graph_module, method, example, d_model)
             for node, operator in operator_nodes(graph_module.graph):
-                described.append((block.layer_index, method, node.name, operator, workloads[node.name]))
+                described.append((block.layer_index, method, node.name, operator, known[key][node.name]))
     return described
+
+
+def _looks(mixer: nn.Module) -> tuple[str, ...]:
+    """What a mixer's graphs do to shapes depends on: its class, its submodules, and the shapes of what it holds."""
+    held = (f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in mixer.state_dict(keep_vars=True).items())
+    return (str(type(mixer)), repr(mixer), *held)
+
+
+def _trains(example: Example, method: Method) -> bool:
+    return example.training and method in ("forward", "packed")
 
 
 def _node_choice(

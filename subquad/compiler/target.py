@@ -58,13 +58,13 @@ def resolve_target(name: str = "auto") -> Target:
     return Target(device, limits, None)
 
 
-def require_local(target: Target, name: str) -> Target:
+def require_local(target: Target, name: str, *, verb: str = "train") -> Target:
     """The target itself, if models can run on it here.  Raises: ConfigError."""
     if target.local is None:
         raise ConfigError(
-            what=f"training needs the device itself, and this machine has no {target.device.name}",
+            what=f"{verb} needs the device itself, and this machine has no {target.device.name}",
             where=f"target={name}",
-            mend="leave target out to train on this machine, or ask `explain` what would be chosen there",
+            mend=f"leave target out to {verb} on this machine, or ask `explain` what would be chosen there",
         )
     return target
 

@@ -61,6 +61,10 @@ OPERATOR = Operator(
         _example("float32", "decode", initial_state=True, t=1),
         _example("bfloat16"),
     ),
+    benchmarks={
+        "cpu": _example("float32", b=1, t=256, c=384),
+        "cuda": _example("bfloat16", b=4, t=1024, c=2048),
+    },
 )
 
 

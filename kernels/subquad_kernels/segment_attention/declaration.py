@@ -43,9 +43,10 @@ def work(workload: Workload) -> Work:
         saved_bytes=0 if workload.phase == "decode" else inputs + outputs + lse,
     )
 
-def _example(dtype: DType, phase: Phase = "forward", **shape: int) -> Workload:
+def _example(dtype: DType, phase: Phase = "forward", segment_len: int = 5, **shape: int) -> Workload:
     axes = {"b": 2, "t": 37, "h": 4, "h_kv": 2, "k": 16, "v": 16, "m": 0} | shape
-    return Workload(operator="segment_attention", shape=axes, dtype=dtype, phase=phase, options={"segment_len": 5})
+    options = {"segment_len": segment_len}
+    return Workload(operator="segment_attention", shape=axes, dtype=dtype, phase=phase, options=options)
 
 
 OPERATOR = Operator(
@@ -69,6 +70,10 @@ OPERATOR = Operator(
         _example("float32", "decode", t=1, m=6),
         _example("bfloat16", k=64, v=64),
     ),
+    benchmarks={
+        "cpu": _example("float32", segment_len=10, b=1, t=256, h=4, h_kv=4, k=64, v=64),
+        "cuda": _example("bfloat16", segment_len=10, b=4, t=1024, h=16, h_kv=16, k=64, v=64),
+    },
 )
 
 

@@ -364,7 +364,7 @@ def _attend(
 
 
 @QuickLaunch
-@triton.jit(do_not_specialize=["t", "start", "segment_len"])
+@triton.jit(do_not_specialize=["t", "h", "start", "segment_len"])
 def _forward_kernel(
     q, k, v, keys, values, out, lse, low, high,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, keys_b, keys_n, keys_h, values_b, values_n, values_h,
@@ -440,7 +440,7 @@ def _pull_back_to_queries(
 
 
 @QuickLaunch
-@triton.jit(do_not_specialize=["t", "start", "segment_len"])
+@triton.jit(do_not_specialize=["t", "h", "start", "segment_len"])
 def _query_gradients_kernel(
     q, k, v, keys, values, out, d_out, lse, row_terms, dq, dk, dv, low, high,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, keys_b, keys_n, keys_h, values_b, values_n, values_h,
@@ -563,7 +563,7 @@ def _pull_back_to_summaries(
 
 
 @QuickLaunch
-@triton.jit(do_not_specialize=["t", "count", "first", "segment_len", "splits", "split_t"])
+@triton.jit(do_not_specialize=["t", "h_kv", "count", "first", "segment_len", "splits", "split_t"])
 def _summary_gradients_kernel(
     q, keys, values, d_out, row_terms, part_k, part_v, positions, ends,
     q_b, q_t, q_h, keys_b, keys_n, keys_h, values_b, values_n, values_h,
@@ -637,7 +637,7 @@ def _summary_gradients_kernel(
 
 
 @QuickLaunch
-@triton.jit(do_not_specialize=["t", "b", "count", "first", "segment_len", "splits"])
+@triton.jit(do_not_specialize=["t", "b", "h_kv", "count", "first", "segment_len", "splits"])
 def _add_to_tokens_kernel(
     part_k, part_v, dk, dv, positions, t, b, h_kv, count, first, segment_len, splits,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILE_N: tl.constexpr,

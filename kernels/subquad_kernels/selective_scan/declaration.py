@@ -71,6 +71,10 @@ OPERATOR = Operator(
         _example("float32", "decode", initial_state=True, t=1),
         _example("bfloat16"),
     ),
+    benchmarks={
+        "cpu": _example("float32", b=1, t=128, c=128, n=16),
+        "cuda": _example("bfloat16", b=4, t=1024, c=2048, n=16),
+    },
 )
 
 

@@ -80,6 +80,10 @@ OPERATOR = Operator(
         _example("float32", "decode", t=1),
         _example("bfloat16", k=64, v=64),
     ),
+    benchmarks={
+        "cpu": _example("float32", b=1, t=128, s=128, h=4, h_kv=4, k=64, v=64),
+        "cuda": _example("bfloat16", b=4, t=1024, s=1024, h=16, h_kv=16, k=64, v=64),
+    },
 )
 
 
@@ -180,6 +184,7 @@ KERNELS = (
         supports=_flex_supports,
         devices=_CUDA,
         requires=("triton>=3.6",),
+        first_calls_in_threads=False,
     ),
     Kernel(
         operator="softmax_attention",

@@ -1,0 +1,29 @@
+"""Arguments of the form key=value, for verbs that need none of Hydra."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from subquad.component_config import defaults_of
+from subquad.errors import ConfigError, suggestion
+
+
+def key_values(verb: str, config_class: type, arguments: Sequence[str]) -> dict[str, str]:
+    """The values by key; everything after the first `=` is the value, as it stands.  Raises: ConfigError."""
+    known = list(defaults_of(config_class))
+    values: dict[str, str] = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or key not in known:
+            raise ConfigError(
+                what=f"there is no key '{key}'" if equals else f"'{argument}' is not of the form key=value",
+                where=verb,
+                mend=f"{suggestion(key, known)}the keys are {', '.join(known)}",
+            )
+        values[key] = value
+    return values
+
+
+def keys_with_defaults(config_class: type) -> str:
+    """One line a key, for a help text."""
+    return "\n".join(f"  {key:<12} default {value!r}" for key, value in defaults_of(config_class).items())
