@@ -108,7 +108,8 @@ class _Call:
         )
         self.V = grid.lay(self.v.to(self.exact))
         self.w, self.d = (
-            None if values[name] is None else grid.lay(values[name].to(self.exact)) for name in ("write_gate", "diagonal")
+            None if values[name] is None else grid.lay(values[name].to(self.exact))
+            for name in ("write_gate", "diagonal")
         )
         rates = self.v.new_zeros(1, dtype=self.exact) if self.log_decay is None else self.log_decay.to(self.exact)
         rates = rates.clamp(min=_LEAST[self.exact]).expand(self.b, self.t, self.h)

@@ -78,7 +78,9 @@ def work(workload: Workload) -> Work:
     )
 
 
-def _example(dtype: DType, phase: Phase = "forward", *, full: bool = False, decay: str = "token", **shape: int) -> Workload:
+def _example(
+    dtype: DType, phase: Phase = "forward", *, full: bool = False, decay: str = "token", **shape: int
+) -> Workload:
     axes = {"b": 2, "t": 150, "h": 4, "h_k": 2, "n": 12, "p": 20} | shape
     options: dict[str, Option] = dict.fromkeys(("write_gate", "diagonal", "initial_state"), full)
     return Workload(
