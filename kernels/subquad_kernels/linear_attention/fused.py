@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from subquad_kernels.linear_attention.declaration import CHUNK, chunk_slots, segment_len
+from subquad_kernels.linear_attention.declaration import CHUNK, segment_len
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Argument, Arguments, Outputs
@@ -40,7 +40,7 @@ _LEAST = tl.constexpr(-128.0)
 class Launch:
     """How one direction is laid out on a device; changes speed, never results beyond rounding.
 
-    `tile_p` columns of values a program. Time is cut where fewer than `enough` programs would run. `chunk` tokens a
+    `tile_p` columns of values a program; `registers` caps those of a lane. Time is cut where fewer than `enough` programs would run. `chunk` tokens a
     step and `segment_len` tokens a segment (None: what the declaration says) decide the shape of the residual: forward
     and backward must agree, and calls through the torch op keep both.
     """
@@ -48,23 +48,23 @@ class Launch:
     tile_p: int
     num_warps: int = 4
     num_stages: int = 2
+    registers: int | None = None
     enough: int = 256
     chunk: int = CHUNK
     segment_len: int | None = None
 
 
 def launch_of(n: int, p: int, dtype: torch.dtype, *, backward: bool) -> Launch:
-    """Sizes for a state of n rows and p columns: a state takes at most 64 registers a lane.
+    """Sizes for a state of n rows and p columns: at most 64 registers a lane for it.
 
+    Four warps hold one 64-row tile a product; eight would repeat products of 64 rows, and serve larger states alone.
     The backward holds whole values up to 128 columns: narrower tiles would each write a part of dq and dk.
     """
     rows, columns = _padded(n), _padded(p)
-    wide = dtype == torch.float32
-    tile_p = min(columns, 128 if backward and rows <= 128 and not wide else 64)
-    if rows > 128 and wide:
-        tile_p = min(tile_p, 32)
-    num_warps = 8 if rows * tile_p > (4096 if backward else 8192) else 4
-    return Launch(tile_p=tile_p, num_warps=num_warps, num_stages=1 if rows > 128 or wide else 2)
+    if dtype == torch.float32:  # products in three parts need room
+        return Launch(tile_p=min(columns, 32 if rows > 64 else 64), num_stages=1)
+    tile_p = min(columns, 128 if backward and rows <= 128 else 64)
+    return Launch(tile_p=tile_p, num_warps=4 if rows * tile_p <= 8192 else 8, num_stages=2 if rows <= 128 else 1)
 
 
 def forward(launch: Launch | None = None, **arguments: Argument) -> Outputs:
@@ -149,7 +149,7 @@ class _Call:
             "PRECISION": "tf32x3" if self.v.dtype == torch.float32 else "ieee",
             "STAGES": launch.num_stages,
             "num_warps": launch.num_warps,
-        }
+        } | ({} if launch.registers is None else {"maxnreg": launch.registers})
 
     def _compose(self, decays: Tensor, writes: Tensor, *, reverse: bool) -> None:
         size = self.n * self.p
@@ -338,7 +338,7 @@ def _chunk(table, slots, index, sequence, t, CHUNK: tl.constexpr, PACKED: tl.con
         row = sequence * t + index * CHUNK
         limit = tl.minimum(CHUNK, t - index * CHUNK)
         state = sequence
-        begins, ends = index == 0, index == slots - 1
+        begins, ends = False, False
     return row, limit, state, begins, ends
 
 
@@ -347,6 +347,15 @@ def _load_tile(at, stride, tokens, limit, columns, WIDTH: tl.constexpr):
     """A tile of a chunk's rows, zeros past its end and past the last column.  [CHUNK, columns]"""
     mask = (tokens[:, None] < limit) & (columns[None, :] < WIDTH)
     return tl.load(at + tokens[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_state(states, owner, offsets, within, STATE: tl.constexpr, GIVEN: tl.constexpr):
+    """A state in fp32, zeros where none is given.  [PAD_N, TILE_P], or transposed as the offsets are"""
+    state = tl.zeros(offsets.shape, tl.float32)
+    if GIVEN:
+        state = tl.load(states + owner * STATE + offsets, mask=within, other=0.0).to(tl.float32)
+    return state
 
 
 @triton.jit
@@ -417,13 +426,15 @@ def _summarise(
     tile, head, head_k, sequence, segment = _place(b, h, group, P, TILE_P)
     tokens, lines = tl.arange(0, CHUNK), tl.arange(0, PAD_N)
     columns = tile * TILE_P + tl.arange(0, TILE_P)
+    STATE: tl.constexpr = N * P
     offsets = lines[:, None] * P + columns[None, :]
     within = (lines[:, None] < N) & (columns[None, :] < P)
     k += head_k * k_head_stride
     v += head * v_head_stride
     # Left over of a state that enters; 0 once a state begins inside.
     left = 1.0
-    state = tl.zeros([PAD_N, TILE_P], tl.float32)
+    place = sequence * h + head
+    state = _load_state(initial, place, offsets, within & (segment == 0), STATE, INITIAL and not PACKED)
     end = tl.minimum((segment + 1) * per_segment, _chunks(table, chunks, PACKED))
     for index in tl.range(segment * per_segment, end, num_stages=STAGES):
         row, limit, owner, begins, _ = _chunk(table, chunks, index, sequence, t, CHUNK, PACKED)
@@ -431,18 +442,16 @@ def _summarise(
         values = _load_tile(v + row * v_stride, v_stride, tokens, limit, columns, P)
         ages, whole = _ages(log_decay, row * h + head, h, head, tokens, limit, DECAY)
         writes_left = tl.exp2(whole - ages) * _load_gates(write_gate, row * h + head, h, tokens, limit, GATE)
-        if begins:
-            left = 0.0
-            state = tl.zeros([PAD_N, TILE_P], tl.float32)
-            if INITIAL:
-                place = (owner * h + head) * (N * P)
-                state = tl.load(initial + place + offsets, mask=within, other=0.0).to(tl.float32)
+        if PACKED:
+            if begins:
+                left = 0.0
+                state = _load_state(initial, owner * h + head, offsets, within, STATE, INITIAL)
         decay = tl.exp2(whole)
         left *= decay
         values = (values.to(tl.float32) * writes_left[:, None]).to(v.dtype.element_ty)
         state = tl.dot(tl.trans(keys), values, state * decay, input_precision=PRECISION)
     place = (segment * b + sequence) * h + head
-    tl.store(writes + place * (N * P) + offsets, state, mask=within)
+    tl.store(writes + place * STATE + offsets, state, mask=within)
     if tile == 0:
         tl.store(decays + place, left)
 
@@ -491,17 +500,17 @@ def _read(
     columns = tile * TILE_P + tl.arange(0, TILE_P)
     offsets = lines[:, None] * P + columns[None, :]
     within = (lines[:, None] < N) & (columns[None, :] < P)
-    state_size = N * P
+    STATE: tl.constexpr = N * P
     q += head_k * q_head_stride
     k += head_k * k_head_stride
     v += head * v_head_stride
     y += head * P
     is_own = tokens[:, None] == tokens[None, :]
-    state = tl.zeros([PAD_N, TILE_P], tl.float32)
+    place = sequence * h + head
+    state = _load_state(initial, place, offsets, within & (walk == 0), STATE, INITIAL and not PACKED)
     if CUT:
         if walk > 0:
-            place = (((walk - 1) * b + sequence) * h + head) * state_size
-            state = tl.load(boundaries + place + offsets, mask=within, other=0.0)
+            state = _load_state(boundaries, ((walk - 1) * b + sequence) * h + head, offsets, within, STATE, CUT)
     count = _chunks(table, chunks, PACKED)
     for segment in range(walk * walked, (walk + 1) * walked):
         end = tl.minimum((segment + 1) * per_segment, count)
@@ -513,11 +522,9 @@ def _read(
             ages, whole = _ages(log_decay, row * h + head, h, head, tokens, limit, DECAY)
             gates = _load_gates(write_gate, row * h + head, h, tokens, limit, GATE)
             own = _load_gates(diagonal, row * h + head, h, tokens, limit, DIAGONAL)
-            if begins:
-                state = tl.zeros([PAD_N, TILE_P], tl.float32)
-                if INITIAL:
-                    place = (owner * h + head) * state_size
-                    state = tl.load(initial + place + offsets, mask=within, other=0.0).to(tl.float32)
+            if PACKED:
+                if begins:
+                    state = _load_state(initial, owner * h + head, offsets, within, STATE, INITIAL)
             fades = _fades(ages[:, None], ages[None, :], tokens[:, None], tokens[None, :], DECAY, DIAGONAL)
             scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
             scores = _weigh(scores, fades, gates[None, :], own[None, :], is_own, GATE, DIAGONAL)
@@ -530,12 +537,15 @@ def _read(
             writes_left = tl.exp2(whole - ages) * gates
             values = (values.to(tl.float32) * writes_left[:, None]).to(v.dtype.element_ty)
             state = tl.dot(tl.trans(keys), values, state * tl.exp2(whole), input_precision=PRECISION)
-            if ends:
-                tl.store(final + (owner * h + head) * state_size + offsets, state, mask=within)
-        if not CUT:
-            if segment < segments - 1:
-                place = ((segment * b + sequence) * h + head) * state_size
+            if PACKED:
+                if ends:
+                    tl.store(final + (owner * h + head) * STATE + offsets, state, mask=within)
+        if segment < segments - 1:
+            if not CUT:
+                place = ((segment * b + sequence) * h + head) * STATE
                 tl.store(boundaries + place + offsets, state, mask=within)
+        elif not PACKED:
+            tl.store(final + (sequence * h + head) * STATE + offsets, state, mask=within)
 
 
 @triton.jit
@@ -552,6 +562,7 @@ def _step(
     sequence = (program // (TILES * h)).to(tl.int64)
     lines = tl.arange(0, PAD_N)
     columns = tile * TILE_P + tl.arange(0, TILE_P)
+    STATE: tl.constexpr = N * P
     offsets = lines[:, None] * P + columns[None, :]
     within = (lines[:, None] < N) & (columns[None, :] < P)
     place = sequence * h + head
@@ -568,7 +579,7 @@ def _step(
         own = tl.load(diagonal + place).to(tl.float32)
     state = tl.zeros([PAD_N, TILE_P], tl.float32)
     if INITIAL:
-        state = tl.load(initial + place * (N * P) + offsets, mask=within, other=0.0).to(tl.float32)
+        state = tl.load(initial + place * STATE + offsets, mask=within, other=0.0).to(tl.float32)
     if DECAY == 1:
         state *= tl.exp(tl.load(log_decay + place).to(tl.float32))
     elif DECAY == 2:
@@ -576,7 +587,7 @@ def _step(
     result = tl.sum(query[:, None] * state, axis=0) + own * tl.sum(query * key) * value
     tl.store(y + place * P + columns, (scale * result).to(y.dtype.element_ty), mask=in_p)
     state += key[:, None] * (gate * value)[None, :]
-    tl.store(final + place * (N * P) + offsets, state, mask=within)
+    tl.store(final + place * STATE + offsets, state, mask=within)
 
 
 @triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment"])
@@ -598,16 +609,16 @@ def _differentiate_q(
     columns = tile * TILE_P + tl.arange(0, TILE_P)
     offsets = lines[None, :] * P + columns[:, None]
     within = (lines[None, :] < N) & (columns[:, None] < P)
-    state_size = N * P
+    STATE: tl.constexpr = N * P
     q += head_k * q_head_stride
     k += head_k * k_head_stride
     v += head * v_head_stride
     dy += head * dy_head_stride
     is_own = tokens[:, None] == tokens[None, :]
-    state = tl.zeros([TILE_P, PAD_N], tl.float32)
+    place = sequence * h + head
+    state = _load_state(initial, place, offsets, within & (segment == 0), STATE, INITIAL and not PACKED)
     if segment > 0:
-        place = (((segment - 1) * b + sequence) * h + head) * state_size
-        state = tl.load(boundaries + place + offsets, mask=within, other=0.0)
+        state = _load_state(boundaries, ((segment - 1) * b + sequence) * h + head, offsets, within, STATE, True)
     end = tl.minimum((segment + 1) * per_segment, _chunks(table, chunks, PACKED))
     for index in tl.range(segment * per_segment, end, num_stages=STAGES):
         row, limit, owner, begins, _ = _chunk(table, chunks, index, sequence, t, CHUNK, PACKED)
@@ -617,11 +628,9 @@ def _differentiate_q(
         ages, whole = _ages(log_decay, row * h + head, h, head, tokens, limit, DECAY)
         gates = _load_gates(write_gate, row * h + head, h, tokens, limit, GATE)
         own = _load_gates(diagonal, row * h + head, h, tokens, limit, DIAGONAL)
-        if begins:
-            state = tl.zeros([TILE_P, PAD_N], tl.float32)
-            if INITIAL:
-                place = (owner * h + head) * state_size
-                state = tl.load(initial + place + offsets, mask=within, other=0.0).to(tl.float32)
+        if PACKED:
+            if begins:
+                state = _load_state(initial, owner * h + head, offsets, within, STATE, INITIAL)
         fades = _fades(ages[:, None], ages[None, :], tokens[:, None], tokens[None, :], DECAY, DIAGONAL)
         mixed = tl.dot(pulls, tl.trans(values), input_precision=PRECISION) * scale
         mixed = _weigh(mixed, fades, gates[None, :], own[None, :], is_own, GATE, DIAGONAL)
@@ -658,12 +667,14 @@ def _summarise_gradients(
     segment = index_of_row + 1
     tokens, lines = tl.arange(0, CHUNK), tl.arange(0, PAD_N)
     columns = tile * TILE_P + tl.arange(0, TILE_P)
+    STATE: tl.constexpr = N * P
     offsets = lines[:, None] * P + columns[None, :]
     within = (lines[:, None] < N) & (columns[None, :] < P)
     q += head_k * q_head_stride
     dy += head * dy_head_stride
     left = 1.0
-    state = tl.zeros([PAD_N, TILE_P], tl.float32)
+    last = segment == segments - 1
+    state = _load_state(dfinal, sequence * h + head, offsets, within & last, STATE, FINAL and not PACKED)
     first = segment * per_segment
     end = tl.minimum((segment + 1) * per_segment, _chunks(table, chunks, PACKED))
     for back in tl.range(0, end - first, num_stages=STAGES):
@@ -672,21 +683,20 @@ def _summarise_gradients(
         queries = _load_tile(q + row * q_stride, q_stride, tokens, limit, lines, N)
         pulls = _load_tile(dy + row * dy_stride, dy_stride, tokens, limit, columns, P)
         ages, whole = _ages(log_decay, row * h + head, h, head, tokens, limit, DECAY)
-        if ends:
-            left = 0.0
-            state = tl.zeros([PAD_N, TILE_P], tl.float32)
-            if FINAL:
-                place = (owner * h + head) * (N * P)
-                state = tl.load(dfinal + place + offsets, mask=within, other=0.0).to(tl.float32)
+        if PACKED:
+            if ends:
+                left = 0.0
+                state = _load_state(dfinal, owner * h + head, offsets, within, STATE, FINAL)
         decay = tl.exp2(whole)
         left *= decay
         pulls = (pulls.to(tl.float32) * (tl.exp2(ages) * scale)[:, None]).to(q.dtype.element_ty)
         state = tl.dot(tl.trans(queries), pulls, state * decay, input_precision=PRECISION)
-        if begins:
-            left = 0.0
-            state = tl.zeros([PAD_N, TILE_P], tl.float32)
+        if PACKED:
+            if begins:
+                left = 0.0
+                state = tl.zeros([PAD_N, TILE_P], tl.float32)
     place = (index_of_row * b + sequence) * h + head
-    tl.store(writes + place * (N * P) + offsets, state, mask=within)
+    tl.store(writes + place * STATE + offsets, state, mask=within)
     if tile == 0:
         tl.store(decays + place, left)
 
@@ -714,7 +724,7 @@ def _differentiate_kv(
     columns = tile * TILE_P + tl.arange(0, TILE_P)
     offsets = lines[:, None] * P + columns[None, :]
     within = (lines[:, None] < N) & (columns[None, :] < P)
-    state_size = N * P
+    STATE: tl.constexpr = N * P
     q += head_k * q_head_stride
     k += head_k * k_head_stride
     v += head * v_head_stride
@@ -729,11 +739,16 @@ def _differentiate_kv(
         first = segment * per_segment
         end = tl.minimum(first + per_segment, count)
         if segment < segments - 1:
-            place = ((segment * b + sequence) * h + head) * state_size
+            place = (segment * b + sequence) * h + head
             if dboundaries is not None:
-                grad = tl.load(dboundaries + place + offsets, mask=within, other=0.0)
+                grad = _load_state(dboundaries, place, offsets, within, STATE, True)
             if DECAY > 0:
-                left = tl.load(boundaries + place + offsets, mask=within, other=0.0)
+                left = _load_state(boundaries, place, offsets, within, STATE, True)
+                carried = tl.sum(grad.to(v.dtype.element_ty).to(tl.float32) * left)
+        elif FINAL and not PACKED:
+            grad = _load_state(dfinal, sequence * h + head, offsets, within, STATE, FINAL)
+            if DECAY > 0:
+                left = _load_state(final, sequence * h + head, offsets, within, STATE, True)
                 carried = tl.sum(grad.to(v.dtype.element_ty).to(tl.float32) * left)
         for back in tl.range(0, end - first, num_stages=STAGES):
             index = end - 1 - back
@@ -745,14 +760,12 @@ def _differentiate_kv(
             ages, whole = _ages(log_decay, row * h + head, h, head, tokens, limit, DECAY)
             gates = _load_gates(write_gate, row * h + head, h, tokens, limit, GATE)
             own = _load_gates(diagonal, row * h + head, h, tokens, limit, DIAGONAL)
-            if ends:
-                grad = tl.zeros([PAD_N, TILE_P], tl.float32)
-                carried = 0.0
-                if FINAL:
-                    place = (owner * h + head) * state_size
-                    grad = tl.load(dfinal + place + offsets, mask=within, other=0.0).to(tl.float32)
-                    if DECAY > 0:
-                        left = tl.load(final + place + offsets, mask=within, other=0.0)
+            if PACKED:
+                if ends:
+                    carried = 0.0
+                    grad = _load_state(dfinal, owner * h + head, offsets, within, STATE, FINAL)
+                    if FINAL and DECAY > 0:
+                        left = _load_state(final, owner * h + head, offsets, within, STATE, True)
                         carried = tl.sum(grad.to(v.dtype.element_ty).to(tl.float32) * left)
             rounded = grad.to(v.dtype.element_ty)
             until = tl.exp2(whole - ages)
@@ -794,6 +807,9 @@ def _differentiate_kv(
 
             pulls = (pulls.to(tl.float32) * (tl.exp2(ages) * scale)[:, None]).to(v.dtype.element_ty)
             grad = tl.dot(tl.trans(queries), pulls, grad * tl.exp2(whole), input_precision=PRECISION)
-            if INITIAL:
+            if PACKED and INITIAL:
                 if begins:
-                    tl.store(dinitial + (owner * h + head) * state_size + offsets, grad, mask=within)
+                    tl.store(dinitial + (owner * h + head) * STATE + offsets, grad, mask=within)
+    if INITIAL and not PACKED:
+        if walk == 0:
+            tl.store(dinitial + (sequence * h + head) * STATE + offsets, grad, mask=within)
