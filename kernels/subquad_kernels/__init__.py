@@ -7,13 +7,5 @@ from subquad_kernels.catalogue import CATALOGUE, Catalogue, CatalogueError, Kern
 from subquad_kernels.workload import DeviceLimits, Work, Workload
 
 __all__ = [
-    "CATALOGUE",
-    "Catalogue",
-    "CatalogueError",
-    "DeviceLimits",
-    "Kernel",
-    "Operator",
-    "Tolerance",
-    "Work",
-    "Workload",
+    "CATALOGUE", "Catalogue", "CatalogueError", "DeviceLimits", "Kernel", "Operator", "Tolerance", "Work", "Workload",
 ]

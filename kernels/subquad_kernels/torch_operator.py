@@ -37,10 +37,8 @@ def kernel_for(operator: Operator, text: str, arguments: Arguments) -> Kernel:
         device = _first_tensor(arguments).device
         wanted = default_kernels(operator, device.type)
         # A lone default is not asked whether it supports the call: it would be run all the same.
-        name = (
-            wanted[0]
-            if len(wanted) == 1
-            else _first_supporting(wanted, operator.torch_half.workload_of(arguments, "forward"), str(device))
+        name = wanted[0] if len(wanted) == 1 else _first_supporting(
+            wanted, operator.torch_half.workload_of(arguments, "forward"), str(device)
         )
     return CATALOGUE.kernel(operator.name, name)
 
@@ -61,7 +59,9 @@ def _first_supporting(wanted: tuple[str, ...], workload: Workload, device: str) 
 def differentiable(operator: Operator, arguments: Arguments) -> list[str]:
     """The tensor arguments that are given and have gradients, in the operator's order."""
     return [
-        name for name in operator.tensors if isinstance(value := arguments[name], Tensor) and value.is_floating_point()
+        name
+        for name in operator.tensors
+        if isinstance(value := arguments[name], Tensor) and value.is_floating_point()
     ]
 
 
@@ -159,7 +159,10 @@ def define(operator: Operator, signature: str) -> Callable[..., Any]:
 def named_arguments(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Every argument of an op's schema by name, defaults filled in."""
     given = {argument.name: value for argument, value in zip(op._schema.arguments, args)} | kwargs
-    return {argument.name: given.get(argument.name, argument.default_value) for argument in op._schema.arguments}
+    return {
+        argument.name: given.get(argument.name, argument.default_value)
+        for argument in op._schema.arguments
+    }
 
 
 class ReferenceKernel:

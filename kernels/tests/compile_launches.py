@@ -21,6 +21,7 @@ from subquad_kernels.workload import Workload
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
 SCAN = dict.fromkeys(("softplus", "skip", "gate", "dt_bias", "initial_state"), True)
+GATES = ("write_gate", "diagonal", "initial_state")
 CASES: dict[str, list[tuple[dict[str, int], dict[str, Any]]]] = {
     "selective_scan": [
         (dict(b=2, t=60, c=64, n=16), dict.fromkeys(SCAN, False) | {"gate": True}),
@@ -31,11 +32,20 @@ CASES: dict[str, list[tuple[dict[str, int], dict[str, Any]]]] = {
         (dict(b=1, t=300, c=96, w=4, documents=3), {"activation": "silu", "bias": True, "initial_state": True}),
         (dict(b=1, t=300, c=96, w=1), {"activation": "silu", "bias": True, "initial_state": True}),
     ],
+    "linear_attention": [
+        (dict(b=2, t=2048, h=8, h_k=8, n=64, p=64), dict.fromkeys(GATES, False) | {"decay": "head"}),
+        (dict(b=1, t=300, h=4, h_k=1, n=128, p=64, documents=3), dict.fromkeys(GATES, True) | {"decay": "token"}),
+        (dict(b=1, t=1, h=4, h_k=1, n=128, p=64), dict.fromkeys(GATES, True) | {"decay": "token"}),
+    ],
 }
 
 LAUNCHED = {
     "selective_scan": ("_summarise", "_scan", "_summarise_gradients", "_differentiate"),
     "causal_conv": ("_convolve", "_differentiate", "_differentiate_initial"),
+    "linear_attention": (
+        "_lay_out", "_summarise", "_compose", "_read", "_step",
+        "_differentiate_q", "_summarise_gradients", "_differentiate_kv",
+    ),
 }
 
 
@@ -58,6 +68,8 @@ class Compiles:
                 signature[name], constexprs[(index,)] = "constexpr", value
             elif isinstance(value, Tensor):
                 signature[name], attributes[(index,)] = f"*{TYPES[value.dtype]}", [["tt.divisibility", 16]]
+            elif isinstance(value, float):
+                signature[name] = "fp32"
             else:
                 signature[name] = "i32"
                 if value % 16 == 0:

@@ -7,9 +7,10 @@ g <= 0 per token, per head, or absent (no decay); w is 1 where absent; d is w wh
 y_t = scale S_t^T q_t. Heads of v come in groups that share the q and k of one head: head i reads head i // (h / h_k).
 Packed documents (cu_seqlens) have a state each; S before a document's first token is its initial state, else zero.
 
-One operator for RetNet and Lightning attention (g constant per head), simple GLA, SSD of Mamba-2 (w = dt, h_k = groups),
-Mamba-3 (w = s, d = gamma: selected on the diagonal, never subtracted) and mLSTM (w = input gate). d = 0 reads the
-state before the token. The sum that normalises is the same recurrence on v = 1: `linear_attention_normalizer`.
+One operator for RetNet and Lightning attention (g constant per head), simple GLA, SSD of Mamba-2 (w = dt, h_k the
+number of groups), Mamba-3 (w = s, d = gamma: selected on the diagonal, never subtracted) and mLSTM (w = input gate).
+d = 0 reads the state before the token. The sum that normalises is the same recurrence on v = 1:
+`linear_attention_normalizer`.
 
 Shapes:  q, k: b t h_k n    v: b t h p    log_decay: b t h, or h    write_gate, diagonal: b t h
          initial_state, final_state: states h n p with states = b, or the number of documents when packed (then b = 1)

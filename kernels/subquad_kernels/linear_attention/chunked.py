@@ -72,7 +72,7 @@ class _Grid:
         """Chunks of tokens, zeros where a chunk is short.  Shapes:  b t h ...  ->  b c h chunk ..."""
         if self.tokens is None:
             padded = F.pad(rows, (0, 0) * (rows.dim() - 2) + (0, self.count * self.chunk - self.t))
-            laid = padded.unflatten(1, (self.count, self.chunk))
+            laid: Tensor = padded.unflatten(1, (self.count, self.chunk))
         else:
             laid = rows.new_zeros(self.count, self.chunk, *rows.shape[2:])
             laid[self.real] = rows[0]
@@ -84,7 +84,7 @@ class _Grid:
         rows = laid.transpose(2, 3)
         if self.tokens is None:
             return rows.flatten(1, 2)[:, : self.t]
-        return rows[0][self.real][None]
+        return rows[0, self.real].unsqueeze(0)
 
 
 class _Call:
@@ -163,7 +163,7 @@ class _Call:
         return self.grid.take(y * self.scale).to(self.v.dtype), self._final(leaving)
 
     def _walk_back(self, direct: Tensor, dfinal: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Gradients of the states that leave the chunks, and of the initial states.  Shapes:  b c h n p, states h n p"""
+        """Gradients of the states that leave the chunks, and of the initial ones.  Shapes:  b c h n p, states h n p"""
         after = torch.empty_like(direct)
         carried = direct.new_zeros(self.b, self.h, self.n, self.p)
         dinitial = direct.new_zeros(self.states, self.h, self.n, self.p) if dfinal is None else dfinal.clone()

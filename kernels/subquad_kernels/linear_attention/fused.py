@@ -40,9 +40,9 @@ _LEAST = tl.constexpr(-128.0)
 class Launch:
     """How one direction is laid out on a device; changes speed, never results beyond rounding.
 
-    `tile_p` columns of values a program; `registers` caps those of a lane. Time is cut where fewer than `enough` programs would run. `chunk` tokens a
-    step and `segment_len` tokens a segment (None: what the declaration says) decide the shape of the residual: forward
-    and backward must agree, and calls through the torch op keep both.
+    `tile_p` columns of values a program; `registers` caps those of a lane. Time is cut where fewer than `enough`
+    programs would run. `chunk` tokens a step and `segment_len` tokens a segment (None: what the declaration says)
+    decide the shape of the residual: forward and backward must agree, and calls through the torch op keep both.
     """
 
     tile_p: int
@@ -264,7 +264,7 @@ class _Call:
 
 def _padded(width: int) -> int:
     """The width of a tile that holds it: a power of two that tensor cores take."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, int(triton.next_power_of_2(width)))
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -442,10 +442,9 @@ def _summarise(
         values = _load_tile(v + row * v_stride, v_stride, tokens, limit, columns, P)
         ages, whole = _ages(log_decay, row * h + head, h, head, tokens, limit, DECAY)
         writes_left = tl.exp2(whole - ages) * _load_gates(write_gate, row * h + head, h, tokens, limit, GATE)
-        if PACKED:
-            if begins:
-                left = 0.0
-                state = _load_state(initial, owner * h + head, offsets, within, STATE, INITIAL)
+        if PACKED and begins:
+            left = 0.0
+            state = _load_state(initial, owner * h + head, offsets, within, STATE, INITIAL)
         decay = tl.exp2(whole)
         left *= decay
         values = (values.to(tl.float32) * writes_left[:, None]).to(v.dtype.element_ty)
@@ -508,9 +507,8 @@ def _read(
     is_own = tokens[:, None] == tokens[None, :]
     place = sequence * h + head
     state = _load_state(initial, place, offsets, within & (walk == 0), STATE, INITIAL and not PACKED)
-    if CUT:
-        if walk > 0:
-            state = _load_state(boundaries, ((walk - 1) * b + sequence) * h + head, offsets, within, STATE, CUT)
+    if CUT and walk > 0:
+        state = _load_state(boundaries, ((walk - 1) * b + sequence) * h + head, offsets, within, STATE, CUT)
     count = _chunks(table, chunks, PACKED)
     for segment in range(walk * walked, (walk + 1) * walked):
         end = tl.minimum((segment + 1) * per_segment, count)
@@ -522,9 +520,8 @@ def _read(
             ages, whole = _ages(log_decay, row * h + head, h, head, tokens, limit, DECAY)
             gates = _load_gates(write_gate, row * h + head, h, tokens, limit, GATE)
             own = _load_gates(diagonal, row * h + head, h, tokens, limit, DIAGONAL)
-            if PACKED:
-                if begins:
-                    state = _load_state(initial, owner * h + head, offsets, within, STATE, INITIAL)
+            if PACKED and begins:
+                state = _load_state(initial, owner * h + head, offsets, within, STATE, INITIAL)
             fades = _fades(ages[:, None], ages[None, :], tokens[:, None], tokens[None, :], DECAY, DIAGONAL)
             scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
             scores = _weigh(scores, fades, gates[None, :], own[None, :], is_own, GATE, DIAGONAL)
@@ -537,9 +534,8 @@ def _read(
             writes_left = tl.exp2(whole - ages) * gates
             values = (values.to(tl.float32) * writes_left[:, None]).to(v.dtype.element_ty)
             state = tl.dot(tl.trans(keys), values, state * tl.exp2(whole), input_precision=PRECISION)
-            if PACKED:
-                if ends:
-                    tl.store(final + (owner * h + head) * STATE + offsets, state, mask=within)
+            if PACKED and ends:
+                tl.store(final + (owner * h + head) * STATE + offsets, state, mask=within)
         if segment < segments - 1:
             if not CUT:
                 place = ((segment * b + sequence) * h + head) * STATE
@@ -628,9 +624,8 @@ def _differentiate_q(
         ages, whole = _ages(log_decay, row * h + head, h, head, tokens, limit, DECAY)
         gates = _load_gates(write_gate, row * h + head, h, tokens, limit, GATE)
         own = _load_gates(diagonal, row * h + head, h, tokens, limit, DIAGONAL)
-        if PACKED:
-            if begins:
-                state = _load_state(initial, owner * h + head, offsets, within, STATE, INITIAL)
+        if PACKED and begins:
+            state = _load_state(initial, owner * h + head, offsets, within, STATE, INITIAL)
         fades = _fades(ages[:, None], ages[None, :], tokens[:, None], tokens[None, :], DECAY, DIAGONAL)
         mixed = tl.dot(pulls, tl.trans(values), input_precision=PRECISION) * scale
         mixed = _weigh(mixed, fades, gates[None, :], own[None, :], is_own, GATE, DIAGONAL)
@@ -683,18 +678,16 @@ def _summarise_gradients(
         queries = _load_tile(q + row * q_stride, q_stride, tokens, limit, lines, N)
         pulls = _load_tile(dy + row * dy_stride, dy_stride, tokens, limit, columns, P)
         ages, whole = _ages(log_decay, row * h + head, h, head, tokens, limit, DECAY)
-        if PACKED:
-            if ends:
-                left = 0.0
-                state = _load_state(dfinal, owner * h + head, offsets, within, STATE, FINAL)
+        if PACKED and ends:
+            left = 0.0
+            state = _load_state(dfinal, owner * h + head, offsets, within, STATE, FINAL)
         decay = tl.exp2(whole)
         left *= decay
         pulls = (pulls.to(tl.float32) * (tl.exp2(ages) * scale)[:, None]).to(q.dtype.element_ty)
         state = tl.dot(tl.trans(queries), pulls, state * decay, input_precision=PRECISION)
-        if PACKED:
-            if begins:
-                left = 0.0
-                state = tl.zeros([PAD_N, TILE_P], tl.float32)
+        if PACKED and begins:
+            left = 0.0
+            state = tl.zeros([PAD_N, TILE_P], tl.float32)
     place = (index_of_row * b + sequence) * h + head
     tl.store(writes + place * STATE + offsets, state, mask=within)
     if tile == 0:
@@ -760,13 +753,12 @@ def _differentiate_kv(
             ages, whole = _ages(log_decay, row * h + head, h, head, tokens, limit, DECAY)
             gates = _load_gates(write_gate, row * h + head, h, tokens, limit, GATE)
             own = _load_gates(diagonal, row * h + head, h, tokens, limit, DIAGONAL)
-            if PACKED:
-                if ends:
-                    carried = 0.0
-                    grad = _load_state(dfinal, owner * h + head, offsets, within, STATE, FINAL)
-                    if FINAL and DECAY > 0:
-                        left = _load_state(final, owner * h + head, offsets, within, STATE, True)
-                        carried = tl.sum(grad.to(v.dtype.element_ty).to(tl.float32) * left)
+            if PACKED and ends:
+                carried = 0.0
+                grad = _load_state(dfinal, owner * h + head, offsets, within, STATE, FINAL)
+                if FINAL and DECAY > 0:
+                    left = _load_state(final, owner * h + head, offsets, within, STATE, True)
+                    carried = tl.sum(grad.to(v.dtype.element_ty).to(tl.float32) * left)
             rounded = grad.to(v.dtype.element_ty)
             until = tl.exp2(whole - ages)
             fades = _fades(ages[None, :], ages[:, None], tokens[None, :], tokens[:, None], DECAY, DIAGONAL)
@@ -807,9 +799,7 @@ def _differentiate_kv(
 
             pulls = (pulls.to(tl.float32) * (tl.exp2(ages) * scale)[:, None]).to(v.dtype.element_ty)
             grad = tl.dot(tl.trans(queries), pulls, grad * tl.exp2(whole), input_precision=PRECISION)
-            if PACKED and INITIAL:
-                if begins:
-                    tl.store(dinitial + (owner * h + head) * STATE + offsets, grad, mask=within)
-    if INITIAL and not PACKED:
-        if walk == 0:
-            tl.store(dinitial + (sequence * h + head) * STATE + offsets, grad, mask=within)
+            if PACKED and INITIAL and begins:
+                tl.store(dinitial + (owner * h + head) * STATE + offsets, grad, mask=within)
+    if INITIAL and not PACKED and walk == 0:
+        tl.store(dinitial + (sequence * h + head) * STATE + offsets, grad, mask=within)

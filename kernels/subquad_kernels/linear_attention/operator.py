@@ -32,7 +32,7 @@ def linear_attention(
 
         y_t = scale ( exp(g_t) S_{t-1}^T q_t + d_t (q_t . k_t) v_t )
 
-    g = log_decay (<= 0; absent: 0), w = write_gate (absent: 1), d = diagonal (absent: w, that is y_t = scale S_t^T q_t).
+    g = log_decay (<= 0; absent: 0), w = write_gate (absent: 1), d = diagonal (absent: w, that reads S_t itself).
     Shapes:  q, k: b t h_k n    v: b t h p, h a multiple of h_k    log_decay: b t h, or h    write_gate, diagonal: b t h
              initial_state: states h n p    cu_seqlens: documents + 1 (int32)
              ->  y: b t h p    final_state: states h n p (fp32; fp64 for fp64 inputs)

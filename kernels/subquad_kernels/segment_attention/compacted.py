@@ -48,7 +48,9 @@ def forward(
     return out, lse.transpose(1, 2)
 
 
-def backward(arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
+def backward(
+    arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]
+) -> dict[str, Tensor | None]:
     """Gradients of q, k, v and of the known summaries, from the saved log-sum-exp."""
     values: Any = arguments
     q, k, v, cu_seqlens = values["q"], values["k"], values["v"], values["cu_seqlens"]

@@ -43,7 +43,6 @@ def work(workload: Workload) -> Work:
         saved_bytes=0 if workload.phase == "decode" else inputs + outputs + lse,
     )
 
-
 def _example(dtype: DType, phase: Phase = "forward", **shape: int) -> Workload:
     axes = {"b": 2, "t": 37, "h": 4, "h_kv": 2, "k": 16, "v": 16, "m": 0} | shape
     return Workload(operator="segment_attention", shape=axes, dtype=dtype, phase=phase, options={"segment_len": 5})

@@ -117,13 +117,17 @@ def forward(
     return out, lse
 
 
-def backward(arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
+def backward(
+    arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]
+) -> dict[str, Tensor | None]:
     """Gradients of q, k, v and of the known summaries, from the saved log-sum-exp."""
     with torch.cuda.device_of(outputs[0]):
         return _backward(arguments, outputs, gradients)
 
 
-def _backward(arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
+def _backward(
+    arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]
+) -> dict[str, Tensor | None]:
     values: Any = arguments
     q, k, v, cu_seqlens = _rows(values["q"]), _rows(values["k"]), _rows(values["v"]), values["cu_seqlens"]
     segment_len, start, factor = values["segment_len"], values["start"], scale_of(q, values["scale"])

@@ -52,7 +52,6 @@ def work(workload: Workload) -> Work:
         saved_bytes=0 if workload.phase == "decode" else inputs + outputs + lse,
     )
 
-
 def _example(dtype: DType, phase: Phase = "forward", window: int = 0, **shape: int) -> Workload:
     axes = {"b": 2, "t": 37, "s": 37, "h": 4, "h_kv": 2, "k": 16, "v": 16} | shape
     options = {"causal": True, "window": window}

@@ -26,7 +26,9 @@ def forward(
         return _attend(q, k, v, cu_seqlens, causal, window, scale)
 
 
-def backward(arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
+def backward(
+    arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]
+) -> dict[str, Tensor | None]:
     """dq, dk, dv: FlexAttention hides its backward behind autograd, so its forward runs once more."""
     values: Any = arguments
     with torch.enable_grad():

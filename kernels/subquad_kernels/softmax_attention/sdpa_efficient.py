@@ -28,7 +28,9 @@ def forward(
     return out.transpose(1, 2), lse[:, :, : q.shape[1]]
 
 
-def backward(arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
+def backward(
+    arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]
+) -> dict[str, Tensor | None]:
     """dq, dk, dv from the saved log-sum-exp."""
     values: Any = arguments
     q, k, v = values["q"], values["k"], values["v"]

@@ -39,7 +39,9 @@ def forward(
     return out, lse.transpose(1, 2)
 
 
-def backward(arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
+def backward(
+    arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]
+) -> dict[str, Tensor | None]:
     """dq, dk, dv from the saved log-sum-exp."""
     values: Any = arguments
     q, k, v, cu_seqlens = values["q"], values["k"], values["v"], values["cu_seqlens"]
@@ -64,7 +66,9 @@ def backward(arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | N
     return dict(zip(("q", "k", "v"), found))
 
 
-def _cpu_mask(q: Tensor, k: Tensor, causal: bool, window: int, real: Tensor | None) -> tuple[bool, Tensor | None]:
+def _cpu_mask(
+    q: Tensor, k: Tensor, causal: bool, window: int, real: Tensor | None
+) -> tuple[bool, Tensor | None]:
     """What the CPU operator is told: (is_causal, additive mask or None).  Shape of real: b s"""
     t, s = q.shape[1], k.shape[1]
     if real is None and (not causal or t == 1 or t == s) and (not window or window >= s):

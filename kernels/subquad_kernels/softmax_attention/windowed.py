@@ -1,6 +1,6 @@
 """Windowed attention in tiles: a tile of `window` queries sees its own tile of keys and the one before.
 
-work  b t h 2 window (k + v)  multiply-adds instead of  b t^2 h (k + v) / 2; no t x t matrix is ever formed.
+    work  b t h 2 window (k + v)  multiply-adds instead of  b t^2 h (k + v) / 2; no t x t matrix is ever formed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def forward(
         return _attend(q, k, v, cu_seqlens, window, scale_of(q, scale))
 
 
-def backward(arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
+def backward(
+    arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]
+) -> dict[str, Tensor | None]:
     """dq, dk, dv by differentiating the tiles, computed once more."""
     values: Any = arguments
     with torch.enable_grad():
@@ -66,7 +68,9 @@ def _attend(
     return out.reshape(b, tiles * tile, h, v.shape[3])[:, :t], lse[:, :, :t]
 
 
-def _visible(t: int, tile: int, tiles: int, window: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
+def _visible(
+    t: int, tile: int, tiles: int, window: int, cu_seqlens: Tensor | None, device: torch.device
+) -> Tensor:
     """Shape: tiles tile (2 tile)"""
     query = torch.arange(tiles * tile, device=device).view(tiles, tile, 1)
     key = query.view(tiles, 1, tile)
