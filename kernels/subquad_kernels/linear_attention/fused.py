@@ -205,7 +205,7 @@ class _Call:
         """Gradients in the types of their tensors; parts of heads that share q and k are added at the end."""
         self._cut(launch)
         b, t, h, n, p, tiles = self.b, self.t, self.h, self.n, self.p, self.tiles
-        dy = self.v.new_zeros(1, 1, 1).expand(b * t, h, p) if dy is None else _rows(dy)
+        dy = self.v.new_zeros(1, 1, p).expand(b * t, h, p) if dy is None else _rows(dy)
         dfinal = None if dfinal is None else dfinal.contiguous()
         dq, dk = (torch.empty(b, t, h, tiles, n, dtype=self.v.dtype, device=self.v.device) for _ in range(2))
         dv = torch.empty(b, t, h, p, dtype=self.v.dtype, device=self.v.device)
@@ -382,7 +382,8 @@ def _ages(log_decay, at, h, head, tokens, limit, DECAY: tl.constexpr):
         rates = tl.load(log_decay + at + tokens * h, mask=tokens < limit, other=0.0).to(tl.float32)
         rates = tl.maximum(rates, _LEAST) * _LOG2_E
         ages = tl.cumsum(rates)
-        whole = tl.sum(rates)
+        # The last age itself: a sum in another order would be off by the rounding of both.
+        whole = tl.sum(tl.where(tokens == limit - 1, ages, 0.0))
     return ages, whole
 
 
