@@ -176,6 +176,17 @@ def test_a_token_that_forgets_everything_leaves_its_neighbours_their_precision()
     assert_exact(arguments)
 
 
+@pytest.mark.parametrize("rate", [None, -1e-8, -0.05, -5.0], ids=str)
+def test_rounded_operands_cost_one_rounding_and_the_decays_gradient_no_more(rate: float | None) -> None:
+    """float16 stands for bfloat16, which the interpreter cannot compute: the same roundings, three bits later."""
+    arguments = sample(workload(400, full=False, dtype="float16", h=1, n=32, p=32))
+    if rate is not None:
+        arguments["log_decay"] = torch.full_like(arguments["log_decay"], rate)
+    errors = errors_of(arguments, None)
+    assert errors["y"] < OPERATOR.tolerances["float16"].output
+    assert max(errors.values()) < OPERATOR.tolerances["float16"].output  # half of what gradients are allowed
+
+
 def test_slices_of_wider_tensors_are_taken_as_they_are() -> None:
     """q, k and v are slices of one projection: views, with rows and heads further apart."""
     arguments = sample(workload(20, b=2, h_k=2, p=5))
