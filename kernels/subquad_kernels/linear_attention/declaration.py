@@ -24,9 +24,9 @@ def segment_len(b: int, t: int, h: int) -> int:
     return 1024 if tokens >= 1024 * _PROGRAMS else 512 if tokens >= 512 * _PROGRAMS else 256
 
 
-def chunk_slots(t: int, documents: int) -> int:
+def chunk_slots(t: int, documents: int, chunk: int = CHUNK) -> int:
     """How many chunks there may be when no chunk holds tokens of two documents (0 documents: not packed)."""
-    return t // CHUNK + documents if documents else -(-t // CHUNK)
+    return t // chunk + documents if documents else -(-t // chunk)
 
 
 def segments(b: int, t: int, h: int, documents: int) -> int:

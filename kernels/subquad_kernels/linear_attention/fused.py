@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from subquad_kernels.linear_attention.declaration import CHUNK, segment_len
+from subquad_kernels.linear_attention.declaration import CHUNK, chunk_slots, segment_len
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Argument, Arguments, Outputs
@@ -103,6 +103,8 @@ class _Call:
         self.cu_seqlens: Tensor | None = values["cu_seqlens"]
         self.documents = 0 if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
         self.scale = float(values["scale"])
+        # None, by token or by head: the kernels' DECAY.
+        self.decay = 0 if self.log_decay is None else 1 if self.log_decay.dim() == 3 else 2
 
     def _new(self, *shape: int) -> Tensor:
         return self.v.new_empty(shape, dtype=torch.float32)
@@ -117,11 +119,11 @@ class _Call:
 
     def _cut(self, launch: Launch) -> None:
         """Set the tiles of values, the chunks, the segments, and how many segments a walk between two cuts has."""
-        self.tiles = triton.cdiv(self.p, launch.tile_p)
+        self.tiles = _ceil_div(self.p, launch.tile_p)
         tokens = launch.segment_len or segment_len(self.b, self.t, self.h)
-        self.chunks_per_segment = triton.cdiv(tokens, launch.chunk)
-        self.chunks = self.t // launch.chunk + self.documents if self.documents else triton.cdiv(self.t, launch.chunk)
-        self.segments = triton.cdiv(self.chunks, self.chunks_per_segment)
+        self.chunks_per_segment = _ceil_div(tokens, launch.chunk)
+        self.chunks = chunk_slots(self.t, self.documents, launch.chunk)
+        self.segments = _ceil_div(self.chunks, self.chunks_per_segment)
         self.lanes = self.tiles * self.h * self.b
         self.walked = self.segments if self.lanes >= launch.enough else 1
         self.walks = self.segments // self.walked
@@ -143,7 +145,7 @@ class _Call:
             "PAD_N": _padded(self.n),
             "TILE_P": launch.tile_p,
             "CHUNK": launch.chunk,
-            "DECAY": 0 if self.log_decay is None else 3 - min(2, self.log_decay.dim()),
+            "DECAY": self.decay,
             "GATE": self.write_gate is not None,
             "PACKED": self.table is not None,
             "PRECISION": "tf32x3" if self.v.dtype == torch.float32 else "ieee",
@@ -153,7 +155,7 @@ class _Call:
 
     def _compose(self, decays: Tensor, writes: Tensor, *, reverse: bool) -> None:
         size = self.n * self.p
-        _compose[(self.b * self.h, triton.cdiv(size, 512))](
+        _compose[(self.b * self.h, _ceil_div(size, 512))](
             decays, writes, size, self.b * self.h, self.segments - 1, BLOCK=512, REVERSE=reverse, num_warps=4
         )
 
@@ -187,14 +189,14 @@ class _Call:
     def _step(self, y: Tensor, final: Tensor) -> None:
         """One token: bound by the state's bytes, so that tiles are narrow until there are programs enough."""
         tile_p = min(64, _padded(self.p))
-        while tile_p > 16 and self.b * self.h * triton.cdiv(self.p, tile_p) < 528:
+        while tile_p > 16 and self.b * self.h * _ceil_div(self.p, tile_p) < 528:
             tile_p //= 2
-        _step[(self.b * self.h * triton.cdiv(self.p, tile_p),)](
+        _step[(self.b * self.h * _ceil_div(self.p, tile_p),)](
             self.q, self.k, self.v, self.log_decay, self.write_gate, self.diagonal, self.initial, y, final,
             self.scale, self.h, self.h // self.h_k, self.q.stride(0), self.q.stride(1), self.k.stride(0),
             self.k.stride(1), self.v.stride(0), self.v.stride(1),
             N=self.n, P=self.p, PAD_N=_padded(self.n), TILE_P=tile_p,
-            DECAY=0 if self.log_decay is None else 3 - min(2, self.log_decay.dim()),
+            DECAY=self.decay,
             GATE=self.write_gate is not None, DIAGONAL=self.diagonal is not None, INITIAL=self.initial is not None,
             num_warps=4,
         )  # fmt: skip
@@ -262,9 +264,14 @@ class _Call:
         }
 
 
+def _ceil_div(length: int, part: int) -> int:
+    """How many parts hold the length; triton.cdiv takes microseconds a call."""
+    return -(-length // part)
+
+
 def _padded(width: int) -> int:
     """The width of a tile that holds it: a power of two that tensor cores take."""
-    return max(16, int(triton.next_power_of_2(width)))
+    return max(16, 1 << (width - 1).bit_length())
 
 
 def _rows(tensor: Tensor) -> Tensor:
