@@ -319,12 +319,14 @@ def time_rivals(record: Record, cases: tuple[Case, ...], over: Callable[[], bool
 
 
 def candidates(base: fused.Launch, case: Case) -> Iterator[fused.Launch]:
-    """Tiles, warps, stages of loads and registers; then chunks of 128 tokens in eight warps."""
-    for tile, warps, stages, registers in (
-        (base.tile_p, 4, 2, None), (base.tile_p, 4, 3, None), (base.tile_p, 4, 1, None), (base.tile_p, 4, 2, 168),
-        (32, 4, 2, None), (64, 4, 2, None), (128, 8, 2, None), (base.tile_p, 8, 2, None), (base.tile_p, 8, 2, 128),
-    ):  # fmt: skip
-        if tile <= case.p:
+    """Tiles of values, warps, stages of loads, and a cap on registers; the one that stands comes first."""
+    own = base.tile_p
+    tried = (
+        (own, base.num_warps, base.num_stages, None), (own, 4, 2, None), (own, 4, 3, None), (own, 4, 1, None),
+        (own, 4, 2, 168), (64, 4, 2, None), (32, 4, 2, None), (128, 8, 2, None), (own, 8, 2, None),
+    )  # fmt: skip
+    for tile, warps, stages, registers in dict.fromkeys(tried):
+        if tile <= max(16, case.p):
             yield replace(base, tile_p=tile, num_warps=warps, num_stages=stages, registers=registers)
 
 
