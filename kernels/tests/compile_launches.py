@@ -35,6 +35,7 @@ CASES: dict[str, list[tuple[dict[str, int], dict[str, Any]]]] = {
     "linear_attention": [
         (dict(b=2, t=2048, h=8, h_k=8, n=64, p=64), dict.fromkeys(GATES, False) | {"decay": "head"}),
         (dict(b=1, t=300, h=4, h_k=1, n=128, p=64, documents=3), dict.fromkeys(GATES, True) | {"decay": "token"}),
+        (dict(b=1, t=600, h=1, h_k=1, n=32, p=1), dict.fromkeys(GATES, False) | {"decay": "none"}),
         (dict(b=1, t=1, h=4, h_k=1, n=128, p=64), dict.fromkeys(GATES, True) | {"decay": "token"}),
     ],
 }
