@@ -51,6 +51,8 @@ def cases(operator: Operator, everything: bool) -> Iterator[Workload]:
         if example.dtype != "float32" or (decode and not everything):
             continue
         sizes = {axis: size for axis, size in SIZES.items() if not (decode and axis in ("t", "s"))}
+        if "p" in example.shape:  # a state of matrices has wider keys than one of vectors
+            sizes |= {"n": 64, "p": 64}
         shape = {axis: sizes.get(axis, length) for axis, length in example.shape.items()}
         yield replace(example, shape=shape, dtype="bfloat16")
         if everything:
@@ -59,6 +61,9 @@ def cases(operator: Operator, everything: bool) -> Iterator[Workload]:
                 for width in (32, 128, 256):
                     yield replace(example, shape=shape | {"k": width, "v": width}, dtype="bfloat16")
                 yield replace(example, shape=shape | {"k": 48, "v": 128}, dtype="bfloat16")
+            elif "p" in shape:
+                for n, p in ((32, 32), (128, 64), (128, 128)):
+                    yield replace(example, shape=shape | {"n": n, "p": p}, dtype="bfloat16")
             elif "n" in shape:
                 yield replace(example, shape=shape | {"n": 64}, dtype="bfloat16")
 

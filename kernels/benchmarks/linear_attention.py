@@ -1,0 +1,427 @@
+"""Check and time linear attention on a CUDA device, beside other libraries where they are installed.
+
+    python kernels/benchmarks/linear_attention.py OUT.json [--tune] [--only NAME ...] [--limit-s 240]
+
+bfloat16. `device_ms` is the sum of the times of all kernels that one call starts (profiler, mean of ten calls);
+`called_ms` is what a caller waits for: through the torch op, with autograd where gradients are wanted (median of
+`triton.testing.do_bench`, L2 cleared between calls); `host_us` is what a call of a tiny shape takes before it returns.
+`error` is the largest of outputs and gradients of the same widths at 2 x 299 tokens, against float64.
+With --tune, launches are tried for each case, forward then backward then the length of a segment, and the best are
+printed and kept for the timings; the package itself keeps what `fused.launch_of` says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from triton.testing import do_bench
+
+import subquad_kernels.builtin  # noqa: F401  (fills the catalogue)
+from subquad_kernels.catalogue import CATALOGUE
+from subquad_kernels.linear_attention import fused
+from subquad_kernels.linear_attention.definition import sample_inputs
+from subquad_kernels.operators import linear_attention
+from subquad_kernels.self_check import kernel_errors, stack_versions
+from subquad_kernels.workload import Workload
+
+OPERATOR = CATALOGUE.operator("linear_attention")
+DIFFERENTIABLE = ("q", "k", "v", "log_decay", "write_gate", "diagonal", "initial_state")
+Call = Callable[[dict[str, Any]], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One shape that is timed; `decay` is head (retention), token (simple GLA) or none."""
+
+    name: str
+    b: int
+    t: int
+    h: int = 16
+    h_k: int = 16
+    n: int = 64
+    p: int = 64
+    decay: str = "head"
+    write_gate: bool = False
+    diagonal: bool = False
+    documents: int = 0
+
+    def workload(self, *, state: bool = False, **changes: int) -> Workload:
+        shape = {axis: getattr(self, axis) for axis in ("b", "t", "h", "h_k", "n", "p")} | changes
+        if self.documents:
+            shape["documents"] = self.documents
+        options: dict[str, Any] = {"decay": self.decay, "initial_state": state}
+        options |= {"write_gate": self.write_gate, "diagonal": self.diagonal}
+        return Workload(operator="linear_attention", shape=shape, dtype="bfloat16", phase="backward", options=options)
+
+    def inputs(self, *, state: bool = False, **changes: int) -> dict[str, Any]:
+        found = sample_inputs(self.workload(state=state, **changes), seed=0, device="cuda")
+        if self.decay == "head":  # RetNet's own
+            found["log_decay"] = torch.log1p(-(2.0 ** (-5 - torch.arange(self.h, device="cuda"))))
+        return found
+
+
+CASES = (
+    Case(name="D64 L2k", b=16, t=2_048),
+    Case(name="D64 L8k", b=4, t=8_192),
+    Case(name="D64 L32k", b=1, t=32_768),
+    Case(name="D64 L8k token", b=4, t=8_192, decay="token"),
+    Case(name="D64 L8k packed", b=1, t=32_768, decay="token", documents=24),
+    Case(name="D128 L8k", b=4, t=8_192, n=128, p=128),
+    Case(name="SSD L8k", b=4, t=8_192, h=32, h_k=1, n=128, p=64, decay="token", write_gate=True),
+    Case(name="SSD L32k", b=1, t=32_768, h=32, h_k=1, n=128, p=64, decay="token", write_gate=True),
+    Case(name="Mamba-3 L8k", b=4, t=8_192, h=32, h_k=32, n=128, p=64, decay="token", write_gate=True, diagonal=True),
+    Case(name="D64 L128k", b=1, t=131_072),
+)
+DECODE = (
+    Case(name="decode D64", b=1, t=1),
+    Case(name="decode SSD", b=1, t=1, h=32, h_k=1, n=128, decay="token", write_gate=True),
+)
+
+
+@dataclass
+class Record:
+    """What OUT.json holds."""
+
+    device: str
+    versions: tuple[str, ...]
+    timings: list[dict[str, Any]] = field(default_factory=list)
+    rivals: list[dict[str, Any]] = field(default_factory=list)
+    decode: list[dict[str, Any]] = field(default_factory=list)
+    host_us: dict[str, float] = field(default_factory=dict)
+    tuning: list[dict[str, Any]] = field(default_factory=list)
+    launches: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def device_times(function: Callable[[], object], calls: int = 10) -> dict[str, float]:
+    """Milliseconds of every kernel that a call starts."""
+    function()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(calls):
+            function()
+        torch.cuda.synchronize()
+    return {event.key[:60]: event.device_time_total / 1e3 / calls for event in found.key_averages()}
+
+
+def called_ms(function: Callable[[], object]) -> float:
+    return float(do_bench(function, warmup=10, rep=60, return_mode="median"))
+
+
+class Timed:
+    """A call with its inputs, forward and with gradients."""
+
+    def __init__(self, call: Call, inputs: dict[str, Any]) -> None:
+        self.call, self.inputs = call, inputs
+        self.wanted = [inputs[name] for name in DIFFERENTIABLE if inputs.get(name) is not None]
+        self.pull = torch.randn_like(inputs["v"])
+
+    def forward(self) -> Tensor:
+        with torch.no_grad():
+            return self.call(self.inputs)
+
+    def both(self) -> tuple[Tensor | None, ...]:
+        for tensor in self.wanted:
+            tensor.requires_grad_()
+        y = self.call(self.inputs)
+        found = torch.autograd.grad(y, self.wanted, self.pull, allow_unused=True)
+        for tensor in self.wanted:
+            tensor.requires_grad_(False)
+        return found
+
+    def times(self) -> Iterator[tuple[str, Any]]:
+        for name, function in (("forward", self.forward), ("both", self.both)):
+            parts = device_times(function)
+            yield f"{name}_device_ms", sum(parts.values())
+            yield f"{name}_parts", parts
+            yield f"{name}_called_ms", called_ms(function)
+
+
+def ours(inputs: dict[str, Any]) -> Tensor:
+    return linear_attention(**inputs, kernel="fused")[0]
+
+
+def launched(launches: dict[str, fused.Launch]) -> Any:
+    """The kernel with its functions bound to launches."""
+
+    class Bound:
+        @staticmethod
+        def forward(**arguments: Any) -> tuple[Tensor, ...]:
+            return fused.forward(launches["forward"], **arguments)
+
+        @staticmethod
+        def backward(*values: Any) -> dict[str, Tensor | None]:
+            return fused.backward(*values, launches["backward"])
+
+    kernel = replace(CATALOGUE.kernel("linear_attention", "fused"))
+    kernel.__dict__["torch_half"] = Bound
+    return kernel
+
+
+def default_launches(case: Case) -> dict[str, fused.Launch]:
+    return {
+        direction: fused.launch_of(case.n, case.p, torch.bfloat16, backward=direction == "backward")
+        for direction in ("forward", "backward")
+    }
+
+
+def check(case: Case, launches: dict[str, fused.Launch]) -> tuple[float, str, bool]:
+    """The largest error at the case's widths and a small size, its name, and whether all are within tolerance."""
+    arguments = case.inputs(state=True, b=1 if case.documents else 2, t=299, h=min(case.h, 4), h_k=min(case.h_k, 4))
+    arguments["log_decay"] = None if case.decay == "none" else arguments["log_decay"]
+    if case.decay == "head":
+        arguments["log_decay"] = arguments["log_decay"][: arguments["v"].shape[2]].contiguous()
+    # Cut into two segments, as the timed shapes are.
+    small = {name: replace(launch, enough=10**9, segment_len=256) for name, launch in launches.items()}
+    errors = kernel_errors(OPERATOR, launched(small), arguments, gradients=True)
+    tolerance = OPERATOR.tolerances["bfloat16"]
+    passed = all(e <= (tolerance.gradient if name.startswith("d_") else tolerance.output) for name, e in errors.items())
+    name = max(errors, key=lambda key: errors[key])
+    return errors[name], name, passed
+
+
+def time_case(record: Record, case: Case, launches: dict[str, fused.Launch] | None = None) -> None:
+    """Defaults are timed through the torch op; launches that were asked for are timed as kernels alone."""
+    row: dict[str, Any] = {"case": asdict(case), "tuned": launches is not None}
+    try:
+        row["error"], row["error_of"], row["passed"] = check(case, launches or default_launches(case))
+        inputs = case.inputs()
+        if launches is None:
+            row |= dict(Timed(ours, inputs).times())
+        else:
+            row |= kernel_times(inputs, launches)
+        floor = OPERATOR.work(case.workload()), OPERATOR.work(replace(case.workload(), phase="forward"))
+        row["bytes"] = {"forward": floor[1].bytes_moved, "both": floor[0].bytes_moved + floor[1].bytes_moved}
+        state = "ok  " if row["passed"] else "FAIL"
+        print(f"{state} {case.name:16} error {row['error']:.1e} ({row['error_of']})", end="")
+        for name, size in row["bytes"].items():
+            gigabytes = size / row[f"{name}_device_ms"] / 1e6
+            print(f"   {name} device {row[f'{name}_device_ms']:.3f} ({gigabytes:.0f} GB/s)", end="")
+            print(f" called {row[f'{name}_called_ms']:.3f}" if f"{name}_called_ms" in row else "", end="")
+        print(flush=True)
+        for part, value in sorted(row["both_parts"].items(), key=lambda item: -item[1])[:8]:
+            print(f"          {value:8.3f}  {part}")
+    except Exception as error:  # one failure does not lose the rest
+        row["failure"] = f"{type(error).__name__}: {error}"[:400]
+        print("FAIL", case.name, row["failure"], flush=True)
+    record.timings.append(row)
+
+
+def kernel_times(inputs: dict[str, Any], launches: dict[str, fused.Launch]) -> dict[str, Any]:
+    pull = torch.randn_like(inputs["v"])
+
+    def forward() -> tuple[Tensor, ...]:
+        return fused.forward(launches["forward"], **inputs)
+
+    def both() -> None:
+        fused.backward(inputs, forward(), (pull, None), launches["backward"])
+
+    found: dict[str, Any] = {}
+    for name, function in (("forward", forward), ("both", both)):
+        parts = device_times(function)
+        found |= {f"{name}_device_ms": sum(parts.values()), f"{name}_parts": parts}
+    return found
+
+
+def time_decode(record: Record) -> None:
+    """One token with a state, batch after batch: bytes are those of the state read and written."""
+    for case, b in itertools.product(DECODE, (1, 4, 16, 64, 256)):
+        inputs = case.inputs(state=True, b=b)
+        timed = Timed(ours, inputs)
+        size = 2 * inputs["initial_state"].numel() * 4
+        row: dict[str, Any] = {"case": case.name, "b": b, "device_us": 1e3 * sum(device_times(timed.forward).values())}
+        row["gigabytes_per_s"] = size / row["device_us"] / 1e3
+        expected = linear_attention(**inputs, kernel="reference")[0].double()
+        row["error"] = float((timed.forward().double() - expected).abs().max() / expected.abs().max())
+        print(f"{case.name:12} b={b:<4}", *(f"{name} {row[name]:.3g}" for name in list(row)[2:]), flush=True)
+        record.decode.append(row)
+
+
+def time_host(record: Record) -> None:
+    """Microseconds until a call returns, of a shape that the device finishes sooner."""
+    case = Case(name="tiny", b=1, t=1_024, h=2, h_k=2)
+    inputs = case.inputs()
+    timed = Timed(ours, inputs)
+    for name, function in {
+        "forward": lambda: fused.forward(**inputs), "op forward": timed.forward, "op forward+backward": timed.both
+    }.items():  # fmt: skip
+        for _ in range(20):
+            function()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(200):
+            function()
+        record.host_us[name] = (time.perf_counter() - start) / 200 * 1e6
+        torch.cuda.synchronize()
+    print("host us a call:", {name: round(value, 1) for name, value in record.host_us.items()}, flush=True)
+
+
+def _fla_retention(case: Case) -> Call | None:
+    call = importlib.import_module("fla.ops.retention").chunk_retention
+    plain = case.decay == "head" and case.h == case.h_k
+    return (lambda x: call(x["q"], x["k"], x["v"])[0]) if plain else None
+
+
+def _fla_simple_gla(case: Case) -> Call | None:
+    call = importlib.import_module("fla.ops.simple_gla").chunk_simple_gla
+    plain = case.decay == "token" and case.h == case.h_k and not (case.write_gate or case.documents)
+    return (lambda x: call(x["q"], x["k"], x["v"], g=x["log_decay"])[0]) if plain else None
+
+
+def _mamba_ssd(case: Case) -> Call | None:
+    call = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+    if not case.write_gate or case.diagonal:
+        return None
+    # It takes the step size and the rate: the decay follows from them, so that only the cost compares.
+    rates = -torch.ones(case.h, device="cuda")
+    return lambda x: call(x["v"], x["write_gate"], rates, x["k"], x["q"], chunk_size=256)
+
+
+RIVALS: dict[str, Callable[[Case], Call | None]] = {
+    "fla chunk_retention": _fla_retention,
+    "fla chunk_simple_gla": _fla_simple_gla,
+    "mamba_ssm mamba_chunk_scan_combined": _mamba_ssd,
+}
+
+
+def time_rivals(record: Record, cases: tuple[Case, ...], over: Callable[[], bool]) -> None:
+    """Their first calls tune for a minute and more; what is not installed or raises is named."""
+    for (name, make), case in itertools.product(RIVALS.items(), cases):
+        row: dict[str, Any] = {"rival": name, "case": case.name}
+        if over():
+            row["failure"] = "time is up"
+        else:
+            try:
+                call = make(case)
+                if call is None:
+                    continue
+                timed = Timed(call, case.inputs())
+                if "mamba" not in name:
+                    mine, theirs = ours(timed.inputs).float(), timed.forward().float()
+                    row["distance"] = float((mine - theirs).abs().max() / mine.abs().max())
+                for key, value in timed.times():
+                    row[key] = value
+            except Exception as error:
+                row["failure"] = f"{type(error).__name__}: {error}"[:200]
+        shown = {key: round(value, 4) for key, value in row.items() if isinstance(value, float)}
+        print(f"rival {name:36} {case.name:16}", shown, row.get("failure", "")[:90], flush=True)
+        record.rivals.append(row)
+
+
+def candidates(base: fused.Launch, case: Case) -> Iterator[fused.Launch]:
+    """Tiles of values, warps, stages of loads, and a cap on registers; the one that stands comes first."""
+    own = base.tile_p
+    tried = (
+        (own, base.num_warps, base.num_stages, None), (own, 4, 2, None), (own, 4, 3, None), (own, 4, 1, None),
+        (own, 4, 2, 168), (64, 4, 2, None), (32, 4, 2, None), (128, 8, 2, None), (own, 8, 2, None),
+    )  # fmt: skip
+    for tile, warps, stages, registers in dict.fromkeys(tried):
+        if tile <= max(16, case.p):
+            yield replace(base, tile_p=tile, num_warps=warps, num_stages=stages, registers=registers)
+
+
+def tune(record: Record, case: Case, over: Callable[[], bool]) -> dict[str, fused.Launch]:
+    """The launches with the least device time; both directions share chunk and segment length."""
+    inputs = case.inputs()
+    pull = torch.randn_like(inputs["v"])
+    launches = default_launches(case)
+    expected = fused.forward(**inputs)[0].float()
+
+    def measure(trial: dict[str, fused.Launch], direction: str) -> float:
+        """Milliseconds of a direction, or of both; infinite where it raises or its result is another."""
+        row: dict[str, Any] = {"case": case.name, "direction": direction}
+        row["launches"] = {name: asdict(launch) for name, launch in trial.items()}
+        try:
+            outputs = fused.forward(trial["forward"], **inputs)
+            distance = float((outputs[0].float() - expected).abs().max() / expected.abs().max())
+            functions: dict[str, Callable[[], object]] = {
+                "forward": lambda: fused.forward(trial["forward"], **inputs),
+                "backward": lambda: fused.backward(inputs, outputs, (pull, None), trial["backward"]),
+            }
+            times = {
+                name: device_times(function) for name, function in functions.items() if direction in (name, "both")
+            }
+            row |= {"distance": distance, "parts": times, "ms": sum(sum(parts.values()) for parts in times.values())}
+        except Exception as error:
+            row["failure"] = f"{type(error).__name__}: {error}"[:200]
+        record.tuning.append(row)
+        shown = trial["forward" if direction == "forward" else "backward"]
+        label = f"tile {shown.tile_p} warps {shown.num_warps} stages {shown.num_stages} registers {shown.registers}"
+        label += f" chunk {shown.chunk} segment {shown.segment_len} enough {shown.enough}"
+        print(f"  {direction:8} {label:80} {row.get('ms', 0):.3f} {row.get('failure', '')[:80]}", flush=True)
+        return float(row["ms"]) if row.get("distance", 1.0) < 0.05 else float("inf")
+
+    def best_of(trials: Iterator[dict[str, fused.Launch]], direction: str) -> dict[str, fused.Launch]:
+        best, least = launches, float("inf")
+        for trial in trials:
+            if over():
+                print("time is up: the rest is not tuned")
+                break
+            milliseconds = measure(trial, direction)
+            if milliseconds < least:
+                best, least = trial, milliseconds
+        return best
+
+    for direction in ("forward", "backward"):
+        tried = candidates(launches[direction], case)
+        launches = best_of((launches | {direction: launch} for launch in tried), direction)
+
+    def layouts() -> Iterator[dict[str, fused.Launch]]:
+        yield launches
+        for segment_len, enough in ((256, 256), (512, 256), (2048, 256), (1024, 1), (1024, 10**9)):
+            yield {k: replace(v, segment_len=segment_len, enough=enough) for k, v in launches.items()}
+        yield {k: replace(v, chunk=128, num_warps=8) for k, v in launches.items()}
+
+    return best_of(layouts(), "both")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--only", nargs="*", default=None, help="names of cases; all unless given")
+    parser.add_argument("--limit-s", type=float, default=240.0)
+    options = parser.parse_args()
+    end = time.monotonic() + options.limit_s
+    cases = tuple(case for case in CASES if options.only is None or case.name in options.only)
+    record = Record(device=torch.cuda.get_device_name(), versions=stack_versions())
+
+    def over(spare_s: float = 15.0) -> bool:
+        return time.monotonic() > end - spare_s
+
+    try:
+        for case in cases:
+            if over():
+                print("time is up: not timed:", case.name)
+                continue
+            time_case(record, case)
+            torch.cuda.empty_cache()
+        if not over():
+            time_decode(record)
+            time_host(record)
+        if options.tune:
+            for case in cases:
+                if over():
+                    break
+                print("tuning", case.name)
+                launches = tune(record, case, over)
+                record.launches[case.name] = {name: asdict(launch) for name, launch in launches.items()}
+                print("best", *(f"{name}: {launch}" for name, launch in launches.items()), sep="\n  ")
+                time_case(record, case, launches)
+        time_rivals(record, cases, over)
+    finally:
+        options.out.write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

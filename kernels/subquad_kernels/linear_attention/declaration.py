@@ -1,0 +1,163 @@
+"""The records of linear attention: what it costs, and where each kernel applies."""
+
+from __future__ import annotations
+
+from subquad_kernels.catalogue import Kernel, Operator, Tolerance
+from subquad_kernels.workload import DeviceLimits, DType, Option, Phase, Work, Workload
+
+_HERE = "subquad_kernels.linear_attention"
+
+CHUNK = 64
+"""Tokens that are mixed by one masked matrix product; the tile of a tensor core instruction has 64 rows."""
+
+_PROGRAMS = 512
+"""About four programs for each of an H100's 132 multiprocessors."""
+
+
+def segment_len(b: int, t: int, h: int) -> int:
+    """Tokens of a segment of time: the longest of 1024, 512, 256 that leaves enough programs for a device.
+
+    A forward keeps one state a segment, 4 n p bytes a head: at 1024 tokens and n = p = 64 that is 1/32 of what
+    it reads and writes in bfloat16.
+    """
+    tokens = b * t * h
+    return 1024 if tokens >= 1024 * _PROGRAMS else 512 if tokens >= 512 * _PROGRAMS else 256
+
+
+def chunk_slots(t: int, documents: int, chunk: int = CHUNK) -> int:
+    """How many chunks there may be when no chunk holds tokens of two documents (0 documents: not packed)."""
+    return t // chunk + documents if documents else -(-t // chunk)
+
+
+def segments(b: int, t: int, h: int, documents: int) -> int:
+    """Segments of time of a call; their last may be short."""
+    return -(-chunk_slots(t, documents) // (segment_len(b, t, h) // CHUNK))
+
+
+def work(workload: Workload) -> Work:
+    """Chunks of 64: 64 (n + p) + 4 n p FLOPs a token and head forward (the causal half), 3 and 10 of these backward."""
+    shape, options, e = workload.shape, workload.options, workload.element_bytes
+    b, t, h, h_k, n, p = (shape[axis] for axis in ("b", "t", "h", "h_k", "n", "p"))
+    documents = shape.get("documents", 0)
+    exact = max(4, e)  # bytes of one element of gates and states
+    per_token = (options["decay"] == "token") + bool(options["write_gate"]) + bool(options["diagonal"])
+    states = (documents or b) * h * n * p * exact
+    inputs = b * t * (2 * h_k * n + h * p) * e + b * t * h * per_token * exact
+    inputs += h * exact if options["decay"] == "head" else 0
+    inputs += states if options["initial_state"] else 0
+    bounds = 4 * (documents + 1) if documents else 0
+    outputs = b * t * h * p * e + states
+    boundaries = (segments(b, t, h, documents) - 1) * b * h * n * p * exact
+    rows = b * t * h
+    steps = -(-t // max(1, documents))
+    if workload.phase == "decode":  # nothing is mixed within a chunk, and no product has two matrices
+        return Work(
+            vector_flops=rows * (5 * n * p + 2 * n + 2 * p),
+            transcendental_ops=rows if options["decay"] != "none" else 0,
+            bytes_moved=inputs + bounds + outputs,
+        )
+    width = min(CHUNK, steps)
+    intra, inter = rows * width * (n + p), 4 * rows * n * p
+    pairs = rows * width // 2
+    serial_steps = -(-steps // CHUNK)
+    if workload.phase == "backward":
+        return Work(
+            matmul_flops=3 * intra + 5 * inter // 2,
+            vector_flops=6 * pairs + rows * (4 * n + 4 * p),
+            transcendental_ops=2 * pairs if options["decay"] != "none" else 0,
+            bytes_moved=2 * inputs + bounds + boundaries + outputs,
+            serial_steps=2 * serial_steps,
+        )
+    return Work(
+        matmul_flops=intra + inter,
+        vector_flops=2 * pairs + 2 * rows * p,
+        transcendental_ops=pairs if options["decay"] != "none" else 0,
+        bytes_moved=inputs + bounds + outputs + boundaries,
+        serial_steps=serial_steps,
+        saved_bytes=inputs + outputs + boundaries,
+    )
+
+
+def _example(
+    dtype: DType, phase: Phase = "forward", *, full: bool = False, decay: str = "token", **shape: int
+) -> Workload:
+    axes = {"b": 2, "t": 150, "h": 4, "h_k": 2, "n": 12, "p": 20} | shape
+    options: dict[str, Option] = dict.fromkeys(("write_gate", "diagonal", "initial_state"), full)
+    return Workload(
+        operator="linear_attention", shape=axes, dtype=dtype, phase=phase, options={"decay": decay} | options
+    )
+
+
+OPERATOR = Operator(
+    name="linear_attention",
+    summary="linear attention with a scalar decay (RetNet, Lightning, SSD, Mamba-3, simple GLA, mLSTM)",
+    definition=f"{_HERE}.definition",
+    tensors=("q", "k", "v", "log_decay", "write_gate", "diagonal", "initial_state", "cu_seqlens"),
+    outputs=("y", "final_state"),
+    residuals=("boundaries",),
+    defaults={"cpu": ("chunked",), "cuda": ("fused", "chunked")},
+    work=work,
+    tolerances={
+        "float64": Tolerance(output=1e-11, gradient=1e-10, reason="sums over a chunk and over t in another order"),
+        "float32": Tolerance(
+            output=5e-5, gradient=2e-4,
+            reason="sums of log decays over a chunk round at 2^-24 of their size; rounding of fp32 states over t",
+        ),
+        "bfloat16": Tolerance(
+            output=8e-3, gradient=1.6e-2,
+            reason="scores, writes and the state are rounded to 8 bits as operands of tensor cores; sums are fp32",
+        ),
+        "float16": Tolerance(
+            output=1e-3, gradient=2e-3,
+            reason="scores, writes and the state are rounded to 11 bits as operands of tensor cores; sums are fp32",
+        ),
+    },
+    examples=(
+        _example("float32"),
+        _example("float32", decay="head", full=True),
+        _example("float32", decay="none", b=1, documents=4, full=True),
+        _example("float32", "decode", t=1, full=True),
+        _example("bfloat16"),
+    ),
+)  # fmt: skip
+
+
+def _anything(workload: Workload, limits: DeviceLimits) -> str | None:
+    return None
+
+
+def _fused_supports(workload: Workload, limits: DeviceLimits) -> str | None:
+    if workload.dtype == "float64":
+        return "computes in float32, not in float64"
+    if workload.shape["n"] > 256:
+        return f"holds up to 256 rows of a state in registers, not {workload.shape['n']}"
+    if limits.capability is not None and limits.capability < (8, 0):
+        return "needs compute capability 8.0"
+    return None
+
+
+_BOTH = frozenset({"cpu", "cuda"})
+KERNELS = (
+    Kernel(
+        operator="linear_attention",
+        name="reference",
+        implementation=f"{_HERE}.definition:REFERENCE",
+        supports=_anything,
+        devices=_BOTH,
+    ),
+    Kernel(
+        operator="linear_attention",
+        name="chunked",
+        implementation=f"{_HERE}.chunked",
+        supports=_anything,
+        devices=_BOTH,
+    ),
+    Kernel(
+        operator="linear_attention",
+        name="fused",
+        implementation=f"{_HERE}.fused",
+        supports=_fused_supports,
+        devices=frozenset({"cuda"}),
+        requires=("triton>=3.6",),
+    ),
+)
