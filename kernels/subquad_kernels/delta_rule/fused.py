@@ -1,0 +1,829 @@
+"""Gated DeltaNet in Triton: everything a chunk can do alone runs side by side, one product-chain a chunk is sequential.
+
+Forward, chunks of 64 tokens:  `_invert` solves each chunk's triangular system, as W = T (beta e^b K) and
+U0 = T (beta V);  `_scan` walks the chunks of a sequence with the state in registers, U = U0 - W S and
+S <- e^b_C S + (e^(b_C - b) K)^T U;  `_read` forms y. Backward:  `_invert` again (T alone), `_read_back` (the gradient
+of U by y), `_scan_back` from the last chunk to the first (the gradient of states), `_differentiate` (the rest).
+The scans hold transposed states [TILE_P, N]: a state and what was computed from it are left operands of products,
+which stay in registers; right operands come from memory. Exponents are masked differences of sums inside a chunk,
+never positive. No atomics: the same bits every time. README.md derives the equations.
+"""
+
+# What Triton compiles has no Python types, and tuples that grow.
+# mypy: disable-error-code="no-untyped-def,assignment,misc,var-annotated"
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from subquad_kernels.delta_rule.declaration import CHUNK, num_chunks
+
+if TYPE_CHECKING:
+    from subquad_kernels.catalogue import Argument, Arguments, Outputs
+
+_LOG2_E = tl.constexpr(math.log2(math.e))
+_BLOCK = tl.constexpr(16)
+_TILE = tl.constexpr(64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How a call is laid out on a device; changes speed, never results beyond rounding.
+
+    `scan_tile_p` value channels a program of the two scans, whose loops hold `scan_stages` and `scan_back_stages`
+    chunks in shared memory; `read_tile_p` of `_read` and `_read_back`, `decode_tile_p` of a decode.
+    """
+
+    scan_tile_p: int = 64
+    scan_warps: int = 4
+    scan_stages: int = 3
+    scan_back_stages: int = 2
+    read_tile_p: int = 64
+    read_warps: int = 4
+    invert_warps: int = 1
+    differentiate_tile_p: int = 64
+    differentiate_warps: int = 4
+    decode_tile_p: int = 32
+    decode_warps: int = 4
+
+
+def launch_of(n: int, p: int, element_bytes: int) -> Launch:
+    """Sizes by width and type: what a chunk's tiles leave of 227 KiB of shared memory and 255 registers a lane."""
+    width = _padded(max(n, p))
+    wide = width > 64
+    if element_bytes == 4:
+        stages = 1 if wide else 2
+        return Launch(
+            scan_stages=stages, scan_back_stages=1, differentiate_tile_p=32 if wide else 64,
+            differentiate_warps=8, invert_warps=2 if wide else 1,
+        )  # fmt: skip
+    return Launch(differentiate_warps=8 if wide else 4, invert_warps=2 if wide else 1)
+
+
+def forward(launch: Launch | None = None, **arguments: Argument) -> Outputs:
+    """y, final_state and the residuals."""
+    return _Call(arguments, launch).forward()
+
+
+def backward(
+    arguments: Arguments,
+    outputs: Outputs,
+    gradients: tuple[Tensor | None, ...],
+    launch: Launch | None = None,
+) -> dict[str, Tensor | None]:
+    """Gradients of every tensor argument, from the gradients of y and of final_state."""
+    _, _, writes, boundaries = outputs
+    return _Call(arguments, launch).backward(writes, boundaries, *gradients)
+
+
+class _Call:
+    """The arguments of one call as the kernels take them: every tensor a table of rows, one row a token."""
+
+    def __init__(self, values: Mapping[str, Any], launch: Launch | None) -> None:
+        v = values["v"]
+        if v.dtype == torch.float64:
+            raise TypeError("delta_rule/fused computes in float32; for float64 use kernel='chunked'")
+        decay = values["log_decay"]
+        if values["remove"] is not None or (decay is not None and decay.dim() == 4):
+            raise TypeError("delta_rule/fused takes one decay per head and no remove or insert: use kernel='chunked'")
+        self.b, self.t, self.h, self.p = v.shape
+        self.h_k, self.n = values["k"].shape[2:]
+        self.q, self.k, self.v = (_rows(values[name]) for name in ("q", "k", "v"))
+        self.log_decay, self.gate, self.initial = (
+            None if values[name] is None else values[name].contiguous()
+            for name in ("log_decay", "write_gate", "initial_state")
+        )
+        self.scale = float(values["scale"])
+        self.bounds = values["cu_seqlens"]
+        self.documents = 0 if self.bounds is None else self.bounds.shape[0] - 1
+        self.launch = launch or launch_of(self.n, self.p, v.element_size())
+        self.tokens = self.b * self.t
+        self.chunks = num_chunks(self.b, self.t, self.documents) or self.b
+        self.table, self.offsets = self._tabulate()
+
+    def _tabulate(self) -> tuple[Tensor | None, Tensor | None]:
+        """First token and length of every chunk of a packed call, and each document's first chunk; on the device.
+
+        Shapes:  chunks 2 (length 0 where there is no chunk), documents
+        """
+        if self.bounds is None:
+            return None, None
+        table = self.bounds.new_zeros(self.chunks, 2)
+        offsets = self.bounds.new_empty(self.documents)
+        _tabulate[(self.documents,)](self.bounds, table, offsets, self.documents, CHUNK=CHUNK, TILE=256, num_warps=4)
+        return table, offsets
+
+    def _new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.v.new_empty(shape, dtype=dtype or self.v.dtype)
+
+    def _sizes(self) -> tuple[int, ...]:
+        """Tokens of all sequences and of one, chunks of one, heads, and value heads a key head."""
+        return self.tokens, self.t, triton.cdiv(self.t, CHUNK), self.h, self.h // self.h_k
+
+    def _constants(self) -> dict[str, Any]:
+        return {
+            "N": self.n,
+            "PAD_N": _padded(self.n),
+            "P": self.p,
+            "CHUNK": CHUNK,
+            "PACKED": self.bounds is not None,
+            "PRECISION": "tf32x3" if self.v.dtype == torch.float32 else "tf32",
+        }
+
+    def forward(self) -> Outputs:
+        """y: b t h p    final_state: states h n p    writes: b t h p    boundaries: chunks h p n"""
+        launch, b, t, h, n, p = self.launch, self.b, self.t, self.h, self.n, self.p
+        y, writes = self._new(b, t, h, p), self._new(b, t, h, p)
+        states = self.documents or b
+        final = self._new(states, h, n, p, dtype=torch.float32)
+        if t == 1 and self.bounds is None:
+            tile_p = min(launch.decode_tile_p, _padded(p))
+            _decode[(b * h * triton.cdiv(p, tile_p),)](
+                self.q, self.k, self.v, self.log_decay, self.gate, self.initial, y, final, writes,
+                h, h // self.h_k, self.q.stride(0), self.k.stride(0), self.v.stride(0), self.scale,
+                N=n, PAD_N=_padded(n), P=p, TILE_P=tile_p, DECAY=self.log_decay is not None,
+                GATE=self.gate is not None, INITIAL=self.initial is not None, num_warps=launch.decode_warps,
+            )  # fmt: skip
+            return y, final, writes, self._new(0, h, p, n)
+        boundaries = self._new(self.chunks, h, p, n)
+        reach = self._new(self.tokens, h, n)
+        scalars, _ = self._invert(reach, writes, None)
+        constants = self._constants() | {"DECAY": self.log_decay is not None}
+        tile_p = min(launch.scan_tile_p, _padded(p))
+        _scan[(states * h * triton.cdiv(p, tile_p),)](
+            self.k, reach, writes, scalars, self.initial, self.bounds, self.offsets, final, boundaries,
+            *self._sizes(), self.k.stride(0),
+            TILE_P=tile_p, INITIAL=self.initial is not None, STAGES=launch.scan_stages, num_warps=launch.scan_warps,
+            **constants,
+        )  # fmt: skip
+        tile_p = min(launch.read_tile_p, _padded(p))
+        _read[(self.chunks * h * triton.cdiv(p, tile_p),)](
+            self.q, self.k, writes, scalars, boundaries, self.table, y,
+            *self._sizes(), self.q.stride(0), self.k.stride(0), self.scale,
+            TILE_P=tile_p, num_warps=launch.read_warps, **constants,
+        )  # fmt: skip
+        return y, final, writes, boundaries
+
+    def _invert(self, reach: Tensor | None, writes: Tensor | None, inverse: Tensor | None) -> tuple[Tensor, None]:
+        """Fill W and U0, or T; return the sums of log2 decays and the write gates.  Shape: 2 h tokens"""
+        scalars = self._new(2, self.h, self.tokens, dtype=torch.float32)
+        _invert[(self.chunks * self.h,)](
+            self.k, self.v, self.log_decay, self.gate, self.table, scalars, reach, writes, inverse,
+            *self._sizes(), self.k.stride(0), self.v.stride(0),
+            PAD_P=_padded(self.p), DECAY=self.log_decay is not None, GATE=self.gate is not None,
+            INVERSE=inverse is not None, num_warps=self.launch.invert_warps, **self._constants(),
+        )  # fmt: skip
+        return scalars, None
+
+    def backward(
+        self, writes: Tensor, boundaries: Tensor, dy: Tensor | None, dfinal: Tensor | None
+    ) -> dict[str, Tensor | None]:
+        """Gradients; those of q and k are summed over the value heads that share a key head."""
+        launch, b, t, h, n, p = self.launch, self.b, self.t, self.h, self.n, self.p
+        dy = self.v.new_zeros(self.tokens, h * p) if dy is None else dy.reshape(self.tokens, h * p)
+        dfinal = None if dfinal is None else dfinal.contiguous()
+        if t == 1 and self.bounds is None:  # a decode keeps no boundary: it is the initial state
+            boundaries = self._new(b, h, p, n)
+            boundaries.copy_(self.initial.transpose(2, 3)) if self.initial is not None else boundaries.zero_()
+        inverse = self._new(self.chunks, h, CHUNK, CHUNK)
+        scalars, _ = self._invert(None, None, inverse)
+        decayed, gated = self.log_decay is not None, self.gate is not None
+        constants = self._constants() | {"DECAY": decayed}
+        # The gradient of U by y, which the scan replaces by that of T U.
+        dwrites = self._new(self.tokens, h, p)
+        tile_p = min(launch.read_tile_p, _padded(p))
+        _read_back[(self.chunks * h * triton.cdiv(p, tile_p),)](
+            self.q, self.k, dy, scalars, self.table, dwrites,
+            *self._sizes(), self.q.stride(0), self.k.stride(0), self.scale,
+            TILE_P=tile_p, num_warps=launch.read_warps, **constants,
+        )  # fmt: skip
+        dstates = self._new(self.chunks, h, p, n)
+        states = self.documents or b
+        dinitial = self._new(states, h, n, p, dtype=torch.float32)
+        tile_p = min(launch.scan_tile_p, _padded(p))
+        _scan_back[(states * h * triton.cdiv(p, tile_p),)](
+            self.q, self.k, dy, inverse, dwrites, scalars, dfinal, self.bounds, self.offsets, dinitial, dstates,
+            *self._sizes(), self.q.stride(0), self.k.stride(0), self.scale,
+            TILE_P=tile_p, FINAL=dfinal is not None, STAGES=launch.scan_back_stages, num_warps=launch.scan_warps,
+            **constants,
+        )  # fmt: skip
+        shared = torch.float32 if h != self.h_k else None
+        dq, dk = (self._new(b, t, h, n, dtype=shared) for _ in range(2))
+        dv = self._new(b, t, h, p)
+        ddecay = self._new(b, t, h, dtype=torch.float32) if decayed else None
+        dgate = self._new(b, t, h, dtype=torch.float32) if gated else None
+        _differentiate[(self.chunks * h,)](
+            self.q, self.k, self.v, dy, writes, dwrites, boundaries, dstates, scalars, self.table,
+            dq, dk, dv, ddecay, dgate,
+            *self._sizes(), self.q.stride(0), self.k.stride(0), self.v.stride(0), self.scale,
+            PAD_P=_padded(p), TILE_P=min(launch.differentiate_tile_p, _padded(p)), GATE=gated,
+            num_warps=launch.differentiate_warps, **constants,
+        )  # fmt: skip
+        if shared is not None:
+            dq, dk = (part.view(b, t, self.h_k, -1, n).sum(3) for part in (dq, dk))
+        return {
+            "q": dq,
+            "k": dk,
+            "v": dv,
+            "log_decay": ddecay,
+            "write_gate": dgate,
+            "initial_state": None if self.initial is None else dinitial,
+        }
+
+
+def _padded(width: int) -> int:
+    """The width of a tile: a power of two, 16 at least for tensor cores."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The tokens of all sequences as rows; a view where a slice of a wider tensor allows it.
+
+    Shapes:  b t h n  ->  b*t h*n
+    """
+    if tensor.stride(3) != 1 or tensor.stride(2) != tensor.shape[3]:
+        tensor = tensor.contiguous()
+    return tensor.reshape(tensor.shape[0] * tensor.shape[1], -1)
+
+
+@triton.jit
+def _tabulate(bounds, table, offsets, documents, CHUNK: tl.constexpr, TILE: tl.constexpr):
+    """One document's chunks: where they begin, in the sequence and in the table."""
+    document = tl.program_id(0)
+    before = 0
+    for begin in range(0, document, TILE):
+        earlier = begin + tl.arange(0, TILE)
+        starts = tl.load(bounds + earlier, mask=earlier < document, other=0)
+        ends = tl.load(bounds + earlier + 1, mask=earlier < document, other=0)
+        before += tl.sum((ends - starts + (CHUNK - 1)) // CHUNK)
+    tl.store(offsets + document, before)
+    start = tl.load(bounds + document)
+    end = tl.load(bounds + document + 1)
+    chunks = tl.cdiv(end - start, CHUNK)
+    for begin in range(0, chunks, TILE):
+        chunk = begin + tl.arange(0, TILE)
+        first = start + chunk * CHUNK
+        tl.store(table + 2 * (before + chunk), first, mask=chunk < chunks)
+        tl.store(table + 2 * (before + chunk) + 1, tl.minimum(end - first, CHUNK), mask=chunk < chunks)
+
+
+@triton.jit
+def _chunk(table, chunk, t, chunks, CHUNK: tl.constexpr, PACKED: tl.constexpr):
+    """First row (64 bits) and number of tokens of a chunk."""
+    if PACKED:
+        first = tl.load(table + 2 * chunk).to(tl.int64)
+        size = tl.load(table + 2 * chunk + 1)
+    else:
+        start = chunk % chunks * CHUNK
+        first = (chunk // chunks).to(tl.int64) * t + start
+        size = tl.minimum(t - start, CHUNK)
+    return first, size
+
+
+@triton.jit
+def _load(tensor, rows, stride, columns, in_rows, in_columns):
+    """A tile [rows, columns] in its own type, zeros outside."""
+    at = tensor + rows[:, None] * stride + columns[None, :]
+    return tl.load(at, mask=in_rows[:, None] & in_columns[None, :], other=0.0)
+
+
+@triton.jit
+def _load_transposed(tensor, rows, stride, columns, in_rows, in_columns):
+    """The same tile as [columns, rows]."""
+    at = tensor + rows[None, :] * stride + columns[:, None]
+    return tl.load(at, mask=in_columns[:, None] & in_rows[None, :], other=0.0)
+
+
+@triton.jit
+def _store(tensor, rows, stride, columns, in_rows, in_columns, tile):
+    at = tensor + rows[:, None] * stride + columns[None, :]
+    tl.store(at, tile.to(tensor.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
+
+
+@triton.jit
+def _scale_rows(tile, sums, DECAY: tl.constexpr):
+    """exp2(sums) tile, row by row."""
+    if DECAY:
+        tile *= tl.exp2(sums)[:, None]
+    return tile
+
+
+@triton.jit
+def _scale_columns(tile, sums, DECAY: tl.constexpr):
+    if DECAY:
+        tile *= tl.exp2(sums)[None, :]
+    return tile
+
+
+@triton.jit
+def _decayed(tile, later, earlier, shown, DECAY: tl.constexpr):
+    """exp2(later - earlier) tile where shown, else 0: the exponent is masked, so that it is never positive."""
+    if DECAY:
+        tile *= tl.exp2(tl.where(shown, later - earlier, 0.0))
+    return tl.where(shown, tile, 0.0)
+
+
+@triton.jit
+def _inner(k, first, size, stride, columns_at, I: tl.constexpr, J: tl.constexpr, N: tl.constexpr, PAD_N: tl.constexpr,
+           PRECISION: tl.constexpr):  # fmt: skip
+    """K_I K_J^T of two blocks of 16 tokens."""
+    rows = tl.arange(0, _BLOCK)
+    TILE_N: tl.constexpr = min(PAD_N, _TILE)
+    product = tl.zeros([_BLOCK, _BLOCK], tl.float32)
+    for n in tl.static_range(0, PAD_N, TILE_N):
+        columns = n + tl.arange(0, TILE_N)
+        in_n = columns < N
+        left = _load(k + first * stride + columns_at, rows + I * _BLOCK, stride, columns, rows + I * _BLOCK < size, in_n)
+        right = _load_transposed(
+            k + first * stride + columns_at, rows + J * _BLOCK, stride, columns, rows + J * _BLOCK < size, in_n
+        )
+        product = tl.dot(left, right, product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def _below(k, first, size, stride, columns_at, later, earlier, gates, I: tl.constexpr, J: tl.constexpr,
+           N: tl.constexpr, PAD_N: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """A_IJ = beta_i (k_i . k_j) exp(b_i - b_j) of two blocks, I > J."""
+    product = _inner(k, first, size, stride, columns_at, I, J, N, PAD_N, PRECISION) * gates[:, None]
+    if DECAY:
+        product *= tl.exp2(tl.minimum(later[:, None] - earlier[None, :], 0.0))
+    return product
+
+
+@triton.jit
+def _diagonal(k, first, size, stride, columns_at, sums, gates, I: tl.constexpr, N: tl.constexpr, PAD_N: tl.constexpr,
+              DECAY: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """A_II^T, strictly upper triangular."""
+    rows = tl.arange(0, _BLOCK)
+    product = _inner(k, first, size, stride, columns_at, I, I, N, PAD_N, PRECISION) * gates[None, :]
+    return _decayed(product, sums[None, :], sums[:, None], rows[:, None] < rows[None, :], DECAY)
+
+
+@triton.jit
+def _substitute(inverse, transposed, row):
+    """Row `row` of (I + A)^-1 from the rows before it:  T_row = e_row - sum_j A_row,j T_j."""
+    rows = tl.arange(0, _BLOCK)
+    coefficients = tl.sum(tl.where(rows[None, :] == row, transposed, 0.0), axis=1)
+    update = tl.sum(coefficients[:, None] * inverse, axis=0)
+    return tl.where(rows[:, None] == row, inverse - update[None, :], inverse)
+
+
+@triton.jit
+def _product(left, right):
+    """[16, 16] times [16, 16], with the accuracy of fp32."""
+    return tl.dot(left, right, input_precision="tf32x3")
+
+
+@triton.jit
+def _add(total, inverse, factors, tensor, J: tl.constexpr, size, stride, columns, within, PRECISION: tl.constexpr):
+    """total + T_IJ (factors * rows J of `tensor`)"""
+    block = tl.arange(0, _BLOCK) + J * _BLOCK
+    right = _load(tensor, block, stride, columns, block < size, within)
+    return tl.dot((inverse * factors[None, :]).to(right.dtype), right, total, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["tokens", "t", "chunks", "heads"])
+def _invert(
+    k, v, log_decay, gate, table, scalars, reach, writes, inverses,
+    tokens, t, chunks, heads, group, k_stride, v_stride,
+    N: tl.constexpr, PAD_N: tl.constexpr, P: tl.constexpr, PAD_P: tl.constexpr, CHUNK: tl.constexpr,
+    PACKED: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr, INVERSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """T = (I + A)^-1 of a chunk and head, in blocks of 16: substitution on the diagonal, products below it."""
+    program = tl.program_id(0)
+    head, chunk = program % heads, program // heads
+    first, size = _chunk(table, chunk, t, chunks, CHUNK, PACKED)
+    rows = tl.arange(0, _BLOCK)
+    key_at, value_at = head // group * N, head * P
+
+    # Sums of log2 decays from the start of the chunk, and write gates: here, and for the kernels to come.
+    sums, gates, total = (), (), 0.0
+    for I in tl.static_range(4):
+        within = rows + I * _BLOCK < size
+        at = (first + rows + I * _BLOCK) * heads + head
+        kept = scalars + head.to(tl.int64) * tokens + first + rows + I * _BLOCK
+        decay = tl.zeros([_BLOCK], tl.float32)
+        if DECAY:
+            decay = tl.load(log_decay + at, mask=within, other=0.0).to(tl.float32) * _LOG2_E
+        block = total + tl.cumsum(decay, 0)
+        total += tl.sum(decay, 0)
+        beta = tl.where(within, 1.0, 0.0)
+        if GATE:
+            beta = tl.load(gate + at, mask=within, other=0.0).to(tl.float32)
+        tl.store(kept, block, mask=within)
+        tl.store(kept + tokens.to(tl.int64) * heads, beta, mask=within)
+        sums += (block,)
+        gates += (beta,)
+
+    t00 = tl.where(rows[:, None] == rows[None, :], 1.0, 0.0)
+    t11, t22, t33 = t00, t00, t00
+    a00 = _diagonal(k, first, size, k_stride, key_at, sums[0], gates[0], 0, N, PAD_N, DECAY, PRECISION)
+    a11 = _diagonal(k, first, size, k_stride, key_at, sums[1], gates[1], 1, N, PAD_N, DECAY, PRECISION)
+    a22 = _diagonal(k, first, size, k_stride, key_at, sums[2], gates[2], 2, N, PAD_N, DECAY, PRECISION)
+    a33 = _diagonal(k, first, size, k_stride, key_at, sums[3], gates[3], 3, N, PAD_N, DECAY, PRECISION)
+    for row in range(1, _BLOCK):
+        t00 = _substitute(t00, a00, row)
+        t11 = _substitute(t11, a11, row)
+        t22 = _substitute(t22, a22, row)
+        t33 = _substitute(t33, a33, row)
+
+    a10 = _below(
+        k, first, size, k_stride, key_at, sums[1], sums[0], gates[1], 1, 0, N, PAD_N, DECAY, PRECISION)
+    a21 = _below(
+        k, first, size, k_stride, key_at, sums[2], sums[1], gates[2], 2, 1, N, PAD_N, DECAY, PRECISION)
+    a32 = _below(
+        k, first, size, k_stride, key_at, sums[3], sums[2], gates[3], 3, 2, N, PAD_N, DECAY, PRECISION)
+    a20 = _below(
+        k, first, size, k_stride, key_at, sums[2], sums[0], gates[2], 2, 0, N, PAD_N, DECAY, PRECISION)
+    a31 = _below(
+        k, first, size, k_stride, key_at, sums[3], sums[1], gates[3], 3, 1, N, PAD_N, DECAY, PRECISION)
+    a30 = _below(
+        k, first, size, k_stride, key_at, sums[3], sums[0], gates[3], 3, 0, N, PAD_N, DECAY, PRECISION)
+    t10 = -_product(t11, _product(a10, t00))
+    t21 = -_product(t22, _product(a21, t11))
+    t32 = -_product(t33, _product(a32, t22))
+    t20 = -_product(t22, _product(a20, t00) + _product(a21, t10))
+    t31 = -_product(t33, _product(a31, t11) + _product(a32, t21))
+    t30 = -_product(t33, _product(a30, t00) + _product(a31, t10) + _product(a32, t20))
+    inverse = (t00, t10, t11, t20, t21, t22, t30, t31, t32, t33)
+
+    if INVERSE:
+        place = inverses + program.to(tl.int64) * (CHUNK * CHUNK)
+        for I in tl.static_range(4):
+            for J in tl.static_range(4):
+                at = place + (rows + I * _BLOCK)[:, None] * CHUNK + (rows + J * _BLOCK)[None, :]
+                if J <= I:
+                    tl.store(at, inverse[I * (I + 1) // 2 + J].to(inverses.dtype.element_ty))
+                else:
+                    tl.store(at, tl.zeros([_BLOCK, _BLOCK], inverses.dtype.element_ty))
+    else:
+        TILE_N: tl.constexpr = min(PAD_N, _TILE)
+        for n in tl.static_range(0, PAD_N, TILE_N):
+            columns = n + tl.arange(0, TILE_N)
+            for I in tl.static_range(4):
+                total = tl.zeros([_BLOCK, TILE_N], tl.float32)
+                for J in tl.static_range(I + 1):
+                    factors = gates[J] * tl.exp2(sums[J])
+                    T = inverse[I * (I + 1) // 2 + J]
+                    total = _add(total, T, factors, k + first * k_stride + key_at, J, size, k_stride, columns,
+                                 columns < N, PRECISION)  # fmt: skip
+                block = rows + I * _BLOCK
+                _store(reach + (first * heads + head) * N, block, heads * N, columns, block < size, columns < N, total)
+        TILE_P: tl.constexpr = min(PAD_P, _TILE)
+        for p in tl.static_range(0, PAD_P, TILE_P):
+            columns = p + tl.arange(0, TILE_P)
+            for I in tl.static_range(4):
+                total = tl.zeros([_BLOCK, TILE_P], tl.float32)
+                for J in tl.static_range(I + 1):
+                    T = inverse[I * (I + 1) // 2 + J]
+                    total = _add(total, T, gates[J], v + first * v_stride + value_at, J, size, v_stride, columns,
+                                 columns < P, PRECISION)  # fmt: skip
+                block = rows + I * _BLOCK
+                _store(writes + (first * heads + head) * P, block, heads * P, columns, block < size, columns < P, total)
+
+
+@triton.jit
+def _sequence(bounds, offsets, program, heads, tiles, t, chunks, PACKED: tl.constexpr):
+    """Which state a scan's program holds, its sequence's first row and number of tokens, and its first chunk."""
+    sequence = (program // (tiles * heads)).to(tl.int64)
+    if PACKED:
+        start = tl.load(bounds + sequence)
+        first = start.to(tl.int64)
+        length = tl.load(bounds + sequence + 1) - start
+        chunk = tl.load(offsets + sequence).to(tl.int64)
+    else:
+        first = sequence * t
+        length = t
+        chunk = sequence * chunks
+    return sequence, first, length, chunk
+
+
+@triton.jit(do_not_specialize=["tokens", "t", "chunks", "heads"])
+def _scan(
+    k, reach, writes, scalars, initial, bounds, offsets, final, boundaries,
+    tokens, t, chunks, heads, group, k_stride,
+    N: tl.constexpr, PAD_N: tl.constexpr, P: tl.constexpr, TILE_P: tl.constexpr, CHUNK: tl.constexpr,
+    PACKED: tl.constexpr, DECAY: tl.constexpr, INITIAL: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Walk the chunks of a sequence; `writes` holds U0 and is left holding U."""
+    tiles: tl.constexpr = (P + TILE_P - 1) // TILE_P
+    program = tl.program_id(0)
+    tile, head = program % tiles, program // tiles % heads
+    sequence, first, length, chunk = _sequence(bounds, offsets, program, heads, tiles, t, chunks, PACKED)
+    values, keys = tile * TILE_P + tl.arange(0, TILE_P), tl.arange(0, PAD_N)
+    in_p, in_n = values < P, keys < N
+    span = tl.arange(0, CHUNK)
+    within = in_p[:, None] & in_n[None, :]
+    place = (sequence * heads + head) * (N * P) + keys[None, :] * P + values[:, None]
+    dtype: tl.constexpr = k.dtype.element_ty
+
+    state = tl.zeros([TILE_P, PAD_N], tl.float32)
+    if INITIAL:
+        state = tl.load(initial + place, mask=within, other=0.0).to(tl.float32)
+    k += first * k_stride + head // group * N
+    reach += (first * heads + head) * N
+    writes += (first * heads + head) * P
+    scalars += head.to(tl.int64) * tokens + first
+    boundaries += (chunk * heads + head) * (P * N)
+    ahead = heads.to(tl.int64) * (P * N)
+    for c in tl.range(0, tl.cdiv(length, CHUNK), num_stages=STAGES):
+        rows = c * CHUNK + span.to(tl.int64)
+        in_t = rows < length
+        _store(boundaries + c * ahead, values, N, keys, in_p, in_n, state)
+        w = _load_transposed(reach, rows, heads * N, keys, in_t, in_n)
+        fresh = _load_transposed(writes, rows, heads * P, values, in_t, in_p)
+        key = _load(k, rows, k_stride, keys, in_t, in_n)
+        write = fresh.to(tl.float32) - tl.dot(state.to(dtype), w, input_precision=PRECISION)
+        at = writes + rows[None, :] * (heads * P) + values[:, None]
+        tl.store(at, write.to(dtype), mask=in_p[:, None] & in_t[None, :])
+        if DECAY:
+            sums = tl.load(scalars + rows, mask=in_t, other=0.0)
+            last = tl.load(scalars + tl.minimum((c + 1) * CHUNK, length) - 1)
+            write *= tl.exp2(tl.where(in_t, last - sums, 0.0))[None, :]
+            state *= tl.exp2(last)
+        state += tl.dot(write.to(dtype), key, input_precision=PRECISION)
+    tl.store(final + place, state, mask=within)
+
+
+@triton.jit(do_not_specialize=["tokens", "t", "chunks", "heads"])
+def _read(
+    q, k, writes, scalars, boundaries, table, y,
+    tokens, t, chunks, heads, group, q_stride, k_stride, scale,
+    N: tl.constexpr, PAD_N: tl.constexpr, P: tl.constexpr, TILE_P: tl.constexpr, CHUNK: tl.constexpr,
+    PACKED: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y = scale ( (e^b Q) S + tril(Q K^T e^(b_i - b_j)) U ) of a chunk, head and tile of values."""
+    tiles: tl.constexpr = (P + TILE_P - 1) // TILE_P
+    program = tl.program_id(0)
+    tile, head, chunk = program % tiles, program // tiles % heads, program // (tiles * heads)
+    first, size = _chunk(table, chunk, t, chunks, CHUNK, PACKED)
+    span, keys, values = tl.arange(0, CHUNK), tl.arange(0, PAD_N), tile * TILE_P + tl.arange(0, TILE_P)
+    in_t, in_n, in_p = span < size, keys < N, values < P
+    dtype: tl.constexpr = k.dtype.element_ty
+    query = _load(q + first * q_stride + head // group * N, span, q_stride, keys, in_t, in_n)
+    key = _load_transposed(k + first * k_stride + head // group * N, span, k_stride, keys, in_t, in_n)
+    place = (first * heads + head) * P
+    write = _load(writes + place, span, heads * P, values, in_t, in_p)
+    saved = boundaries + (chunk.to(tl.int64) * heads + head) * (P * N)
+    state = _load_transposed(saved, values, N, keys, in_p, in_n)
+    sums = tl.load(scalars + head.to(tl.int64) * tokens + first + span, mask=in_t, other=0.0)
+
+    result = _scale_rows(tl.dot(query, state, input_precision=PRECISION), sums, DECAY)
+    scores = tl.dot(query, key, input_precision=PRECISION)
+    shown = (span[:, None] >= span[None, :]) & in_t[:, None]
+    scores = _decayed(scores, sums[:, None], sums[None, :], shown, DECAY)
+    result += tl.dot(scores.to(dtype), write, input_precision=PRECISION)
+    _store(y + place, span, heads * P, values, in_t, in_p, result * scale)
+
+
+@triton.jit(do_not_specialize=["tokens", "t", "chunks", "heads"])
+def _read_back(
+    q, k, dy, scalars, table, dwrites,
+    tokens, t, chunks, heads, group, q_stride, k_stride, scale,
+    N: tl.constexpr, PAD_N: tl.constexpr, P: tl.constexpr, TILE_P: tl.constexpr, CHUNK: tl.constexpr,
+    PACKED: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dU by y alone:  scale tril(Q K^T e^(b_i - b_j))^T dy."""
+    tiles: tl.constexpr = (P + TILE_P - 1) // TILE_P
+    program = tl.program_id(0)
+    tile, head, chunk = program % tiles, program // tiles % heads, program // (tiles * heads)
+    first, size = _chunk(table, chunk, t, chunks, CHUNK, PACKED)
+    span, keys, values = tl.arange(0, CHUNK), tl.arange(0, PAD_N), tile * TILE_P + tl.arange(0, TILE_P)
+    in_t, in_n, in_p = span < size, keys < N, values < P
+    dtype: tl.constexpr = k.dtype.element_ty
+    query = _load_transposed(q + first * q_stride + head // group * N, span, q_stride, keys, in_t, in_n)
+    key = _load(k + first * k_stride + head // group * N, span, k_stride, keys, in_t, in_n)
+    place = (first * heads + head) * P
+    pull = _load(dy + place, span, heads * P, values, in_t, in_p)
+    sums = tl.load(scalars + head.to(tl.int64) * tokens + first + span, mask=in_t, other=0.0)
+    scores = tl.dot(key, query, input_precision=PRECISION)
+    shown = (span[:, None] <= span[None, :]) & in_t[None, :]
+    scores = _decayed(scores, sums[None, :], sums[:, None], shown, DECAY) * scale
+    _store(
+        dwrites + place, span, heads * P, values, in_t, in_p,
+        tl.dot(scores.to(dtype), pull.to(dtype), input_precision=PRECISION),
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tokens", "t", "chunks", "heads"])
+def _scan_back(
+    q, k, dy, inverses, dwrites, scalars, dfinal, bounds, offsets, dinitial, dstates,
+    tokens, t, chunks, heads, group, q_stride, k_stride, scale,
+    N: tl.constexpr, PAD_N: tl.constexpr, P: tl.constexpr, TILE_P: tl.constexpr, CHUNK: tl.constexpr,
+    PACKED: tl.constexpr, DECAY: tl.constexpr, FINAL: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Walk the chunks from last to first; `dwrites` holds dU by y and is left holding dR = T^T dU."""
+    tiles: tl.constexpr = (P + TILE_P - 1) // TILE_P
+    program = tl.program_id(0)
+    tile, head = program % tiles, program // tiles % heads
+    sequence, first, length, chunk = _sequence(bounds, offsets, program, heads, tiles, t, chunks, PACKED)
+    values, keys = tile * TILE_P + tl.arange(0, TILE_P), tl.arange(0, PAD_N)
+    in_p, in_n = values < P, keys < N
+    span = tl.arange(0, CHUNK)
+    within = in_p[:, None] & in_n[None, :]
+    place = (sequence * heads + head) * (N * P) + keys[None, :] * P + values[:, None]
+    dtype: tl.constexpr = k.dtype.element_ty
+
+    dstate = tl.zeros([TILE_P, PAD_N], tl.float32)
+    if FINAL:
+        dstate = tl.load(dfinal + place, mask=within, other=0.0).to(tl.float32)
+    q += first * q_stride + head // group * N
+    k += first * k_stride + head // group * N
+    dy += (first * heads + head) * P
+    dwrites += (first * heads + head) * P
+    scalars += head.to(tl.int64) * tokens + first
+    inverses += (chunk * heads + head) * (CHUNK * CHUNK)
+    dstates += (chunk * heads + head) * (P * N)
+    gates = scalars + tokens.to(tl.int64) * heads
+    ahead = heads.to(tl.int64)
+    steps = tl.cdiv(length, CHUNK)
+    for back in tl.range(0, steps, num_stages=STAGES):
+        c = steps - 1 - back
+        rows = c * CHUNK + span.to(tl.int64)
+        in_t = rows < length
+        _store(dstates + c * ahead * (P * N), values, N, keys, in_p, in_n, dstate)
+        query = _load(q, rows, q_stride, keys, in_t, in_n)
+        key = _load(k, rows, k_stride, keys, in_t, in_n)
+        pull = _load_transposed(dy, rows, heads * P, values, in_t, in_p)
+        dwrite = _load_transposed(dwrites, rows, heads * P, values, in_t, in_p)
+        inverse = tl.load(inverses + c * ahead * (CHUNK * CHUNK) + span[:, None] * CHUNK + span[None, :])
+        gate = tl.load(gates + rows, mask=in_t, other=0.0)
+        reached = tl.dot(dstate.to(dtype), tl.trans(key), input_precision=PRECISION)
+        pull = pull.to(tl.float32) * scale
+        if DECAY:
+            sums = tl.load(scalars + rows, mask=in_t, other=0.0)
+            last = tl.load(scalars + tl.minimum((c + 1) * CHUNK, length) - 1)
+            reached *= tl.exp2(tl.where(in_t, last - sums, 0.0))[None, :]
+            here = tl.exp2(sums)
+            gate *= here
+            pull *= here[None, :]
+            dstate *= tl.exp2(last)
+        dstate += tl.dot(pull.to(dtype), query, input_precision=PRECISION)
+        dfresh = tl.dot((dwrite.to(tl.float32) + reached).to(dtype), inverse, input_precision=PRECISION)
+        at = dwrites + rows[None, :] * (heads * P) + values[:, None]
+        tl.store(at, dfresh.to(dtype), mask=in_p[:, None] & in_t[None, :])
+        dstate -= tl.dot((dfresh * gate[None, :]).to(dtype), key, input_precision=PRECISION)
+    tl.store(dinitial + place, dstate, mask=within)
+
+
+@triton.jit(do_not_specialize=["tokens", "t", "chunks", "heads"])
+def _differentiate(
+    q, k, v, dy, writes, dfresh, boundaries, dstates, scalars, table,
+    dq, dk, dv, ddecay, dgate,
+    tokens, t, chunks, heads, group, q_stride, k_stride, v_stride, scale,
+    N: tl.constexpr, PAD_N: tl.constexpr, P: tl.constexpr, PAD_P: tl.constexpr, TILE_P: tl.constexpr,
+    CHUNK: tl.constexpr, PACKED: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a chunk's tokens: four passes over the values, each with one score matrix and one sum over keys.
+
+    A token's key acts in two roles: `read` by the token itself (with its gate), `written` for the tokens after it.
+    The decay up to a token multiplies what it reads and divides what it wrote, so that its gradient is
+    q . dq + beta k . read - k . written.
+    """
+    program = tl.program_id(0)
+    head, chunk = program % heads, program // heads
+    first, size = _chunk(table, chunk, t, chunks, CHUNK, PACKED)
+    span, keys = tl.arange(0, CHUNK), tl.arange(0, PAD_N)
+    in_t, in_n = span < size, keys < N
+    dtype: tl.constexpr = k.dtype.element_ty
+    key_at, value_at = head // group * N, (first * heads + head) * P
+    query = _load(q + first * q_stride + key_at, span, q_stride, keys, in_t, in_n)
+    key = _load(k + first * k_stride + key_at, span, k_stride, keys, in_t, in_n)
+    kept = scalars + head.to(tl.int64) * tokens + first
+    sums = tl.load(kept + span, mask=in_t, other=0.0)
+    gate = tl.load(kept + tokens.to(tl.int64) * heads + span, mask=in_t, other=0.0)
+    last = tl.load(kept + size - 1, mask=size > 0, other=0.0)
+    state_at = (chunk.to(tl.int64) * heads + head) * (P * N)
+    row_stride = heads * P
+    dq += (first * heads + head) * N
+    dk += (first * heads + head) * N
+    dy += value_at
+    writes += value_at
+    dfresh += value_at
+
+    # What the query reads.
+    scores = tl.zeros([CHUNK, CHUNK], tl.float32)
+    total = tl.zeros([CHUNK, PAD_N], tl.float32)
+    for start in tl.static_range(0, PAD_P, TILE_P):
+        values = start + tl.arange(0, TILE_P)
+        in_p = values < P
+        pull = _load(dy, span, row_stride, values, in_t, in_p).to(dtype)
+        write = _load_transposed(writes, span, row_stride, values, in_t, in_p)
+        state = _load(boundaries + state_at, values, N, keys, in_p, in_n)
+        scores = tl.dot(pull, write, scores, input_precision=PRECISION)
+        total = tl.dot(pull, state, total, input_precision=PRECISION)
+    shown = (span[:, None] >= span[None, :]) & in_t[:, None]
+    scores = _decayed(scores, sums[:, None], sums[None, :], shown, DECAY)
+    total = _scale_rows(total, sums, DECAY)
+    total = tl.dot(scores.to(dtype), key, total, input_precision=PRECISION) * scale
+    _store(dq, span, heads * N, keys, in_t, in_n, total)
+    dsums = tl.sum(total * query.to(tl.float32), axis=1)
+
+    # What the key wrote, for the states and queries to come.
+    scores = tl.zeros([CHUNK, CHUNK], tl.float32)
+    written = tl.zeros([CHUNK, PAD_N], tl.float32)
+    kept_state = 0.0
+    for start in tl.static_range(0, PAD_P, TILE_P):
+        values = start + tl.arange(0, TILE_P)
+        in_p = values < P
+        pull = _load_transposed(dy, span, row_stride, values, in_t, in_p).to(dtype)
+        write = _load(writes, span, row_stride, values, in_t, in_p)
+        dstate = _load(dstates + state_at, values, N, keys, in_p, in_n)
+        scores = tl.dot(write, pull, scores, input_precision=PRECISION)
+        written = tl.dot(write, dstate, written, input_precision=PRECISION)
+        if DECAY:
+            state = _load(boundaries + state_at, values, N, keys, in_p, in_n)
+            kept_state += tl.sum(state.to(tl.float32) * dstate.to(tl.float32))
+    dlast = 0.0
+    if DECAY:
+        written *= tl.exp2(tl.where(in_t, last - sums, 0.0))[:, None]
+        dlast = tl.sum(written * key.to(tl.float32)) + tl.exp2(last) * kept_state
+    shown = (span[:, None] <= span[None, :]) & in_t[None, :]
+    scores = _decayed(scores, sums[None, :], sums[:, None], shown, DECAY) * scale
+    written = tl.dot(scores.to(dtype), query, written, input_precision=PRECISION)
+
+    # What it wrote, for the keys to come.
+    scores = tl.zeros([CHUNK, CHUNK], tl.float32)
+    for start in tl.static_range(0, PAD_P, TILE_P):
+        values = start + tl.arange(0, TILE_P)
+        in_p = values < P
+        write = _load(writes, span, row_stride, values, in_t, in_p)
+        fresh = _load_transposed(dfresh, span, row_stride, values, in_t, in_p)
+        scores = tl.dot(write, fresh, scores, input_precision=PRECISION)
+    shown = (span[:, None] < span[None, :]) & in_t[None, :]
+    scores = _decayed(scores, sums[None, :], sums[:, None], shown, DECAY) * -gate[None, :]
+    written = tl.dot(scores.to(dtype), key, written, input_precision=PRECISION)
+
+    # What it read itself, and its value.
+    scores = tl.zeros([CHUNK, CHUNK], tl.float32)
+    read = tl.zeros([CHUNK, PAD_N], tl.float32)
+    dbeta = tl.zeros([CHUNK], tl.float32)
+    for start in tl.static_range(0, PAD_P, TILE_P):
+        values = start + tl.arange(0, TILE_P)
+        in_p = values < P
+        fresh = _load(dfresh, span, row_stride, values, in_t, in_p)
+        write = _load_transposed(writes, span, row_stride, values, in_t, in_p)
+        state = _load(boundaries + state_at, values, N, keys, in_p, in_n)
+        scores = tl.dot(fresh, write, scores, input_precision=PRECISION)
+        read = tl.dot(fresh, state, read, input_precision=PRECISION)
+        if GATE:
+            value = _load(v + first * v_stride + head * P, span, v_stride, values, in_t, in_p)
+            dbeta += tl.sum(fresh.to(tl.float32) * value.to(tl.float32), axis=1)
+        _store(dv + value_at, span, row_stride, values, in_t, in_p, fresh.to(tl.float32) * gate[:, None])
+    shown = (span[:, None] > span[None, :]) & in_t[:, None]
+    scores = _decayed(scores, sums[:, None], sums[None, :], shown, DECAY)
+    read = _scale_rows(read, sums, DECAY)
+    read = -tl.dot(scores.to(dtype), key, read, input_precision=PRECISION)
+    along = tl.sum(read * key.to(tl.float32), axis=1)
+    _store(dk, span, heads * N, keys, in_t, in_n, read * gate[:, None] + written)
+    at = (first + span) * heads + head
+    if GATE:
+        tl.store(dgate + at, dbeta + along, mask=in_t)
+    if DECAY:
+        dsums += gate * along - tl.sum(written * key.to(tl.float32), axis=1)
+        dsums += tl.where(span == size - 1, dlast, 0.0)
+        tl.store(ddecay + at, tl.cumsum(dsums, 0, reverse=True), mask=in_t)
+
+
+@triton.jit(do_not_specialize=["heads"])
+def _decode(
+    q, k, v, log_decay, gate, initial, y, final, writes,
+    heads, group, q_stride, k_stride, v_stride, scale,
+    N: tl.constexpr, PAD_N: tl.constexpr, P: tl.constexpr, TILE_P: tl.constexpr,
+    DECAY: tl.constexpr, GATE: tl.constexpr, INITIAL: tl.constexpr,
+):  # fmt: skip
+    """The recurrence once: a tile [N, TILE_P] of a state is read, changed, read out and written."""
+    tiles: tl.constexpr = (P + TILE_P - 1) // TILE_P
+    program = tl.program_id(0)
+    tile, head = program % tiles, program // tiles % heads
+    row = (program // (tiles * heads)).to(tl.int64)
+    keys, values = tl.arange(0, PAD_N), tile * TILE_P + tl.arange(0, TILE_P)
+    in_n, in_p = keys < N, values < P
+    within = in_n[:, None] & in_p[None, :]
+    at = row * heads + head
+    place = at * (N * P) + keys[:, None] * P + values[None, :]
+    query = tl.load(q + row * q_stride + head // group * N + keys, mask=in_n, other=0.0).to(tl.float32)
+    key = tl.load(k + row * k_stride + head // group * N + keys, mask=in_n, other=0.0).to(tl.float32)
+    write = tl.load(v + row * v_stride + head * P + values, mask=in_p, other=0.0).to(tl.float32)
+    state = tl.zeros([PAD_N, TILE_P], tl.float32)
+    if INITIAL:
+        state = tl.load(initial + place, mask=within, other=0.0).to(tl.float32)
+        if DECAY:
+            state *= tl.exp2(tl.load(log_decay + at).to(tl.float32) * _LOG2_E)
+        write -= tl.sum(state * key[:, None], axis=0)
+    if GATE:
+        write *= tl.load(gate + at).to(tl.float32)
+    state += key[:, None] * write[None, :]
+    tl.store(final + place, state, mask=within)
+    result = tl.sum(state * query[:, None], axis=0) * scale
+    tl.store(y + at * P + values, result.to(y.dtype.element_ty), mask=in_p)
+    tl.store(writes + at * P + values, write.to(writes.dtype.element_ty), mask=in_p)
