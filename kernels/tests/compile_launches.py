@@ -21,6 +21,7 @@ from subquad_kernels.workload import Workload
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
 SCAN = dict.fromkeys(("softplus", "skip", "gate", "dt_bias", "initial_state"), True)
+DELTA = {"decay": "scalar", "write_gate": True, "low_rank": False, "initial_state": True}
 CASES: dict[str, list[tuple[dict[str, int], dict[str, Any]]]] = {
     "selective_scan": [
         (dict(b=2, t=60, c=64, n=16), dict.fromkeys(SCAN, False) | {"gate": True}),
@@ -31,11 +32,19 @@ CASES: dict[str, list[tuple[dict[str, int], dict[str, Any]]]] = {
         (dict(b=1, t=300, c=96, w=4, documents=3), {"activation": "silu", "bias": True, "initial_state": True}),
         (dict(b=1, t=300, c=96, w=1), {"activation": "silu", "bias": True, "initial_state": True}),
     ],
+    "delta_rule": [
+        (dict(b=1, t=300, h=2, h_k=1, n=64, p=64, documents=3), DELTA),
+        (dict(b=2, t=70, h=1, h_k=1, n=128, p=96), DELTA | {"decay": "none", "write_gate": False}),
+        (dict(b=2, t=1, h=2, h_k=2, n=64, p=64), DELTA),
+    ],
 }
 
 LAUNCHED = {
     "selective_scan": ("_summarise", "_scan", "_summarise_gradients", "_differentiate"),
     "causal_conv": ("_convolve", "_differentiate", "_differentiate_initial"),
+    "delta_rule": (
+        "_tabulate", "_invert", "_scan", "_read", "_read_back", "_scan_back", "_differentiate", "_decode",
+    ),
 }
 
 
@@ -58,6 +67,8 @@ class Compiles:
                 signature[name], constexprs[(index,)] = "constexpr", value
             elif isinstance(value, Tensor):
                 signature[name], attributes[(index,)] = f"*{TYPES[value.dtype]}", [["tt.divisibility", 16]]
+            elif isinstance(value, float):
+                signature[name] = "fp32"
             else:
                 signature[name] = "i32"
                 if value % 16 == 0:

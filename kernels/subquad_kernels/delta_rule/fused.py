@@ -303,6 +303,23 @@ def _load_transposed(tensor, rows, stride, columns, in_rows, in_columns):
 
 
 @triton.jit
+def _fetch(tensor, rows, stride, columns, in_columns):
+    """A tile of rows that all exist: a loop's last chunk repeats its last token instead of being masked."""
+    return tl.load(tensor + rows[:, None] * stride + columns[None, :], mask=in_columns[None, :], other=0.0)
+
+
+@triton.jit
+def _fetch_transposed(tensor, rows, stride, columns, in_columns):
+    return tl.load(tensor + rows[None, :] * stride + columns[:, None], mask=in_columns[:, None], other=0.0)
+
+
+@triton.jit
+def _store_transposed(tensor, rows, stride, columns, in_rows, in_columns, tile):
+    at = tensor + rows[None, :] * stride + columns[:, None]
+    tl.store(at, tile.to(tensor.dtype.element_ty), mask=in_columns[:, None] & in_rows[None, :])
+
+
+@triton.jit
 def _store(tensor, rows, stride, columns, in_rows, in_columns, tile):
     at = tensor + rows[:, None] * stride + columns[None, :]
     tl.store(at, tile.to(tensor.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
@@ -534,23 +551,24 @@ def _scan(
     writes += (first * heads + head) * P
     scalars += head.to(tl.int64) * tokens + first
     boundaries += (chunk * heads + head) * (P * N)
-    ahead = heads.to(tl.int64) * (P * N)
+    # A chunk's place in each tensor takes 64 bits, a token's place in the chunk does not.
+    boundary_step, key_step = heads.to(tl.int64) * (P * N), k_stride.to(tl.int64) * CHUNK
+    reach_step, write_step = heads.to(tl.int64) * (CHUNK * N), heads.to(tl.int64) * (CHUNK * P)
     for c in tl.range(0, tl.cdiv(length, CHUNK), num_stages=STAGES):
-        rows = c * CHUNK + span.to(tl.int64)
-        in_t = rows < length
-        _store(boundaries + c * ahead, values, N, keys, in_p, in_n, state)
-        w = _load_transposed(reach, rows, heads * N, keys, in_t, in_n)
-        fresh = _load_transposed(writes, rows, heads * P, values, in_t, in_p)
-        key = _load(k, rows, k_stride, keys, in_t, in_n)
+        size = tl.minimum(length - c * CHUNK, CHUNK)
+        rows, in_t = tl.minimum(span, size - 1), span < size
+        _store(boundaries + c * boundary_step, values, N, keys, in_p, in_n, state)
+        w = _fetch_transposed(reach + c * reach_step, rows, heads * N, keys, in_n)
+        fresh = _fetch_transposed(writes + c * write_step, rows, heads * P, values, in_p)
+        key = _fetch(k + c * key_step, rows, k_stride, keys, in_n)
         write = fresh.to(tl.float32) - tl.dot(state.to(dtype), w, input_precision=PRECISION)
-        at = writes + rows[None, :] * (heads * P) + values[:, None]
-        tl.store(at, write.to(dtype), mask=in_p[:, None] & in_t[None, :])
+        _store_transposed(writes + c * write_step, span, heads * P, values, in_t, in_p, write)
+        rest = tl.where(in_t, 1.0, 0.0)
         if DECAY:
-            sums = tl.load(scalars + rows, mask=in_t, other=0.0)
-            last = tl.load(scalars + tl.minimum((c + 1) * CHUNK, length) - 1)
-            write *= tl.exp2(tl.where(in_t, last - sums, 0.0))[None, :]
+            last = tl.load(scalars + c * CHUNK + size - 1)
+            rest = tl.where(in_t, tl.exp2(last - tl.load(scalars + c * CHUNK + rows)), 0.0)
             state *= tl.exp2(last)
-        state += tl.dot(write.to(dtype), key, input_precision=PRECISION)
+        state += tl.dot((write * rest[None, :]).to(dtype), key, input_precision=PRECISION)
     tl.store(final + place, state, mask=within)
 
 
@@ -644,34 +662,39 @@ def _scan_back(
     inverses += (chunk * heads + head) * (CHUNK * CHUNK)
     dstates += (chunk * heads + head) * (P * N)
     gates = scalars + tokens.to(tl.int64) * heads
-    ahead = heads.to(tl.int64)
+    state_step, inverse_step = heads.to(tl.int64) * (P * N), heads.to(tl.int64) * (CHUNK * CHUNK)
+    value_step = heads.to(tl.int64) * (CHUNK * P)
+    query_step, key_step = q_stride.to(tl.int64) * CHUNK, k_stride.to(tl.int64) * CHUNK
     steps = tl.cdiv(length, CHUNK)
     for back in tl.range(0, steps, num_stages=STAGES):
         c = steps - 1 - back
-        rows = c * CHUNK + span.to(tl.int64)
-        in_t = rows < length
-        _store(dstates + c * ahead * (P * N), values, N, keys, in_p, in_n, dstate)
-        query = _load(q, rows, q_stride, keys, in_t, in_n)
-        key = _load(k, rows, k_stride, keys, in_t, in_n)
-        pull = _load_transposed(dy, rows, heads * P, values, in_t, in_p)
-        dwrite = _load_transposed(dwrites, rows, heads * P, values, in_t, in_p)
-        inverse = tl.load(inverses + c * ahead * (CHUNK * CHUNK) + span[:, None] * CHUNK + span[None, :])
-        gate = tl.load(gates + rows, mask=in_t, other=0.0)
-        reached = tl.dot(dstate.to(dtype), tl.trans(key), input_precision=PRECISION)
-        pull = pull.to(tl.float32) * scale
+        size = tl.minimum(length - c * CHUNK, CHUNK)
+        rows, in_t = tl.minimum(span, size - 1), span < size
+        _store(dstates + c * state_step, values, N, keys, in_p, in_n, dstate)
+        query = _fetch(q + c * query_step, rows, q_stride, keys, in_n)
+        key = _fetch(k + c * key_step, rows, k_stride, keys, in_n)
+        pull = _fetch_transposed(dy + c * value_step, rows, heads * P, values, in_p)
+        dwrite = _fetch_transposed(dwrites + c * value_step, rows, heads * P, values, in_p)
+        inverse = tl.load(inverses + c * inverse_step + span[:, None] * CHUNK + span[None, :])
+        # Tokens past the end repeat the last one with factors 0.
+        gate = tl.where(in_t, tl.load(gates + c * CHUNK + rows), 0.0)
+        here, rest = tl.where(in_t, 1.0, 0.0), tl.where(in_t, 1.0, 0.0)
+        kept = 1.0
         if DECAY:
-            sums = tl.load(scalars + rows, mask=in_t, other=0.0)
-            last = tl.load(scalars + tl.minimum((c + 1) * CHUNK, length) - 1)
-            reached *= tl.exp2(tl.where(in_t, last - sums, 0.0))[None, :]
-            here = tl.exp2(sums)
-            gate *= here
-            pull *= here[None, :]
-            dstate *= tl.exp2(last)
-        dstate += tl.dot(pull.to(dtype), query, input_precision=PRECISION)
+            sums = tl.load(scalars + c * CHUNK + rows)
+            last = tl.load(scalars + c * CHUNK + size - 1)
+            here = tl.where(in_t, tl.exp2(sums), 0.0)
+            rest = tl.where(in_t, tl.exp2(last - sums), 0.0)
+            kept = tl.exp2(last)
+        reached = tl.dot(dstate.to(dtype), tl.trans(key), input_precision=PRECISION) * rest[None, :]
+        # T has unit rows for tokens past the end: what they hold stays theirs, and is not stored.
         dfresh = tl.dot((dwrite.to(tl.float32) + reached).to(dtype), inverse, input_precision=PRECISION)
-        at = dwrites + rows[None, :] * (heads * P) + values[:, None]
-        tl.store(at, dfresh.to(dtype), mask=in_p[:, None] & in_t[None, :])
-        dstate -= tl.dot((dfresh * gate[None, :]).to(dtype), key, input_precision=PRECISION)
+        _store_transposed(dwrites + c * value_step, span, heads * P, values, in_t, in_p, dfresh)
+        dstate *= kept
+        pull = (pull.to(tl.float32) * (here * scale)[None, :]).to(dtype)
+        dstate += tl.dot(pull, query, input_precision=PRECISION)
+        dfresh = (dfresh * (-gate * here)[None, :]).to(dtype)
+        dstate += tl.dot(dfresh, key, input_precision=PRECISION)
     tl.store(dinitial + place, dstate, mask=within)
 
 
