@@ -34,7 +34,7 @@ CASES: dict[str, list[tuple[dict[str, int], dict[str, Any]]]] = {
     ],
     "delta_rule": [
         (dict(b=1, t=300, h=2, h_k=1, n=64, p=64, documents=3), DELTA),
-        (dict(b=2, t=70, h=1, h_k=1, n=128, p=96), DELTA | {"decay": "none", "write_gate": False}),
+        (dict(b=2, t=70, h=1, h_k=1, n=32, p=48), DELTA | {"decay": "none", "write_gate": False}),
         (dict(b=2, t=1, h=2, h_k=2, n=64, p=64), DELTA),
     ],
 }
@@ -43,7 +43,14 @@ LAUNCHED = {
     "selective_scan": ("_summarise", "_scan", "_summarise_gradients", "_differentiate"),
     "causal_conv": ("_convolve", "_differentiate", "_differentiate_initial"),
     "delta_rule": (
-        "_tabulate", "_invert", "_scan", "_read", "_read_back", "_scan_back", "_differentiate", "_decode",
+        "_tabulate",
+        "_invert",
+        "_scan",
+        "_read",
+        "_read_back",
+        "_scan_back",
+        "_differentiate",
+        "_decode",
     ),
 }
 

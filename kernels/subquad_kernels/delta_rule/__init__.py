@@ -1,4 +1,4 @@
-"""The delta rule: a linear memory that replaces what it holds under a key, with decay (DeltaNet, Gated DeltaNet, RWKV-7).
+"""The delta rule: a linear memory that replaces what it holds under a key (DeltaNet, Gated DeltaNet, RWKV-7).
 
     S~_t = Diag(exp g_t) S_{t-1}                                 the decayed state; g = log_decay, 0 if absent
     u_t  = beta_t (v_t - S~_t^T k_t)                             what is new about v_t; beta = write_gate, 1 if absent

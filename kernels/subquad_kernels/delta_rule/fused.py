@@ -358,7 +358,9 @@ def _inner(k, first, size, stride, columns_at, I: tl.constexpr, J: tl.constexpr,
     for n in tl.static_range(0, PAD_N, TILE_N):
         columns = n + tl.arange(0, TILE_N)
         in_n = columns < N
-        left = _load(k + first * stride + columns_at, rows + I * _BLOCK, stride, columns, rows + I * _BLOCK < size, in_n)
+        left = _load(
+            k + first * stride + columns_at, rows + I * _BLOCK, stride, columns, rows + I * _BLOCK < size, in_n
+        )
         right = _load_transposed(
             k + first * stride + columns_at, rows + J * _BLOCK, stride, columns, rows + J * _BLOCK < size, in_n
         )
@@ -395,9 +397,20 @@ def _substitute(inverse, transposed, row):
 
 
 @triton.jit
+def _split(tile):
+    """The leading 11 bits of fp32 values, which tf32 holds, and the rest."""
+    high = (tile.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    return high, tile - high
+
+
+@triton.jit
 def _product(left, right):
-    """[16, 16] times [16, 16], with the accuracy of fp32."""
-    return tl.dot(left, right, input_precision="tf32x3")
+    """[16, 16] times [16, 16], with the accuracy of fp32 (as `tf32x3`, without its care for infinities)."""
+    left_high, left_low = _split(left)
+    right_high, right_low = _split(right)
+    total = tl.dot(left_low, right_high, input_precision="tf32")
+    total = tl.dot(left_high, right_low, total, input_precision="tf32")
+    return tl.dot(left_high, right_high, total, input_precision="tf32")
 
 
 @triton.jit
@@ -453,18 +466,12 @@ def _invert(
         t22 = _substitute(t22, a22, row)
         t33 = _substitute(t33, a33, row)
 
-    a10 = _below(
-        k, first, size, k_stride, key_at, sums[1], sums[0], gates[1], 1, 0, N, PAD_N, DECAY, PRECISION)
-    a21 = _below(
-        k, first, size, k_stride, key_at, sums[2], sums[1], gates[2], 2, 1, N, PAD_N, DECAY, PRECISION)
-    a32 = _below(
-        k, first, size, k_stride, key_at, sums[3], sums[2], gates[3], 3, 2, N, PAD_N, DECAY, PRECISION)
-    a20 = _below(
-        k, first, size, k_stride, key_at, sums[2], sums[0], gates[2], 2, 0, N, PAD_N, DECAY, PRECISION)
-    a31 = _below(
-        k, first, size, k_stride, key_at, sums[3], sums[1], gates[3], 3, 1, N, PAD_N, DECAY, PRECISION)
-    a30 = _below(
-        k, first, size, k_stride, key_at, sums[3], sums[0], gates[3], 3, 0, N, PAD_N, DECAY, PRECISION)
+    a10 = _below(k, first, size, k_stride, key_at, sums[1], sums[0], gates[1], 1, 0, N, PAD_N, DECAY, PRECISION)
+    a21 = _below(k, first, size, k_stride, key_at, sums[2], sums[1], gates[2], 2, 1, N, PAD_N, DECAY, PRECISION)
+    a32 = _below(k, first, size, k_stride, key_at, sums[3], sums[2], gates[3], 3, 2, N, PAD_N, DECAY, PRECISION)
+    a20 = _below(k, first, size, k_stride, key_at, sums[2], sums[0], gates[2], 2, 0, N, PAD_N, DECAY, PRECISION)
+    a31 = _below(k, first, size, k_stride, key_at, sums[3], sums[1], gates[3], 3, 1, N, PAD_N, DECAY, PRECISION)
+    a30 = _below(k, first, size, k_stride, key_at, sums[3], sums[0], gates[3], 3, 0, N, PAD_N, DECAY, PRECISION)
     t10 = -_product(t11, _product(a10, t00))
     t21 = -_product(t22, _product(a21, t11))
     t32 = -_product(t33, _product(a32, t22))
