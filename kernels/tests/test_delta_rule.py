@@ -76,7 +76,7 @@ def differences(arguments: dict[str, Any], kernel: Any = chunked) -> tuple[float
 
 
 def loop_in_numpy(a: dict[str, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """y and final state from explicit transition matrices  S_t = M_t S_{t-1} + beta_t k_t v_t^T,  y_t = scale S_t^T q_t.
+    """y and final state by matrices:  S_t = M_t S_{t-1} + beta_t k_t v_t^T,  y_t = scale S_t^T q_t.
 
     M_t = (I - beta_t k_t k_t^T) Diag(exp g_t), or Diag(exp g_t) + insert_t remove_t^T.
     """

@@ -173,7 +173,7 @@ def test_orthonormal_keys_recall_exactly_and_a_second_write_replaces_the_first()
 
 
 def test_the_inverse_of_a_chunk_times_its_matrix_is_the_identity() -> None:
-    """T (I + A) = I with gates of 2 and keys that all but repeat, where powers of A would reach 1e18: to fp32, as (I + A) has entries of 2."""
+    """T (I + A) = I with gates of 2 and keys that all but repeat, where powers of A reach 1e18."""
     arguments = sample(workload(64, n=16, decay="none", state=False))
     arguments["k"] = F.normalize(arguments["k"][:, :1] + 0.1 * arguments["k"], dim=-1)
     arguments["write_gate"] = torch.full_like(arguments["write_gate"], 2.0)

@@ -110,7 +110,7 @@ def _differentiate(
             outs.append(out)
         pulls = rows.pad(dy, tokens).to(state.dtype).transpose(1, 2)
         results = torch.autograd.grad([torch.cat(outs, dim=2), entering], [*leaves.values(), leaf], [pulls, dstate])
-    for (name, tensor), gradient in zip(found.items(), results):
+    for tensor, gradient in zip(found.values(), results):
         rows.write(tensor, tokens, gradient.transpose(1, 2))
     return results[-1]
 

@@ -89,11 +89,7 @@ OPERATOR = Operator(
         "bfloat16": Tolerance(
             output=2e-2, gradient=4e-2, reason="operands of every product rounded to 8 bits: states, writes, (I + A)^-1"
         ),
-        "float16": Tolerance(
-            output=4e-3,
-            gradient=8e-3,
-            reason="operands of every product rounded to 11 bits: states, writes, (I + A)^-1",
-        ),
+        "float16": Tolerance(output=4e-3, gradient=8e-3, reason="the same rounded to 11 bits"),
     },
     examples=(
         _example("float32"),

@@ -32,9 +32,9 @@ def reference(
 ) -> Outputs:
     """S_t = Diag(exp g_t) S_{t-1} + ..., one token after the other, as the operator's page writes it.
 
-    Shapes:  q, k: b t h_k n    v: b t h p    log_decay: b t h or b t h n    write_gate: b t h    remove, insert: b t h n
-             initial_state: states h n p  ->  y: b t h p    final_state: states h n p    writes: b t h p
-             boundaries: chunks h p n
+    Shapes:  q, k: b t h_k n    v: b t h p    log_decay: b t h or b t h n    write_gate: b t h
+             remove, insert: b t h n    initial_state: states h n p
+             ->  y: b t h p    final_state: states h n p    writes: b t h p    boundaries: chunks h p n
     """
     exact = torch.promote_types(v.dtype, torch.float32)
     b, t, h, p = v.shape

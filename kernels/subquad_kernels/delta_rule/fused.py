@@ -241,7 +241,7 @@ class _Call:
 
 def _padded(width: int) -> int:
     """The width of a tile: a power of two, 16 at least for tensor cores."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, int(triton.next_power_of_2(width)))
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -349,9 +349,9 @@ def _decayed(tile, later, earlier, shown, DECAY: tl.constexpr):
 
 
 @triton.jit
-def _inner(k, first, size, stride, columns_at, I: tl.constexpr, J: tl.constexpr, N: tl.constexpr, PAD_N: tl.constexpr,
+def _inner(k, first, size, stride, columns_at, ROW: tl.constexpr, COLUMN: tl.constexpr, N: tl.constexpr, PAD_N: tl.constexpr,
            PRECISION: tl.constexpr):  # fmt: skip
-    """K_I K_J^T of two blocks of 16 tokens."""
+    """K_r K_c^T of two blocks of 16 tokens."""
     rows = tl.arange(0, _BLOCK)
     TILE_N: tl.constexpr = min(PAD_N, _TILE)
     product = tl.zeros([_BLOCK, _BLOCK], tl.float32)
@@ -359,31 +359,36 @@ def _inner(k, first, size, stride, columns_at, I: tl.constexpr, J: tl.constexpr,
         columns = n + tl.arange(0, TILE_N)
         in_n = columns < N
         left = _load(
-            k + first * stride + columns_at, rows + I * _BLOCK, stride, columns, rows + I * _BLOCK < size, in_n
+            k + first * stride + columns_at, rows + ROW * _BLOCK, stride, columns, rows + ROW * _BLOCK < size, in_n
         )
         right = _load_transposed(
-            k + first * stride + columns_at, rows + J * _BLOCK, stride, columns, rows + J * _BLOCK < size, in_n
+            k + first * stride + columns_at,
+            rows + COLUMN * _BLOCK,
+            stride,
+            columns,
+            rows + COLUMN * _BLOCK < size,
+            in_n,
         )
         product = tl.dot(left, right, product, input_precision=PRECISION)
     return product
 
 
 @triton.jit
-def _below(k, first, size, stride, columns_at, later, earlier, gates, I: tl.constexpr, J: tl.constexpr,
+def _below(k, first, size, stride, columns_at, later, earlier, gates, ROW: tl.constexpr, COLUMN: tl.constexpr,
            N: tl.constexpr, PAD_N: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """A_IJ = beta_i (k_i . k_j) exp(b_i - b_j) of two blocks, I > J."""
-    product = _inner(k, first, size, stride, columns_at, I, J, N, PAD_N, PRECISION) * gates[:, None]
+    """A_rc = beta_i (k_i . k_j) exp(b_i - b_j) of two blocks, r > c."""
+    product = _inner(k, first, size, stride, columns_at, ROW, COLUMN, N, PAD_N, PRECISION) * gates[:, None]
     if DECAY:
         product *= tl.exp2(tl.minimum(later[:, None] - earlier[None, :], 0.0))
     return product
 
 
 @triton.jit
-def _diagonal(k, first, size, stride, columns_at, sums, gates, I: tl.constexpr, N: tl.constexpr, PAD_N: tl.constexpr,
+def _diagonal(k, first, size, stride, columns_at, sums, gates, ROW: tl.constexpr, N: tl.constexpr, PAD_N: tl.constexpr,
               DECAY: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """A_II^T, strictly upper triangular."""
+    """A_rr^T, strictly upper triangular."""
     rows = tl.arange(0, _BLOCK)
-    product = _inner(k, first, size, stride, columns_at, I, I, N, PAD_N, PRECISION) * gates[None, :]
+    product = _inner(k, first, size, stride, columns_at, ROW, ROW, N, PAD_N, PRECISION) * gates[None, :]
     return _decayed(product, sums[None, :], sums[:, None], rows[:, None] < rows[None, :], DECAY)
 
 
@@ -414,9 +419,9 @@ def _product(left, right):
 
 
 @triton.jit
-def _add(total, inverse, factors, tensor, J: tl.constexpr, size, stride, columns, within, PRECISION: tl.constexpr):
-    """total + T_IJ (factors * rows J of `tensor`)"""
-    block = tl.arange(0, _BLOCK) + J * _BLOCK
+def _add(total, inverse, factors, tensor, COLUMN: tl.constexpr, size, stride, columns, within, PRECISION: tl.constexpr):
+    """total + T_rc (factors * block c of `tensor`)"""
+    block = tl.arange(0, _BLOCK) + COLUMN * _BLOCK
     right = _load(tensor, block, stride, columns, block < size, within)
     return tl.dot((inverse * factors[None, :]).to(right.dtype), right, total, input_precision=PRECISION)
 
@@ -437,10 +442,10 @@ def _invert(
 
     # Sums of log2 decays from the start of the chunk, and write gates: here, and for the kernels to come.
     sums, gates, total = (), (), 0.0
-    for I in tl.static_range(4):
-        within = rows + I * _BLOCK < size
-        at = (first + rows + I * _BLOCK) * heads + head
-        kept = scalars + head.to(tl.int64) * tokens + first + rows + I * _BLOCK
+    for r in tl.static_range(4):
+        within = rows + r * _BLOCK < size
+        at = (first + rows + r * _BLOCK) * heads + head
+        kept = scalars + head.to(tl.int64) * tokens + first + rows + r * _BLOCK
         decay = tl.zeros([_BLOCK], tl.float32)
         if DECAY:
             decay = tl.load(log_decay + at, mask=within, other=0.0).to(tl.float32) * _LOG2_E
@@ -482,36 +487,36 @@ def _invert(
 
     if INVERSE:
         place = inverses + program.to(tl.int64) * (CHUNK * CHUNK)
-        for I in tl.static_range(4):
-            for J in tl.static_range(4):
-                at = place + (rows + I * _BLOCK)[:, None] * CHUNK + (rows + J * _BLOCK)[None, :]
-                if J <= I:
-                    tl.store(at, inverse[I * (I + 1) // 2 + J].to(inverses.dtype.element_ty))
+        for r in tl.static_range(4):
+            for c in tl.static_range(4):
+                at = place + (rows + r * _BLOCK)[:, None] * CHUNK + (rows + c * _BLOCK)[None, :]
+                if c <= r:
+                    tl.store(at, inverse[r * (r + 1) // 2 + c].to(inverses.dtype.element_ty))
                 else:
                     tl.store(at, tl.zeros([_BLOCK, _BLOCK], inverses.dtype.element_ty))
     else:
         TILE_N: tl.constexpr = min(PAD_N, _TILE)
         for n in tl.static_range(0, PAD_N, TILE_N):
             columns = n + tl.arange(0, TILE_N)
-            for I in tl.static_range(4):
+            for r in tl.static_range(4):
                 total = tl.zeros([_BLOCK, TILE_N], tl.float32)
-                for J in tl.static_range(I + 1):
-                    factors = gates[J] * tl.exp2(sums[J])
-                    T = inverse[I * (I + 1) // 2 + J]
-                    total = _add(total, T, factors, k + first * k_stride + key_at, J, size, k_stride, columns,
+                for c in tl.static_range(r + 1):
+                    factors = gates[c] * tl.exp2(sums[c])
+                    T = inverse[r * (r + 1) // 2 + c]
+                    total = _add(total, T, factors, k + first * k_stride + key_at, c, size, k_stride, columns,
                                  columns < N, PRECISION)  # fmt: skip
-                block = rows + I * _BLOCK
+                block = rows + r * _BLOCK
                 _store(reach + (first * heads + head) * N, block, heads * N, columns, block < size, columns < N, total)
         TILE_P: tl.constexpr = min(PAD_P, _TILE)
         for p in tl.static_range(0, PAD_P, TILE_P):
             columns = p + tl.arange(0, TILE_P)
-            for I in tl.static_range(4):
+            for r in tl.static_range(4):
                 total = tl.zeros([_BLOCK, TILE_P], tl.float32)
-                for J in tl.static_range(I + 1):
-                    T = inverse[I * (I + 1) // 2 + J]
-                    total = _add(total, T, gates[J], v + first * v_stride + value_at, J, size, v_stride, columns,
+                for c in tl.static_range(r + 1):
+                    T = inverse[r * (r + 1) // 2 + c]
+                    total = _add(total, T, gates[c], v + first * v_stride + value_at, c, size, v_stride, columns,
                                  columns < P, PRECISION)  # fmt: skip
-                block = rows + I * _BLOCK
+                block = rows + r * _BLOCK
                 _store(writes + (first * heads + head) * P, block, heads * P, columns, block < size, columns < P, total)
 
 
