@@ -349,46 +349,36 @@ def _decayed(tile, later, earlier, shown, DECAY: tl.constexpr):
 
 
 @triton.jit
-def _inner(k, first, size, stride, columns_at, ROW: tl.constexpr, COLUMN: tl.constexpr, N: tl.constexpr, PAD_N: tl.constexpr,
+def _inner(k, size, stride, ROW: tl.constexpr, COLUMN: tl.constexpr, N: tl.constexpr, PAD_N: tl.constexpr,
            PRECISION: tl.constexpr):  # fmt: skip
-    """K_r K_c^T of two blocks of 16 tokens."""
-    rows = tl.arange(0, _BLOCK)
+    """K_r K_c^T of two blocks of 16 tokens of a chunk."""
+    left_rows, right_rows = tl.arange(0, _BLOCK) + ROW * _BLOCK, tl.arange(0, _BLOCK) + COLUMN * _BLOCK
     TILE_N: tl.constexpr = min(PAD_N, _TILE)
     product = tl.zeros([_BLOCK, _BLOCK], tl.float32)
     for n in tl.static_range(0, PAD_N, TILE_N):
         columns = n + tl.arange(0, TILE_N)
-        in_n = columns < N
-        left = _load(
-            k + first * stride + columns_at, rows + ROW * _BLOCK, stride, columns, rows + ROW * _BLOCK < size, in_n
-        )
-        right = _load_transposed(
-            k + first * stride + columns_at,
-            rows + COLUMN * _BLOCK,
-            stride,
-            columns,
-            rows + COLUMN * _BLOCK < size,
-            in_n,
-        )
+        left = _load(k, left_rows, stride, columns, left_rows < size, columns < N)
+        right = _load_transposed(k, right_rows, stride, columns, right_rows < size, columns < N)
         product = tl.dot(left, right, product, input_precision=PRECISION)
     return product
 
 
 @triton.jit
-def _below(k, first, size, stride, columns_at, later, earlier, gates, ROW: tl.constexpr, COLUMN: tl.constexpr,
-           N: tl.constexpr, PAD_N: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _below(k, size, stride, later, earlier, gates, ROW: tl.constexpr, COLUMN: tl.constexpr, N: tl.constexpr,
+           PAD_N: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """A_rc = beta_i (k_i . k_j) exp(b_i - b_j) of two blocks, r > c."""
-    product = _inner(k, first, size, stride, columns_at, ROW, COLUMN, N, PAD_N, PRECISION) * gates[:, None]
+    product = _inner(k, size, stride, ROW, COLUMN, N, PAD_N, PRECISION) * gates[:, None]
     if DECAY:
         product *= tl.exp2(tl.minimum(later[:, None] - earlier[None, :], 0.0))
     return product
 
 
 @triton.jit
-def _diagonal(k, first, size, stride, columns_at, sums, gates, ROW: tl.constexpr, N: tl.constexpr, PAD_N: tl.constexpr,
+def _diagonal(k, size, stride, sums, gates, ROW: tl.constexpr, N: tl.constexpr, PAD_N: tl.constexpr,
               DECAY: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """A_rr^T, strictly upper triangular."""
     rows = tl.arange(0, _BLOCK)
-    product = _inner(k, first, size, stride, columns_at, ROW, ROW, N, PAD_N, PRECISION) * gates[None, :]
+    product = _inner(k, size, stride, ROW, ROW, N, PAD_N, PRECISION) * gates[None, :]
     return _decayed(product, sums[None, :], sums[:, None], rows[:, None] < rows[None, :], DECAY)
 
 
@@ -419,11 +409,11 @@ def _product(left, right):
 
 
 @triton.jit
-def _add(total, inverse, factors, tensor, COLUMN: tl.constexpr, size, stride, columns, within, PRECISION: tl.constexpr):
-    """total + T_rc (factors * block c of `tensor`)"""
+def _add(total, T, tensor, size, stride, columns, within, COLUMN: tl.constexpr, PRECISION: tl.constexpr):
+    """total + T_rc times block c of a tensor's rows."""
     block = tl.arange(0, _BLOCK) + COLUMN * _BLOCK
     right = _load(tensor, block, stride, columns, block < size, within)
-    return tl.dot((inverse * factors[None, :]).to(right.dtype), right, total, input_precision=PRECISION)
+    return tl.dot(T.to(right.dtype), right, total, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["tokens", "t", "chunks", "heads"])
@@ -438,7 +428,7 @@ def _invert(
     head, chunk = program % heads, program // heads
     first, size = _chunk(table, chunk, t, chunks, CHUNK, PACKED)
     rows = tl.arange(0, _BLOCK)
-    key_at, value_at = head // group * N, head * P
+    k += first * k_stride + head // group * N
 
     # Sums of log2 decays from the start of the chunk, and write gates: here, and for the kernels to come.
     sums, gates, total = (), (), 0.0
@@ -461,22 +451,22 @@ def _invert(
 
     t00 = tl.where(rows[:, None] == rows[None, :], 1.0, 0.0)
     t11, t22, t33 = t00, t00, t00
-    a00 = _diagonal(k, first, size, k_stride, key_at, sums[0], gates[0], 0, N, PAD_N, DECAY, PRECISION)
-    a11 = _diagonal(k, first, size, k_stride, key_at, sums[1], gates[1], 1, N, PAD_N, DECAY, PRECISION)
-    a22 = _diagonal(k, first, size, k_stride, key_at, sums[2], gates[2], 2, N, PAD_N, DECAY, PRECISION)
-    a33 = _diagonal(k, first, size, k_stride, key_at, sums[3], gates[3], 3, N, PAD_N, DECAY, PRECISION)
+    a00 = _diagonal(k, size, k_stride, sums[0], gates[0], 0, N, PAD_N, DECAY, PRECISION)
+    a11 = _diagonal(k, size, k_stride, sums[1], gates[1], 1, N, PAD_N, DECAY, PRECISION)
+    a22 = _diagonal(k, size, k_stride, sums[2], gates[2], 2, N, PAD_N, DECAY, PRECISION)
+    a33 = _diagonal(k, size, k_stride, sums[3], gates[3], 3, N, PAD_N, DECAY, PRECISION)
     for row in range(1, _BLOCK):
         t00 = _substitute(t00, a00, row)
         t11 = _substitute(t11, a11, row)
         t22 = _substitute(t22, a22, row)
         t33 = _substitute(t33, a33, row)
 
-    a10 = _below(k, first, size, k_stride, key_at, sums[1], sums[0], gates[1], 1, 0, N, PAD_N, DECAY, PRECISION)
-    a21 = _below(k, first, size, k_stride, key_at, sums[2], sums[1], gates[2], 2, 1, N, PAD_N, DECAY, PRECISION)
-    a32 = _below(k, first, size, k_stride, key_at, sums[3], sums[2], gates[3], 3, 2, N, PAD_N, DECAY, PRECISION)
-    a20 = _below(k, first, size, k_stride, key_at, sums[2], sums[0], gates[2], 2, 0, N, PAD_N, DECAY, PRECISION)
-    a31 = _below(k, first, size, k_stride, key_at, sums[3], sums[1], gates[3], 3, 1, N, PAD_N, DECAY, PRECISION)
-    a30 = _below(k, first, size, k_stride, key_at, sums[3], sums[0], gates[3], 3, 0, N, PAD_N, DECAY, PRECISION)
+    a10 = _below(k, size, k_stride, sums[1], sums[0], gates[1], 1, 0, N, PAD_N, DECAY, PRECISION)
+    a21 = _below(k, size, k_stride, sums[2], sums[1], gates[2], 2, 1, N, PAD_N, DECAY, PRECISION)
+    a32 = _below(k, size, k_stride, sums[3], sums[2], gates[3], 3, 2, N, PAD_N, DECAY, PRECISION)
+    a20 = _below(k, size, k_stride, sums[2], sums[0], gates[2], 2, 0, N, PAD_N, DECAY, PRECISION)
+    a31 = _below(k, size, k_stride, sums[3], sums[1], gates[3], 3, 1, N, PAD_N, DECAY, PRECISION)
+    a30 = _below(k, size, k_stride, sums[3], sums[0], gates[3], 3, 0, N, PAD_N, DECAY, PRECISION)
     t10 = -_product(t11, _product(a10, t00))
     t21 = -_product(t22, _product(a21, t11))
     t32 = -_product(t33, _product(a32, t22))
@@ -495,29 +485,29 @@ def _invert(
                 else:
                     tl.store(at, tl.zeros([_BLOCK, _BLOCK], inverses.dtype.element_ty))
     else:
+        v += first * v_stride + head * P
+        reach += (first * heads + head) * N
+        writes += (first * heads + head) * P
         TILE_N: tl.constexpr = min(PAD_N, _TILE)
         for n in tl.static_range(0, PAD_N, TILE_N):
             columns = n + tl.arange(0, TILE_N)
             for r in tl.static_range(4):
                 total = tl.zeros([_BLOCK, TILE_N], tl.float32)
                 for c in tl.static_range(r + 1):
-                    factors = gates[c] * tl.exp2(sums[c])
-                    T = inverse[r * (r + 1) // 2 + c]
-                    total = _add(total, T, factors, k + first * k_stride + key_at, c, size, k_stride, columns,
-                                 columns < N, PRECISION)  # fmt: skip
+                    T = inverse[r * (r + 1) // 2 + c] * (gates[c] * tl.exp2(sums[c]))[None, :]
+                    total = _add(total, T, k, size, k_stride, columns, columns < N, c, PRECISION)
                 block = rows + r * _BLOCK
-                _store(reach + (first * heads + head) * N, block, heads * N, columns, block < size, columns < N, total)
+                _store(reach, block, heads * N, columns, block < size, columns < N, total)
         TILE_P: tl.constexpr = min(PAD_P, _TILE)
         for p in tl.static_range(0, PAD_P, TILE_P):
             columns = p + tl.arange(0, TILE_P)
             for r in tl.static_range(4):
                 total = tl.zeros([_BLOCK, TILE_P], tl.float32)
                 for c in tl.static_range(r + 1):
-                    T = inverse[r * (r + 1) // 2 + c]
-                    total = _add(total, T, gates[c], v + first * v_stride + value_at, c, size, v_stride, columns,
-                                 columns < P, PRECISION)  # fmt: skip
+                    T = inverse[r * (r + 1) // 2 + c] * gates[c][None, :]
+                    total = _add(total, T, v, size, v_stride, columns, columns < P, c, PRECISION)
                 block = rows + r * _BLOCK
-                _store(writes + (first * heads + head) * P, block, heads * P, columns, block < size, columns < P, total)
+                _store(writes, block, heads * P, columns, block < size, columns < P, total)
 
 
 @triton.jit
