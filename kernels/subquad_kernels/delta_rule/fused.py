@@ -1,9 +1,9 @@
-"""Gated DeltaNet in Triton: everything a chunk can do alone runs side by side, one product-chain a chunk is sequential.
+"""Gated DeltaNet in Triton: what a chunk can do alone runs side by side, a chain of three products a chunk does not.
 
-Forward, chunks of 64 tokens:  `_invert` solves each chunk's triangular system, as W = T (beta e^b K) and
-U0 = T (beta V);  `_scan` walks the chunks of a sequence with the state in registers, U = U0 - W S and
-S <- e^b_C S + (e^(b_C - b) K)^T U;  `_read` forms y. Backward:  `_invert` again (T alone), `_read_back` (the gradient
-of U by y), `_scan_back` from the last chunk to the first (the gradient of states), `_differentiate` (the rest).
+Forward, chunks of 64 tokens:  `_invert` solves each chunk's triangular system, T = (I + A)^-1;  `_scan` walks the
+chunks of a sequence with the state in registers, U = T beta (V - e^b K S) and S <- e^b_C S + (e^(b_C - b) K)^T U;
+`_read` forms y. Backward:  `_invert` again, `_read_back` (the gradient of U by y), `_scan_back` from the last chunk to
+the first (the gradient of states), `_differentiate` (the rest).
 The scans hold transposed states [TILE_P, N]: a state and what was computed from it are left operands of products,
 which stay in registers; right operands come from memory. Exponents are masked differences of sums inside a chunk,
 never positive. No atomics: the same bits every time. README.md derives the equations.
@@ -154,13 +154,12 @@ class _Call:
             )  # fmt: skip
             return y, final, writes, self._new(0, h, p, n)
         boundaries = self._new(self.chunks, h, p, n)
-        reach = self._new(self.tokens, h, n)
-        scalars, _ = self._invert(reach, writes, None)
+        scalars, inverse = self._invert()
         constants = self._constants() | {"DECAY": self.log_decay is not None}
         tile_p = min(launch.scan_tile_p, _padded(p))
         _scan[(states * h * triton.cdiv(p, tile_p),)](
-            self.k, reach, writes, scalars, self.initial, self.bounds, self.offsets, final, boundaries,
-            *self._sizes(), self.k.stride(0),
+            self.k, self.v, inverse, scalars, self.initial, self.bounds, self.offsets, final, writes, boundaries,
+            *self._sizes(), self.k.stride(0), self.v.stride(0),
             TILE_P=tile_p, INITIAL=self.initial is not None, STAGES=launch.scan_stages, num_warps=launch.scan_warps,
             **constants,
         )  # fmt: skip
@@ -172,16 +171,17 @@ class _Call:
         )  # fmt: skip
         return y, final, writes, boundaries
 
-    def _invert(self, reach: Tensor | None, writes: Tensor | None, inverse: Tensor | None) -> tuple[Tensor, None]:
-        """Fill W and U0, or T; return the sums of log2 decays and the write gates.  Shape: 2 h tokens"""
+    def _invert(self) -> tuple[Tensor, Tensor]:
+        """Sums of log2 decays and write gates, and T.  Shapes:  2 h tokens, chunks h 64 64"""
         scalars = self._new(2, self.h, self.tokens, dtype=torch.float32)
+        inverse = self._new(self.chunks, self.h, CHUNK, CHUNK)
         _invert[(self.chunks * self.h,)](
-            self.k, self.v, self.log_decay, self.gate, self.table, scalars, reach, writes, inverse,
-            *self._sizes(), self.k.stride(0), self.v.stride(0),
-            PAD_P=_padded(self.p), DECAY=self.log_decay is not None, GATE=self.gate is not None,
-            INVERSE=inverse is not None, num_warps=self.launch.invert_warps, **self._constants(),
+            self.k, self.log_decay, self.gate, self.table, scalars, inverse,
+            *self._sizes(), self.k.stride(0),
+            DECAY=self.log_decay is not None, GATE=self.gate is not None, num_warps=self.launch.invert_warps,
+            **self._constants(),
         )  # fmt: skip
-        return scalars, None
+        return scalars, inverse
 
     def backward(
         self, writes: Tensor, boundaries: Tensor, dy: Tensor | None, dfinal: Tensor | None
@@ -193,8 +193,7 @@ class _Call:
         if t == 1 and self.bounds is None:  # a decode keeps no boundary: it is the initial state
             boundaries = self._new(b, h, p, n)
             boundaries.copy_(self.initial.transpose(2, 3)) if self.initial is not None else boundaries.zero_()
-        inverse = self._new(self.chunks, h, CHUNK, CHUNK)
-        scalars, _ = self._invert(None, None, inverse)
+        scalars, inverse = self._invert()
         decayed, gated = self.log_decay is not None, self.gate is not None
         constants = self._constants() | {"DECAY": decayed}
         # The gradient of U by y, which the scan replaces by that of T U.
@@ -408,20 +407,12 @@ def _product(left, right):
     return tl.dot(left_high, right_high, total, input_precision="tf32")
 
 
-@triton.jit
-def _add(total, T, tensor, size, stride, columns, within, COLUMN: tl.constexpr, PRECISION: tl.constexpr):
-    """total + T_rc times block c of a tensor's rows."""
-    block = tl.arange(0, _BLOCK) + COLUMN * _BLOCK
-    right = _load(tensor, block, stride, columns, block < size, within)
-    return tl.dot(T.to(right.dtype), right, total, input_precision=PRECISION)
-
-
 @triton.jit(do_not_specialize=["tokens", "t", "chunks", "heads"])
 def _invert(
-    k, v, log_decay, gate, table, scalars, reach, writes, inverses,
-    tokens, t, chunks, heads, group, k_stride, v_stride,
-    N: tl.constexpr, PAD_N: tl.constexpr, P: tl.constexpr, PAD_P: tl.constexpr, CHUNK: tl.constexpr,
-    PACKED: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr, INVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    k, log_decay, gate, table, scalars, inverses,
+    tokens, t, chunks, heads, group, k_stride,
+    N: tl.constexpr, PAD_N: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr, PACKED: tl.constexpr,
+    DECAY: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """T = (I + A)^-1 of a chunk and head, in blocks of 16: substitution on the diagonal, products below it."""
     program = tl.program_id(0)
@@ -475,39 +466,14 @@ def _invert(
     t30 = -_product(t33, _product(a30, t00) + _product(a31, t10) + _product(a32, t20))
     inverse = (t00, t10, t11, t20, t21, t22, t30, t31, t32, t33)
 
-    if INVERSE:
-        place = inverses + program.to(tl.int64) * (CHUNK * CHUNK)
-        for r in tl.static_range(4):
-            for c in tl.static_range(4):
-                at = place + (rows + r * _BLOCK)[:, None] * CHUNK + (rows + c * _BLOCK)[None, :]
-                if c <= r:
-                    tl.store(at, inverse[r * (r + 1) // 2 + c].to(inverses.dtype.element_ty))
-                else:
-                    tl.store(at, tl.zeros([_BLOCK, _BLOCK], inverses.dtype.element_ty))
-    else:
-        v += first * v_stride + head * P
-        reach += (first * heads + head) * N
-        writes += (first * heads + head) * P
-        TILE_N: tl.constexpr = min(PAD_N, _TILE)
-        for n in tl.static_range(0, PAD_N, TILE_N):
-            columns = n + tl.arange(0, TILE_N)
-            for r in tl.static_range(4):
-                total = tl.zeros([_BLOCK, TILE_N], tl.float32)
-                for c in tl.static_range(r + 1):
-                    T = inverse[r * (r + 1) // 2 + c] * (gates[c] * tl.exp2(sums[c]))[None, :]
-                    total = _add(total, T, k, size, k_stride, columns, columns < N, c, PRECISION)
-                block = rows + r * _BLOCK
-                _store(reach, block, heads * N, columns, block < size, columns < N, total)
-        TILE_P: tl.constexpr = min(PAD_P, _TILE)
-        for p in tl.static_range(0, PAD_P, TILE_P):
-            columns = p + tl.arange(0, TILE_P)
-            for r in tl.static_range(4):
-                total = tl.zeros([_BLOCK, TILE_P], tl.float32)
-                for c in tl.static_range(r + 1):
-                    T = inverse[r * (r + 1) // 2 + c] * gates[c][None, :]
-                    total = _add(total, T, v, size, v_stride, columns, columns < P, c, PRECISION)
-                block = rows + r * _BLOCK
-                _store(writes, block, heads * P, columns, block < size, columns < P, total)
+    inverses += program.to(tl.int64) * (CHUNK * CHUNK)
+    for r in tl.static_range(4):
+        for c in tl.static_range(4):
+            at = inverses + (rows + r * _BLOCK)[:, None] * CHUNK + (rows + c * _BLOCK)[None, :]
+            if c <= r:
+                tl.store(at, inverse[r * (r + 1) // 2 + c].to(inverses.dtype.element_ty))
+            else:
+                tl.store(at, tl.zeros([_BLOCK, _BLOCK], inverses.dtype.element_ty))
 
 
 @triton.jit
@@ -528,12 +494,12 @@ def _sequence(bounds, offsets, program, heads, tiles, t, chunks, PACKED: tl.cons
 
 @triton.jit(do_not_specialize=["tokens", "t", "chunks", "heads"])
 def _scan(
-    k, reach, writes, scalars, initial, bounds, offsets, final, boundaries,
-    tokens, t, chunks, heads, group, k_stride,
+    k, v, inverses, scalars, initial, bounds, offsets, final, writes, boundaries,
+    tokens, t, chunks, heads, group, k_stride, v_stride,
     N: tl.constexpr, PAD_N: tl.constexpr, P: tl.constexpr, TILE_P: tl.constexpr, CHUNK: tl.constexpr,
     PACKED: tl.constexpr, DECAY: tl.constexpr, INITIAL: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Walk the chunks of a sequence; `writes` holds U0 and is left holding U."""
+    """Walk the chunks of a sequence: U of each, the state that enters it, and the last state."""
     tiles: tl.constexpr = (P + TILE_P - 1) // TILE_P
     program = tl.program_id(0)
     tile, head = program % tiles, program // tiles % heads
@@ -549,28 +515,37 @@ def _scan(
     if INITIAL:
         state = tl.load(initial + place, mask=within, other=0.0).to(tl.float32)
     k += first * k_stride + head // group * N
-    reach += (first * heads + head) * N
+    v += first * v_stride + head * P
     writes += (first * heads + head) * P
-    scalars += head.to(tl.int64) * tokens + first
+    inverses += (chunk * heads + head) * (CHUNK * CHUNK)
     boundaries += (chunk * heads + head) * (P * N)
-    # A chunk's place in each tensor takes 64 bits, a token's place in the chunk does not.
-    boundary_step, key_step = heads.to(tl.int64) * (P * N), k_stride.to(tl.int64) * CHUNK
-    reach_step, write_step = heads.to(tl.int64) * (CHUNK * N), heads.to(tl.int64) * (CHUNK * P)
+    scalars += head.to(tl.int64) * tokens + first
+    gates = scalars + tokens.to(tl.int64) * heads
+    # A chunk's place in a tensor takes 64 bits, a token's place in its chunk does not.
+    key_step, value_step = k_stride.to(tl.int64) * CHUNK, v_stride.to(tl.int64) * CHUNK
+    write_step, inverse_step = heads.to(tl.int64) * (CHUNK * P), heads.to(tl.int64) * (CHUNK * CHUNK)
+    boundary_step = heads.to(tl.int64) * (P * N)
     for c in tl.range(0, tl.cdiv(length, CHUNK), num_stages=STAGES):
         size = tl.minimum(length - c * CHUNK, CHUNK)
         rows, in_t = tl.minimum(span, size - 1), span < size
         _store(boundaries + c * boundary_step, values, N, keys, in_p, in_n, state)
-        w = _fetch_transposed(reach + c * reach_step, rows, heads * N, keys, in_n)
-        fresh = _fetch_transposed(writes + c * write_step, rows, heads * P, values, in_p)
         key = _fetch(k + c * key_step, rows, k_stride, keys, in_n)
-        write = fresh.to(tl.float32) - tl.dot(state.to(dtype), w, input_precision=PRECISION)
-        _store_transposed(writes + c * write_step, span, heads * P, values, in_t, in_p, write)
-        rest = tl.where(in_t, 1.0, 0.0)
+        value = _fetch_transposed(v + c * value_step, rows, v_stride, values, in_p)
+        inverse = tl.load(inverses + c * inverse_step + span[:, None] * CHUNK + span[None, :])
+        # Tokens past the end repeat the last one with a closed gate.
+        gate = tl.where(in_t, tl.load(gates + c * CHUNK + rows), 0.0)
+        known = tl.dot(state.to(dtype), tl.trans(key), input_precision=PRECISION)
         if DECAY:
+            sums = tl.load(scalars + c * CHUNK + rows)
             last = tl.load(scalars + c * CHUNK + size - 1)
-            rest = tl.where(in_t, tl.exp2(last - tl.load(scalars + c * CHUNK + rows)), 0.0)
+            known *= tl.exp2(sums)[None, :]
             state *= tl.exp2(last)
-        state += tl.dot((write * rest[None, :]).to(dtype), key, input_precision=PRECISION)
+        fresh = (value.to(tl.float32) - known) * gate[None, :]
+        write = tl.dot(fresh.to(dtype), tl.trans(inverse), input_precision=PRECISION)
+        _store_transposed(writes + c * write_step, span, heads * P, values, in_t, in_p, write)
+        if DECAY:
+            write *= tl.exp2(last - sums)[None, :]
+        state += tl.dot(write.to(dtype), key, input_precision=PRECISION)
     tl.store(final + place, state, mask=within)
 
 
