@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _BLOCK = tl.constexpr(16)
-_TILE = tl.constexpr(64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +56,18 @@ class Launch:
 
 def launch_of(n: int, p: int, element_bytes: int) -> Launch:
     """Sizes by width and type: what a chunk's tiles leave of 227 KiB of shared memory and 255 registers a lane."""
-    width = _padded(max(n, p))
-    wide = width > 64
+    wide = _padded(max(n, p)) > 64
     if element_bytes == 4:
-        stages = 1 if wide else 2
         return Launch(
-            scan_stages=stages, scan_back_stages=1, differentiate_tile_p=32 if wide else 64,
-            differentiate_warps=8, invert_warps=2 if wide else 1,
-        )  # fmt: skip
-    return Launch(differentiate_warps=8 if wide else 4, invert_warps=2 if wide else 1)
+            scan_stages=1 if wide else 2,
+            scan_back_stages=1,
+            scan_warps=8,
+            differentiate_tile_p=32 if wide else 64,
+            differentiate_warps=8,
+        )
+    if wide:
+        return Launch(scan_warps=8, differentiate_tile_p=32, differentiate_warps=8)
+    return Launch()
 
 
 def forward(launch: Launch | None = None, **arguments: Argument) -> Outputs:
@@ -352,9 +354,10 @@ def _inner(k, size, stride, ROW: tl.constexpr, COLUMN: tl.constexpr, N: tl.const
            PRECISION: tl.constexpr):  # fmt: skip
     """K_r K_c^T of two blocks of 16 tokens of a chunk."""
     left_rows, right_rows = tl.arange(0, _BLOCK) + ROW * _BLOCK, tl.arange(0, _BLOCK) + COLUMN * _BLOCK
-    TILE_N: tl.constexpr = min(PAD_N, _TILE)
+    # 128 bytes of a row at a time: four blocks of that are what one warp can keep in registers.
+    TILE_N: tl.constexpr = min(PAD_N, 128 // (k.dtype.element_ty.primitive_bitwidth // 8))
     product = tl.zeros([_BLOCK, _BLOCK], tl.float32)
-    for n in tl.static_range(0, PAD_N, TILE_N):
+    for n in tl.range(0, PAD_N, TILE_N, num_stages=1):
         columns = n + tl.arange(0, TILE_N)
         left = _load(k, left_rows, stride, columns, left_rows < size, columns < N)
         right = _load_transposed(k, right_rows, stride, columns, right_rows < size, columns < N)
