@@ -143,18 +143,20 @@ def test_more_documents_than_a_tile_of_the_table_are_counted() -> None:
     assert call.offsets.tolist() == [(document + 1) // 2 for document in range(300)]
 
 
-def test_mixed_decays_gates_up_to_two_and_repeating_keys_stay_exact() -> None:
+@pytest.mark.parametrize("low", [-50.3, -3e38], ids=["all but nothing stays", "nothing stays"])
+def test_mixed_decays_gates_up_to_two_and_repeating_keys_stay_exact(low: float) -> None:
+    """Three tokens in four forget everything; decays of 0.97 to 1 between them keep their digits."""
     arguments = sample(workload(130, n=16))
     draw = torch.Generator(DEVICE).manual_seed(5)
     arguments["k"] = F.normalize(arguments["k"][:, :1] + 0.1 * arguments["k"], dim=-1)
-    pick = torch.randint(0, 3, (1, 130, 1), generator=draw, device=DEVICE)
-    arguments["write_gate"] = pick.float()
-    cut = torch.randint(0, 4, (1, 130, 1), generator=draw, device=DEVICE) == 0
-    arguments["log_decay"] = torch.where(cut, -50.3, 0.0)
+    arguments["write_gate"] = torch.randint(0, 3, (1, 130, 1), generator=draw, device=DEVICE).float()
+    keep = torch.randint(0, 4, (1, 130, 1), generator=draw, device=DEVICE) == 0
+    slow = -0.03 * torch.rand(1, 130, 1, generator=draw, device=DEVICE)
+    arguments["log_decay"] = torch.where(keep, slow, low)
     assert_exact(arguments)
 
 
-@pytest.mark.parametrize("log_decay", [-1e-9, -1e4, -1e30], ids=["decay near 1", "decay underflows", "all is lost"])
+@pytest.mark.parametrize("log_decay", [-1e-9, -1e4], ids=["decay near 1", "decay underflows"])
 def test_extreme_decays_neither_overflow_nor_lose_gradients(log_decay: float) -> None:
     arguments = sample(workload(70))
     arguments["log_decay"] = torch.full_like(arguments["log_decay"], log_decay)
@@ -246,7 +248,9 @@ def test_what_it_cannot_compute_is_declined_with_a_reason() -> None:
     h100 = DeviceLimits(kind="cuda", name="H100", capability=(9, 0))
     assert kernel.supports(workload(9, dtype="bfloat16"), h100) is None
     assert "float64" in str(kernel.supports(workload(9, dtype="float64"), h100))
-    assert "128 x 128" in str(kernel.supports(workload(9, n=129), h100))
+    assert kernel.supports(workload(9, dtype="bfloat16", n=256, p=512), h100) is None
+    assert "128 key channels of float32" in str(kernel.supports(workload(9, n=129), h100))
+    assert "256 key channels" in str(kernel.supports(workload(9, dtype="bfloat16", n=257), h100))
     assert "per head" in str(kernel.supports(workload(9, decay="vector"), h100))
     free = replace(workload(9), options=workload(9).options | {"low_rank": True})
     assert "remove and insert" in str(kernel.supports(free, h100))
@@ -283,6 +287,7 @@ def test_every_launch_compiles_for_sm_90(tmp_path: Path) -> None:
         (dict(b=1, t=517, h=2, n=32, p=16, h_k=2, documents=5), dict(decay="none", gate=False)),
         (dict(b=3, t=1, h=4, n=128, p=64, h_k=2), {}),
         (dict(b=2, t=129, h=2, n=48, p=80, h_k=2), dict(decay="none")),
+        (dict(b=1, t=200, h=2, n=256, p=320, h_k=1), {}),
     ],
     ids=str,
 )
@@ -291,7 +296,9 @@ def test_on_a_gpu_it_is_within_the_operators_tolerance(
 ) -> None:
     case = workload(dtype=dtype, **options, **shape)
     kernel = CATALOGUE.kernel("delta_rule", "fused")
-    assert kernel.refusal(case, device_limits("cuda")) is None
+    if (refusal := kernel.refusal(case, device_limits("cuda"))) is not None:
+        assert dtype == "float32" and shape["n"] > 128, refusal
+        return
     errors = kernel_errors(OPERATOR, kernel, sample(case, "cuda"), gradients=True)
     verdict = judge(OPERATOR, kernel, case, errors)
     assert verdict.passed, verdict.reason

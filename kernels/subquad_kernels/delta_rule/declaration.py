@@ -114,8 +114,9 @@ def _fused_supports(workload: Workload, limits: DeviceLimits) -> str | None:
         return "has no transition by remove and insert"
     if options["decay"] == "vector":
         return "takes one decay per head, not one per key channel"
-    if max(shape["n"], shape["p"]) > 128:
-        return f"holds states of up to 128 x 128, not {shape['n']} x {shape['p']}"
+    widest = 128 if workload.dtype == "float32" else 256
+    if shape["n"] > widest:
+        return f"holds up to {widest} key channels of {workload.dtype} in shared memory, not {shape['n']}"
     if limits.capability is not None and limits.capability < (8, 0):
         return "needs compute capability 8.0"
     return None

@@ -66,7 +66,7 @@ def launch_of(n: int, p: int, element_bytes: int) -> Launch:
             differentiate_warps=8,
         )
     if wide:
-        return Launch(scan_warps=8, differentiate_tile_p=32, differentiate_warps=8)
+        return Launch(scan_warps=8, differentiate_warps=8)
     return Launch()
 
 
@@ -175,7 +175,9 @@ class _Call:
 
     def _invert(self) -> tuple[Tensor, Tensor]:
         """Sums of log2 decays and write gates, and T.  Shapes:  2 h tokens, chunks h 64 64"""
-        scalars = self._new(2, self.h, self.tokens, dtype=torch.float32)
+        # Sums in fp64 where inputs are fp32: small decays beside large ones would lose digits that the rest has.
+        exact = torch.float64 if self.v.dtype == torch.float32 else torch.float32
+        scalars = self._new(2, self.h, self.tokens, dtype=exact)
         inverse = self._new(self.chunks, self.h, CHUNK, CHUNK)
         _invert[(self.chunks * self.h,)](
             self.k, self.log_decay, self.gate, self.table, scalars, inverse,
@@ -327,17 +329,16 @@ def _store(tensor, rows, stride, columns, in_rows, in_columns, tile):
 
 
 @triton.jit
-def _scale_rows(tile, sums, DECAY: tl.constexpr):
-    """exp2(sums) tile, row by row."""
-    if DECAY:
-        tile *= tl.exp2(sums)[:, None]
-    return tile
+def _power(exponent):
+    """2 to a sum of log2 decays or a difference of two, which has fp64 where inputs are fp32."""
+    return tl.exp2(exponent.to(tl.float32))
 
 
 @triton.jit
-def _scale_columns(tile, sums, DECAY: tl.constexpr):
+def _scale_rows(tile, sums, DECAY: tl.constexpr):
+    """exp2(sums) tile, row by row."""
     if DECAY:
-        tile *= tl.exp2(sums)[None, :]
+        tile *= _power(sums)[:, None]
     return tile
 
 
@@ -345,7 +346,7 @@ def _scale_columns(tile, sums, DECAY: tl.constexpr):
 def _decayed(tile, later, earlier, shown, DECAY: tl.constexpr):
     """exp2(later - earlier) tile where shown, else 0: the exponent is masked, so that it is never positive."""
     if DECAY:
-        tile *= tl.exp2(tl.where(shown, later - earlier, 0.0))
+        tile *= _power(tl.where(shown, later - earlier, 0.0))
     return tl.where(shown, tile, 0.0)
 
 
@@ -371,7 +372,7 @@ def _below(k, size, stride, later, earlier, gates, ROW: tl.constexpr, COLUMN: tl
     """A_rc = beta_i (k_i . k_j) exp(b_i - b_j) of two blocks, r > c."""
     product = _inner(k, size, stride, ROW, COLUMN, N, PAD_N, PRECISION) * gates[:, None]
     if DECAY:
-        product *= tl.exp2(tl.minimum(later[:, None] - earlier[None, :], 0.0))
+        product *= _power(tl.minimum(later[:, None] - earlier[None, :], 0.0))
     return product
 
 
@@ -425,14 +426,16 @@ def _invert(
     k += first * k_stride + head // group * N
 
     # Sums of log2 decays from the start of the chunk, and write gates: here, and for the kernels to come.
+    exact: tl.constexpr = scalars.dtype.element_ty
     sums, gates, total = (), (), 0.0
     for r in tl.static_range(4):
         within = rows + r * _BLOCK < size
         at = (first + rows + r * _BLOCK) * heads + head
         kept = scalars + head.to(tl.int64) * tokens + first + rows + r * _BLOCK
-        decay = tl.zeros([_BLOCK], tl.float32)
+        decay = tl.zeros([_BLOCK], exact)
         if DECAY:
-            decay = tl.load(log_decay + at, mask=within, other=0.0).to(tl.float32) * _LOG2_E
+            decay = tl.load(log_decay + at, mask=within, other=0.0).to(exact) * _LOG2_E
+            decay = tl.maximum(decay, -160.0)  # where exp2 is 0: sums stay finite
         block = total + tl.cumsum(decay, 0)
         total += tl.sum(decay, 0)
         beta = tl.where(within, 1.0, 0.0)
@@ -536,18 +539,18 @@ def _scan(
         value = _fetch_transposed(v + c * value_step, rows, v_stride, values, in_p)
         inverse = tl.load(inverses + c * inverse_step + span[:, None] * CHUNK + span[None, :])
         # Tokens past the end repeat the last one with a closed gate.
-        gate = tl.where(in_t, tl.load(gates + c * CHUNK + rows), 0.0)
+        gate = tl.where(in_t, tl.load(gates + c * CHUNK + rows).to(tl.float32), 0.0)
         known = tl.dot(state.to(dtype), tl.trans(key), input_precision=PRECISION)
         if DECAY:
             sums = tl.load(scalars + c * CHUNK + rows)
             last = tl.load(scalars + c * CHUNK + size - 1)
-            known *= tl.exp2(sums)[None, :]
-            state *= tl.exp2(last)
+            known *= _power(sums)[None, :]
+            state *= _power(last)
         fresh = (value.to(tl.float32) - known) * gate[None, :]
         write = tl.dot(fresh.to(dtype), tl.trans(inverse), input_precision=PRECISION)
         _store_transposed(writes + c * write_step, span, heads * P, values, in_t, in_p, write)
         if DECAY:
-            write *= tl.exp2(last - sums)[None, :]
+            write *= _power(last - sums)[None, :]
         state += tl.dot(write.to(dtype), key, input_precision=PRECISION)
     tl.store(final + place, state, mask=within)
 
@@ -657,15 +660,15 @@ def _scan_back(
         dwrite = _fetch_transposed(dwrites + c * value_step, rows, heads * P, values, in_p)
         inverse = tl.load(inverses + c * inverse_step + span[:, None] * CHUNK + span[None, :])
         # Tokens past the end repeat the last one with factors 0.
-        gate = tl.where(in_t, tl.load(gates + c * CHUNK + rows), 0.0)
+        gate = tl.where(in_t, tl.load(gates + c * CHUNK + rows).to(tl.float32), 0.0)
         here, rest = tl.where(in_t, 1.0, 0.0), tl.where(in_t, 1.0, 0.0)
         kept = 1.0
         if DECAY:
             sums = tl.load(scalars + c * CHUNK + rows)
             last = tl.load(scalars + c * CHUNK + size - 1)
-            here = tl.where(in_t, tl.exp2(sums), 0.0)
-            rest = tl.where(in_t, tl.exp2(last - sums), 0.0)
-            kept = tl.exp2(last)
+            here = tl.where(in_t, _power(sums), 0.0)
+            rest = tl.where(in_t, _power(last - sums), 0.0)
+            kept = _power(last)
         reached = tl.dot(dstate.to(dtype), tl.trans(key), input_precision=PRECISION) * rest[None, :]
         # T has unit rows for tokens past the end: what they hold stays theirs, and is not stored.
         dfresh = tl.dot((dwrite.to(tl.float32) + reached).to(dtype), inverse, input_precision=PRECISION)
@@ -703,7 +706,7 @@ def _differentiate(
     key = _load(k + first * k_stride + key_at, span, k_stride, keys, in_t, in_n)
     kept = scalars + head.to(tl.int64) * tokens + first
     sums = tl.load(kept + span, mask=in_t, other=0.0)
-    gate = tl.load(kept + tokens.to(tl.int64) * heads + span, mask=in_t, other=0.0)
+    gate = tl.load(kept + tokens.to(tl.int64) * heads + span, mask=in_t, other=0.0).to(tl.float32)
     last = tl.load(kept + size - 1, mask=size > 0, other=0.0)
     state_at = (chunk.to(tl.int64) * heads + head) * (P * N)
     row_stride = heads * P
@@ -716,7 +719,7 @@ def _differentiate(
     # What the query reads.
     scores = tl.zeros([CHUNK, CHUNK], tl.float32)
     total = tl.zeros([CHUNK, PAD_N], tl.float32)
-    for start in tl.static_range(0, PAD_P, TILE_P):
+    for start in tl.range(0, PAD_P, TILE_P, num_stages=1):
         values = start + tl.arange(0, TILE_P)
         in_p = values < P
         pull = _load(dy, span, row_stride, values, in_t, in_p).to(dtype)
@@ -735,7 +738,7 @@ def _differentiate(
     scores = tl.zeros([CHUNK, CHUNK], tl.float32)
     written = tl.zeros([CHUNK, PAD_N], tl.float32)
     kept_state = 0.0
-    for start in tl.static_range(0, PAD_P, TILE_P):
+    for start in tl.range(0, PAD_P, TILE_P, num_stages=1):
         values = start + tl.arange(0, TILE_P)
         in_p = values < P
         pull = _load_transposed(dy, span, row_stride, values, in_t, in_p).to(dtype)
@@ -748,15 +751,15 @@ def _differentiate(
             kept_state += tl.sum(state.to(tl.float32) * dstate.to(tl.float32))
     dlast = 0.0
     if DECAY:
-        written *= tl.exp2(tl.where(in_t, last - sums, 0.0))[:, None]
-        dlast = tl.sum(written * key.to(tl.float32)) + tl.exp2(last) * kept_state
+        written *= _power(tl.where(in_t, last - sums, 0.0))[:, None]
+        dlast = tl.sum(written * key.to(tl.float32)) + _power(last) * kept_state
     shown = (span[:, None] <= span[None, :]) & in_t[None, :]
     scores = _decayed(scores, sums[None, :], sums[:, None], shown, DECAY) * scale
     written = tl.dot(scores.to(dtype), query, written, input_precision=PRECISION)
 
     # What it wrote, for the keys to come.
     scores = tl.zeros([CHUNK, CHUNK], tl.float32)
-    for start in tl.static_range(0, PAD_P, TILE_P):
+    for start in tl.range(0, PAD_P, TILE_P, num_stages=1):
         values = start + tl.arange(0, TILE_P)
         in_p = values < P
         write = _load(writes, span, row_stride, values, in_t, in_p)
@@ -770,7 +773,7 @@ def _differentiate(
     scores = tl.zeros([CHUNK, CHUNK], tl.float32)
     read = tl.zeros([CHUNK, PAD_N], tl.float32)
     dbeta = tl.zeros([CHUNK], tl.float32)
-    for start in tl.static_range(0, PAD_P, TILE_P):
+    for start in tl.range(0, PAD_P, TILE_P, num_stages=1):
         values = start + tl.arange(0, TILE_P)
         in_p = values < P
         fresh = _load(dfresh, span, row_stride, values, in_t, in_p)
