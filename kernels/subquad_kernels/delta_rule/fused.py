@@ -127,8 +127,8 @@ class _Call:
         return self.v.new_empty(shape, dtype=dtype or self.v.dtype)
 
     def _sizes(self) -> tuple[int, ...]:
-        """Tokens of all sequences and of one, chunks of one, heads, and value heads a key head."""
-        return self.tokens, self.t, triton.cdiv(self.t, CHUNK), self.h, self.h // self.h_k
+        """Chunks of all sequences, tokens and chunks of one, heads, and value heads a key head."""
+        return self.chunks, self.t, triton.cdiv(self.t, CHUNK), self.h, self.h // self.h_k
 
     def _constants(self) -> dict[str, Any]:
         return {
@@ -156,36 +156,39 @@ class _Call:
             )  # fmt: skip
             return y, final, writes, self._new(0, h, p, n)
         boundaries = self._new(self.chunks, h, p, n)
-        scalars, inverse = self._invert()
+        vectors, inverse = self._invert()
         constants = self._constants() | {"DECAY": self.log_decay is not None}
         tile_p = min(launch.scan_tile_p, _padded(p))
         _scan[(states * h * triton.cdiv(p, tile_p),)](
-            self.k, self.v, inverse, scalars, self.initial, self.bounds, self.offsets, final, writes, boundaries,
+            self.k, self.v, inverse, vectors, self.initial, self.bounds, self.offsets, final, writes, boundaries,
             *self._sizes(), self.k.stride(0), self.v.stride(0),
             TILE_P=tile_p, INITIAL=self.initial is not None, STAGES=launch.scan_stages, num_warps=launch.scan_warps,
             **constants,
         )  # fmt: skip
         tile_p = min(launch.read_tile_p, _padded(p))
         _read[(self.chunks * h * triton.cdiv(p, tile_p),)](
-            self.q, self.k, writes, scalars, boundaries, self.table, y,
+            self.q, self.k, writes, vectors, boundaries, self.table, y,
             *self._sizes(), self.q.stride(0), self.k.stride(0), self.scale,
             TILE_P=tile_p, num_warps=launch.read_warps, **constants,
         )  # fmt: skip
         return y, final, writes, boundaries
 
     def _invert(self) -> tuple[Tensor, Tensor]:
-        """Sums of log2 decays and write gates, and T.  Shapes:  2 h tokens, chunks h 64 64"""
+        """Vectors of each chunk, and T.  Shapes:  4 chunks h 64, chunks h 64 64
+
+        The vectors: sums of log2 decays b, write gates, e^b, and e^(b_C - b), all but the first 0 past a chunk's end.
+        """
         # Sums in fp64 where inputs are fp32: small decays beside large ones would lose digits that the rest has.
         exact = torch.float64 if self.v.dtype == torch.float32 else torch.float32
-        scalars = self._new(2, self.h, self.tokens, dtype=exact)
+        vectors = self._new(4, self.chunks, self.h, CHUNK, dtype=exact)
         inverse = self._new(self.chunks, self.h, CHUNK, CHUNK)
         _invert[(self.chunks * self.h,)](
-            self.k, self.log_decay, self.gate, self.table, scalars, inverse,
+            self.k, self.log_decay, self.gate, self.table, vectors, inverse,
             *self._sizes(), self.k.stride(0),
             DECAY=self.log_decay is not None, GATE=self.gate is not None, num_warps=self.launch.invert_warps,
             **self._constants(),
         )  # fmt: skip
-        return scalars, inverse
+        return vectors, inverse
 
     def backward(
         self, writes: Tensor, boundaries: Tensor, dy: Tensor | None, dfinal: Tensor | None
@@ -197,14 +200,14 @@ class _Call:
         if t == 1 and self.bounds is None:  # a decode keeps no boundary: it is the initial state
             boundaries = self._new(b, h, p, n)
             boundaries.copy_(self.initial.transpose(2, 3)) if self.initial is not None else boundaries.zero_()
-        scalars, inverse = self._invert()
+        vectors, inverse = self._invert()
         decayed, gated = self.log_decay is not None, self.gate is not None
         constants = self._constants() | {"DECAY": decayed}
         # The gradient of U by y, which the scan replaces by that of T U.
         dwrites = self._new(self.tokens, h, p)
         tile_p = min(launch.read_tile_p, _padded(p))
         _read_back[(self.chunks * h * triton.cdiv(p, tile_p),)](
-            self.q, self.k, dy, scalars, self.table, dwrites,
+            self.q, self.k, dy, vectors, self.table, dwrites,
             *self._sizes(), self.q.stride(0), self.k.stride(0), self.scale,
             TILE_P=tile_p, num_warps=launch.read_warps, **constants,
         )  # fmt: skip
@@ -213,7 +216,7 @@ class _Call:
         dinitial = self._new(states, h, n, p, dtype=torch.float32)
         tile_p = min(launch.scan_tile_p, _padded(p))
         _scan_back[(states * h * triton.cdiv(p, tile_p),)](
-            self.q, self.k, dy, inverse, dwrites, scalars, dfinal, self.bounds, self.offsets, dinitial, dstates,
+            self.q, self.k, dy, inverse, dwrites, vectors, dfinal, self.bounds, self.offsets, dinitial, dstates,
             *self._sizes(), self.q.stride(0), self.k.stride(0), self.scale,
             TILE_P=tile_p, FINAL=dfinal is not None, STAGES=launch.scan_back_stages, num_warps=launch.scan_warps,
             **constants,
@@ -224,7 +227,7 @@ class _Call:
         ddecay = self._new(b, t, h, dtype=torch.float32) if decayed else None
         dgate = self._new(b, t, h, dtype=torch.float32) if gated else None
         _differentiate[(self.chunks * h,)](
-            self.q, self.k, self.v, dy, writes, dwrites, boundaries, dstates, scalars, self.table,
+            self.q, self.k, self.v, dy, writes, dwrites, boundaries, dstates, vectors, self.table,
             dq, dk, dv, ddecay, dgate,
             *self._sizes(), self.q.stride(0), self.k.stride(0), self.v.stride(0), self.scale,
             PAD_P=_padded(p), TILE_P=min(launch.differentiate_tile_p, _padded(p)), GATE=gated,
@@ -411,10 +414,10 @@ def _product(left, right):
     return tl.dot(left_high, right_high, total, input_precision="tf32")
 
 
-@triton.jit(do_not_specialize=["tokens", "t", "chunks", "heads"])
+@triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
 def _invert(
-    k, log_decay, gate, table, scalars, inverses,
-    tokens, t, chunks, heads, group, k_stride,
+    k, log_decay, gate, table, vectors, inverses,
+    slots, t, chunks, heads, group, k_stride,
     N: tl.constexpr, PAD_N: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr, PACKED: tl.constexpr,
     DECAY: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -425,26 +428,32 @@ def _invert(
     rows = tl.arange(0, _BLOCK)
     k += first * k_stride + head // group * N
 
-    # Sums of log2 decays from the start of the chunk, and write gates: here, and for the kernels to come.
-    exact: tl.constexpr = scalars.dtype.element_ty
+    # What the kernels to come need of decays and gates: see `_Call._invert`.
+    exact: tl.constexpr = vectors.dtype.element_ty
+    vectors += (chunk.to(tl.int64) * heads + head) * CHUNK + rows
+    plane = slots.to(tl.int64) * heads * CHUNK
     sums, gates, total = (), (), 0.0
     for r in tl.static_range(4):
         within = rows + r * _BLOCK < size
         at = (first + rows + r * _BLOCK) * heads + head
-        kept = scalars + head.to(tl.int64) * tokens + first + rows + r * _BLOCK
         decay = tl.zeros([_BLOCK], exact)
         if DECAY:
             decay = tl.load(log_decay + at, mask=within, other=0.0).to(exact) * _LOG2_E
             decay = tl.maximum(decay, -160.0)  # where exp2 is 0: sums stay finite
-        block = total + tl.cumsum(decay, 0)
-        total += tl.sum(decay, 0)
         beta = tl.where(within, 1.0, 0.0)
         if GATE:
             beta = tl.load(gate + at, mask=within, other=0.0).to(tl.float32)
-        tl.store(kept, block, mask=within)
-        tl.store(kept + tokens.to(tl.int64) * heads, beta, mask=within)
-        sums += (block,)
+        sums += (total + tl.cumsum(decay, 0),)
         gates += (beta,)
+        total += tl.sum(decay, 0)
+        tl.store(vectors + r * _BLOCK, sums[r])
+        tl.store(vectors + plane + r * _BLOCK, beta.to(exact))
+    if DECAY:
+        for r in tl.static_range(4):
+            within = rows + r * _BLOCK < size
+            here, rest = tl.where(within, _power(sums[r]), 0.0), tl.where(within, _power(total - sums[r]), 0.0)
+            tl.store(vectors + 2 * plane + r * _BLOCK, here.to(exact))
+            tl.store(vectors + 3 * plane + r * _BLOCK, rest.to(exact))
 
     t00 = tl.where(rows[:, None] == rows[None, :], 1.0, 0.0)
     t11, t22, t33 = t00, t00, t00
@@ -498,10 +507,10 @@ def _sequence(bounds, offsets, program, heads, tiles, t, chunks, PACKED: tl.cons
     return sequence, first, length, chunk
 
 
-@triton.jit(do_not_specialize=["tokens", "t", "chunks", "heads"])
+@triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
 def _scan(
-    k, v, inverses, scalars, initial, bounds, offsets, final, writes, boundaries,
-    tokens, t, chunks, heads, group, k_stride, v_stride,
+    k, v, inverses, vectors, initial, bounds, offsets, final, writes, boundaries,
+    slots, t, chunks, heads, group, k_stride, v_stride,
     N: tl.constexpr, PAD_N: tl.constexpr, P: tl.constexpr, TILE_P: tl.constexpr, CHUNK: tl.constexpr,
     PACKED: tl.constexpr, DECAY: tl.constexpr, INITIAL: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -525,12 +534,12 @@ def _scan(
     writes += (first * heads + head) * P
     inverses += (chunk * heads + head) * (CHUNK * CHUNK)
     boundaries += (chunk * heads + head) * (P * N)
-    scalars += head.to(tl.int64) * tokens + first
-    gates = scalars + tokens.to(tl.int64) * heads
+    plane = slots.to(tl.int64) * heads * CHUNK
+    gates = vectors + plane + (chunk * heads + head) * CHUNK
     # A chunk's place in a tensor takes 64 bits, a token's place in its chunk does not.
     key_step, value_step = k_stride.to(tl.int64) * CHUNK, v_stride.to(tl.int64) * CHUNK
     write_step, inverse_step = heads.to(tl.int64) * (CHUNK * P), heads.to(tl.int64) * (CHUNK * CHUNK)
-    boundary_step = heads.to(tl.int64) * (P * N)
+    boundary_step, vector_step = heads.to(tl.int64) * (P * N), heads.to(tl.int64) * CHUNK
     for c in tl.range(0, tl.cdiv(length, CHUNK), num_stages=STAGES):
         size = tl.minimum(length - c * CHUNK, CHUNK)
         rows, in_t = tl.minimum(span, size - 1), span < size
@@ -539,26 +548,25 @@ def _scan(
         value = _fetch_transposed(v + c * value_step, rows, v_stride, values, in_p)
         inverse = tl.load(inverses + c * inverse_step + span[:, None] * CHUNK + span[None, :])
         # Tokens past the end repeat the last one with a closed gate.
-        gate = tl.where(in_t, tl.load(gates + c * CHUNK + rows).to(tl.float32), 0.0)
+        gate = tl.load(gates + c * vector_step + span).to(tl.float32)
         known = tl.dot(state.to(dtype), tl.trans(key), input_precision=PRECISION)
         if DECAY:
-            sums = tl.load(scalars + c * CHUNK + rows)
-            last = tl.load(scalars + c * CHUNK + size - 1)
-            known *= _power(sums)[None, :]
-            state *= _power(last)
+            here = gates + plane + c * vector_step
+            known *= tl.load(here + span).to(tl.float32)[None, :]
+            state *= tl.load(here + size - 1).to(tl.float32)
         fresh = (value.to(tl.float32) - known) * gate[None, :]
         write = tl.dot(fresh.to(dtype), tl.trans(inverse), input_precision=PRECISION)
         _store_transposed(writes + c * write_step, span, heads * P, values, in_t, in_p, write)
         if DECAY:
-            write *= _power(last - sums)[None, :]
+            write *= tl.load(gates + 2 * plane + c * vector_step + span).to(tl.float32)[None, :]
         state += tl.dot(write.to(dtype), key, input_precision=PRECISION)
     tl.store(final + place, state, mask=within)
 
 
-@triton.jit(do_not_specialize=["tokens", "t", "chunks", "heads"])
+@triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
 def _read(
-    q, k, writes, scalars, boundaries, table, y,
-    tokens, t, chunks, heads, group, q_stride, k_stride, scale,
+    q, k, writes, vectors, boundaries, table, y,
+    slots, t, chunks, heads, group, q_stride, k_stride, scale,
     N: tl.constexpr, PAD_N: tl.constexpr, P: tl.constexpr, TILE_P: tl.constexpr, CHUNK: tl.constexpr,
     PACKED: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -576,7 +584,7 @@ def _read(
     write = _load(writes + place, span, heads * P, values, in_t, in_p)
     saved = boundaries + (chunk.to(tl.int64) * heads + head) * (P * N)
     state = _load_transposed(saved, values, N, keys, in_p, in_n)
-    sums = tl.load(scalars + head.to(tl.int64) * tokens + first + span, mask=in_t, other=0.0)
+    sums = tl.load(vectors + (chunk.to(tl.int64) * heads + head) * CHUNK + span)
 
     result = _scale_rows(tl.dot(query, state, input_precision=PRECISION), sums, DECAY)
     scores = tl.dot(query, key, input_precision=PRECISION)
@@ -586,10 +594,10 @@ def _read(
     _store(y + place, span, heads * P, values, in_t, in_p, result * scale)
 
 
-@triton.jit(do_not_specialize=["tokens", "t", "chunks", "heads"])
+@triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
 def _read_back(
-    q, k, dy, scalars, table, dwrites,
-    tokens, t, chunks, heads, group, q_stride, k_stride, scale,
+    q, k, dy, vectors, table, dwrites,
+    slots, t, chunks, heads, group, q_stride, k_stride, scale,
     N: tl.constexpr, PAD_N: tl.constexpr, P: tl.constexpr, TILE_P: tl.constexpr, CHUNK: tl.constexpr,
     PACKED: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -605,7 +613,7 @@ def _read_back(
     key = _load(k + first * k_stride + head // group * N, span, k_stride, keys, in_t, in_n)
     place = (first * heads + head) * P
     pull = _load(dy + place, span, heads * P, values, in_t, in_p)
-    sums = tl.load(scalars + head.to(tl.int64) * tokens + first + span, mask=in_t, other=0.0)
+    sums = tl.load(vectors + (chunk.to(tl.int64) * heads + head) * CHUNK + span)
     scores = tl.dot(key, query, input_precision=PRECISION)
     shown = (span[:, None] <= span[None, :]) & in_t[None, :]
     scores = _decayed(scores, sums[None, :], sums[:, None], shown, DECAY) * scale
@@ -615,10 +623,10 @@ def _read_back(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["tokens", "t", "chunks", "heads"])
+@triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
 def _scan_back(
-    q, k, dy, inverses, dwrites, scalars, dfinal, bounds, offsets, dinitial, dstates,
-    tokens, t, chunks, heads, group, q_stride, k_stride, scale,
+    q, k, dy, inverses, dwrites, vectors, dfinal, bounds, offsets, dinitial, dstates,
+    slots, t, chunks, heads, group, q_stride, k_stride, scale,
     N: tl.constexpr, PAD_N: tl.constexpr, P: tl.constexpr, TILE_P: tl.constexpr, CHUNK: tl.constexpr,
     PACKED: tl.constexpr, DECAY: tl.constexpr, FINAL: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -641,12 +649,12 @@ def _scan_back(
     k += first * k_stride + head // group * N
     dy += (first * heads + head) * P
     dwrites += (first * heads + head) * P
-    scalars += head.to(tl.int64) * tokens + first
+    plane = slots.to(tl.int64) * heads * CHUNK
+    gates = vectors + plane + (chunk * heads + head) * CHUNK
     inverses += (chunk * heads + head) * (CHUNK * CHUNK)
     dstates += (chunk * heads + head) * (P * N)
-    gates = scalars + tokens.to(tl.int64) * heads
     state_step, inverse_step = heads.to(tl.int64) * (P * N), heads.to(tl.int64) * (CHUNK * CHUNK)
-    value_step = heads.to(tl.int64) * (CHUNK * P)
+    value_step, vector_step = heads.to(tl.int64) * (CHUNK * P), heads.to(tl.int64) * CHUNK
     query_step, key_step = q_stride.to(tl.int64) * CHUNK, k_stride.to(tl.int64) * CHUNK
     steps = tl.cdiv(length, CHUNK)
     for back in tl.range(0, steps, num_stages=STAGES):
@@ -660,15 +668,13 @@ def _scan_back(
         dwrite = _fetch_transposed(dwrites + c * value_step, rows, heads * P, values, in_p)
         inverse = tl.load(inverses + c * inverse_step + span[:, None] * CHUNK + span[None, :])
         # Tokens past the end repeat the last one with factors 0.
-        gate = tl.where(in_t, tl.load(gates + c * CHUNK + rows).to(tl.float32), 0.0)
-        here, rest = tl.where(in_t, 1.0, 0.0), tl.where(in_t, 1.0, 0.0)
-        kept = 1.0
+        gate = tl.load(gates + c * vector_step + span).to(tl.float32)
+        here = tl.where(in_t, 1.0, 0.0)
+        rest, kept = here, 1.0
         if DECAY:
-            sums = tl.load(scalars + c * CHUNK + rows)
-            last = tl.load(scalars + c * CHUNK + size - 1)
-            here = tl.where(in_t, _power(sums), 0.0)
-            rest = tl.where(in_t, _power(last - sums), 0.0)
-            kept = _power(last)
+            at = gates + plane + c * vector_step
+            here, kept = tl.load(at + span).to(tl.float32), tl.load(at + size - 1).to(tl.float32)
+            rest = tl.load(at + plane + span).to(tl.float32)
         reached = tl.dot(dstate.to(dtype), tl.trans(key), input_precision=PRECISION) * rest[None, :]
         # T has unit rows for tokens past the end: what they hold stays theirs, and is not stored.
         dfresh = tl.dot((dwrite.to(tl.float32) + reached).to(dtype), inverse, input_precision=PRECISION)
@@ -681,11 +687,11 @@ def _scan_back(
     tl.store(dinitial + place, dstate, mask=within)
 
 
-@triton.jit(do_not_specialize=["tokens", "t", "chunks", "heads"])
+@triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
 def _differentiate(
-    q, k, v, dy, writes, dfresh, boundaries, dstates, scalars, table,
+    q, k, v, dy, writes, dfresh, boundaries, dstates, vectors, table,
     dq, dk, dv, ddecay, dgate,
-    tokens, t, chunks, heads, group, q_stride, k_stride, v_stride, scale,
+    slots, t, chunks, heads, group, q_stride, k_stride, v_stride, scale,
     N: tl.constexpr, PAD_N: tl.constexpr, P: tl.constexpr, PAD_P: tl.constexpr, TILE_P: tl.constexpr,
     CHUNK: tl.constexpr, PACKED: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -704,10 +710,10 @@ def _differentiate(
     key_at, value_at = head // group * N, (first * heads + head) * P
     query = _load(q + first * q_stride + key_at, span, q_stride, keys, in_t, in_n)
     key = _load(k + first * k_stride + key_at, span, k_stride, keys, in_t, in_n)
-    kept = scalars + head.to(tl.int64) * tokens + first
-    sums = tl.load(kept + span, mask=in_t, other=0.0)
-    gate = tl.load(kept + tokens.to(tl.int64) * heads + span, mask=in_t, other=0.0).to(tl.float32)
-    last = tl.load(kept + size - 1, mask=size > 0, other=0.0)
+    at = vectors + (chunk.to(tl.int64) * heads + head) * CHUNK
+    sums = tl.load(at + span)
+    last = tl.load(at + CHUNK - 1)
+    gate = tl.load(at + slots.to(tl.int64) * heads * CHUNK + span).to(tl.float32)
     state_at = (chunk.to(tl.int64) * heads + head) * (P * N)
     row_stride = heads * P
     dq += (first * heads + head) * N
