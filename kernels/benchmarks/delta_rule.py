@@ -190,7 +190,7 @@ def time_all(record: Record, over: Callable[[], bool]) -> None:
         row: dict[str, Any] = {"b": b, "t": TOKENS // b, "n": width, "p": width}
         try:
             call = Call(b, width)
-            row["launch"] = asdict(fused.launch_of(width, width, 2))
+            row["launch"] = asdict(fused.launch_of(width, 2))
             row["forward_ms"] = sum(device_parts(call.forward).values())
             row["parts"] = device_parts(call.both)
             row["both_ms"] = sum(row["parts"].values())
@@ -225,7 +225,7 @@ def time_decodes(record: Record) -> None:
 def tune(record: Record, over: Callable[[], bool]) -> None:
     """Forward and forward with backward, device time, for launches one choice or one pair away from the package's."""
     for b, width in SHAPES[1:4]:
-        base = fused.launch_of(width, width, 2)
+        base = fused.launch_of(width, 2)
         tried = [replace(base, **{name: value}) for name, values in CHOICES.items() for value in values]
         tried += [replace(base, **pair) for pair in PAIRS]
         best: tuple[float, fused.Launch] | None = None

@@ -54,9 +54,9 @@ class Launch:
     decode_warps: int = 4
 
 
-def launch_of(n: int, p: int, element_bytes: int) -> Launch:
-    """Sizes by width and type: what a chunk's tiles leave of 227 KiB of shared memory and 255 registers a lane."""
-    wide = _padded(max(n, p)) > 64
+def launch_of(n: int, element_bytes: int) -> Launch:
+    """Sizes by key width and type: what a chunk's tiles leave of 227 KiB of shared memory and 255 registers a lane."""
+    wide = n > 64
     if element_bytes == 4:
         return Launch(
             scan_stages=1 if wide else 2,
@@ -106,7 +106,7 @@ class _Call:
         self.scale = float(values["scale"])
         self.bounds = values["cu_seqlens"]
         self.documents = 0 if self.bounds is None else self.bounds.shape[0] - 1
-        self.launch = launch or launch_of(self.n, self.p, v.element_size())
+        self.launch = launch or launch_of(self.n, v.element_size())
         self.tokens = self.b * self.t
         self.chunks = num_chunks(self.b, self.t, self.documents) or self.b
         self.table, self.offsets = self._tabulate()
@@ -120,7 +120,7 @@ class _Call:
             return None, None
         table = self.bounds.new_zeros(self.chunks, 2)
         offsets = self.bounds.new_empty(self.documents)
-        _tabulate[(self.documents,)](self.bounds, table, offsets, self.documents, CHUNK=CHUNK, TILE=256, num_warps=4)
+        _tabulate[(self.documents,)](self.bounds, table, offsets, CHUNK=CHUNK, TILE=256, num_warps=4)
         return table, offsets
 
     def _new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -261,7 +261,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 @triton.jit
-def _tabulate(bounds, table, offsets, documents, CHUNK: tl.constexpr, TILE: tl.constexpr):
+def _tabulate(bounds, table, offsets, CHUNK: tl.constexpr, TILE: tl.constexpr):
     """One document's chunks: where they begin, in the sequence and in the table."""
     document = tl.program_id(0)
     before = 0
