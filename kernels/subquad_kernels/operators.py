@@ -2,6 +2,7 @@
 
 from subquad_kernels import builtin as _builtin  # noqa: F401 - fills the catalogue that calls look their kernel up in
 from subquad_kernels.causal_conv.operator import causal_conv
+from subquad_kernels.delta_rule.operator import delta_rule
 from subquad_kernels.linear_attention.operator import linear_attention, linear_attention_normalizer
 from subquad_kernels.rotary.operator import rotary
 from subquad_kernels.segment_attention.operator import segment_attention
@@ -10,6 +11,7 @@ from subquad_kernels.softmax_attention.operator import softmax_attention
 
 __all__ = [
     "causal_conv",
+    "delta_rule",
     "linear_attention",
     "linear_attention_normalizer",
     "rotary",

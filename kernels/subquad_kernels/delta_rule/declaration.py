@@ -1,0 +1,149 @@
+"""The records of the delta rule: what it costs, and where each kernel applies."""
+
+from __future__ import annotations
+
+from subquad_kernels.catalogue import Kernel, Operator, Tolerance
+from subquad_kernels.workload import DeviceLimits, DType, Phase, Work, Workload
+
+_HERE = "subquad_kernels.delta_rule"
+
+CHUNK = 64
+"""Tokens between two saved states; one state of n p per 64 tokens is about as large as k or v (n = p = 64)."""
+
+
+def num_chunks(b: int, t: int, documents: int = 0) -> int:
+    """Saved states of a call: of each sequence or, packed, the most that so many documents can have; none if t = 1."""
+    if documents:
+        return t // CHUNK + documents
+    return b * -(-t // CHUNK) if t > 1 else 0
+
+
+def work(workload: Workload) -> Work:
+    """Forward: the products of the chunked form with chunks of 64 (README); one token: the recurrence, 7 n p.
+
+    Per token and head, c = 64: keys with keys 2 c n, (I + A)^-1 with keys and values 2 c (n + p), scores and their
+    product with writes 2 c (n + p), three products with a state 6 n p. Backward: the forward's inverse again, and two
+    products for each one above. `remove` and `insert` add a second pair of keys.
+    """
+    shape, options, e = workload.shape, workload.options, workload.element_bytes
+    b, t, h, h_k, n, p = (shape[axis] for axis in ("b", "t", "h", "h_k", "n", "p"))
+    documents = shape.get("documents", 0)
+    exact = max(4, e)  # bytes of one element of states, decays and gates
+    decays = {"none": 0, "scalar": 1, "vector": n}[str(options["decay"])]
+    free, gate = bool(options["low_rank"]), bool(options["write_gate"])
+    states = (documents or b) * h * n * p * exact
+    tokens = b * t * h
+    inputs = b * t * h_k * 2 * n * e + tokens * (p + 2 * n * free) * e + tokens * (decays + gate) * exact
+    inputs += states if options["initial_state"] else 0
+    bounds = 4 * (documents + 1) if documents else 0
+    outputs = tokens * p * e + states
+    residuals = tokens * p * e + num_chunks(b, t, documents) * h * n * p * e
+    pairs = 2 * CHUNK * (3 * n + 2 * p) * (1 + free)
+    products = pairs + 6 * n * p * (1 + free)
+    chain = -(-t // documents) if documents else t
+    if workload.phase == "backward":
+        return Work(
+            matmul_flops=tokens * (2 * products + 2 * CHUNK * n),
+            transcendental_ops=tokens * CHUNK * max(1, decays) if decays else 0,
+            bytes_moved=2 * inputs + bounds + residuals + outputs,
+            serial_steps=2 * -(-chain // CHUNK),
+        )
+    moved = inputs + bounds + outputs + residuals
+    if t == 1:
+        return Work(
+            vector_flops=tokens * (7 + 2 * free) * n * p,
+            transcendental_ops=tokens * decays,
+            bytes_moved=moved,
+            saved_bytes=0 if workload.phase == "decode" else moved,
+        )
+    return Work(
+        matmul_flops=tokens * products,
+        transcendental_ops=tokens * CHUNK * max(1, decays) if decays else 0,
+        bytes_moved=moved,
+        serial_steps=-(-chain // CHUNK),
+        saved_bytes=0 if workload.phase == "decode" else moved,
+    )
+
+
+def _example(dtype: DType, phase: Phase = "forward", *, decay: str = "scalar", free: bool = False,
+             initial_state: bool = False, **shape: int) -> Workload:  # fmt: skip
+    axes = {"b": 2, "t": 69, "h": 2, "h_k": 1, "n": 8, "p": 6} | shape
+    options: dict[str, bool | str] = {"decay": decay, "write_gate": True, "low_rank": free}
+    return Workload(
+        operator="delta_rule", shape=axes, dtype=dtype, phase=phase, options=options | {"initial_state": initial_state}
+    )
+
+
+OPERATOR = Operator(
+    name="delta_rule",
+    summary="delta rule with decay, or any diagonal plus rank-one transition (Gated DeltaNet, RWKV-7)",
+    definition=f"{_HERE}.definition",
+    tensors=("q", "k", "v", "log_decay", "write_gate", "remove", "insert", "initial_state", "cu_seqlens"),
+    outputs=("y", "final_state"),
+    residuals=("writes", "boundaries"),
+    defaults={"cpu": ("chunked",), "cuda": ("fused", "chunked")},
+    work=work,
+    tolerances={
+        "float64": Tolerance(output=1e-10, gradient=1e-9, reason="a triangular system in place of t rank-one updates"),
+        "float32": Tolerance(output=1e-4, gradient=5e-4, reason="rounding of fp32, grown by (I + A)^-1 of each chunk"),
+        "bfloat16": Tolerance(
+            output=2e-2, gradient=4e-2, reason="operands of every product rounded to 8 bits: states, writes, (I + A)^-1"
+        ),
+        "float16": Tolerance(output=4e-3, gradient=8e-3, reason="the same rounded to 11 bits"),
+    },
+    examples=(
+        _example("float32"),
+        _example("float32", b=1, documents=4),
+        _example("float32", decay="none", initial_state=True),
+        _example("float32", decay="vector", initial_state=True, free=True),
+        _example("float32", "decode", initial_state=True, t=1),
+        _example("bfloat16"),
+    ),
+)
+
+
+def _anything(workload: Workload, limits: DeviceLimits) -> str | None:
+    return None
+
+
+def _fused_supports(workload: Workload, limits: DeviceLimits) -> str | None:
+    shape, options = workload.shape, workload.options
+    if workload.dtype == "float64":
+        return "computes in float32, not in float64"
+    if options["low_rank"]:
+        return "has no transition by remove and insert"
+    if options["decay"] == "vector":
+        return "takes one decay per head, not one per key channel"
+    widest = 128 if workload.dtype == "float32" else 256
+    if shape["n"] > widest:
+        return f"holds up to {widest} key channels of {workload.dtype} in shared memory, not {shape['n']}"
+    if limits.capability is not None and limits.capability < (8, 0):
+        return "needs compute capability 8.0"
+    return None
+
+
+_BOTH = frozenset({"cpu", "cuda"})
+KERNELS = (
+    Kernel(
+        operator="delta_rule",
+        name="reference",
+        implementation=f"{_HERE}.definition:REFERENCE",
+        supports=_anything,
+        devices=_BOTH,
+    ),
+    Kernel(
+        operator="delta_rule",
+        name="chunked",
+        implementation=f"{_HERE}.chunked",
+        supports=_anything,
+        devices=_BOTH,
+    ),
+    Kernel(
+        operator="delta_rule",
+        name="fused",
+        implementation=f"{_HERE}.fused",
+        supports=_fused_supports,
+        devices=frozenset({"cuda"}),
+        requires=("triton>=3.6",),
+    ),
+)
