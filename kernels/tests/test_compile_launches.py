@@ -20,6 +20,8 @@ SPILLS = {
     ("segment_attention/tiled", "_summary_gradients_kernel", "sm_90"): 48,
     # A packed call: the document's place beside the states of a group.
     ("selective_scan/fused", "_differentiate", "sm_90"): 64,
+    # No register: the table by which libdevice's sine reduces arguments that never come here.
+    ("rotary/fused", "_rotate", "sm_90"): 32,
 }
 """Bytes a thread may spill at most, where any."""
 
