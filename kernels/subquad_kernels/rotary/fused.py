@@ -62,10 +62,10 @@ def _rotated(
     if tiles:
         _rotate[(tiles, triton.cdiv(h + h_kv, heads_each))](
             q, k, turned_q, turned_k, positions,
-            t, start, h, h_kv, heads_each, -2.0 * math.log2(theta) / head_dim,
+            t, start, h, h_kv, heads_each,
             q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
-            SIGN=sign, HALF=half, PAD=pad, TILE_T=tile_t, PACKED=positions is not None,
-            num_warps=4 if tile_t * pad >= 256 else 1,
+            LOG2_RATIO=-2.0 * math.log2(theta) / head_dim, SIGN=sign, HALF=half, PAD=pad, TILE_T=tile_t,
+            PACKED=positions is not None, num_warps=4 if tile_t * pad >= 256 else 1,
         )  # fmt: skip
     return turned_q, turned_k
 
@@ -73,9 +73,10 @@ def _rotated(
 @triton.jit(do_not_specialize=["t", "start", "h", "h_kv", "heads_each"])
 def _rotate(
     q, k, turned_q, turned_k, positions,
-    t, start, h, h_kv, heads_each, log2_ratio,
+    t, start, h, h_kv, heads_each,
     q_batch, q_token, q_head, k_batch, k_token, k_head,
-    SIGN: tl.constexpr, HALF: tl.constexpr, PAD: tl.constexpr, TILE_T: tl.constexpr, PACKED: tl.constexpr,
+    LOG2_RATIO: tl.constexpr, SIGN: tl.constexpr, HALF: tl.constexpr, PAD: tl.constexpr, TILE_T: tl.constexpr,
+    PACKED: tl.constexpr,
 ):  # fmt: skip
     """Turn the heads [first, last) of a tile of tokens of one sequence; heads from h on are those of k."""
     tiles = tl.cdiv(t, TILE_T)
@@ -88,8 +89,8 @@ def _rotate(
         places = tl.load(positions + tokens, mask=tokens < t, other=0).to(tl.float64)
     else:
         places = (start + rows).to(tl.float64)
-    # theta^(-2 i / k) in turns a token.
-    rates = tl.exp2(pairs.to(tl.float64) * log2_ratio) / _TWO_PI
+    # theta^(-2 i / k) in turns a token. A constant, since a float that is an argument arrives in fp32.
+    rates = tl.exp2(pairs.to(tl.float64) * LOG2_RATIO) / _TWO_PI
     turns = places[:, None] * rates[None, :]
     angles = ((turns - tl.floor(turns)) * _TWO_PI).to(tl.float32)
     cos, sin = tl.cos(angles), tl.sin(angles) * SIGN
