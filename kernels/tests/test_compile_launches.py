@@ -18,8 +18,9 @@ from subquad_kernels.catalogue import Kernel
 SPILLS = {
     # Around its loops, not in them.
     ("segment_attention/tiled", "_summary_gradients_kernel", "sm_90"): 48,
-    # A packed call: the document's place beside the states of a group.
-    ("selective_scan/fused", "_differentiate", "sm_90"): 64,
+    # The states, decays and gradients of two tokens beside a document's place: fewer at once was slower (README).
+    ("selective_scan/fused", "_differentiate", "sm_90"): 160,
+    ("selective_scan/fused", "_summarise_gradients", "sm_90"): 8,
     # No register: the table by which libdevice's sine reduces arguments that never come here.
     ("rotary/fused", "_rotate", "sm_90"): 32,
 }

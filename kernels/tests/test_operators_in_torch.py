@@ -228,14 +228,16 @@ def test_a_captured_call_replays_on_other_values(operator: Operator, kernel: Ker
     supported(kernel, workload)
     arguments = sample(operator, workload, "cuda")
     names = floating(operator, arguments)
-    leaves = [arguments[name].clone().requires_grad_() for name in names]
     function = as_function(operator, arguments, names, kernel.name)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # gradients flow on the stream on which their leaves were made
+        leaves = [arguments[name].clone().requires_grad_() for name in names]
 
     def step() -> list[Tensor]:
         output = function(*leaves)[0]
         return [output, *torch.autograd.grad(output.float().square().sum(), leaves)]
 
-    stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
             step()
@@ -249,7 +251,10 @@ def test_a_captured_call_replays_on_other_values(operator: Operator, kernel: Ker
     graph.replay()
     torch.cuda.synchronize()
     replayed = [tensor.clone() for tensor in captured]
-    for one, other in zip(replayed, step(), strict=True):
+    with torch.cuda.stream(stream):
+        again = step()
+    torch.cuda.synchronize()
+    for one, other in zip(replayed, again, strict=True):
         assert torch.equal(one, other)
 
 

@@ -2,7 +2,8 @@
 
 A program is one warp. It holds the states [TILE_C, N] of a tile of channels and walks over the tokens of one segment
 of one sequence; four lanes share a channel (at n = 16), so that sums over n are short, and loads of x, dt and z are
-contiguous in channels. Where sequences times tiles are too few for the device, time is cut into segments: a first
+contiguous in channels. What is a vector over channels is made for 16 tokens at once, in a layout of its own, and
+passed through scratch memory that only the program touches. Where sequences times tiles are too few for the device, time is cut into segments: a first
 kernel finds what each segment does to a state (a decay and a write), every program of the second kernel starts by
 composing the segments before its own. The backward walks chunks of 16 tokens from last to first, computes the states
 inside a chunk again from the saved one, and cuts time in the same way. Sums over channels and over sequences are
@@ -46,7 +47,8 @@ class Launch:
 
     `tile_c` channels a program; `group` tokens (a divisor of 16) whose inputs are loaded together and, backward, whose
     states are held together. Where fewer than `enough` programs would run, time is cut so that `programs` do, into
-    segments of at least `shortest` tokens.
+    segments of at least `shortest` tokens. The states of a tile are tuples of [`sub`, N], small enough that a row of
+    vectors is loaded in their layout; vectors of a chunk are made `rows` tokens at a time.
     """
 
     tile_c: int
@@ -56,6 +58,8 @@ class Launch:
     programs: int = 1056
     shortest: int = 64
     segment_len: int | None = None
+    sub: int = 8
+    rows: int = 4
 
 
 @lru_cache(maxsize=256)
@@ -66,8 +70,10 @@ def launch_of(n: int, *, backward: bool) -> Launch:
     forward holds less, and four times as many were fastest (README).
     """
     padded = _power_of_two(n)
-    tile_c = min(64, max(8 if backward else 16, 512 // padded))
-    return Launch(tile_c=tile_c, group=2) if backward else Launch(tile_c=tile_c, group=8, programs=4224)
+    if backward:
+        return Launch(tile_c=min(64, max(8, 512 // padded)), group=2)
+    tile_c = min(64, max(16, 256 // padded))
+    return Launch(tile_c=tile_c, group=2, rows=128 // tile_c, programs=2640)
 
 
 def forward(launch: Launch | None = None, **arguments: Argument) -> Outputs:
@@ -114,7 +120,7 @@ class _Call:
         if launch.segment_len is not None:
             wanted = launch.segment_len
         else:
-            segments = -(-launch.programs // (tiles * self.b)) if tiles * self.b < launch.enough else 1
+            segments = max(1, launch.programs // (tiles * self.b)) if tiles * self.b < launch.enough else 1
             wanted = max(launch.shortest, -(-self.t // segments))
         segment_len = -(-wanted // CHUNK) * CHUNK
         return tiles, -(-self.t // segment_len), segment_len
@@ -129,6 +135,8 @@ class _Call:
             "SOFTPLUS": self.softplus,
             "BIAS": self.dt_bias is not None,
             "PACKED": self.marks is not None,
+            "SUB": min(launch.sub, launch.tile_c),
+            "ROWS": launch.rows,
             "num_warps": launch.num_warps,
         }
 
@@ -152,15 +160,18 @@ class _Call:
         final = self._states(self.initial)
         decays, writes = (self._new(segments - 1, self.b, self.c, self.n) for _ in range(2))
         constants = self._constants(launch) | {"INITIAL": self.initial is not None}
+        pad = constants["PAD_N"]
+        held = CHUNK * (3 * launch.tile_c + 2 * pad) + launch.tile_c * pad
+        scratch = self._new(tiles * self.b * segments, held)
         if segments > 1:
             _summarise[(tiles * self.b * (segments - 1),)](
-                self.x, self.dt, self.A, self.B, self.dt_bias, self.initial, self.marks, decays, writes,
+                self.x, self.dt, self.A, self.B, self.dt_bias, self.initial, self.marks, decays, writes, scratch,
                 self.t, self.c, self.b, segment_len, self.x.stride(0), self.dt.stride(0), self.B.stride(0),
                 **constants,
             )  # fmt: skip
         _scan[(tiles * self.b * segments,)](
             self.x, self.dt, self.A, self.B, self.C, self.D, self.z, self.dt_bias, self.initial, self.marks,
-            decays, writes, y, final, boundaries, ungated,
+            decays, writes, y, final, boundaries, ungated, scratch,
             self.t, self.c, self.b, segments, segment_len,
             self.x.stride(0), self.dt.stride(0), self.B.stride(0), self.C.stride(0), _stride(self.z),
             SKIP=self.D is not None, GATE=self.z is not None, **constants,
@@ -187,12 +198,13 @@ class _Call:
         dchannels = self._new(2, b * segments, c)
         dinitial = None if self.initial is None else self._states(dfinal)
         decays, writes = (self._new(segments - 1, b, c, n) for _ in range(2))
-        held = max(1, CHUNK // launch.group - 1) * launch.tile_c * _power_of_two(n)
-        checkpoints = self._new(tiles * b * segments, held)
         constants = self._constants(launch) | {"FINAL": dfinal is not None, "GATE": self.z is not None}
+        pad = constants["PAD_N"]
+        held = (CHUNK // launch.group) * launch.tile_c * pad + CHUNK * (6 * launch.tile_c + 2 * pad)
+        scratch = self._new(tiles * b * segments, held)
         if segments > 1:
             _summarise_gradients[(tiles * b * (segments - 1),)](
-                self.dt, self.A, self.C, self.z, self.dt_bias, self.marks, dy, dfinal, decays, writes,
+                self.dt, self.A, self.C, self.z, self.dt_bias, self.marks, dy, dfinal, decays, writes, scratch,
                 t, c, b, segments, segment_len,
                 self.dt.stride(0), self.C.stride(0), _stride(self.z), dy.stride(0),
                 **constants,
@@ -200,10 +212,10 @@ class _Call:
         _differentiate[(tiles * b * segments,)](
             self.x, self.dt, self.A, self.B, self.C, self.D, self.z, self.dt_bias, self.initial, self.marks,
             boundaries, ungated, dy, dfinal, decays, writes,
-            dx, ddt, dz, dmaps, drates, dchannels, dinitial, checkpoints,
+            dx, ddt, dz, dmaps, drates, dchannels, dinitial, scratch,
             t, c, b, segments, segment_len,
             self.x.stride(0), self.dt.stride(0), self.B.stride(0), self.C.stride(0), _stride(self.z), dy.stride(0),
-            SKIP=self.D is not None, INITIAL=self.initial is not None, **constants,
+            SKIP=self.D is not None, INITIAL=self.initial is not None, SCRATCH=held, **constants,
         )  # fmt: skip
         dB, dC = dmaps[0] if tiles == 1 else dmaps.sum(0)
         dD, dbias = dchannels.sum(1)
@@ -343,384 +355,568 @@ def _restart(state, tag, initial, state_size, offsets, within, INITIAL: tl.const
     return state
 
 
+@triton.jit
+def _halves(table, place, SUB: tl.constexpr, PARTS: tl.constexpr):
+    """A row of the scratch as vectors of SUB channels.  Fewer elements than lanes: loaded in the layout of their use."""
+    found = ()
+    for i in tl.static_range(PARTS):
+        found += (tl.load(table + place + i * SUB + tl.arange(0, SUB)),)
+    return found
+
+
 @QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "segment_len"])
 def _summarise(
-    x, dt, A, B, dt_bias, initial, marks, decays, writes,
+    x, dt, A, B, dt_bias, initial, marks, decays, writes, scratch,
     t, c, b, segment_len, x_stride, dt_stride, B_stride,
     N: tl.constexpr, PAD_N: tl.constexpr, TILE_C: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
     SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, INITIAL: tl.constexpr,
+    SUB: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """What a segment does to the state that enters it:  h -> decay h + write.  The first segment's h is in its write.
 
     Shapes:  decays, writes: segments-1 b c n
     """
+    PARTS: tl.constexpr = TILE_C // SUB
     tile, sequence, segment = _place(c, b, TILE_C)
     channels = tile * TILE_C + tl.arange(0, TILE_C)
     columns = tl.arange(0, PAD_N)
     in_c, in_n = channels < c, columns < N
-    offsets = channels[:, None] * N + columns[None, :]
-    within = in_c[:, None] & in_n[None, :]
     state_size = c * N
-    rates = tl.load(A + offsets, mask=within, other=0.0).to(tl.float32) * _LOG2_E
     bias = _load_vector(dt_bias, channels, in_c, BIAS)
-
-    state = tl.zeros([TILE_C, PAD_N], tl.float32)
-    if INITIAL and not PACKED and segment == 0:
-        state = tl.load(initial + sequence * state_size + offsets, mask=within, other=0.0).to(tl.float32)
+    rows = tl.arange(0, ROWS)[:, None]
+    local = tl.arange(0, TILE_C)[None, :]
+    steps_at = scratch + tl.program_id(0).to(tl.int64) * (CHUNK * (2 * TILE_C + PAD_N))
+    drives_at = steps_at + CHUNK * TILE_C
+    B_table = drives_at + CHUNK * TILE_C
     begin = segment * segment_len
-    limit = tl.minimum(segment_len, t - begin)
-    row = sequence * t + begin
-    x_at, dt_at, B_at = x + row * x_stride, dt + row * dt_stride, B + row * B_stride
-    age = tl.zeros([TILE_C], tl.float32)  # the sum of steps
+    end = tl.minimum(begin + segment_len, t)
+
+    rates, states, offsets, within = (), (), (), ()
+    for h in tl.static_range(PARTS):
+        mine = tile * TILE_C + h * SUB + tl.arange(0, SUB)
+        offsets += (mine[:, None] * N + columns[None, :],)
+        within += ((mine < c)[:, None] & in_n[None, :],)
+        rates += (tl.load(A + offsets[h], mask=within[h], other=0.0).to(tl.float32) * _LOG2_E,)
+        state = tl.zeros([SUB, PAD_N], tl.float32)
+        if INITIAL and not PACKED and segment == 0:
+            state = tl.load(initial + sequence * state_size + offsets[h], mask=within[h], other=0.0).to(tl.float32)
+        states += (state,)
+    age = tl.zeros([ROWS, TILE_C], tl.float32)  # the sum of steps
     kept = begin >= 0  # no document starts in this segment
-    next_raws = _load_rows(dt_at, dt_stride, 0, limit, channels, in_c, GROUP)
-    next_inputs = _load_rows(x_at, x_stride, 0, limit, channels, in_c, GROUP)
-    next_maps = _load_rows(B_at, B_stride, 0, limit, columns, in_n, GROUP)
-    for base in range(0, limit, GROUP):
-        raws, inputs, maps = next_raws, next_inputs, next_maps
-        ahead = base + GROUP
-        next_raws = _load_rows(dt_at, dt_stride, ahead, limit, channels, in_c, GROUP)
-        next_inputs = _load_rows(x_at, x_stride, ahead, limit, channels, in_c, GROUP)
-        next_maps = _load_rows(B_at, B_stride, ahead, limit, columns, in_n, GROUP)
-        tags = _load_marks(marks, begin, base, limit, GROUP, PACKED)
-        steps, drives = (), ()
-        for i in tl.static_range(GROUP):
-            step, _ = _step(raws[i], bias, base + i < limit, SOFTPLUS)
+    for chunk_start in range(begin, end, CHUNK):
+        limit = end - chunk_start
+        row = sequence * t + chunk_start
+        x_at, dt_at, B_at = x + row * x_stride, dt + row * dt_stride, B + row * B_stride
+        raws, values, map_rows = (), (), ()
+        for i in tl.static_range(CHUNK // ROWS):
+            at = rows + i * ROWS
+            mask = (at < limit) & in_c[None, :]
+            raws += (tl.load(dt_at + (at * dt_stride + channels[None, :]), mask=mask, other=0.0),)
+            values += (tl.load(x_at + (at * x_stride + channels[None, :]), mask=mask, other=0.0),)
+            map_rows += (tl.load(B_at + (at * B_stride + columns[None, :]), mask=(at < limit) & in_n[None, :], other=0.0),)
+        for i in tl.static_range(CHUNK // ROWS):
+            at = rows + i * ROWS
+            step, _ = _step(raws[i], bias[None, :], (at < limit) & in_c[None, :], SOFTPLUS)
             age += step
-            steps += (step[:, None],)
-            drives += ((step * inputs[i].to(tl.float32))[:, None],)
-        for i in tl.static_range(GROUP):
-            if PACKED:
-                state = _restart(state, tags[i], initial, state_size, offsets, within, INITIAL)
-                kept = kept & ((tags[i] & 1) == 0)
-            state = tl.exp2(steps[i] * rates) * state + drives[i] * maps[i].to(tl.float32)[None, :]
-    decay = tl.exp2(age[:, None] * rates)
-    if PACKED:
-        decay = tl.where(kept, decay, 0.0)
-    place = (segment * b + sequence) * state_size
-    tl.store(decays + place + offsets, decay, mask=within)
-    tl.store(writes + place + offsets, state, mask=within)
+            tl.store(steps_at + (at * TILE_C + local), step)
+            tl.store(drives_at + (at * TILE_C + local), step * values[i].to(tl.float32))
+            tl.store(B_table + (at * PAD_N + columns[None, :]), map_rows[i].to(tl.float32))
+        tl.debug_barrier()
+        for group in range(CHUNK // GROUP):
+            base = group * GROUP
+            tags = _load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
+            steps, drives, maps = (), (), ()
+            for i in tl.static_range(GROUP):
+                steps += (_halves(steps_at, (base + i) * TILE_C, SUB, PARTS),)
+                drives += (_halves(drives_at, (base + i) * TILE_C, SUB, PARTS),)
+                maps += (tl.load(B_table + (base + i) * PAD_N + columns),)
+            for i in tl.static_range(GROUP):
+                new = ()
+                for h in tl.static_range(PARTS):
+                    state = states[h]
+                    if PACKED:
+                        state = _restart(state, tags[i], initial, state_size, offsets[h], within[h], INITIAL)
+                    new += (tl.exp2(steps[i][h][:, None] * rates[h]) * state + drives[i][h][:, None] * maps[i][None, :],)
+                states = new
+                if PACKED:
+                    kept = kept & ((tags[i] & 1) == 0)
+        tl.debug_barrier()
+    # The sum of the steps changes its layout through the scratch.
+    tl.store(steps_at + tl.arange(0, TILE_C), tl.sum(age, axis=0))
+    tl.debug_barrier()
+    ages = _halves(steps_at, 0, SUB, PARTS)
+    summary = (segment * b + sequence) * state_size
+    for h in tl.static_range(PARTS):
+        decay = tl.exp2(ages[h][:, None] * rates[h])
+        if PACKED:
+            decay = tl.where(kept, decay, 0.0)
+        tl.store(decays + summary + offsets[h], decay, mask=within[h])
+        tl.store(writes + summary + offsets[h], states[h], mask=within[h])
 
 
 @QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "segments", "segment_len"])
 def _scan(
-    x, dt, A, B, C, D, z, dt_bias, initial, marks, decays, writes, y, final, boundaries, ungated,
+    x, dt, A, B, C, D, z, dt_bias, initial, marks, decays, writes, y, final, boundaries, ungated, scratch,
     t, c, b, segments, segment_len, x_stride, dt_stride, B_stride, C_stride, z_stride,
     N: tl.constexpr, PAD_N: tl.constexpr, TILE_C: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
     SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, INITIAL: tl.constexpr,
-    SKIP: tl.constexpr, GATE: tl.constexpr,
+    SKIP: tl.constexpr, GATE: tl.constexpr, SUB: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The scan of one segment, from the state that the segments before it leave."""
+    PARTS: tl.constexpr = TILE_C // SUB
     tile, sequence, segment = _place(c, b, TILE_C)
     channels = tile * TILE_C + tl.arange(0, TILE_C)
     columns = tl.arange(0, PAD_N)
     in_c, in_n = channels < c, columns < N
-    offsets = channels[:, None] * N + columns[None, :]
-    within = in_c[:, None] & in_n[None, :]
     state_size = c * N
-    rates = tl.load(A + offsets, mask=within, other=0.0).to(tl.float32) * _LOG2_E
     bias = _load_vector(dt_bias, channels, in_c, BIAS)
     skip = _load_vector(D, channels, in_c, SKIP)
+    rows = tl.arange(0, ROWS)[:, None]
+    local = tl.arange(0, TILE_C)[None, :]
+    slot = scratch + tl.program_id(0).to(tl.int64) * (CHUNK * (3 * TILE_C + 2 * PAD_N) + TILE_C * PAD_N)
+    steps_at = slot + TILE_C * PAD_N
+    drives_at = steps_at + CHUNK * TILE_C
+    totals_at = drives_at + CHUNK * TILE_C
+    B_table = totals_at + CHUNK * TILE_C
+    C_table = B_table + CHUNK * PAD_N
+    by_state = tl.arange(0, SUB)[:, None] * PAD_N + columns[None, :]
 
-    state = tl.zeros([TILE_C, PAD_N], tl.float32)
-    if INITIAL and not PACKED and segment == 0:
-        state = tl.load(initial + sequence * state_size + offsets, mask=within, other=0.0).to(tl.float32)
+    rates, states, offsets, within = (), (), (), ()
+    for h in tl.static_range(PARTS):
+        mine = tile * TILE_C + h * SUB + tl.arange(0, SUB)
+        offsets += (mine[:, None] * N + columns[None, :],)
+        within += ((mine < c)[:, None] & in_n[None, :],)
+        rates += (tl.load(A + offsets[h], mask=within[h], other=0.0).to(tl.float32) * _LOG2_E,)
+        state = tl.zeros([SUB, PAD_N], tl.float32)
+        if INITIAL and not PACKED and segment == 0:
+            state = tl.load(initial + sequence * state_size + offsets[h], mask=within[h], other=0.0).to(tl.float32)
+        states += (state,)
     for earlier in range(segment):
-        place = (earlier * b + sequence) * state_size
-        decay = tl.load(decays + place + offsets, mask=within, other=0.0)
-        state = decay * state + tl.load(writes + place + offsets, mask=within, other=0.0)
+        summary = (earlier * b + sequence) * state_size
+        new = ()
+        for h in tl.static_range(PARTS):
+            decay = tl.load(decays + summary + offsets[h], mask=within[h], other=0.0)
+            new += (decay * states[h] + tl.load(writes + summary + offsets[h], mask=within[h], other=0.0),)
+        states = new
 
     begin = segment * segment_len
-    limit = tl.minimum(segment_len, t - begin)
-    row = sequence * t + begin
-    x_at, dt_at, B_at, C_at = x + row * x_stride, dt + row * dt_stride, B + row * B_stride, C + row * C_stride
-    y_at, z_at, ungated_at = y + row * c, z, ungated
-    if GATE:
-        z_at, ungated_at = z + row * z_stride, ungated + row * c
-    next_raws = _load_rows(dt_at, dt_stride, 0, limit, channels, in_c, GROUP)
-    next_inputs = _load_rows(x_at, x_stride, 0, limit, channels, in_c, GROUP)
-    next_maps = _load_rows(B_at, B_stride, 0, limit, columns, in_n, GROUP)
-    next_reads = _load_rows(C_at, C_stride, 0, limit, columns, in_n, GROUP)
-    for base in range(0, limit, GROUP):
-        # The loads of the next group are under way while this one is computed.
-        raws, inputs, maps, reads = next_raws, next_inputs, next_maps, next_reads
-        ahead = base + GROUP
-        next_raws = _load_rows(dt_at, dt_stride, ahead, limit, channels, in_c, GROUP)
-        next_inputs = _load_rows(x_at, x_stride, ahead, limit, channels, in_c, GROUP)
-        next_maps = _load_rows(B_at, B_stride, ahead, limit, columns, in_n, GROUP)
-        next_reads = _load_rows(C_at, C_stride, ahead, limit, columns, in_n, GROUP)
-        gates = ()
-        if GATE:  # needed last
-            gates = _load_rows(z_at, z_stride, base, limit, channels, in_c, GROUP)
-        tags = _load_marks(marks, begin, base, limit, GROUP, PACKED)
-        if base % CHUNK == 0 and begin + base > 0:
-            boundary = state
-            if PACKED:
-                boundary = tl.where((tags[0] & 1) != 0, 0.0, state)
-            place = (((begin + base) // CHUNK - 1) * b + sequence) * state_size
-            by_state = columns[None, :] * c + channels[:, None]  # boundaries lie n c
-            tl.store(boundaries + place + by_state, boundary, mask=within)
-        # The group's vectors change their layout here, so that no two tokens have that between them.
-        steps, drives, totals = (), (), ()
-        for i in tl.static_range(GROUP):
-            step, _ = _step(raws[i], bias, base + i < limit, SOFTPLUS)
-            steps += (step[:, None],)
-            drives += ((step * inputs[i].to(tl.float32))[:, None],)
-        for i in tl.static_range(GROUP):
-            if PACKED:
-                state = _restart(state, tags[i], initial, state_size, offsets, within, INITIAL)
-            state = tl.exp2(steps[i] * rates) * state + drives[i] * maps[i].to(tl.float32)[None, :]
-            totals += (tl.sum(state * reads[i].to(tl.float32)[None, :], axis=1),)
-            if PACKED and (tags[i] & 2) != 0:
-                tl.store(final + (tags[i] >> 2).to(tl.int64) * state_size + offsets, state, mask=within)
-        for i in tl.static_range(GROUP):
-            mask = in_c & (base + i < limit)
-            place = (base + i) * c + channels
-            total = totals[i] + skip * inputs[i].to(tl.float32)
+    end = tl.minimum(begin + segment_len, t)
+    for chunk_start in range(begin, end, CHUNK):
+        limit = end - chunk_start
+        row = sequence * t + chunk_start
+        x_at, dt_at, B_at, C_at = x + row * x_stride, dt + row * dt_stride, B + row * B_stride, C + row * C_stride
+        y_at, z_at, ungated_at = y + row * c, z, ungated
+        if GATE:
+            z_at, ungated_at = z + row * z_stride, ungated + row * c
+        raws, values, gates, map_rows, read_rows = (), (), (), (), ()
+        for i in tl.static_range(CHUNK // ROWS):
+            at = rows + i * ROWS
+            mask = (at < limit) & in_c[None, :]
+            mask_maps = (at < limit) & in_n[None, :]
+            raws += (tl.load(dt_at + (at * dt_stride + channels[None, :]), mask=mask, other=0.0),)
+            values += (tl.load(x_at + (at * x_stride + channels[None, :]), mask=mask, other=0.0),)
+            map_rows += (tl.load(B_at + (at * B_stride + columns[None, :]), mask=mask_maps, other=0.0),)
+            read_rows += (tl.load(C_at + (at * C_stride + columns[None, :]), mask=mask_maps, other=0.0),)
             if GATE:
-                tl.store(ungated_at + place, total, mask=mask)
+                gates += (tl.load(z_at + (at * z_stride + channels[None, :]), mask=mask, other=0.0),)
+        for i in tl.static_range(CHUNK // ROWS):
+            at = rows + i * ROWS
+            step, _ = _step(raws[i], bias[None, :], (at < limit) & in_c[None, :], SOFTPLUS)
+            tl.store(steps_at + (at * TILE_C + local), step)
+            tl.store(drives_at + (at * TILE_C + local), step * values[i].to(tl.float32))
+            tl.store(B_table + (at * PAD_N + columns[None, :]), map_rows[i].to(tl.float32))
+            tl.store(C_table + (at * PAD_N + columns[None, :]), read_rows[i].to(tl.float32))
+        for h in tl.static_range(PARTS):
+            tl.store(slot + h * SUB * PAD_N + by_state, states[h])
+        tl.debug_barrier()
+
+        for group in range(CHUNK // GROUP):
+            base = group * GROUP
+            tags = _load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
+            steps, drives, maps, reads = (), (), (), ()
+            for i in tl.static_range(GROUP):
+                steps += (_halves(steps_at, (base + i) * TILE_C, SUB, PARTS),)
+                drives += (_halves(drives_at, (base + i) * TILE_C, SUB, PARTS),)
+                maps += (tl.load(B_table + (base + i) * PAD_N + columns),)
+                reads += (tl.load(C_table + (base + i) * PAD_N + columns),)
+            for i in tl.static_range(GROUP):
+                new = ()
+                for h in tl.static_range(PARTS):
+                    state = states[h]
+                    if PACKED:
+                        state = _restart(state, tags[i], initial, state_size, offsets[h], within[h], INITIAL)
+                    state = tl.exp2(steps[i][h][:, None] * rates[h]) * state + drives[i][h][:, None] * maps[i][None, :]
+                    new += (state,)
+                    total = tl.sum(state * reads[i][None, :], axis=1)
+                    tl.store(totals_at + (base + i) * TILE_C + h * SUB + tl.arange(0, SUB), total)
+                    if PACKED and (tags[i] & 2) != 0:
+                        tl.store(final + (tags[i] >> 2).to(tl.int64) * state_size + offsets[h], state, mask=within[h])
+                states = new
+        tl.debug_barrier()
+
+        for i in tl.static_range(CHUNK // ROWS):
+            at = rows + i * ROWS
+            mask = (at < limit) & in_c[None, :]
+            total = tl.load(totals_at + (at * TILE_C + local)) + skip[None, :] * values[i].to(tl.float32)
+            if GATE:
+                tl.store(ungated_at + (at * c + channels[None, :]), total, mask=mask)
                 gate = gates[i].to(tl.float32)
                 total = total * gate * _sigmoid(gate)
-            tl.store(y_at + place, total.to(y.dtype.element_ty), mask=mask)
+            tl.store(y_at + (at * c + channels[None, :]), total.to(y.dtype.element_ty), mask=mask)
+        if chunk_start > 0:  # the state that entered, as boundaries lie: n c
+            boundary = tl.load(slot + (columns[:, None] + local * PAD_N))
+            if PACKED:
+                boundary = tl.where((tl.load(marks + chunk_start) & 1) != 0, 0.0, boundary)
+            place = ((chunk_start // CHUNK - 1) * b + sequence) * state_size
+            tl.store(boundaries + place + (columns[:, None] * c + channels[None, :]), boundary,
+                     mask=in_n[:, None] & in_c[None, :])
+        tl.debug_barrier()
     if not PACKED and segment == segments - 1:
-        tl.store(final + sequence * state_size + offsets, state, mask=within)
-
-
-@triton.jit
-def _pull(dy, z, GATE: tl.constexpr):
-    """The gradient of y before its gate."""
-    pull = dy.to(tl.float32)
-    if GATE:
-        gate = z.to(tl.float32)
-        pull = pull * gate * _sigmoid(gate)
-    return pull
+        for h in tl.static_range(PARTS):
+            tl.store(final + sequence * state_size + offsets[h], states[h], mask=within[h])
 
 
 @QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "segments", "segment_len"])
 def _summarise_gradients(
-    dt, A, C, z, dt_bias, marks, dy, dfinal, decays, writes,
+    dt, A, C, z, dt_bias, marks, dy, dfinal, decays, writes, scratch,
     t, c, b, segments, segment_len, dt_stride, C_stride, z_stride, dy_stride,
     N: tl.constexpr, PAD_N: tl.constexpr, TILE_C: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
     SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, FINAL: tl.constexpr, GATE: tl.constexpr,
+    SUB: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """What a segment does to the gradient of the state it leaves:  g -> decay g + write, for the state that enters it.
 
     Row k of the results is segment k + 1's; final_state's gradient is in the write of the last.
     Shapes:  decays, writes: segments-1 b c n
     """
+    PARTS: tl.constexpr = TILE_C // SUB
     tile, sequence, index = _place(c, b, TILE_C)
     segment = index + 1
     channels = tile * TILE_C + tl.arange(0, TILE_C)
     columns = tl.arange(0, PAD_N)
     in_c, in_n = channels < c, columns < N
-    offsets = channels[:, None] * N + columns[None, :]
-    within = in_c[:, None] & in_n[None, :]
     state_size = c * N
-    rates = tl.load(A + offsets, mask=within, other=0.0).to(tl.float32) * _LOG2_E
     bias = _load_vector(dt_bias, channels, in_c, BIAS)
+    rows = tl.arange(0, ROWS)[:, None]
+    local = tl.arange(0, TILE_C)[None, :]
+    steps_at = scratch + tl.program_id(0).to(tl.int64) * (CHUNK * (2 * TILE_C + PAD_N))
+    pulls_at = steps_at + CHUNK * TILE_C
+    C_table = pulls_at + CHUNK * TILE_C
 
-    carried = tl.zeros([TILE_C, PAD_N], tl.float32)
-    if FINAL and not PACKED and segment == segments - 1:
-        carried = tl.load(dfinal + sequence * state_size + offsets, mask=within, other=0.0).to(tl.float32)
+    rates, carried, offsets, within = (), (), (), ()
+    for h in tl.static_range(PARTS):
+        mine = tile * TILE_C + h * SUB + tl.arange(0, SUB)
+        offsets += (mine[:, None] * N + columns[None, :],)
+        within += ((mine < c)[:, None] & in_n[None, :],)
+        rates += (tl.load(A + offsets[h], mask=within[h], other=0.0).to(tl.float32) * _LOG2_E,)
+        back = tl.zeros([SUB, PAD_N], tl.float32)
+        if FINAL and not PACKED and segment == segments - 1:
+            back = tl.load(dfinal + sequence * state_size + offsets[h], mask=within[h], other=0.0).to(tl.float32)
+        carried += (back,)
     begin = segment * segment_len
-    limit = tl.minimum(segment_len, t - begin)
-    row = sequence * t + begin
-    dt_at, dy_at, C_at, z_at = dt + row * dt_stride, dy + row * dy_stride, C + row * C_stride, z
-    if GATE:
-        z_at = z + row * z_stride
-    age = tl.zeros([TILE_C], tl.float32)
+    end = tl.minimum(begin + segment_len, t)
+    age = tl.zeros([ROWS, TILE_C], tl.float32)
     kept = begin >= 0
-    groups = tl.cdiv(limit, GROUP)
-    for group in range(groups):
-        base = (groups - 1 - group) * GROUP
-        raws = _load_rows(dt_at, dt_stride, base, limit, channels, in_c, GROUP)
-        results = _load_rows(dy_at, dy_stride, base, limit, channels, in_c, GROUP)
-        reads = _load_rows(C_at, C_stride, base, limit, columns, in_n, GROUP)
-        gates = results
+    chunks = tl.cdiv(end - begin, CHUNK)
+    for reverse_chunk in range(chunks):
+        chunk_start = begin + (chunks - 1 - reverse_chunk) * CHUNK
+        limit = end - chunk_start
+        row = sequence * t + chunk_start
+        dt_at, dy_at, C_at, z_at = dt + row * dt_stride, dy + row * dy_stride, C + row * C_stride, z
         if GATE:
-            gates = _load_rows(z_at, z_stride, base, limit, channels, in_c, GROUP)
-        tags = _load_marks(marks, begin, base, limit, GROUP, PACKED)
-        steps, pulls = (), ()
-        for i in tl.static_range(GROUP):
-            step, _ = _step(raws[i], bias, base + i < limit, SOFTPLUS)
+            z_at = z + row * z_stride
+        raws, results, gates, read_rows = (), (), (), ()
+        for i in tl.static_range(CHUNK // ROWS):
+            at = rows + i * ROWS
+            mask = (at < limit) & in_c[None, :]
+            raws += (tl.load(dt_at + (at * dt_stride + channels[None, :]), mask=mask, other=0.0),)
+            results += (tl.load(dy_at + (at * dy_stride + channels[None, :]), mask=mask, other=0.0),)
+            read_rows += (tl.load(C_at + (at * C_stride + columns[None, :]), mask=(at < limit) & in_n[None, :], other=0.0),)
+            if GATE:
+                gates += (tl.load(z_at + (at * z_stride + channels[None, :]), mask=mask, other=0.0),)
+        for i in tl.static_range(CHUNK // ROWS):
+            at = rows + i * ROWS
+            step, _ = _step(raws[i], bias[None, :], (at < limit) & in_c[None, :], SOFTPLUS)
             age += step
-            steps += (step[:, None],)
-            pulls += (_pull(results[i], gates[i], GATE)[:, None],)
-        for i in tl.static_range(GROUP - 1, -1, -1):
-            if PACKED and FINAL and (tags[i] & 2) != 0:
-                place = (tags[i] >> 2).to(tl.int64) * state_size
-                carried += tl.load(dfinal + place + offsets, mask=within, other=0.0).to(tl.float32)
-            carried = tl.exp2(steps[i] * rates) * (carried + pulls[i] * reads[i].to(tl.float32)[None, :])
-            if PACKED:
-                carried = tl.where((tags[i] & 1) != 0, 0.0, carried)
-                kept = kept & ((tags[i] & 1) == 0)
-    decay = tl.exp2(age[:, None] * rates)
-    if PACKED:
-        decay = tl.where(kept, decay, 0.0)
-    place = (index * b + sequence) * state_size
-    tl.store(decays + place + offsets, decay, mask=within)
-    tl.store(writes + place + offsets, carried, mask=within)
+            pull = results[i].to(tl.float32)
+            if GATE:
+                gate = gates[i].to(tl.float32)
+                pull = pull * gate * _sigmoid(gate)
+            tl.store(steps_at + (at * TILE_C + local), step)
+            tl.store(pulls_at + (at * TILE_C + local), pull)
+            tl.store(C_table + (at * PAD_N + columns[None, :]), read_rows[i].to(tl.float32))
+        tl.debug_barrier()
+        for reverse_group in range(CHUNK // GROUP):
+            base = CHUNK - GROUP - reverse_group * GROUP
+            tags = _load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
+            steps, pulls, reads = (), (), ()
+            for i in tl.static_range(GROUP):
+                steps += (_halves(steps_at, (base + i) * TILE_C, SUB, PARTS),)
+                pulls += (_halves(pulls_at, (base + i) * TILE_C, SUB, PARTS),)
+                reads += (tl.load(C_table + (base + i) * PAD_N + columns),)
+            for i in tl.static_range(GROUP - 1, -1, -1):
+                new = ()
+                for h in tl.static_range(PARTS):
+                    back = carried[h]
+                    if PACKED and FINAL and (tags[i] & 2) != 0:
+                        document_at = (tags[i] >> 2).to(tl.int64) * state_size
+                        back += tl.load(dfinal + document_at + offsets[h], mask=within[h], other=0.0).to(tl.float32)
+                    back = tl.exp2(steps[i][h][:, None] * rates[h]) * (back + pulls[i][h][:, None] * reads[i][None, :])
+                    if PACKED:
+                        back = tl.where((tags[i] & 1) != 0, 0.0, back)
+                    new += (back,)
+                carried = new
+                if PACKED:
+                    kept = kept & ((tags[i] & 1) == 0)
+        tl.debug_barrier()
+    tl.store(steps_at + tl.arange(0, TILE_C), tl.sum(age, axis=0))
+    tl.debug_barrier()
+    ages = _halves(steps_at, 0, SUB, PARTS)
+    summary = (index * b + sequence) * state_size
+    for h in tl.static_range(PARTS):
+        decay = tl.exp2(ages[h][:, None] * rates[h])
+        if PACKED:
+            decay = tl.where(kept, decay, 0.0)
+        tl.store(decays + summary + offsets[h], decay, mask=within[h])
+        tl.store(writes + summary + offsets[h], carried[h], mask=within[h])
 
 
 @QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "segments", "segment_len"])
 def _differentiate(
     x, dt, A, B, C, D, z, dt_bias, initial, marks, boundaries, ungated, dy, dfinal, decays, writes,
-    dx, ddt, dz, dmaps, drates, dchannels, dinitial, checkpoints,
+    dx, ddt, dz, dmaps, drates, dchannels, dinitial, scratch,
     t, c, b, segments, segment_len, x_stride, dt_stride, B_stride, C_stride, z_stride, dy_stride,
     N: tl.constexpr, PAD_N: tl.constexpr, TILE_C: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
     SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, FINAL: tl.constexpr, GATE: tl.constexpr,
-    SKIP: tl.constexpr, INITIAL: tl.constexpr,
+    SKIP: tl.constexpr, INITIAL: tl.constexpr, SUB: tl.constexpr, ROWS: tl.constexpr,
+    SCRATCH: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one segment: chunks from last to first, in a chunk groups from last to first.
 
-    `carried` is what the token after the current one sends back, decay_{t+1} g_{t+1}. The states that enter the groups
-    of a chunk are found first; all but the last wait in `checkpoints`, which only this program touches and L2 holds.
+    `carried` is what the token after the current one sends back, decay_{t+1} g_{t+1}. Vectors of a whole chunk are made
+    first and left in `scratch`, which only this program touches and the caches hold.
     """
+    PARTS: tl.constexpr = TILE_C // SUB
     tile, sequence, segment = _place(c, b, TILE_C)
     channels = tile * TILE_C + tl.arange(0, TILE_C)
     columns = tl.arange(0, PAD_N)
     in_c, in_n = channels < c, columns < N
-    offsets = channels[:, None] * N + columns[None, :]
-    within = in_c[:, None] & in_n[None, :]
     state_size = c * N
-    rates = tl.load(A + offsets, mask=within, other=0.0).to(tl.float32) * _LOG2_E
     bias = _load_vector(dt_bias, channels, in_c, BIAS)
     skip = _load_vector(D, channels, in_c, SKIP)
-    slots = checkpoints + tl.program_id(0).to(tl.int64) * ((CHUNK // GROUP - 1) * TILE_C * PAD_N)
-    slots += tl.arange(0, TILE_C)[:, None] * PAD_N + columns[None, :]
 
-    carried = tl.zeros([TILE_C, PAD_N], tl.float32)
-    if FINAL and not PACKED and segment == segments - 1:
-        carried = tl.load(dfinal + sequence * state_size + offsets, mask=within, other=0.0).to(tl.float32)
-    for back in range(segments - 1 - segment):
-        place = ((segments - 2 - back) * b + sequence) * state_size
-        decay = tl.load(decays + place + offsets, mask=within, other=0.0)
-        carried = decay * carried + tl.load(writes + place + offsets, mask=within, other=0.0)
+    # scratch: the states that enter the groups of a chunk, then tables of its vectors, one row a token
+    VECTOR: tl.constexpr = CHUNK * TILE_C
+    MAP: tl.constexpr = CHUNK * PAD_N
+    slots = scratch + tl.program_id(0).to(tl.int64) * SCRATCH
+    steps_at = slots + (CHUNK // GROUP) * TILE_C * PAD_N
+    drives_at = steps_at + VECTOR
+    pulls_at = drives_at + VECTOR
+    slopes_at = pulls_at + VECTOR
+    B_table = slopes_at + VECTOR
+    C_table = B_table + MAP
+    drive_grads_at = C_table + MAP
+    step_grads_at = drive_grads_at + VECTOR
+    by_state = tl.arange(0, SUB)[:, None] * PAD_N + columns[None, :]
+
+    rates, carried, rate_grads, offsets, within = (), (), (), (), ()
+    for h in tl.static_range(PARTS):
+        mine = tile * TILE_C + h * SUB + tl.arange(0, SUB)
+        offsets += (mine[:, None] * N + columns[None, :],)
+        within += ((mine < c)[:, None] & in_n[None, :],)
+        rates += (tl.load(A + offsets[h], mask=within[h], other=0.0).to(tl.float32) * _LOG2_E,)
+        back = tl.zeros([SUB, PAD_N], tl.float32)
+        if FINAL and not PACKED and segment == segments - 1:
+            back = tl.load(dfinal + sequence * state_size + offsets[h], mask=within[h], other=0.0).to(tl.float32)
+        carried += (back,)
+        rate_grads += (tl.zeros([SUB, PAD_N], tl.float32),)
+    for later in range(segments - 1 - segment):
+        summary = ((segments - 2 - later) * b + sequence) * state_size
+        new = ()
+        for h in tl.static_range(PARTS):
+            decay = tl.load(decays + summary + offsets[h], mask=within[h], other=0.0)
+            new += (decay * carried[h] + tl.load(writes + summary + offsets[h], mask=within[h], other=0.0),)
+        carried = new
 
     begin = segment * segment_len
     end = tl.minimum(begin + segment_len, t)
-    rate_grads = tl.zeros([TILE_C, PAD_N], tl.float32)
-    skip_grads = tl.zeros([TILE_C], tl.float32)
-    bias_grads = tl.zeros([TILE_C], tl.float32)
+    skip_grads = tl.zeros([ROWS, TILE_C], tl.float32)
+    bias_grads = tl.zeros([ROWS, TILE_C], tl.float32)
     dB = dmaps + tile.to(tl.int64) * 2 * b * t * N
     dC = dB + b.to(tl.int64) * t * N
     chunks = tl.cdiv(end - begin, CHUNK)
+    rows = tl.arange(0, ROWS)[:, None]
+    local = tl.arange(0, TILE_C)[None, :]
     for reverse_chunk in range(chunks):
         chunk_start = begin + (chunks - 1 - reverse_chunk) * CHUNK
         limit = end - chunk_start
         row = sequence * t + chunk_start
         x_at, dt_at, B_at, C_at = x + row * x_stride, dt + row * dt_stride, B + row * B_stride, C + row * C_stride
         dx_at, ddt_at, dy_at = dx + row * c, ddt + row * c, dy + row * dy_stride
-        dB_at, dC_at = dB + row * N, dC + row * N
         z_at, dz_at, ungated_at = z, dz, ungated
         if GATE:
             z_at, dz_at, ungated_at = z + row * z_stride, dz + row * c, ungated + row * c
 
-        state = tl.zeros([TILE_C, PAD_N], tl.float32)
-        if chunk_start > 0:
-            place = ((chunk_start // CHUNK - 1) * b + sequence) * state_size
-            by_state = columns[None, :] * c + channels[:, None]
-            state = tl.load(boundaries + place + by_state, mask=within, other=0.0)
-        elif INITIAL and not PACKED:
-            state = tl.load(initial + sequence * state_size + offsets, mask=within, other=0.0).to(tl.float32)
-        next_raws = _load_rows(dt_at, dt_stride, 0, limit, channels, in_c, GROUP)
-        next_inputs = _load_rows(x_at, x_stride, 0, limit, channels, in_c, GROUP)
-        next_maps = _load_rows(B_at, B_stride, 0, limit, columns, in_n, GROUP)
+        # The vectors of the chunk, and the state that enters it.
+        raws, values, results, gates, totals, map_rows, read_rows = (), (), (), (), (), (), ()
+        for i in tl.static_range(CHUNK // ROWS):
+            at = rows + i * ROWS
+            mask = (at < limit) & in_c[None, :]
+            mask_maps = (at < limit) & in_n[None, :]
+            raws += (tl.load(dt_at + (at * dt_stride + channels[None, :]), mask=mask, other=0.0),)
+            values += (tl.load(x_at + (at * x_stride + channels[None, :]), mask=mask, other=0.0),)
+            results += (tl.load(dy_at + (at * dy_stride + channels[None, :]), mask=mask, other=0.0),)
+            map_rows += (tl.load(B_at + (at * B_stride + columns[None, :]), mask=mask_maps, other=0.0),)
+            read_rows += (tl.load(C_at + (at * C_stride + columns[None, :]), mask=mask_maps, other=0.0),)
+            if GATE:
+                gates += (tl.load(z_at + (at * z_stride + channels[None, :]), mask=mask, other=0.0),)
+                totals += (tl.load(ungated_at + (at * c + channels[None, :]), mask=mask, other=0.0),)
+        swapped = columns[:, None] * c + channels[None, :]
+        place = ((chunk_start // CHUNK - 1) * b + sequence) * state_size
+        entering = tl.load(boundaries + place + swapped, mask=in_n[:, None] & in_c[None, :] & (chunk_start > 0), other=0.0)
+        if INITIAL and not PACKED and chunk_start == 0:
+            ordered = channels[None, :] * N + columns[:, None]
+            entering = tl.load(initial + sequence * state_size + ordered, mask=in_n[:, None] & in_c[None, :], other=0.0)
+            entering = entering.to(tl.float32)
+        tl.store(slots + (columns[:, None] + local * PAD_N), entering)
+        for i in tl.static_range(CHUNK // ROWS):
+            at = rows + i * ROWS
+            mask = (at < limit) & in_c[None, :]
+            value, pull = values[i].to(tl.float32), results[i].to(tl.float32)
+            if GATE:
+                gate = gates[i].to(tl.float32)
+                sigmoid = _sigmoid(gate)
+                gate_grad = pull * totals[i] * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+                tl.store(dz_at + (at * c + channels[None, :]), gate_grad.to(dz.dtype.element_ty), mask=mask)
+                pull = pull * gate * sigmoid
+            step, slope = _step(raws[i], bias[None, :], mask, SOFTPLUS)
+            skip_grads += pull * value
+            tl.store(steps_at + (at * TILE_C + local), step)
+            tl.store(drives_at + (at * TILE_C + local), step * value)
+            tl.store(pulls_at + (at * TILE_C + local), pull)
+            tl.store(slopes_at + (at * TILE_C + local), slope)
+            tl.store(B_table + (at * PAD_N + columns[None, :]), map_rows[i].to(tl.float32))
+            tl.store(C_table + (at * PAD_N + columns[None, :]), read_rows[i].to(tl.float32))
+        tl.debug_barrier()
+
+        # The states that enter the groups.
+        states = ()
+        for h in tl.static_range(PARTS):
+            states += (tl.load(slots + h * SUB * PAD_N + by_state),)
         for group in range(CHUNK // GROUP - 1):
-            tl.store(slots + group * (TILE_C * PAD_N), state)
             base = group * GROUP
-            raws, inputs, maps = next_raws, next_inputs, next_maps
-            next_raws = _load_rows(dt_at, dt_stride, base + GROUP, limit, channels, in_c, GROUP)
-            next_inputs = _load_rows(x_at, x_stride, base + GROUP, limit, channels, in_c, GROUP)
-            next_maps = _load_rows(B_at, B_stride, base + GROUP, limit, columns, in_n, GROUP)
             tags = _load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
-            steps, drives = (), ()
+            steps, drives, maps = (), (), ()
             for i in tl.static_range(GROUP):
-                step, _ = _step(raws[i], bias, base + i < limit, SOFTPLUS)
-                steps += (step[:, None],)
-                drives += ((step * inputs[i].to(tl.float32))[:, None],)
+                steps += (_halves(steps_at, (base + i) * TILE_C, SUB, PARTS),)
+                drives += (_halves(drives_at, (base + i) * TILE_C, SUB, PARTS),)
+                maps += (tl.load(B_table + (base + i) * PAD_N + columns),)
             for i in tl.static_range(GROUP):
-                if PACKED:
-                    state = _restart(state, tags[i], initial, state_size, offsets, within, INITIAL)
-                state = tl.exp2(steps[i] * rates) * state + drives[i] * maps[i].to(tl.float32)[None, :]
+                new = ()
+                for h in tl.static_range(PARTS):
+                    state = states[h]
+                    if PACKED:
+                        state = _restart(state, tags[i], initial, state_size, offsets[h], within[h], INITIAL)
+                    state = tl.exp2(steps[i][h][:, None] * rates[h]) * state + drives[i][h][:, None] * maps[i][None, :]
+                    new += (state,)
+                states = new
+            for h in tl.static_range(PARTS):
+                tl.store(slots + ((group + 1) * TILE_C + h * SUB) * PAD_N + by_state, states[h])
 
         for reverse_group in range(CHUNK // GROUP):
             base = CHUNK - GROUP - reverse_group * GROUP
-            raws = _load_rows(dt_at, dt_stride, base, limit, channels, in_c, GROUP)
-            inputs = _load_rows(x_at, x_stride, base, limit, channels, in_c, GROUP)
-            maps = _load_rows(B_at, B_stride, base, limit, columns, in_n, GROUP)
-            results = _load_rows(dy_at, dy_stride, base, limit, channels, in_c, GROUP)
-            gates, totals = results, results
-            if GATE:
-                gates = _load_rows(z_at, z_stride, base, limit, channels, in_c, GROUP)
-                totals = _load_rows(ungated_at, c, base, limit, channels, in_c, GROUP)
-            reads = _load_rows(C_at, C_stride, base, limit, columns, in_n, GROUP)
             tags = _load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
-            if reverse_group > 0:
-                state = tl.load(slots + (CHUNK // GROUP - 1 - reverse_group) * (TILE_C * PAD_N))
-            entering = state
-
-            # The states after every token of the group and its decays.
-            steps, slopes, after, factors = (), (), (), ()
+            steps, drives, pulls, maps, reads = (), (), (), (), ()
             for i in tl.static_range(GROUP):
-                step, slope = _step(raws[i], bias, base + i < limit, SOFTPLUS)
-                steps += (step,)
-                slopes += (slope,)
-                if PACKED:
-                    state = _restart(state, tags[i], initial, state_size, offsets, within, INITIAL)
-                factor = tl.exp2(step[:, None] * rates)
-                drive = step * inputs[i].to(tl.float32)
-                state = factor * state + drive[:, None] * maps[i].to(tl.float32)[None, :]
-                after += (state,)
-                factors += (factor,)
+                steps += (_halves(steps_at, (base + i) * TILE_C, SUB, PARTS),)
+                drives += (_halves(drives_at, (base + i) * TILE_C, SUB, PARTS),)
+                pulls += (_halves(pulls_at, (base + i) * TILE_C, SUB, PARTS),)
+                maps += (tl.load(B_table + (base + i) * PAD_N + columns),)
+                reads += (tl.load(C_table + (base + i) * PAD_N + columns),)
+            states = ()
+            for h in tl.static_range(PARTS):
+                states += (tl.load(slots + ((CHUNK // GROUP - 1 - reverse_group) * TILE_C + h * SUB) * PAD_N + by_state),)
+
+            # The states before every token of the group and its decays; dC needs the states after.
+            before, factors = (), ()
+            for i in tl.static_range(GROUP):
+                new, old, decay = (), (), ()
+                read_grad = tl.zeros([SUB, PAD_N], tl.float32)
+                for h in tl.static_range(PARTS):
+                    state = states[h]
+                    if PACKED:
+                        state = _restart(state, tags[i], initial, state_size, offsets[h], within[h], INITIAL)
+                    old += (state,)
+                    factor = tl.exp2(steps[i][h][:, None] * rates[h])
+                    decay += (factor,)
+                    state = factor * state + drives[i][h][:, None] * maps[i][None, :]
+                    new += (state,)
+                    if h == 0:
+                        read_grad = pulls[i][h][:, None] * state
+                    else:
+                        read_grad += pulls[i][h][:, None] * state
+                states = new
+                before += (old,)
+                factors += (decay,)
+                in_map = in_n & (base + i < limit)
+                tl.store(dC + (row + base + i) * N + columns, tl.sum(read_grad, axis=0), mask=in_map)
 
             for i in tl.static_range(GROUP - 1, -1, -1):
-                mask = in_c & (base + i < limit)
-                mask_maps = in_n & (base + i < limit)
-                place = (base + i) * c + channels
-                place_maps = (base + i) * N + columns
-                value, step = inputs[i].to(tl.float32), steps[i]
-                pull = _pull(results[i], gates[i], GATE)
-                if GATE:
-                    gate = gates[i].to(tl.float32)
-                    sigmoid = _sigmoid(gate)
-                    gate_grad = results[i].to(tl.float32) * totals[i] * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-                    tl.store(dz_at + place, gate_grad.to(dz.dtype.element_ty), mask=mask)
-                if PACKED and FINAL and (tags[i] & 2) != 0:
-                    at = (tags[i] >> 2).to(tl.int64) * state_size
-                    carried += tl.load(dfinal + at + offsets, mask=within, other=0.0).to(tl.float32)
-                grad = carried + pull[:, None] * reads[i].to(tl.float32)[None, :]
-                tl.store(dC_at + place_maps, tl.sum(pull[:, None] * after[i], axis=0), mask=mask_maps)
-                tl.store(dB_at + place_maps, tl.sum((step * value)[:, None] * grad, axis=0), mask=mask_maps)
-                drive_grad = tl.sum(grad * maps[i].to(tl.float32)[None, :], axis=1)
-                carried = grad * factors[i]
-                before = after[i - 1] if i > 0 else entering
-                if PACKED:
-                    before = _restart(before, tags[i], initial, state_size, offsets, within, INITIAL)
-                exponent_grad = carried * before
-                rate_grads += step[:, None] * exponent_grad
-                # `rates` are A log2 e.
-                step_grad = tl.sum(exponent_grad * rates, axis=1) * _LN_2 + drive_grad * value
-                raw_grad = step_grad * slopes[i]
-                tl.store(ddt_at + place, raw_grad.to(ddt.dtype.element_ty), mask=mask)
-                bias_grads += raw_grad
-                skip_grads += pull * value
-                input_grad = drive_grad * step + skip * pull
-                tl.store(dx_at + place, input_grad.to(dx.dtype.element_ty), mask=mask)
-                if PACKED:
-                    if INITIAL and (tags[i] & 1) != 0:
-                        at = (tags[i] >> 2).to(tl.int64) * state_size
-                        tl.store(dinitial + at + offsets, carried, mask=within)
-                    carried = tl.where((tags[i] & 1) != 0, 0.0, carried)
+                new, more = (), ()
+                map_grad = tl.zeros([SUB, PAD_N], tl.float32)
+                for h in tl.static_range(PARTS):
+                    back = carried[h]
+                    if PACKED and FINAL and (tags[i] & 2) != 0:
+                        document_at = (tags[i] >> 2).to(tl.int64) * state_size
+                        back += tl.load(dfinal + document_at + offsets[h], mask=within[h], other=0.0).to(tl.float32)
+                    grad = back + pulls[i][h][:, None] * reads[i][None, :]
+                    if h == 0:
+                        map_grad = drives[i][h][:, None] * grad
+                    else:
+                        map_grad += drives[i][h][:, None] * grad
+                    drive_grad = grad * maps[i][None, :]
+                    back = grad * factors[i][h]
+                    exponent_grad = back * before[i][h]
+                    more += (rate_grads[h] + steps[i][h][:, None] * exponent_grad,)
+                    step_grad = exponent_grad * rates[h]
+                    spot = (base + i) * TILE_C + h * SUB + tl.arange(0, SUB)
+                    tl.store(drive_grads_at + spot, tl.sum(drive_grad, axis=1))
+                    tl.store(step_grads_at + spot, tl.sum(step_grad, axis=1))
+                    if PACKED:
+                        if INITIAL and (tags[i] & 1) != 0:
+                            document_at = (tags[i] >> 2).to(tl.int64) * state_size
+                            tl.store(dinitial + document_at + offsets[h], back, mask=within[h])
+                        back = tl.where((tags[i] & 1) != 0, 0.0, back)
+                    new += (back,)
+                carried = new
+                rate_grads = more
+                in_map = in_n & (base + i < limit)
+                tl.store(dB + (row + base + i) * N + columns, tl.sum(map_grad, axis=0), mask=in_map)
+        tl.debug_barrier()
 
-    if INITIAL and not PACKED and segment == 0:
-        tl.store(dinitial + sequence * state_size + offsets, carried, mask=within)
+        # The gradients of the chunk's vectors.
+        for i in tl.static_range(CHUNK // ROWS):
+            at = rows + i * ROWS
+            mask = (at < limit) & in_c[None, :]
+            spots = at * TILE_C + local
+            drive_grad = tl.load(drive_grads_at + spots)
+            step_grad = tl.load(step_grads_at + spots)
+            value = tl.load(x_at + (at * x_stride + channels[None, :]), mask=mask, other=0.0).to(tl.float32)
+            raw_grad = (step_grad * _LN_2 + drive_grad * value) * tl.load(slopes_at + spots)  # `rates` are A log2 e
+            bias_grads += raw_grad
+            tl.store(ddt_at + (at * c + channels[None, :]), raw_grad.to(ddt.dtype.element_ty), mask=mask)
+            input_grad = drive_grad * tl.load(steps_at + spots) + skip[None, :] * tl.load(pulls_at + spots)
+            tl.store(dx_at + (at * c + channels[None, :]), input_grad.to(dx.dtype.element_ty), mask=mask)
+
     part = sequence * segments + segment
-    tl.store(drates + part * state_size + offsets, rate_grads, mask=within)
+    for h in tl.static_range(PARTS):
+        if INITIAL and not PACKED and segment == 0:
+            tl.store(dinitial + sequence * state_size + offsets[h], carried[h], mask=within[h])
+        tl.store(drates + part * state_size + offsets[h], rate_grads[h], mask=within[h])
     sums = dchannels + part * c + channels
-    tl.store(sums, skip_grads, mask=in_c)
-    tl.store(sums + b.to(tl.int64) * segments * c, bias_grads, mask=in_c)
+    tl.store(sums, tl.sum(skip_grads, axis=0), mask=in_c)
+    tl.store(sums + b.to(tl.int64) * segments * c, tl.sum(bias_grads, axis=0), mask=in_c)
