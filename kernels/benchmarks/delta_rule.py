@@ -106,7 +106,6 @@ def checks() -> Iterator[dict[str, Any]]:
         "t=509 n=p=64": workload(2, 509, 64, h=2, h_k=2),
         "t=509 n=p=128 grouped": workload(1, 509, 128, h=4, h_k=2),
         "t=300 n=p=64 packed": workload(1, 300, 64, h=2, h_k=1, documents=6),
-        "t=200 n=24 p=40": workload(2, 200, 64, h=2, h_k=2, n=24, p=40),
         "t=1 n=p=64": workload(4, 1, 64, h=2, h_k=2),
         "t=300 n=p=64 fp32": workload(1, 300, 64, dtype="float32", h=2, h_k=2),
         "t=300 n=p=128 fp32": workload(1, 300, 128, dtype="float32", h=2, h_k=2),

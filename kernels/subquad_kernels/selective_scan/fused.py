@@ -3,9 +3,9 @@
 A program is one warp. It holds the states [TILE_C, N] of a tile of channels and walks over the tokens of one segment
 of one sequence; four lanes share a channel (at n = 16), so that sums over n are short, and loads of x, dt and z are
 contiguous in channels. What is a vector over channels is made for 16 tokens at once, in a layout of its own, and
-passed through scratch memory that only the program touches. Where sequences times tiles are too few for the device, time is cut into segments: a first
-kernel finds what each segment does to a state (a decay and a write), every program of the second kernel starts by
-composing the segments before its own. The backward walks chunks of 16 tokens from last to first, computes the states
+passed through scratch memory that only the program touches. Where sequences times tiles are too few for the device,
+time is cut into segments: a first kernel finds what each segment does to a state (a decay and a write), every program
+of the second kernel starts by composing the segments before its own. The backward walks chunks of 16 tokens from last to first, computes the states
 inside a chunk again from the saved one, and cuts time in the same way. Sums over channels and over sequences are
 written as one partial sum a program, and added afterwards: no atomics, the same bits every time.
 README.md has the equations and the reasons for the sizes.
@@ -357,7 +357,7 @@ def _restart(state, tag, initial, state_size, offsets, within, INITIAL: tl.const
 
 @triton.jit
 def _halves(table, place, SUB: tl.constexpr, PARTS: tl.constexpr):
-    """A row of the scratch as vectors of SUB channels.  Fewer elements than lanes: loaded in the layout of their use."""
+    """A row of the scratch as vectors of SUB channels: fewer elements than lanes load in the layout of their use."""
     found = ()
     for i in tl.static_range(PARTS):
         found += (tl.load(table + place + i * SUB + tl.arange(0, SUB)),)
@@ -414,7 +414,8 @@ def _summarise(
             mask = (at < limit) & in_c[None, :]
             raws += (tl.load(dt_at + (at * dt_stride + channels[None, :]), mask=mask, other=0.0),)
             values += (tl.load(x_at + (at * x_stride + channels[None, :]), mask=mask, other=0.0),)
-            map_rows += (tl.load(B_at + (at * B_stride + columns[None, :]), mask=(at < limit) & in_n[None, :], other=0.0),)
+            in_map = (at < limit) & in_n[None, :]
+            map_rows += (tl.load(B_at + (at * B_stride + columns[None, :]), mask=in_map, other=0.0),)
         for i in tl.static_range(CHUNK // ROWS):
             at = rows + i * ROWS
             step, _ = _step(raws[i], bias[None, :], (at < limit) & in_c[None, :], SOFTPLUS)
@@ -437,7 +438,8 @@ def _summarise(
                     state = states[h]
                     if PACKED:
                         state = _restart(state, tags[i], initial, state_size, offsets[h], within[h], INITIAL)
-                    new += (tl.exp2(steps[i][h][:, None] * rates[h]) * state + drives[i][h][:, None] * maps[i][None, :],)
+                    factor = tl.exp2(steps[i][h][:, None] * rates[h])
+                    new += (factor * state + drives[i][h][:, None] * maps[i][None, :],)
                 states = new
                 if PACKED:
                     kept = kept & ((tags[i] & 1) == 0)
@@ -634,7 +636,8 @@ def _summarise_gradients(
             mask = (at < limit) & in_c[None, :]
             raws += (tl.load(dt_at + (at * dt_stride + channels[None, :]), mask=mask, other=0.0),)
             results += (tl.load(dy_at + (at * dy_stride + channels[None, :]), mask=mask, other=0.0),)
-            read_rows += (tl.load(C_at + (at * C_stride + columns[None, :]), mask=(at < limit) & in_n[None, :], other=0.0),)
+            in_map = (at < limit) & in_n[None, :]
+            read_rows += (tl.load(C_at + (at * C_stride + columns[None, :]), mask=in_map, other=0.0),)
             if GATE:
                 gates += (tl.load(z_at + (at * z_stride + channels[None, :]), mask=mask, other=0.0),)
         for i in tl.static_range(CHUNK // ROWS):
@@ -777,7 +780,8 @@ def _differentiate(
                 totals += (tl.load(ungated_at + (at * c + channels[None, :]), mask=mask, other=0.0),)
         swapped = columns[:, None] * c + channels[None, :]
         place = ((chunk_start // CHUNK - 1) * b + sequence) * state_size
-        entering = tl.load(boundaries + place + swapped, mask=in_n[:, None] & in_c[None, :] & (chunk_start > 0), other=0.0)
+        inside = in_n[:, None] & in_c[None, :] & (chunk_start > 0)
+        entering = tl.load(boundaries + place + swapped, mask=inside, other=0.0)
         if INITIAL and not PACKED and chunk_start == 0:
             ordered = channels[None, :] * N + columns[:, None]
             entering = tl.load(initial + sequence * state_size + ordered, mask=in_n[:, None] & in_c[None, :], other=0.0)
@@ -839,7 +843,8 @@ def _differentiate(
                 reads += (tl.load(C_table + (base + i) * PAD_N + columns),)
             states = ()
             for h in tl.static_range(PARTS):
-                states += (tl.load(slots + ((CHUNK // GROUP - 1 - reverse_group) * TILE_C + h * SUB) * PAD_N + by_state),)
+                slot = (CHUNK // GROUP - 1 - reverse_group) * TILE_C + h * SUB
+                states += (tl.load(slots + slot * PAD_N + by_state),)
 
             # The states before every token of the group and its decays; dC needs the states after.
             before, factors = (), ()
