@@ -25,9 +25,10 @@ from subquad.training.optimizers import build_optimizer
 GROUPS = (
     ("optimizer", ("adam", "multi_tensor", "lpnorm")),
     ("matrix products", ("gemm", "cutlass", "cublas", "nvjet", "splitk", "xmma")),
-    ("selective scan", ("_scan", "_differentiate", "_summarise", "_differentiate_gradients")),
+    ("selective scan", ("_scan", "_differentiate", "_summarise")),
     ("convolution", ("_convolve",)),
-    ("segment attention", ("_forward_kernel", "_query_gradients", "_summary_gradients", "_add_to_tokens", "_documents")),
+    ("segment attention", ("_forward_kernel", "_query_gradients", "_summary_gradients", "_add_to_tokens")),
+    ("rotary", ("_rotate",)),
     ("loss", ("softmax", "nll", "cross_entropy", "log_softmax")),
     ("norms", ("norm", "layer_norm", "rms")),
     ("embedding", ("embedding", "indexselect", "index_select")),

@@ -5,9 +5,10 @@ of one sequence; four lanes share a channel (at n = 16), so that sums over n are
 contiguous in channels. What is a vector over channels is made for 16 tokens at once, in a layout of its own, and
 passed through scratch memory that only the program touches. Where sequences times tiles are too few for the device,
 time is cut into segments: a first kernel finds what each segment does to a state (a decay and a write), every program
-of the second kernel starts by composing the segments before its own. The backward walks chunks of 16 tokens from last to first, computes the states
-inside a chunk again from the saved one, and cuts time in the same way. Sums over channels and over sequences are
-written as one partial sum a program, and added afterwards: no atomics, the same bits every time.
+of the second kernel starts by composing the segments before its own. The backward walks chunks of 16 tokens from last
+to first, computes the states inside a chunk again from the saved one, and cuts time in the same way. Sums over
+channels and over sequences are written as one partial sum a program, and added afterwards: no atomics, the same bits
+every time.
 README.md has the equations and the reasons for the sizes.
 """
 
