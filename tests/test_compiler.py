@@ -21,7 +21,7 @@ from subquad.compiler.measure_kernels import Measurer
 from subquad.compiler.options import CompileOptions
 from subquad.compiler.passes.select_kernels import select_kernels
 from subquad.compiler.pipeline import compile_model, compiled_graphs
-from subquad.compiler.plan import Plan
+from subquad.compiler.plan import NodeChoice, Plan
 from subquad.compiler.report import format_plan
 from subquad.compiler.target import is_same_model, require_local, resolve_target
 from subquad.compiler.workload import node_workloads
@@ -30,7 +30,7 @@ from subquad.model.build import build_model
 from subquad.model.language_model import LanguageModel
 from subquad.schema import ChannelMixerConfig, ModelConfig, RunConfig, TrainerConfig
 from subquad_kernels.catalogue import CATALOGUE, Kernel
-from subquad_kernels.torch_operator import named_arguments
+from subquad_kernels.torch_operator import default_kernels, named_arguments
 from subquad_kernels.workload import Workload
 
 EXAMPLE = Example(tokens_shape=(2, 24), packed=True, training=True)
@@ -73,7 +73,7 @@ def test_a_compiled_scout_has_one_node_per_operator_with_its_kernel(scout: tuple
     for (layer, _), graph_module in graphs.items():
         found = [(operator.name, kernel_of(node)) for node, operator in operator_nodes(graph_module.graph)]
         expected = [("causal_conv", "taps"), ("selective_scan", "chunked")] if layer == 0 else [
-            ("segment_attention", "compacted")
+            ("rotary", "tables"), ("segment_attention", "compacted"),
         ]  # fmt: skip
         assert found == expected
     printed = graphs[1, "packed"].code
@@ -117,12 +117,12 @@ def test_a_deep_copy_has_graphs_of_its_own() -> None:
 def test_select_kernels_leaves_the_graph_it_was_given_alone() -> None:
     mixer = small_model("softmax_attention").blocks[0].mixer
     before = capture(mixer).graphs["forward"]
-    (node, _), *_ = operator_nodes(before.graph)
+    *_, (node, _) = operator_nodes(before.graph)
     outcome = select_kernels({node.name: "reference"})(before)
-    (after, _), *_ = operator_nodes(outcome.graph.graph)
+    *_, (after, _) = operator_nodes(outcome.graph.graph)
     assert kernel_of(node) == "default"
     assert kernel_of(after) == "reference"
-    assert outcome.report == (f"{node.name}: softmax_attention default -> reference",)
+    assert outcome.report[-1] == f"{node.name}: softmax_attention default -> reference"
     x = torch.randn(1, 7, 32)
     assert (outcome.graph(x, None) - before(x, None)).abs().max() < 1e-5
     assert "keeps default" in select_kernels({})(before).report[0]
@@ -223,10 +223,24 @@ def segment_plan(**options: Any) -> Plan:
     return compile_model(model, EXAMPLE, target="cpu", options=CompileOptions(**options))[1]
 
 
+def segment_choices(plan: Plan, *, used_alone: bool = True) -> list[NodeChoice]:
+    """What the plan chose for segment attention, beside which the mixer has a rotation."""
+    return [
+        choice
+        for choice in plan.choices
+        if choice.operator == "segment_attention" and (choice.used or not used_alone)
+    ]
+
+
+def default_of_segments(name: str) -> Any:
+    """Another default for segment attention; other operators keep theirs."""
+    return lambda operator, kind: (name,) if operator.name == "segment_attention" else default_kernels(operator, kind)
+
+
 def test_a_wrong_kernel_is_excluded_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     add_kernel(monkeypatch, "doubled", Wrong)
     plan = segment_plan(measure=False)
-    choice = next(choice for choice in plan.choices if choice.used)
+    choice = next(choice for choice in segment_choices(plan))
     assert "failed its self-check: out is off by" in choice.declined["doubled"]
     assert "doubled: failed its self-check" in format_plan(plan)
 
@@ -236,8 +250,8 @@ def test_a_failing_default_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
     # A version of its own: the verdict on the honest kernel must not answer.
     monkeypatch.setitem(CATALOGUE.kernel("segment_attention", "compacted").__dict__, "version", "broken")
     plan = segment_plan(measure=False)
-    assert {choice.chosen for choice in plan.choices if choice.used} == {"sdpa_merge"}
-    assert all("out of order" in choice.declined["compacted"] for choice in plan.choices if choice.used)
+    assert {choice.chosen for choice in segment_choices(plan)} == {"sdpa_merge"}
+    assert all("out of order" in choice.declined["compacted"] for choice in segment_choices(plan))
 
 
 class _Broken:
@@ -249,7 +263,7 @@ class _Broken:
 def test_unsure_estimates_are_measured_and_the_slow_kernel_loses(monkeypatch: pytest.MonkeyPatch) -> None:
     add_kernel(monkeypatch, "sleepy", Slow)
     plan = segment_plan(measure_budget_s=5.0)
-    choice = next(choice for choice in plan.choices if choice.used)
+    choice = next(choice for choice in segment_choices(plan))
     assert choice.chosen != "sleepy"
     figures = {figure.kernel: figure for figure in choice.figures}
     assert figures["sleepy"].source == "measured"
@@ -258,9 +272,9 @@ def test_unsure_estimates_are_measured_and_the_slow_kernel_loses(monkeypatch: py
 
 
 def test_a_slow_default_loses_to_a_measured_rival(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("subquad.compiler.choose.default_kernels", lambda operator, kind: ("sleepy",))
+    monkeypatch.setattr("subquad.compiler.choose.default_kernels", default_of_segments("sleepy"))
     add_kernel(monkeypatch, "sleepy", Slow)
-    choice = next(choice for choice in segment_plan(measure_budget_s=5.0).choices if choice.used)
+    choice = next(choice for choice in segment_choices(segment_plan(measure_budget_s=5.0)))
     assert choice.chosen in ("compacted", "sdpa_merge")
     assert choice.kernel == f"b<=1,t<=48: {choice.chosen}; sleepy"
 
@@ -293,8 +307,8 @@ def test_a_kernel_that_fails_beyond_the_size_of_its_check_is_left_out_and_named(
     monkeypatch.setattr(Measurer, "failure", at_full_size)
     add_kernel(monkeypatch, "small", Small)
     if is_default:
-        monkeypatch.setattr("subquad.compiler.choose.default_kernels", lambda operator, kind: ("small",))
-    choice = next(choice for choice in segment_plan(measure_budget_s=5.0).choices if choice.used)
+        monkeypatch.setattr("subquad.compiler.choose.default_kernels", default_of_segments("small"))
+    choice = next(choice for choice in segment_choices(segment_plan(measure_budget_s=5.0)))
     assert choice.chosen in ("compacted", "sdpa_merge")
     assert choice.declined["small"] == "failed at this size: RuntimeError: too long for me"
     assert "small" not in choice.kernel
@@ -303,17 +317,18 @@ def test_a_kernel_that_fails_beyond_the_size_of_its_check_is_left_out_and_named(
 def test_without_measuring_the_default_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     add_kernel(monkeypatch, "sleepy", Slow)
     monkeypatch.setattr("subquad.compiler.measure_kernels.user_cache", lambda name: None)  # nothing known from before
-    choice = next(choice for choice in segment_plan(measure=False).choices if choice.used)
+    choice = next(choice for choice in segment_choices(segment_plan(measure=False)))
     assert choice.chosen == "compacted"
     assert "nothing was measured" in choice.reason
 
 
 def test_a_pinned_kernel_runs_and_a_denied_one_does_not() -> None:
     pinned = segment_plan(measure=False, pins={"segment_attention": "sdpa_merge"})
-    assert {choice.chosen for choice in pinned.choices if choice.used} == {"sdpa_merge"}
+    assert {choice.chosen for choice in segment_choices(pinned)} == {"sdpa_merge"}
     denied = segment_plan(measure=False, deny=("segment_attention/compacted",))
-    assert {choice.chosen for choice in denied.choices} == {"sdpa_merge"}
-    assert denied.choices[0].declined["compacted"] == "denied by the recipe"
+    choices = segment_choices(denied, used_alone=False)
+    assert {choice.chosen for choice in choices} == {"sdpa_merge"}
+    assert choices[0].declined["compacted"] == "denied by the recipe"
 
 
 def test_results_are_equal_under_any_choice_of_kernels() -> None:
@@ -384,7 +399,7 @@ def test_a_plan_is_followed_without_choosing_again(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("subquad.compiler.pipeline.make_plan", None)
     model, followed = compile_model(small_model("segment_attention"), EXAMPLE, target="cpu", plan=plan)
     assert followed is plan
-    (node, _), *_ = operator_nodes(compiled_graphs(model)[0, "packed"].graph)
+    *_, (node, _) = operator_nodes(compiled_graphs(model)[0, "packed"].graph)
     assert kernel_of(node) == "sdpa_merge"
 
 

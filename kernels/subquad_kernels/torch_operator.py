@@ -11,7 +11,8 @@ Both look the kernel up in the catalogue when they run, so that a graph pass cho
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -200,6 +201,14 @@ def named_arguments(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
     return {argument.name: given.get(argument.name, argument.default_value) for argument in op._schema.arguments}
 
 
+@contextmanager
+def recording() -> Iterator[None]:
+    """Let a kernel differentiate what it computes, also under a dispatch mode, which excludes autograd."""
+    autograd = torch._C.DispatchKey.AutogradFunctionality
+    with torch._C._SetExcludeDispatchKeyGuard(autograd, False), torch.enable_grad():
+        yield
+
+
 class ReferenceKernel:
     """An operator's reference as a kernel: forward as written, gradients by torch's own differentiation."""
 
@@ -216,7 +225,7 @@ class ReferenceKernel:
         self, arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]
     ) -> dict[str, Tensor | None]:
         """Compute the forward once more, and differentiate it."""
-        with torch.enable_grad():
+        with recording():
             inputs = {
                 name: value.detach().requires_grad_()
                 for name, value in arguments.items()

@@ -241,15 +241,15 @@ def test_a_planted_error_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_it_cannot_compute_is_declined_with_a_reason() -> None:
     kernel = CATALOGUE.kernel("delta_rule", "fused")
     h100 = DeviceLimits(kind="cuda", name="H100", capability=(9, 0))
-    assert kernel.supports(workload(9, dtype="bfloat16"), h100) is None
+    assert kernel.supports(workload(9, dtype="bfloat16", n=64, p=128), h100) is None
+    assert "not float32" in str(kernel.supports(workload(9, n=64, p=64), h100))
     assert "float64" in str(kernel.supports(workload(9, dtype="float64"), h100))
-    assert kernel.supports(workload(9, dtype="bfloat16", n=256, p=512), h100) is None
-    assert "128 key channels of float32" in str(kernel.supports(workload(9, n=129), h100))
-    assert "256 key channels" in str(kernel.supports(workload(9, dtype="bfloat16", n=257), h100))
-    assert "per head" in str(kernel.supports(workload(9, decay="vector"), h100))
-    free = replace(workload(9), options=workload(9).options | {"low_rank": True})
+    assert "64 and 128, not 24 and 40" in str(kernel.supports(workload(9, dtype="bfloat16", n=24, p=40), h100))
+    case = workload(9, dtype="bfloat16", n=64, p=64)
+    assert "per head" in str(kernel.supports(workload(9, dtype="bfloat16", decay="vector"), h100))
+    free = replace(case, options=case.options | {"low_rank": True})
     assert "remove and insert" in str(kernel.supports(free, h100))
-    assert "8.0" in str(kernel.supports(workload(9), DeviceLimits(kind="cuda", name="V100", capability=(7, 0))))
+    assert "8.0" in str(kernel.supports(case, DeviceLimits(kind="cuda", name="V100", capability=(7, 0))))
     with pytest.raises(TypeError, match="chunked"):
         fused.forward(**sample(workload(2, dtype="float64")))
     with pytest.raises(TypeError, match="chunked"):

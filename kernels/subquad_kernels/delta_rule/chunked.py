@@ -19,6 +19,7 @@ from torch import Tensor
 
 from subquad_kernels.delta_rule.declaration import CHUNK, num_chunks
 from subquad_kernels.documents import document_groups
+from subquad_kernels.torch_operator import recording
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Argument, Arguments, Outputs
@@ -101,7 +102,7 @@ def _differentiate(
     found: Mapping[str, Tensor],
 ) -> Tensor:  # fmt: skip
     """Write the gradients of a chunk's tokens into `found`; return that of the state that enters it."""
-    with torch.enable_grad():
+    with recording():
         leaves = {name: rows.pad(values[name], tokens).to(found[name].dtype).requires_grad_() for name in found}
         entering = leaf = state.requires_grad_()
         outs = []

@@ -119,6 +119,10 @@ OPERATOR = Operator(
         _example("float32", "decode", t=1, full=True),
         _example("bfloat16"),
     ),
+    benchmarks={
+        "cpu": _example("float32", b=1, t=128, h=2, h_k=2, n=64, p=64),
+        "cuda": _example("bfloat16", b=4, t=1024, h=16, h_k=16, n=64, p=64),
+    },
 )  # fmt: skip
 
 

@@ -49,6 +49,10 @@ OPERATOR = Operator(
         _example("float32", "decode", t=1),
         _example("bfloat16"),
     ),
+    benchmarks={
+        "cpu": _example("float32", b=1, t=128, h=4, h_kv=4, k=64),
+        "cuda": _example("bfloat16", b=4, t=1024, h=16, h_kv=16, k=64),
+    },
 )
 
 
