@@ -29,7 +29,7 @@ from triton.runtime.jit import JITFunction
 
 import subquad_kernels.builtin  # noqa: F401  (fills the catalogue)
 from subquad_kernels.catalogue import CATALOGUE, Operator
-from subquad_kernels.workload import Workload
+from subquad_kernels.workload import DeviceLimits, Workload
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -134,7 +134,10 @@ def main(operator_name: str, kernel_name: str, targets: str, *flags: str) -> Non
     operator, kernel = CATALOGUE.operator(operator_name), CATALOGUE.kernel(operator_name, kernel_name)
     compiled = Compiled(targets.split(","))
     JITFunction.run = lambda jitted, *args, **named: compiled.launch(jitted, *args, **named)  # type: ignore[method-assign]
+    hopper = DeviceLimits(kind="cuda", name="any", capability=(9, 0))
     for case in cases(operator, "--all" in flags):
+        if kernel.supports(case, hopper) is not None:
+            continue
         compiled.case = f"{case.dtype} {case.phase} {dict(case.shape)}"
         arguments = operator.torch_half.sample_inputs(case, seed=0, device="cpu")
         outputs = kernel.torch_half.forward(**arguments)

@@ -21,6 +21,11 @@ SPILLS = {
     # The states, decays and gradients of two tokens beside a document's place: fewer at once was slower (README).
     ("selective_scan/fused", "_differentiate", "sm_90"): 160,
     ("selective_scan/fused", "_summarise_gradients", "sm_90"): 8,
+    # States, scores and gates of a chunk beside gradients; eight warps do not spill and repeat products (README).
+    ("linear_attention/fused", "_read", "sm_90"): 128,
+    ("linear_attention/fused", "_differentiate_q", "sm_90"): 128,
+    ("linear_attention/fused", "_differentiate_kv", "sm_90"): 768,
+    ("delta_rule/fused", "_differentiate", "sm_90"): 256,
     # No register: the table by which libdevice's sine reduces arguments that never come here.
     ("rotary/fused", "_rotate", "sm_90"): 32,
 }

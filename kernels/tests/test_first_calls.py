@@ -136,8 +136,9 @@ def test_a_training_run_calls_no_kernel_that_first_calls_have_not_compiled(
     seen: set[object] = set()
     launched = catalogue.load_attribute(CATALOGUE.kernel(*key.split("/")).implementation)
     for name, function in vars(launched).items():
-        if hasattr(function, "arg_names") and hasattr(function, "__getitem__"):
-            monkeypatch.setattr(launched, name, Notes(function, seen))
+        jitted = getattr(function, "jitted", function)
+        if hasattr(jitted, "arg_names") and hasattr(jitted, "__getitem__"):
+            monkeypatch.setattr(launched, name, Notes(jitted, seen))
     run, fused = RUNS[key], CATALOGUE.kernel(*key.split("/"))
     operator = CATALOGUE.operator(fused.operator)
     monkeypatch.setattr("subquad_kernels.first_calls.shape_class", lambda workload, kind: shape_class(workload, "cuda"))
