@@ -241,15 +241,17 @@ class _Seen:
         """
         t = k.shape[1]
         count = -(-t // segment_len)
-        tokens = cu_seqlens.new_empty(2, t)
-        room = cu_seqlens.new_full((2, count), t)
+        # Rows of multiples of 16 bytes: every length has the alignments, and so the compiled kernels, of every other.
+        tokens = cu_seqlens.new_empty(2, -(-t // 4) * 4)
+        room = cu_seqlens.new_full((2, -(-count // 4) * 4), t)
         documents = cu_seqlens.shape[0] - 1
         _mark_kernel[(-(-t // MARKED_T),)](
-            cu_seqlens.contiguous(), tokens, room, t, count, documents, halvings(documents), segment_len,
+            cu_seqlens.contiguous(), tokens, room, t, tokens.stride(0), room.stride(0), documents, halvings(documents),
+            segment_len,
             TILE_T=MARKED_T, num_warps=1,
         )  # fmt: skip
         low, high = tokens.unbind()
-        position, end = room.unbind()
+        position, end = room[:, :count].unbind()
         rows = position.clamp(max=t - 1)
         return cls(k.index_select(1, rows), v.index_select(1, rows), count, 0, low, high, position, end)
 
@@ -265,13 +267,15 @@ def _block(width: int) -> int:
 
 
 @QuickLaunch
-@triton.jit(do_not_specialize=["t", "count", "documents", "steps", "segment_len"])
-def _mark_kernel(cu_seqlens, tokens, room, t, count, documents, steps, segment_len, TILE_T: tl.constexpr):
+@triton.jit(do_not_specialize=["t", "token_row", "room_row", "documents", "steps", "segment_len"])
+def _mark_kernel(
+    cu_seqlens, tokens, room, t, token_row, room_row, documents, steps, segment_len, TILE_T: tl.constexpr
+):  # fmt: skip
     """Which summaries each token sees, and of each summary its token and the end of its document.
 
     Summary j of a document that starts at s stands at s + (j + 1) segment_len - 1, in stretch j + 1 + (s - 1) //
     segment_len (rounded down) of the sequence.
-    Shapes:  tokens: 2 t (low, high)    room: 2 count (position, end)
+    Shapes:  tokens: 2 token_row (low, high)    room: 2 room_row (position, end)
     """
     token = tl.program_id(0) * TILE_T + tl.arange(0, TILE_T)
     document = find_documents(cu_seqlens, documents, steps, token)
@@ -281,11 +285,11 @@ def _mark_kernel(cu_seqlens, tokens, room, t, count, documents, steps, segment_l
     low = (start + segment_len - 1) // segment_len
     within = token - start
     tl.store(tokens + token, low, mask=token < t)
-    tl.store(tokens + t + token, low + within // segment_len, mask=token < t)
+    tl.store(tokens + token_row + token, low + within // segment_len, mask=token < t)
     is_summary = (token < t) & (within % segment_len == segment_len - 1)
     place = token // segment_len
     tl.store(room + place, token, mask=is_summary)
-    tl.store(room + count + place, end, mask=is_summary)
+    tl.store(room + room_row + place, end, mask=is_summary)
 
 
 @triton.jit
