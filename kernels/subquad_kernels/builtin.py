@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from subquad_kernels.catalogue import CATALOGUE, Kernel, Operator
 from subquad_kernels.causal_conv import declaration as causal_conv
+from subquad_kernels.gated_linear_attention import declaration as gated_linear_attention
 from subquad_kernels.segment_attention import declaration as segment_attention
 from subquad_kernels.selective_scan import declaration as selective_scan
 from subquad_kernels.softmax_attention import declaration as softmax_attention
 
-_DECLARATIONS = (softmax_attention, segment_attention, selective_scan, causal_conv)
+_DECLARATIONS = (softmax_attention, segment_attention, selective_scan, causal_conv, gated_linear_attention)
 
 OPERATORS: tuple[Operator, ...] = tuple(declaration.OPERATOR for declaration in _DECLARATIONS)
 KERNELS: tuple[Kernel, ...] = tuple(kernel for declaration in _DECLARATIONS for kernel in declaration.KERNELS)
