@@ -286,11 +286,12 @@ def _plan(cu_seqlens, table, starts, documents, stretches, stretch, BLOCK: tl.co
         inside = others < document
         begins = tl.load(cu_seqlens + others, mask=inside, other=0)
         lengths = tl.load(cu_seqlens + others + 1, mask=inside, other=0) - begins
-        ahead += (lengths + stretch - 1) // stretch
+        ahead += tl.where(inside, tl.maximum((lengths + stretch - 1) // stretch, 1), 0)
     start = tl.sum(ahead, axis=0)
     begin = tl.load(cu_seqlens + document)
     length = tl.load(cu_seqlens + document + 1) - begin
-    count = (length + stretch - 1) // stretch
+    # An empty document has a stretch of no tokens, so that documents before a stretch tell which cut is its own.
+    count = tl.maximum((length + stretch - 1) // stretch, 1)
     tl.store(starts + document, start)
     last = document == documents - 1
     if last:
@@ -305,7 +306,8 @@ def _plan(cu_seqlens, table, starts, documents, stretches, stretch, BLOCK: tl.co
         tl.store(row, tl.zeros([BLOCK], tl.int32) + document, mask=inside)
         tl.store(row + 1, begin + ordinal * stretch, mask=inside)
         tl.store(row + 2, tokens, mask=inside)
-        tl.store(row + 3, 2 * (ordinal + 1 < count).to(tl.int32) + (ordinal > 0).to(tl.int32), mask=inside)
+        precedes = (ordinal > 0) & (ordinal < count)
+        tl.store(row + 3, 2 * (ordinal + 1 < count).to(tl.int32) + precedes.to(tl.int32), mask=inside)
 
 
 @triton.jit
