@@ -10,6 +10,9 @@ Within a chunk, tokens meet at powers of two, as in `chunked`: all exponents are
 tokens (a matrix of zeros and ones times the chunk's log decays), none is positive, and the gradient of the log decays
 is the transposed matrix times that of the exponents. Sums over programs are taken afterwards: no atomics.
 
+Loops keep what does not change within them (disable_licm): zeros and ones of every power of two, kept in registers
+from the first chunk on, would push the state out of them.
+
 A product takes a computed tile transposed only on its right: Triton 3.4 to 3.7.0 may compile the transposed left
 operand wrongly on Hopper. Where a transposed product is needed it is computed from its own factors.
 """
@@ -59,16 +62,20 @@ class Launch:
 def launch_of(n: int, p: int, kernel: str) -> Launch:
     """Sizes for a head: kernel is `summarise`, `read` or `differentiate`.
 
-    Four warps hold a state of 64 x 64 in 32 registers a lane and one of 64 x 128 in 64; backward, where the whole
-    width of v must be held, eight warps hold 128 x 128.
+    16 tokens, the fewest of a tensor core's tile: with 32 the decays, queries and keys of a chunk beside a state of
+    64 x 64 outgrow the registers of four warps. `summarise` has no pairs of tokens and takes 64. Backward, where the
+    whole width of v must be held, eight warps hold up to 128 x 128.
     """
     wide_n, wide_p = _padded(n), _padded(p)
     if kernel == "differentiate":
         tile = min(wide_n, max(16, 128 * 128 // wide_p))
         large = tile * wide_p > 64 * 64
-        return Launch(chunk=32, tile=tile, num_warps=8 if large else 4, num_stages=1 if large else 2)
+        return Launch(chunk=16, tile=tile, num_warps=8 if large else 4, num_stages=1 if large else 2)
     tile = min(wide_p, max(16, 64 * 128 // wide_n))
-    return Launch(chunk=64 if kernel == "summarise" and wide_n <= 128 else 32, tile=tile)
+    large = tile * wide_n > 64 * 64
+    return Launch(
+        chunk=64 if kernel == "summarise" and wide_n <= 128 else 16, tile=tile, num_warps=8 if large else 4
+    )
 
 
 def forward(launches: Mapping[str, Launch] | None = None, **arguments: Argument) -> Outputs:
@@ -440,7 +447,7 @@ def _summarise(
     state = tl.zeros([TILE_P, PAD_N], tl.float32)
     total = tl.zeros([PAD_N], tl.float32)
     chunks = tl.cdiv(tokens, CHUNK)
-    for step in range(chunks):
+    for step in tl.range(0, chunks, disable_licm=True):
         base = step * CHUNK
         if REVERSE:
             base = (chunks - 1 - step) * CHUNK
@@ -527,7 +534,7 @@ def _read(
     if BONUS:
         own = tl.load(bonus + head * N + n, mask=n < N, other=0.0).to(tl.float32)
 
-    for base in range(0, tokens, CHUNK):
+    for base in tl.range(0, tokens, CHUNK, disable_licm=True):
         log_decay = _tile(g_at, g_stride, base, tokens, n, N, CHUNK)
         query = _tile(q_at, q_stride, base, tokens, n, N, CHUNK).to(tl.float32) * scale
         key = _tile(k_at, k_stride, base, tokens, n, N, CHUNK).to(tl.float32)
@@ -536,7 +543,7 @@ def _read(
         into = query * _decays(_until(token, other, BEFORE), log_decay, PRODUCT)
         result = _times(into, tl.trans(state), tl.zeros([CHUNK, TILE_P], tl.float32), PRODUCT, PRECISION)
         scores = tl.where(token == other, tl.sum(query * own[None, :] * key, axis=1)[:, None], 0.0)
-        for level in range(LEVELS):
+        for level in tl.range(0, LEVELS, disable_licm=True):
             decay = _decays(_ranges(token, other, level, BEFORE), log_decay, PRODUCT)
             met = _times(query * decay, tl.trans(key * decay), tl.zeros([CHUNK, CHUNK], tl.float32), PRODUCT, PRECISION)
             scores += tl.where(_meet(token, other, level), met, 0.0)
@@ -624,7 +631,7 @@ def _differentiate(
 
     state = _enter(initial, boundaries, sequence, index, precedes, head, h, offsets, inside, N * P, INITIAL)
     chunks = tl.cdiv(tokens, CHUNK)
-    for step in range(chunks):
+    for step in tl.range(0, chunks, disable_licm=True):
         tl.store(slots + step * (PAD_P * TILE_N), state.to(PRODUCT))
         base = step * CHUNK
         log_decay = _tile(g_at, g_stride, base, tokens, n, N, CHUNK)
@@ -649,7 +656,7 @@ def _differentiate(
     own_grad = tl.zeros([TILE_N], tl.float32)
     nothing = tl.zeros([CHUNK, TILE_N], tl.float32)
     no_pairs = tl.zeros([CHUNK, CHUNK], tl.float32)
-    for step in range(chunks):
+    for step in tl.range(0, chunks, disable_licm=True):
         chunk = chunks - 1 - step
         base = chunk * CHUNK
         log_decay = _tile(g_at, g_stride, base, tokens, n, N, CHUNK)
@@ -680,7 +687,7 @@ def _differentiate(
         score_grad = _times(pull, tl.trans(value), no_pairs, PRODUCT, PRECISION)
         score_grad_transposed = _times(value, tl.trans(pull), no_pairs, PRODUCT, PRECISION)
         scores_transposed = tl.where(token == other, tl.sum(query * own[None, :] * key, axis=1)[:, None], 0.0)
-        for level in range(LEVELS):
+        for level in tl.range(0, LEVELS, disable_licm=True):
             decay = _decays(_ranges(token, other, level, BEFORE), log_decay, PRODUCT)
             queries, keys = query * decay, key * decay
             earlier_first = _meet(other, token, level)
