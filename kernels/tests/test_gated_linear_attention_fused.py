@@ -1,4 +1,4 @@
-"""The fused gated linear attention: in Triton's interpreter where there is no GPU, against the definition in float64."""
+"""Fused gated linear attention: in Triton's interpreter where there is no GPU, against the definition in float64."""
 
 from __future__ import annotations
 

@@ -62,7 +62,8 @@ def _one_token(values: Mapping[str, Any]) -> Outputs:
     else:
         y = torch.zeros_like(v).unsqueeze(-2) if initial is None else rows @ before
         if values["bonus"] is not None:
-            y = y + (rows * values["bonus"].to(exact).unsqueeze(-2) * k.unsqueeze(-2)).sum(-1, keepdim=True) * v.unsqueeze(-2)
+            weights = rows * values["bonus"].to(exact).unsqueeze(-2) * k.unsqueeze(-2)
+            y = y + weights.sum(-1, keepdim=True) * v.unsqueeze(-2)
     return y.squeeze(-2).unsqueeze(1).to(values["q"].dtype), state, state.new_empty(0, *state.shape[1:])
 
 
@@ -93,9 +94,8 @@ class _Chunks:
         first, limit, owner, ordinal = torch.tensor([starts, limits, owners, ordinals], device=device)
         tokens = first[:, None] + torch.arange(CHUNK, device=device)
         real = tokens < limit[:, None]
-        steps = [
-            (rows := (ordinal == step).nonzero().squeeze(1), owner[rows]) for step in range(max(ordinals, default=-1) + 1)
-        ]
+        count = max(ordinals, default=-1) + 1
+        steps = [(rows := (ordinal == step).nonzero().squeeze(1), owner[rows]) for step in range(count)]
         return _Chunks(torch.minimum(tokens, limit[:, None] - 1), real, bool(real.all()), steps)
 
     def lay(self, tensor: Tensor, exact: torch.dtype) -> Tensor:
@@ -115,7 +115,9 @@ class _Chunks:
 
 
 @cache
-def _ranges(exclusive: bool, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+def _ranges(
+    exclusive: bool, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
     """Zeros and ones [token, summed token]: from the chunk's start to a token, from a token to the chunk's end, and for
     every size of block (what to sum within the token's block, [later, earlier] tokens that meet there).
 

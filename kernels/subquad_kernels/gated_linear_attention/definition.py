@@ -99,7 +99,7 @@ def check(arguments: Arguments) -> None:
     }  # fmt: skip
     for name, (axes, shape) in expected.items():
         if name in given and tuple(given[name].shape) != shape:
-            raise ValueError(f"{name} is {tuple(given[name].shape)}, not {axes} = {shape} (q is b t h n = {(b, t, h, n)})")
+            raise ValueError(f"{name} is {tuple(given[name].shape)}, not {axes} = {shape}: q is {(b, t, h, n)}")
 
 
 def empty_outputs(arguments: Arguments) -> Outputs:

@@ -73,9 +73,7 @@ def launch_of(n: int, p: int, kernel: str) -> Launch:
         return Launch(chunk=16, tile=tile, num_warps=8 if large else 4, num_stages=1 if large else 2)
     tile = min(wide_p, max(16, 64 * 128 // wide_n))
     large = tile * wide_n > 64 * 64
-    return Launch(
-        chunk=64 if kernel == "summarise" and wide_n <= 128 else 16, tile=tile, num_warps=8 if large else 4
-    )
+    return Launch(chunk=64 if kernel == "summarise" and wide_n <= 128 else 16, tile=tile, num_warps=8 if large else 4)
 
 
 def forward(launches: Mapping[str, Launch] | None = None, **arguments: Argument) -> Outputs:
@@ -379,7 +377,7 @@ def _decays(ranges, g, PRODUCT: tl.constexpr):
     """
     if g.dtype != tl.float32:
         total = tl.dot(ranges.to(g.dtype), g)
-    elif PRODUCT == tl.float32:
+    elif tl.float32 == PRODUCT:
         total = tl.dot(ranges.to(tl.float32), g, input_precision="tf32x3")
     else:
         high = g.to(PRODUCT)
@@ -667,7 +665,7 @@ def _differentiate(
         pull_transposed = _tile_transposed(dy_at, dy_stride, base, tokens, p, P, CHUNK)
         entered = tl.load(slots + chunk * (PAD_P * TILE_N))
 
-        # What crosses the chunk's ends: reads of the state before it, writes to the one after it, and the decay between.
+        # What crosses the chunk's ends: reads of the state before it, writes to the one after it, the decay between.
         decay = _decays(_until(token, other, BEFORE), log_decay, PRODUCT)
         into = query * decay
         query_grad = _times(pull, entered, nothing, PRODUCT, PRECISION) * decay
@@ -678,9 +676,7 @@ def _differentiate(
         decay_grad = _sums(token > other, key * key_grad, decay_grad, PRODUCT, PRECISION)
         within = tl.exp2(tl.sum(log_decay.to(tl.float32), axis=0) * _LOG2_E)
         decay_grad += (within * tl.sum(entered.to(tl.float32) * carried, axis=0))[None, :]
-        value_grad = _times(
-            out_of, tl.trans(carried), tl.zeros([CHUNK, PAD_P], tl.float32), PRODUCT, PRECISION
-        )
+        value_grad = _times(out_of, tl.trans(carried), tl.zeros([CHUNK, PAD_P], tl.float32), PRODUCT, PRECISION)
         carried = _times(pull_transposed, into, carried * within[None, :], PRODUCT, PRECISION)
 
         # Pairs of tokens, once with rows that read and once with rows that were written.
