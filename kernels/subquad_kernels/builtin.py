@@ -5,6 +5,7 @@ from __future__ import annotations
 from subquad_kernels.catalogue import CATALOGUE, Kernel, Operator
 from subquad_kernels.causal_conv import declaration as causal_conv
 from subquad_kernels.delta_rule import declaration as delta_rule
+from subquad_kernels.gated_linear_attention import declaration as gated_linear_attention
 from subquad_kernels.linear_attention import declaration as linear_attention
 from subquad_kernels.rotary import declaration as rotary
 from subquad_kernels.segment_attention import declaration as segment_attention
@@ -18,6 +19,7 @@ _DECLARATIONS = (
     causal_conv,
     rotary,
     linear_attention,
+    gated_linear_attention,
     delta_rule,
 )
 

@@ -3,6 +3,7 @@
 from subquad_kernels import builtin as _builtin  # noqa: F401 - fills the catalogue that calls look their kernel up in
 from subquad_kernels.causal_conv.operator import causal_conv
 from subquad_kernels.delta_rule.operator import delta_rule
+from subquad_kernels.gated_linear_attention.operator import gated_linear_attention
 from subquad_kernels.linear_attention.operator import linear_attention, linear_attention_normalizer
 from subquad_kernels.rotary.operator import rotary
 from subquad_kernels.segment_attention.operator import segment_attention
@@ -12,6 +13,7 @@ from subquad_kernels.softmax_attention.operator import softmax_attention
 __all__ = [
     "causal_conv",
     "delta_rule",
+    "gated_linear_attention",
     "linear_attention",
     "linear_attention_normalizer",
     "rotary",

@@ -1,0 +1,135 @@
+"""The records of gated linear attention: what it costs, and where each kernel applies."""
+
+from __future__ import annotations
+
+from subquad_kernels.catalogue import Kernel, Operator, Tolerance
+from subquad_kernels.workload import ELEMENT_BYTES, DeviceLimits, DType, Phase, Work, Workload
+
+_HERE = "subquad_kernels.gated_linear_attention"
+
+_CHUNK = 16
+"""The chunk of which work is counted: the shortest that fills a tensor core's tile."""
+
+
+def stretch_len(n: int, p: int) -> int:
+    """Tokens between two saved states: a state of n p numbers costs no more memory than a few tokens' worth.
+
+    256 for heads of up to 64 x 64, so that 32,768 tokens of 16 heads are 2048 programs; 512, 1024 for wider ones.
+    """
+    return 256 if n * p <= 64 * 64 else 512 if n * p <= 128 * 128 else 1024
+
+
+def work(workload: Workload) -> Work:
+    """4 n p FLOPs to write and read the state, 16 (n + p) within a chunk of 16, twice as many and more backward."""
+    shape, options, e = workload.shape, workload.options, workload.element_bytes
+    b, t, h, n, p = (shape[axis] for axis in ("b", "t", "h", "n", "p"))
+    documents = shape.get("documents", 0)
+    exact = max(4, e)  # bytes of one element of a state
+    decay_bytes = ELEMENT_BYTES[str(options["decay_dtype"])]
+    heads = b * t * h
+    states = (documents or b) * h * n * p * exact
+    inputs = heads * ((2 * n + p) * e + n * decay_bytes)
+    inputs += states if options["initial_state"] else 0
+    inputs += h * n * exact if options["bonus"] else 0
+    inputs += 4 * (documents + 1) if documents else 0
+    outputs = heads * p * e + states
+    stretch = stretch_len(n, p)
+    residuals = (t // stretch if documents else b * ((t - 1) // stretch)) * h * n * p * exact
+    chunk = 1 if workload.phase == "decode" else _CHUNK
+    steps = -(-t // (chunk * max(1, documents)))
+    decays = heads * n * chunk.bit_length()  # of the token's own chunk by halves, and to and from its ends
+    if workload.phase == "backward":
+        return Work(
+            matmul_flops=heads * (10 * n * p + 3 * _CHUNK * (n + p)),
+            vector_flops=heads * (20 * n + 3 * n * p // _CHUNK) + 4 * decays,
+            transcendental_ops=decays,
+            bytes_moved=2 * inputs - (4 * (documents + 1) if documents else 0) + residuals + outputs,
+            serial_steps=2 * steps,
+        )
+    return Work(
+        matmul_flops=heads * (4 * n * p + _CHUNK * (n + p)) if workload.phase == "forward" else 0,
+        vector_flops=heads * (5 * n * p if workload.phase == "decode" else 4 * n + n * p // _CHUNK) + 2 * decays,
+        transcendental_ops=heads * n if workload.phase == "decode" else decays,
+        bytes_moved=inputs + outputs + residuals,
+        serial_steps=steps,
+        saved_bytes=0 if workload.phase == "decode" else inputs + outputs + residuals,
+    )
+
+
+def _example(
+    dtype: DType, phase: Phase = "forward", *, read: str = "after", state: bool = False, **shape: int
+) -> Workload:
+    axes = {"b": 2, "t": 37, "h": 2, "n": 16, "p": 24} | shape
+    options = {"read": read, "bonus": read == "before", "initial_state": state, "decay_dtype": "float32"}
+    return Workload(operator="gated_linear_attention", shape=axes, dtype=dtype, phase=phase, options=options)
+
+
+OPERATOR = Operator(
+    name="gated_linear_attention",
+    summary="linear attention with a decay per key channel and token (GLA, HGRN2), or read before the write (RWKV-6)",
+    definition=f"{_HERE}.definition",
+    tensors=("q", "k", "v", "log_decay", "bonus", "initial_state", "cu_seqlens"),
+    outputs=("y", "final_state"),
+    residuals=("boundaries",),
+    defaults={"cpu": ("chunked",), "cuda": ("fused", "chunked")},
+    work=work,
+    tolerances={
+        "float64": Tolerance(output=1e-11, gradient=1e-10, reason="sums of up to t, n and p terms in another order"),
+        "float32": Tolerance(output=2e-5, gradient=1e-4, reason="rounding of fp32 states, added up over t tokens"),
+        "bfloat16": Tolerance(
+            output=1e-2, gradient=2e-2, reason="factors of matrix products are rounded to 8 bits, sums and states fp32"
+        ),
+        "float16": Tolerance(
+            output=2e-3, gradient=4e-3, reason="factors of matrix products are rounded to 11 bits (TF32), sums fp32"
+        ),
+    },
+    examples=(
+        _example("float32"),
+        _example("float32", b=1, documents=4),
+        _example("float32", read="before", state=True),
+        _example("float32", "decode", state=True, t=1),
+        _example("bfloat16"),
+    ),
+)
+
+
+def _anything(workload: Workload, limits: DeviceLimits) -> str | None:
+    return None
+
+
+def _fused_supports(workload: Workload, limits: DeviceLimits) -> str | None:
+    if workload.dtype == "float64" or workload.options["decay_dtype"] == "float64":
+        return "computes in float32, not in float64"
+    for axis in ("n", "p"):
+        if workload.shape[axis] > 256:
+            return f"holds states of up to 256 x 256, not {axis} = {workload.shape[axis]}"
+    if limits.capability is not None and limits.capability < (8, 0):
+        return "needs compute capability 8.0"
+    return None
+
+
+_BOTH = frozenset({"cpu", "cuda"})
+KERNELS = (
+    Kernel(
+        operator="gated_linear_attention",
+        name="reference",
+        implementation=f"{_HERE}.definition:REFERENCE",
+        supports=_anything,
+        devices=_BOTH,
+    ),
+    Kernel(
+        operator="gated_linear_attention",
+        name="chunked",
+        implementation=f"{_HERE}.chunked",
+        supports=_anything,
+        devices=_BOTH,
+    ),
+    Kernel(
+        operator="gated_linear_attention",
+        name="fused",
+        implementation=f"{_HERE}.fused",
+        supports=_fused_supports,
+        devices=frozenset({"cuda"}),
+        requires=("triton>=3.6",),
+    ),
+)
