@@ -104,14 +104,16 @@ class _Chunks:
         rows = rows.unflatten(0, self.tokens.shape)
         if not self.whole:
             rows.masked_fill_(~self.real[..., None, None], 0)
-        return rows.transpose(1, 2).contiguous()
+        unpacked: Tensor = rows.transpose(1, 2).contiguous()
+        return unpacked
 
     def collect(self, laid: Tensor, b: int, t: int) -> Tensor:
         """Shapes:  c h CHUNK w  ->  b t h w"""
         rows = laid.transpose(1, 2)
         result = laid.new_empty(b * t, *rows.shape[2:])
         result[self.tokens[self.real]] = rows[self.real]
-        return result.unflatten(0, (b, t))
+        unpacked: Tensor = result.unflatten(0, (b, t))
+        return unpacked
 
 
 @cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from subquad_kernels.catalogue import Kernel, Operator, Tolerance
-from subquad_kernels.workload import ELEMENT_BYTES, DeviceLimits, DType, Phase, Work, Workload
+from subquad_kernels.workload import ELEMENT_BYTES, DeviceLimits, DType, Option, Phase, Work, Workload
 
 _HERE = "subquad_kernels.gated_linear_attention"
 
@@ -60,7 +60,8 @@ def _example(
     dtype: DType, phase: Phase = "forward", *, read: str = "after", state: bool = False, **shape: int
 ) -> Workload:
     axes = {"b": 2, "t": 37, "h": 2, "n": 16, "p": 24} | shape
-    options = {"read": read, "bonus": read == "before", "initial_state": state, "decay_dtype": "float32"}
+    options: dict[str, Option] = {"read": read, "bonus": read == "before", "initial_state": state}
+    options["decay_dtype"] = "float32"
     return Workload(operator="gated_linear_attention", shape=axes, dtype=dtype, phase=phase, options=options)
 
 
@@ -71,7 +72,7 @@ OPERATOR = Operator(
     tensors=("q", "k", "v", "log_decay", "bonus", "initial_state", "cu_seqlens"),
     outputs=("y", "final_state"),
     residuals=("boundaries",),
-    defaults={"cpu": ("chunked",), "cuda": ("fused", "chunked")},
+    defaults={"cpu": ("chunked",), "cuda": ("chunked",)},
     work=work,
     tolerances={
         "float64": Tolerance(output=1e-11, gradient=1e-10, reason="sums of up to t, n and p terms in another order"),
@@ -90,21 +91,14 @@ OPERATOR = Operator(
         _example("float32", "decode", state=True, t=1),
         _example("bfloat16"),
     ),
+    benchmarks={
+        "cpu": _example("float32", b=1, t=128, h=2, n=64, p=64),
+        "cuda": _example("bfloat16", b=4, t=1024, h=16, n=64, p=64),
+    },
 )
 
 
 def _anything(workload: Workload, limits: DeviceLimits) -> str | None:
-    return None
-
-
-def _fused_supports(workload: Workload, limits: DeviceLimits) -> str | None:
-    if workload.dtype == "float64" or workload.options["decay_dtype"] == "float64":
-        return "computes in float32, not in float64"
-    for axis in ("n", "p"):
-        if workload.shape[axis] > 256:
-            return f"holds states of up to 256 x 256, not {axis} = {workload.shape[axis]}"
-    if limits.capability is not None and limits.capability < (8, 0):
-        return "needs compute capability 8.0"
     return None
 
 
@@ -123,13 +117,5 @@ KERNELS = (
         implementation=f"{_HERE}.chunked",
         supports=_anything,
         devices=_BOTH,
-    ),
-    Kernel(
-        operator="gated_linear_attention",
-        name="fused",
-        implementation=f"{_HERE}.fused",
-        supports=_fused_supports,
-        devices=frozenset({"cuda"}),
-        requires=("triton>=3.6",),
     ),
 )
