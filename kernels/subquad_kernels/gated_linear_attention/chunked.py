@@ -100,20 +100,18 @@ class _Chunks:
 
     def lay(self, tensor: Tensor, exact: torch.dtype) -> Tensor:
         """Zeros where no token is.  Shapes:  b t h w  ->  c h CHUNK w"""
-        rows = tensor.flatten(0, 1).index_select(0, self.tokens.flatten()).to(exact)
-        rows = rows.unflatten(0, self.tokens.shape)
+        flat = tensor.flatten(0, 1).index_select(0, self.tokens.flatten()).to(exact)
+        rows: Tensor = flat.unflatten(0, self.tokens.shape)
         if not self.whole:
             rows.masked_fill_(~self.real[..., None, None], 0)
-        unpacked: Tensor = rows.transpose(1, 2).contiguous()
-        return unpacked
+        return rows.transpose(1, 2).contiguous()
 
     def collect(self, laid: Tensor, b: int, t: int) -> Tensor:
         """Shapes:  c h CHUNK w  ->  b t h w"""
         rows = laid.transpose(1, 2)
         result = laid.new_empty(b * t, *rows.shape[2:])
         result[self.tokens[self.real]] = rows[self.real]
-        unpacked: Tensor = result.unflatten(0, (b, t))
-        return unpacked
+        return result.view(b, t, *rows.shape[2:])
 
 
 @cache

@@ -60,8 +60,12 @@ def _example(
     dtype: DType, phase: Phase = "forward", *, read: str = "after", state: bool = False, **shape: int
 ) -> Workload:
     axes = {"b": 2, "t": 37, "h": 2, "n": 16, "p": 24} | shape
-    options: dict[str, Option] = {"read": read, "bonus": read == "before", "initial_state": state}
-    options["decay_dtype"] = "float32"
+    options: dict[str, Option] = {
+        "read": read,
+        "bonus": read == "before",
+        "initial_state": state,
+        "decay_dtype": "float32",
+    }
     return Workload(operator="gated_linear_attention", shape=axes, dtype=dtype, phase=phase, options=options)
 
 
@@ -102,6 +106,17 @@ def _anything(workload: Workload, limits: DeviceLimits) -> str | None:
     return None
 
 
+def _fused_supports(workload: Workload, limits: DeviceLimits) -> str | None:
+    if workload.dtype == "float64" or workload.options["decay_dtype"] == "float64":
+        return "computes in float32, not in float64"
+    for axis in ("n", "p"):
+        if workload.shape[axis] > 256:
+            return f"holds states of up to 256 x 256, not {axis} = {workload.shape[axis]}"
+    if limits.capability is not None and limits.capability < (8, 0):
+        return "needs compute capability 8.0"
+    return None
+
+
 _BOTH = frozenset({"cpu", "cuda"})
 KERNELS = (
     Kernel(
@@ -117,5 +132,13 @@ KERNELS = (
         implementation=f"{_HERE}.chunked",
         supports=_anything,
         devices=_BOTH,
+    ),
+    Kernel(
+        operator="gated_linear_attention",
+        name="fused",
+        implementation=f"{_HERE}.fused",
+        supports=_fused_supports,
+        devices=frozenset({"cuda"}),
+        requires=("triton>=3.6",),
     ),
 )
