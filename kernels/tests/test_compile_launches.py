@@ -21,7 +21,7 @@ SPILLS = {
     # The states, decays and gradients of two tokens beside a document's place: fewer at once was slower (README).
     ("selective_scan/fused", "_differentiate", "sm_90"): 160,
     ("selective_scan/fused", "_summarise_gradients", "sm_90"): 8,
-    # States, scores and gates of a chunk beside gradients; eight warps do not spill and repeat products (README).
+    # Inside its loop too: eight warps would repeat products (README). With every gate, packed, 720 bytes.
     ("linear_attention/fused", "_read", "sm_90"): 128,
     ("linear_attention/fused", "_differentiate_q", "sm_90"): 128,
     ("linear_attention/fused", "_differentiate_kv", "sm_90"): 768,
