@@ -209,8 +209,13 @@ def test_without_writes_only_the_skip_remains() -> None:
     assert not final.any()
 
 
+def with_small_steps(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Steps of a third at most: samples have decays that are 0 even in float64, and forget what is asked for here."""
+    return arguments | {"dt_bias": arguments["dt_bias"].clamp(max=-1.0)}
+
+
 def test_a_state_that_is_not_written_only_decays() -> None:
-    arguments = sample(workload(30))
+    arguments = with_small_steps(sample(workload(30)))
     arguments["B"] = torch.zeros_like(arguments["B"])
     sizes = [arguments["initial_state"].abs()]
     for t in range(30):
@@ -265,7 +270,7 @@ def test_the_chunked_op_passes_gradcheck_across_a_chunk_boundary(cu_seqlens: Ten
 
 
 def test_a_loss_on_the_final_state_alone_reaches_the_inputs() -> None:
-    arguments = sample(workload(20))
+    arguments = with_small_steps(sample(workload(20)))
     for name in ("x", "initial_state"):
         arguments[name].requires_grad_()
     selective_scan(**arguments)[1].sum().backward()
