@@ -78,7 +78,7 @@ def one_step_s(config: RunConfig, plan: Plan, target: Target) -> float:
     rows, t = 1 if packed else min(2, config.trainer.batch_size), min(config.trainer.seq_len, STEP_TOKENS)
     try:
         with torch.device(device):
-            model = build_model(sized_model(config))
+            model = build_model(sized_model(config), device=device)
             tokens = torch.zeros(rows, t, dtype=torch.int64)
             boundaries = torch.tensor([0, t // 2, t], dtype=torch.int32) if packed else None
         model.activation_checkpointing = config.trainer.activation_checkpointing
