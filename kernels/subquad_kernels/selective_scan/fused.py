@@ -110,10 +110,10 @@ class _Call:
         )
         self.b, self.t, self.c = x.shape
         self.n = self.A.shape[1]
-        self.softplus = bool(values["softplus"])
+        self.softplus, self.reversed = bool(values["softplus"]), bool(values["reversed"])
         cu_seqlens = values["cu_seqlens"]
         self.documents = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        self.marks = None if cu_seqlens is None else _marks(cu_seqlens, self.t)
+        self.marks = None if cu_seqlens is None else _marks(cu_seqlens, self.t, reversed=self.reversed)
 
     def _cut(self, launch: Launch) -> tuple[int, int, int]:
         """Tiles of channels, segments of time, and tokens a segment (whole chunks)."""
@@ -136,6 +136,7 @@ class _Call:
             "SOFTPLUS": self.softplus,
             "BIAS": self.dt_bias is not None,
             "PACKED": self.marks is not None,
+            "AHEAD": -1 if self.reversed else 1,
             "SUB": min(launch.sub, launch.tile_c),
             "ROWS": launch.rows,
             "num_warps": launch.num_warps,
@@ -257,26 +258,36 @@ def _stride(rows: Tensor | None) -> int:
     return 0 if rows is None else rows.stride(0)
 
 
-def _marks(cu_seqlens: Tensor, t: int) -> Tensor:
-    """4 document + 2 (last token of it) + (first token of it), for every token, found on the device.
+def _marks(cu_seqlens: Tensor, t: int, *, reversed: bool) -> Tensor:
+    """4 document + 2 (last token of it) + (first token of it), for every token, both in the order of the scan.
 
-    Shapes:  cu_seqlens: documents + 1  ->  t
+    Found on the device.  Shapes:  cu_seqlens: documents + 1  ->  t
     """
     cu_seqlens = cu_seqlens.contiguous()
     marks = cu_seqlens.new_empty(t)
     documents = cu_seqlens.shape[0] - 1
-    _mark[(-(-t // _MARKS),)](cu_seqlens, marks, t, documents, halvings(documents), TILE_T=_MARKS, num_warps=1)
+    _mark[(-(-t // _MARKS),)](
+        cu_seqlens, marks, t, documents, halvings(documents), TILE_T=_MARKS, AHEAD=-1 if reversed else 1, num_warps=1
+    )
     return marks
 
 
 @QuickLaunch
 @triton.jit(do_not_specialize=["t", "documents", "steps"])
-def _mark(cu_seqlens, marks, t, documents, steps, TILE_T: tl.constexpr):
-    tokens = tl.program_id(0) * TILE_T + tl.arange(0, TILE_T)
+def _mark(cu_seqlens, marks, t, documents, steps, TILE_T: tl.constexpr, AHEAD: tl.constexpr):
+    places = tl.program_id(0) * TILE_T + tl.arange(0, TILE_T)
+    tokens = _row(0, places, t, AHEAD)
     document = find_documents(cu_seqlens, documents, steps, tokens)
-    first = tl.load(cu_seqlens + document) == tokens
-    last = tl.load(cu_seqlens + document + 1) == tokens + 1
-    tl.store(marks + tokens, 4 * document + 2 * last.to(tl.int32) + first.to(tl.int32), mask=tokens < t)
+    lowest = (tl.load(cu_seqlens + document) == tokens).to(tl.int32)
+    highest = (tl.load(cu_seqlens + document + 1) == tokens + 1).to(tl.int32)
+    edges = 2 * highest + lowest if AHEAD > 0 else 2 * lowest + highest
+    tl.store(marks + places, 4 * document + edges, mask=places < t)
+
+
+@triton.jit
+def _row(sequence, token, t, AHEAD: tl.constexpr):
+    """The row of a token that is counted from where the scan of its sequence begins; the next is AHEAD rows on."""
+    return sequence * t + (token if AHEAD > 0 else t - 1 - token)
 
 
 @triton.jit
@@ -296,18 +307,6 @@ def _load_vector(vector, columns, within, GIVEN: tl.constexpr):
     if GIVEN:
         tile = tl.load(vector + columns, mask=within, other=0.0).to(tl.float32)
     return tile
-
-
-@triton.jit
-def _load_rows(rows, stride, first, limit, columns, within, GROUP: tl.constexpr):
-    """A tile of each of GROUP rows from `first` on, in its own type; zeros from row `limit` on.
-
-    `rows` points at a row near by: the offsets within are small and take no 64-bit arithmetic.
-    """
-    tiles = ()
-    for i in tl.static_range(GROUP):
-        tiles += (tl.load(rows + (first + i) * stride + columns, mask=within & (first + i < limit), other=0.0),)
-    return tiles
 
 
 @triton.jit
@@ -371,7 +370,7 @@ def _summarise(
     x, dt, A, B, dt_bias, initial, marks, decays, writes, scratch,
     t, c, b, segment_len, x_stride, dt_stride, B_stride,
     N: tl.constexpr, PAD_N: tl.constexpr, TILE_C: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
-    SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, INITIAL: tl.constexpr,
+    SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, AHEAD: tl.constexpr, INITIAL: tl.constexpr,
     SUB: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """What a segment does to the state that enters it:  h -> decay h + write.  The first segment's h is in its write.
@@ -407,16 +406,17 @@ def _summarise(
     kept = begin >= 0  # no document starts in this segment
     for chunk_start in range(begin, end, CHUNK):
         limit = end - chunk_start
-        row = sequence * t + chunk_start
+        row = _row(sequence, chunk_start, t, AHEAD)
         x_at, dt_at, B_at = x + row * x_stride, dt + row * dt_stride, B + row * B_stride
         raws, values, map_rows = (), (), ()
         for i in tl.static_range(CHUNK // ROWS):
             at = rows + i * ROWS
+            away = at * AHEAD
             mask = (at < limit) & in_c[None, :]
-            raws += (tl.load(dt_at + (at * dt_stride + channels[None, :]), mask=mask, other=0.0),)
-            values += (tl.load(x_at + (at * x_stride + channels[None, :]), mask=mask, other=0.0),)
+            raws += (tl.load(dt_at + (away * dt_stride + channels[None, :]), mask=mask, other=0.0),)
+            values += (tl.load(x_at + (away * x_stride + channels[None, :]), mask=mask, other=0.0),)
             in_map = (at < limit) & in_n[None, :]
-            map_rows += (tl.load(B_at + (at * B_stride + columns[None, :]), mask=in_map, other=0.0),)
+            map_rows += (tl.load(B_at + (away * B_stride + columns[None, :]), mask=in_map, other=0.0),)
         for i in tl.static_range(CHUNK // ROWS):
             at = rows + i * ROWS
             step, _ = _step(raws[i], bias[None, :], (at < limit) & in_c[None, :], SOFTPLUS)
@@ -464,7 +464,7 @@ def _scan(
     x, dt, A, B, C, D, z, dt_bias, initial, marks, decays, writes, y, final, boundaries, ungated, scratch,
     t, c, b, segments, segment_len, x_stride, dt_stride, B_stride, C_stride, z_stride,
     N: tl.constexpr, PAD_N: tl.constexpr, TILE_C: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
-    SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, INITIAL: tl.constexpr,
+    SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, AHEAD: tl.constexpr, INITIAL: tl.constexpr,
     SKIP: tl.constexpr, GATE: tl.constexpr, SUB: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The scan of one segment, from the state that the segments before it leave."""
@@ -508,7 +508,7 @@ def _scan(
     end = tl.minimum(begin + segment_len, t)
     for chunk_start in range(begin, end, CHUNK):
         limit = end - chunk_start
-        row = sequence * t + chunk_start
+        row = _row(sequence, chunk_start, t, AHEAD)
         x_at, dt_at, B_at, C_at = x + row * x_stride, dt + row * dt_stride, B + row * B_stride, C + row * C_stride
         y_at, z_at, ungated_at = y + row * c, z, ungated
         if GATE:
@@ -516,14 +516,15 @@ def _scan(
         raws, values, gates, map_rows, read_rows = (), (), (), (), ()
         for i in tl.static_range(CHUNK // ROWS):
             at = rows + i * ROWS
+            away = at * AHEAD
             mask = (at < limit) & in_c[None, :]
             mask_maps = (at < limit) & in_n[None, :]
-            raws += (tl.load(dt_at + (at * dt_stride + channels[None, :]), mask=mask, other=0.0),)
-            values += (tl.load(x_at + (at * x_stride + channels[None, :]), mask=mask, other=0.0),)
-            map_rows += (tl.load(B_at + (at * B_stride + columns[None, :]), mask=mask_maps, other=0.0),)
-            read_rows += (tl.load(C_at + (at * C_stride + columns[None, :]), mask=mask_maps, other=0.0),)
+            raws += (tl.load(dt_at + (away * dt_stride + channels[None, :]), mask=mask, other=0.0),)
+            values += (tl.load(x_at + (away * x_stride + channels[None, :]), mask=mask, other=0.0),)
+            map_rows += (tl.load(B_at + (away * B_stride + columns[None, :]), mask=mask_maps, other=0.0),)
+            read_rows += (tl.load(C_at + (away * C_stride + columns[None, :]), mask=mask_maps, other=0.0),)
             if GATE:
-                gates += (tl.load(z_at + (at * z_stride + channels[None, :]), mask=mask, other=0.0),)
+                gates += (tl.load(z_at + (away * z_stride + channels[None, :]), mask=mask, other=0.0),)
         for i in tl.static_range(CHUNK // ROWS):
             at = rows + i * ROWS
             step, _ = _step(raws[i], bias[None, :], (at < limit) & in_c[None, :], SOFTPLUS)
@@ -561,20 +562,24 @@ def _scan(
 
         for i in tl.static_range(CHUNK // ROWS):
             at = rows + i * ROWS
+            away = at * AHEAD
             mask = (at < limit) & in_c[None, :]
             total = tl.load(totals_at + (at * TILE_C + local)) + skip[None, :] * values[i].to(tl.float32)
             if GATE:
-                tl.store(ungated_at + (at * c + channels[None, :]), total, mask=mask)
+                tl.store(ungated_at + (away * c + channels[None, :]), total, mask=mask)
                 gate = gates[i].to(tl.float32)
                 total = total * gate * _sigmoid(gate)
-            tl.store(y_at + (at * c + channels[None, :]), total.to(y.dtype.element_ty), mask=mask)
+            tl.store(y_at + (away * c + channels[None, :]), total.to(y.dtype.element_ty), mask=mask)
         if chunk_start > 0:  # the state that entered, as boundaries lie: n c
             boundary = tl.load(slot + (columns[:, None] + local * PAD_N))
             if PACKED:
                 boundary = tl.where((tl.load(marks + chunk_start) & 1) != 0, 0.0, boundary)
             place = ((chunk_start // CHUNK - 1) * b + sequence) * state_size
-            tl.store(boundaries + place + (columns[:, None] * c + channels[None, :]), boundary,
-                     mask=in_n[:, None] & in_c[None, :])
+            tl.store(
+                boundaries + place + (columns[:, None] * c + channels[None, :]),
+                boundary,
+                mask=in_n[:, None] & in_c[None, :],
+            )
         tl.debug_barrier()
     if not PACKED and segment == segments - 1:
         for h in tl.static_range(PARTS):
@@ -587,8 +592,8 @@ def _summarise_gradients(
     dt, A, C, z, dt_bias, marks, dy, dfinal, decays, writes, scratch,
     t, c, b, segments, segment_len, dt_stride, C_stride, z_stride, dy_stride,
     N: tl.constexpr, PAD_N: tl.constexpr, TILE_C: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
-    SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, FINAL: tl.constexpr, GATE: tl.constexpr,
-    SUB: tl.constexpr, ROWS: tl.constexpr,
+    SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, AHEAD: tl.constexpr,
+    FINAL: tl.constexpr, GATE: tl.constexpr, SUB: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """What a segment does to the gradient of the state it leaves:  g -> decay g + write, for the state that enters it.
 
@@ -627,20 +632,21 @@ def _summarise_gradients(
     for reverse_chunk in range(chunks):
         chunk_start = begin + (chunks - 1 - reverse_chunk) * CHUNK
         limit = end - chunk_start
-        row = sequence * t + chunk_start
+        row = _row(sequence, chunk_start, t, AHEAD)
         dt_at, dy_at, C_at, z_at = dt + row * dt_stride, dy + row * dy_stride, C + row * C_stride, z
         if GATE:
             z_at = z + row * z_stride
         raws, results, gates, read_rows = (), (), (), ()
         for i in tl.static_range(CHUNK // ROWS):
             at = rows + i * ROWS
+            away = at * AHEAD
             mask = (at < limit) & in_c[None, :]
-            raws += (tl.load(dt_at + (at * dt_stride + channels[None, :]), mask=mask, other=0.0),)
-            results += (tl.load(dy_at + (at * dy_stride + channels[None, :]), mask=mask, other=0.0),)
+            raws += (tl.load(dt_at + (away * dt_stride + channels[None, :]), mask=mask, other=0.0),)
+            results += (tl.load(dy_at + (away * dy_stride + channels[None, :]), mask=mask, other=0.0),)
             in_map = (at < limit) & in_n[None, :]
-            read_rows += (tl.load(C_at + (at * C_stride + columns[None, :]), mask=in_map, other=0.0),)
+            read_rows += (tl.load(C_at + (away * C_stride + columns[None, :]), mask=in_map, other=0.0),)
             if GATE:
-                gates += (tl.load(z_at + (at * z_stride + channels[None, :]), mask=mask, other=0.0),)
+                gates += (tl.load(z_at + (away * z_stride + channels[None, :]), mask=mask, other=0.0),)
         for i in tl.static_range(CHUNK // ROWS):
             at = rows + i * ROWS
             step, _ = _step(raws[i], bias[None, :], (at < limit) & in_c[None, :], SOFTPLUS)
@@ -695,8 +701,9 @@ def _differentiate(
     dx, ddt, dz, dmaps, drates, dchannels, dinitial, scratch,
     t, c, b, segments, segment_len, x_stride, dt_stride, B_stride, C_stride, z_stride, dy_stride,
     N: tl.constexpr, PAD_N: tl.constexpr, TILE_C: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
-    SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, FINAL: tl.constexpr, GATE: tl.constexpr,
-    SKIP: tl.constexpr, INITIAL: tl.constexpr, SUB: tl.constexpr, ROWS: tl.constexpr,
+    SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, AHEAD: tl.constexpr,
+    FINAL: tl.constexpr, GATE: tl.constexpr, SKIP: tl.constexpr, INITIAL: tl.constexpr, SUB: tl.constexpr,
+    ROWS: tl.constexpr,
     SCRATCH: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one segment: chunks from last to first, in a chunk groups from last to first.
@@ -758,7 +765,7 @@ def _differentiate(
     for reverse_chunk in range(chunks):
         chunk_start = begin + (chunks - 1 - reverse_chunk) * CHUNK
         limit = end - chunk_start
-        row = sequence * t + chunk_start
+        row = _row(sequence, chunk_start, t, AHEAD)
         x_at, dt_at, B_at, C_at = x + row * x_stride, dt + row * dt_stride, B + row * B_stride, C + row * C_stride
         dx_at, ddt_at, dy_at = dx + row * c, ddt + row * c, dy + row * dy_stride
         z_at, dz_at, ungated_at = z, dz, ungated
@@ -769,16 +776,17 @@ def _differentiate(
         raws, values, results, gates, totals, map_rows, read_rows = (), (), (), (), (), (), ()
         for i in tl.static_range(CHUNK // ROWS):
             at = rows + i * ROWS
+            away = at * AHEAD
             mask = (at < limit) & in_c[None, :]
             mask_maps = (at < limit) & in_n[None, :]
-            raws += (tl.load(dt_at + (at * dt_stride + channels[None, :]), mask=mask, other=0.0),)
-            values += (tl.load(x_at + (at * x_stride + channels[None, :]), mask=mask, other=0.0),)
-            results += (tl.load(dy_at + (at * dy_stride + channels[None, :]), mask=mask, other=0.0),)
-            map_rows += (tl.load(B_at + (at * B_stride + columns[None, :]), mask=mask_maps, other=0.0),)
-            read_rows += (tl.load(C_at + (at * C_stride + columns[None, :]), mask=mask_maps, other=0.0),)
+            raws += (tl.load(dt_at + (away * dt_stride + channels[None, :]), mask=mask, other=0.0),)
+            values += (tl.load(x_at + (away * x_stride + channels[None, :]), mask=mask, other=0.0),)
+            results += (tl.load(dy_at + (away * dy_stride + channels[None, :]), mask=mask, other=0.0),)
+            map_rows += (tl.load(B_at + (away * B_stride + columns[None, :]), mask=mask_maps, other=0.0),)
+            read_rows += (tl.load(C_at + (away * C_stride + columns[None, :]), mask=mask_maps, other=0.0),)
             if GATE:
-                gates += (tl.load(z_at + (at * z_stride + channels[None, :]), mask=mask, other=0.0),)
-                totals += (tl.load(ungated_at + (at * c + channels[None, :]), mask=mask, other=0.0),)
+                gates += (tl.load(z_at + (away * z_stride + channels[None, :]), mask=mask, other=0.0),)
+                totals += (tl.load(ungated_at + (away * c + channels[None, :]), mask=mask, other=0.0),)
         swapped = columns[:, None] * c + channels[None, :]
         place = ((chunk_start // CHUNK - 1) * b + sequence) * state_size
         inside = in_n[:, None] & in_c[None, :] & (chunk_start > 0)
@@ -790,13 +798,14 @@ def _differentiate(
         tl.store(slots + (columns[:, None] + local * PAD_N), entering)
         for i in tl.static_range(CHUNK // ROWS):
             at = rows + i * ROWS
+            away = at * AHEAD
             mask = (at < limit) & in_c[None, :]
             value, pull = values[i].to(tl.float32), results[i].to(tl.float32)
             if GATE:
                 gate = gates[i].to(tl.float32)
                 sigmoid = _sigmoid(gate)
                 gate_grad = pull * totals[i] * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-                tl.store(dz_at + (at * c + channels[None, :]), gate_grad.to(dz.dtype.element_ty), mask=mask)
+                tl.store(dz_at + (away * c + channels[None, :]), gate_grad.to(dz.dtype.element_ty), mask=mask)
                 pull = pull * gate * sigmoid
             step, slope = _step(raws[i], bias[None, :], mask, SOFTPLUS)
             skip_grads += pull * value
@@ -869,7 +878,7 @@ def _differentiate(
                 before += (old,)
                 factors += (decay,)
                 in_map = in_n & (base + i < limit)
-                tl.store(dC + (row + base + i) * N + columns, tl.sum(read_grad, axis=0), mask=in_map)
+                tl.store(dC + (row + (base + i) * AHEAD) * N + columns, tl.sum(read_grad, axis=0), mask=in_map)
 
             for i in tl.static_range(GROUP - 1, -1, -1):
                 new, more = (), ()
@@ -901,22 +910,23 @@ def _differentiate(
                 carried = new
                 rate_grads = more
                 in_map = in_n & (base + i < limit)
-                tl.store(dB + (row + base + i) * N + columns, tl.sum(map_grad, axis=0), mask=in_map)
+                tl.store(dB + (row + (base + i) * AHEAD) * N + columns, tl.sum(map_grad, axis=0), mask=in_map)
         tl.debug_barrier()
 
         # The gradients of the chunk's vectors.
         for i in tl.static_range(CHUNK // ROWS):
             at = rows + i * ROWS
+            away = at * AHEAD
             mask = (at < limit) & in_c[None, :]
             spots = at * TILE_C + local
             drive_grad = tl.load(drive_grads_at + spots)
             step_grad = tl.load(step_grads_at + spots)
-            value = tl.load(x_at + (at * x_stride + channels[None, :]), mask=mask, other=0.0).to(tl.float32)
+            value = tl.load(x_at + (away * x_stride + channels[None, :]), mask=mask, other=0.0).to(tl.float32)
             raw_grad = (step_grad * _LN_2 + drive_grad * value) * tl.load(slopes_at + spots)  # `rates` are A log2 e
             bias_grads += raw_grad
-            tl.store(ddt_at + (at * c + channels[None, :]), raw_grad.to(ddt.dtype.element_ty), mask=mask)
+            tl.store(ddt_at + (away * c + channels[None, :]), raw_grad.to(ddt.dtype.element_ty), mask=mask)
             input_grad = drive_grad * tl.load(steps_at + spots) + skip[None, :] * tl.load(pulls_at + spots)
-            tl.store(dx_at + (at * c + channels[None, :]), input_grad.to(dx.dtype.element_ty), mask=mask)
+            tl.store(dx_at + (away * c + channels[None, :]), input_grad.to(dx.dtype.element_ty), mask=mask)
 
     part = sequence * segments + segment
     for h in tl.static_range(PARTS):
