@@ -49,7 +49,8 @@ class Launch:
     `tile_c` channels a program; `group` tokens (a divisor of 16) whose inputs are loaded together and, backward, whose
     states are held together. Where fewer than `enough` programs would run, time is cut so that `programs` do, into
     segments of at least `shortest` tokens. The states of a tile are tuples of [`sub`, N], small enough that a row of
-    vectors is loaded in their layout; vectors of a chunk are made `rows` tokens at a time.
+    vectors is loaded in their layout; vectors of a chunk are made `rows` tokens at a time. `evict` is what the caches
+    are told of tensors that pass through ("" or "evict_first").
     """
 
     tile_c: int
@@ -61,6 +62,7 @@ class Launch:
     segment_len: int | None = None
     sub: int = 8
     rows: int = 4
+    evict: str = ""
 
 
 @lru_cache(maxsize=256)
@@ -74,7 +76,7 @@ def launch_of(n: int, *, backward: bool) -> Launch:
     if backward:
         return Launch(tile_c=min(64, max(8, 512 // padded)), group=2)
     tile_c = min(64, max(16, 256 // padded))
-    return Launch(tile_c=tile_c, group=2, rows=128 // tile_c, programs=2640)
+    return Launch(tile_c=tile_c, group=4, rows=128 // tile_c, programs=2640)
 
 
 def forward(launch: Launch | None = None, **arguments: Argument) -> Outputs:
@@ -137,6 +139,7 @@ class _Call:
             "BIAS": self.dt_bias is not None,
             "PACKED": self.marks is not None,
             "AHEAD": -1 if self.reversed else 1,
+            "EVICT": launch.evict,
             "SUB": min(launch.sub, launch.tile_c),
             "ROWS": launch.rows,
             "num_warps": launch.num_warps,
@@ -310,6 +313,12 @@ def _load_vector(vector, columns, within, GIVEN: tl.constexpr):
 
 
 @triton.jit
+def _load_rows(near, away, columns, within, EVICT: tl.constexpr):
+    """Rows of a table as a tile in its own type, zeros outside; `near` points at a row near by: offsets fit 32 bits."""
+    return tl.load(near + (away + columns[None, :]), mask=within, other=0.0, eviction_policy=EVICT)
+
+
+@triton.jit
 def _load_marks(marks, start, first, limit, GROUP: tl.constexpr, PACKED: tl.constexpr):
     """The marks of GROUP tokens, counted from token `start` as rows are; empty when not packed."""
     tags = ()
@@ -317,6 +326,13 @@ def _load_marks(marks, start, first, limit, GROUP: tl.constexpr, PACKED: tl.cons
         for i in tl.static_range(GROUP):
             tags += (tl.load(marks + start + first + i, mask=first + i < limit, other=0),)
     return tags
+
+
+@triton.jit
+def _reciprocal(number):
+    """1 / number from 1 on, to 5e-7: a division spends four more instructions to be safe near the largest number."""
+    root = tl.rsqrt(number)
+    return root * root
 
 
 @triton.jit
@@ -330,17 +346,17 @@ def _step(raw, bias, valid, SOFTPLUS: tl.constexpr):
     slope = tl.full(raw.shape, 1.0, tl.float32)
     if SOFTPLUS:
         e = tl.exp2(-tl.abs(step) * _LOG2_E)
-        s = e / (2.0 + e)
+        s = e * _reciprocal(2.0 + e)
         q = s * s
         series = 1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13))))))
-        slope = tl.where(step >= 0, 1.0, e) / (1.0 + e)
+        slope = tl.where(step >= 0, 1.0, e) * _reciprocal(1.0 + e)
         step = tl.maximum(step, 0.0) + 2.0 * s * series
     return tl.where(valid, step, 0.0), tl.where(valid, slope, 0.0)
 
 
 @triton.jit
 def _sigmoid(z):
-    return 1.0 / (1.0 + tl.exp2(-z * _LOG2_E))
+    return _reciprocal(1.0 + tl.exp2(-z * _LOG2_E))
 
 
 @triton.jit
@@ -356,12 +372,43 @@ def _restart(state, tag, initial, state_size, offsets, within, INITIAL: tl.const
 
 
 @triton.jit
-def _halves(table, place, SUB: tl.constexpr, PARTS: tl.constexpr):
-    """A row of the scratch as vectors of SUB channels: fewer elements than lanes load in the layout of their use."""
+def _parts(table, place, SUB: tl.constexpr, PARTS: tl.constexpr):
+    """A row of the scratch as vectors of SUB channels: fewer elements than lanes load in the layout of their use.
+
+    Part i holds the channels i, PARTS + i, ...: what a lane has of the parts lies together, and is stored together.
+    """
     found = ()
     for i in tl.static_range(PARTS):
-        found += (tl.load(table + place + i * SUB + tl.arange(0, SUB)),)
+        found += (tl.load(table + place + i + tl.arange(0, SUB) * PARTS),)
     return found
+
+
+@triton.jit
+def _store_sums(table, sums, stride, COUNT: tl.constexpr, SUB: tl.constexpr, PARTS: tl.constexpr, PAD_N: tl.constexpr):
+    """Sums over n of COUNT tokens, `sums` holding the parts of a token one after the other, into rows `stride` apart.
+
+    Up to four are laid side by side, and stored at once. Where they are neighbours in memory, they are laid in a tile
+    of states, of which the first columns are stored: a lane has all four, and none moves to another lane before.
+    """
+    WIDTH: tl.constexpr = min(4, PAD_N, COUNT * PARTS)
+    COLUMNS: tl.constexpr = PAD_N if PARTS >= WIDTH else WIDTH
+    column = tl.arange(0, COLUMNS)[None, :]
+    for k in tl.static_range(0, COUNT * PARTS, WIDTH):
+        tile = tl.broadcast_to(sums[k][:, None], [SUB, COLUMNS])
+        for j in tl.static_range(1, WIDTH):
+            tile = tl.where(column % WIDTH == j, sums[k + j][:, None], tile)
+        token, part = (k + column) // PARTS, (k + column) % PARTS
+        place = token * stride + part + tl.arange(0, SUB)[:, None] * PARTS
+        tl.store(table + place, tile, mask=tl.broadcast_to(column < WIDTH, [SUB, COLUMNS]))
+
+
+@triton.jit
+def _store_over_channels(place, tile, within):
+    """The sum of a tile over its channels, stored from the tile's layout.  Shapes:  tile: SUB N    within: N"""
+    total = tl.sum(tile, axis=0, keep_dims=True)
+    first = tl.arange(0, tile.shape[0])[:, None]
+    columns = tl.arange(0, tile.shape[1])[None, :]
+    tl.store(place + (first * 0 + columns), tl.broadcast_to(total, tile.shape), mask=(first == 0) & within[None, :])
 
 
 @QuickLaunch
@@ -370,8 +417,8 @@ def _summarise(
     x, dt, A, B, dt_bias, initial, marks, decays, writes, scratch,
     t, c, b, segment_len, x_stride, dt_stride, B_stride,
     N: tl.constexpr, PAD_N: tl.constexpr, TILE_C: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
-    SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, AHEAD: tl.constexpr, INITIAL: tl.constexpr,
-    SUB: tl.constexpr, ROWS: tl.constexpr,
+    SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, AHEAD: tl.constexpr, EVICT: tl.constexpr,
+    INITIAL: tl.constexpr, SUB: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """What a segment does to the state that enters it:  h -> decay h + write.  The first segment's h is in its write.
 
@@ -394,7 +441,7 @@ def _summarise(
 
     rates, states, offsets, within = (), (), (), ()
     for h in tl.static_range(PARTS):
-        mine = tile * TILE_C + h * SUB + tl.arange(0, SUB)
+        mine = tile * TILE_C + h + tl.arange(0, SUB) * PARTS
         offsets += (mine[:, None] * N + columns[None, :],)
         within += ((mine < c)[:, None] & in_n[None, :],)
         rates += (tl.load(A + offsets[h], mask=within[h], other=0.0).to(tl.float32) * _LOG2_E,)
@@ -413,10 +460,10 @@ def _summarise(
             at = rows + i * ROWS
             away = at * AHEAD
             mask = (at < limit) & in_c[None, :]
-            raws += (tl.load(dt_at + (away * dt_stride + channels[None, :]), mask=mask, other=0.0),)
-            values += (tl.load(x_at + (away * x_stride + channels[None, :]), mask=mask, other=0.0),)
+            raws += (_load_rows(dt_at, away * dt_stride, channels, mask, EVICT),)
+            values += (_load_rows(x_at, away * x_stride, channels, mask, EVICT),)
             in_map = (at < limit) & in_n[None, :]
-            map_rows += (tl.load(B_at + (away * B_stride + columns[None, :]), mask=in_map, other=0.0),)
+            map_rows += (_load_rows(B_at, away * B_stride, columns, in_map, ""),)
         for i in tl.static_range(CHUNK // ROWS):
             at = rows + i * ROWS
             step, _ = _step(raws[i], bias[None, :], (at < limit) & in_c[None, :], SOFTPLUS)
@@ -430,8 +477,8 @@ def _summarise(
             tags = _load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
             steps, drives, maps = (), (), ()
             for i in tl.static_range(GROUP):
-                steps += (_halves(steps_at, (base + i) * TILE_C, SUB, PARTS),)
-                drives += (_halves(drives_at, (base + i) * TILE_C, SUB, PARTS),)
+                steps += (_parts(steps_at, (base + i) * TILE_C, SUB, PARTS),)
+                drives += (_parts(drives_at, (base + i) * TILE_C, SUB, PARTS),)
                 maps += (tl.load(B_table + (base + i) * PAD_N + columns),)
             for i in tl.static_range(GROUP):
                 new = ()
@@ -448,7 +495,7 @@ def _summarise(
     # The sum of the steps changes its layout through the scratch.
     tl.store(steps_at + tl.arange(0, TILE_C), tl.sum(age, axis=0))
     tl.debug_barrier()
-    ages = _halves(steps_at, 0, SUB, PARTS)
+    ages = _parts(steps_at, 0, SUB, PARTS)
     summary = (segment * b + sequence) * state_size
     for h in tl.static_range(PARTS):
         decay = tl.exp2(ages[h][:, None] * rates[h])
@@ -464,8 +511,8 @@ def _scan(
     x, dt, A, B, C, D, z, dt_bias, initial, marks, decays, writes, y, final, boundaries, ungated, scratch,
     t, c, b, segments, segment_len, x_stride, dt_stride, B_stride, C_stride, z_stride,
     N: tl.constexpr, PAD_N: tl.constexpr, TILE_C: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
-    SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, AHEAD: tl.constexpr, INITIAL: tl.constexpr,
-    SKIP: tl.constexpr, GATE: tl.constexpr, SUB: tl.constexpr, ROWS: tl.constexpr,
+    SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, AHEAD: tl.constexpr, EVICT: tl.constexpr,
+    INITIAL: tl.constexpr, SKIP: tl.constexpr, GATE: tl.constexpr, SUB: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The scan of one segment, from the state that the segments before it leave."""
     PARTS: tl.constexpr = TILE_C // SUB
@@ -484,11 +531,11 @@ def _scan(
     totals_at = drives_at + CHUNK * TILE_C
     B_table = totals_at + CHUNK * TILE_C
     C_table = B_table + CHUNK * PAD_N
-    by_state = tl.arange(0, SUB)[:, None] * PAD_N + columns[None, :]
+    by_state = tl.arange(0, SUB)[:, None] * (PARTS * PAD_N) + columns[None, :]
 
     rates, states, offsets, within = (), (), (), ()
     for h in tl.static_range(PARTS):
-        mine = tile * TILE_C + h * SUB + tl.arange(0, SUB)
+        mine = tile * TILE_C + h + tl.arange(0, SUB) * PARTS
         offsets += (mine[:, None] * N + columns[None, :],)
         within += ((mine < c)[:, None] & in_n[None, :],)
         rates += (tl.load(A + offsets[h], mask=within[h], other=0.0).to(tl.float32) * _LOG2_E,)
@@ -519,12 +566,12 @@ def _scan(
             away = at * AHEAD
             mask = (at < limit) & in_c[None, :]
             mask_maps = (at < limit) & in_n[None, :]
-            raws += (tl.load(dt_at + (away * dt_stride + channels[None, :]), mask=mask, other=0.0),)
-            values += (tl.load(x_at + (away * x_stride + channels[None, :]), mask=mask, other=0.0),)
-            map_rows += (tl.load(B_at + (away * B_stride + columns[None, :]), mask=mask_maps, other=0.0),)
-            read_rows += (tl.load(C_at + (away * C_stride + columns[None, :]), mask=mask_maps, other=0.0),)
+            raws += (_load_rows(dt_at, away * dt_stride, channels, mask, EVICT),)
+            values += (_load_rows(x_at, away * x_stride, channels, mask, EVICT),)
+            map_rows += (_load_rows(B_at, away * B_stride, columns, mask_maps, ""),)
+            read_rows += (_load_rows(C_at, away * C_stride, columns, mask_maps, ""),)
             if GATE:
-                gates += (tl.load(z_at + (away * z_stride + channels[None, :]), mask=mask, other=0.0),)
+                gates += (_load_rows(z_at, away * z_stride, channels, mask, EVICT),)
         for i in tl.static_range(CHUNK // ROWS):
             at = rows + i * ROWS
             step, _ = _step(raws[i], bias[None, :], (at < limit) & in_c[None, :], SOFTPLUS)
@@ -533,7 +580,7 @@ def _scan(
             tl.store(B_table + (at * PAD_N + columns[None, :]), map_rows[i].to(tl.float32))
             tl.store(C_table + (at * PAD_N + columns[None, :]), read_rows[i].to(tl.float32))
         for h in tl.static_range(PARTS):
-            tl.store(slot + h * SUB * PAD_N + by_state, states[h])
+            tl.store(slot + h * PAD_N + by_state, states[h])
         tl.debug_barrier()
 
         for group in range(CHUNK // GROUP):
@@ -541,10 +588,11 @@ def _scan(
             tags = _load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
             steps, drives, maps, reads = (), (), (), ()
             for i in tl.static_range(GROUP):
-                steps += (_halves(steps_at, (base + i) * TILE_C, SUB, PARTS),)
-                drives += (_halves(drives_at, (base + i) * TILE_C, SUB, PARTS),)
+                steps += (_parts(steps_at, (base + i) * TILE_C, SUB, PARTS),)
+                drives += (_parts(drives_at, (base + i) * TILE_C, SUB, PARTS),)
                 maps += (tl.load(B_table + (base + i) * PAD_N + columns),)
                 reads += (tl.load(C_table + (base + i) * PAD_N + columns),)
+            sums = ()
             for i in tl.static_range(GROUP):
                 new = ()
                 for h in tl.static_range(PARTS):
@@ -553,11 +601,11 @@ def _scan(
                         state = _restart(state, tags[i], initial, state_size, offsets[h], within[h], INITIAL)
                     state = tl.exp2(steps[i][h][:, None] * rates[h]) * state + drives[i][h][:, None] * maps[i][None, :]
                     new += (state,)
-                    total = tl.sum(state * reads[i][None, :], axis=1)
-                    tl.store(totals_at + (base + i) * TILE_C + h * SUB + tl.arange(0, SUB), total)
+                    sums += (tl.sum(state * reads[i][None, :], axis=1),)
                     if PACKED and (tags[i] & 2) != 0:
                         tl.store(final + (tags[i] >> 2).to(tl.int64) * state_size + offsets[h], state, mask=within[h])
                 states = new
+            _store_sums(totals_at + base * TILE_C, sums, TILE_C, GROUP, SUB, PARTS, PAD_N)
         tl.debug_barrier()
 
         for i in tl.static_range(CHUNK // ROWS):
@@ -592,7 +640,7 @@ def _summarise_gradients(
     dt, A, C, z, dt_bias, marks, dy, dfinal, decays, writes, scratch,
     t, c, b, segments, segment_len, dt_stride, C_stride, z_stride, dy_stride,
     N: tl.constexpr, PAD_N: tl.constexpr, TILE_C: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
-    SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, AHEAD: tl.constexpr,
+    SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, AHEAD: tl.constexpr, EVICT: tl.constexpr,
     FINAL: tl.constexpr, GATE: tl.constexpr, SUB: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """What a segment does to the gradient of the state it leaves:  g -> decay g + write, for the state that enters it.
@@ -616,7 +664,7 @@ def _summarise_gradients(
 
     rates, carried, offsets, within = (), (), (), ()
     for h in tl.static_range(PARTS):
-        mine = tile * TILE_C + h * SUB + tl.arange(0, SUB)
+        mine = tile * TILE_C + h + tl.arange(0, SUB) * PARTS
         offsets += (mine[:, None] * N + columns[None, :],)
         within += ((mine < c)[:, None] & in_n[None, :],)
         rates += (tl.load(A + offsets[h], mask=within[h], other=0.0).to(tl.float32) * _LOG2_E,)
@@ -641,12 +689,12 @@ def _summarise_gradients(
             at = rows + i * ROWS
             away = at * AHEAD
             mask = (at < limit) & in_c[None, :]
-            raws += (tl.load(dt_at + (away * dt_stride + channels[None, :]), mask=mask, other=0.0),)
-            results += (tl.load(dy_at + (away * dy_stride + channels[None, :]), mask=mask, other=0.0),)
+            raws += (_load_rows(dt_at, away * dt_stride, channels, mask, EVICT),)
+            results += (_load_rows(dy_at, away * dy_stride, channels, mask, EVICT),)
             in_map = (at < limit) & in_n[None, :]
-            read_rows += (tl.load(C_at + (away * C_stride + columns[None, :]), mask=in_map, other=0.0),)
+            read_rows += (_load_rows(C_at, away * C_stride, columns, in_map, ""),)
             if GATE:
-                gates += (tl.load(z_at + (away * z_stride + channels[None, :]), mask=mask, other=0.0),)
+                gates += (_load_rows(z_at, away * z_stride, channels, mask, EVICT),)
         for i in tl.static_range(CHUNK // ROWS):
             at = rows + i * ROWS
             step, _ = _step(raws[i], bias[None, :], (at < limit) & in_c[None, :], SOFTPLUS)
@@ -664,8 +712,8 @@ def _summarise_gradients(
             tags = _load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
             steps, pulls, reads = (), (), ()
             for i in tl.static_range(GROUP):
-                steps += (_halves(steps_at, (base + i) * TILE_C, SUB, PARTS),)
-                pulls += (_halves(pulls_at, (base + i) * TILE_C, SUB, PARTS),)
+                steps += (_parts(steps_at, (base + i) * TILE_C, SUB, PARTS),)
+                pulls += (_parts(pulls_at, (base + i) * TILE_C, SUB, PARTS),)
                 reads += (tl.load(C_table + (base + i) * PAD_N + columns),)
             for i in tl.static_range(GROUP - 1, -1, -1):
                 new = ()
@@ -684,7 +732,7 @@ def _summarise_gradients(
         tl.debug_barrier()
     tl.store(steps_at + tl.arange(0, TILE_C), tl.sum(age, axis=0))
     tl.debug_barrier()
-    ages = _halves(steps_at, 0, SUB, PARTS)
+    ages = _parts(steps_at, 0, SUB, PARTS)
     summary = (index * b + sequence) * state_size
     for h in tl.static_range(PARTS):
         decay = tl.exp2(ages[h][:, None] * rates[h])
@@ -701,7 +749,7 @@ def _differentiate(
     dx, ddt, dz, dmaps, drates, dchannels, dinitial, scratch,
     t, c, b, segments, segment_len, x_stride, dt_stride, B_stride, C_stride, z_stride, dy_stride,
     N: tl.constexpr, PAD_N: tl.constexpr, TILE_C: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
-    SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, AHEAD: tl.constexpr,
+    SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, AHEAD: tl.constexpr, EVICT: tl.constexpr,
     FINAL: tl.constexpr, GATE: tl.constexpr, SKIP: tl.constexpr, INITIAL: tl.constexpr, SUB: tl.constexpr,
     ROWS: tl.constexpr,
     SCRATCH: tl.constexpr,
@@ -732,11 +780,11 @@ def _differentiate(
     C_table = B_table + MAP
     drive_grads_at = C_table + MAP
     step_grads_at = drive_grads_at + VECTOR
-    by_state = tl.arange(0, SUB)[:, None] * PAD_N + columns[None, :]
+    by_state = tl.arange(0, SUB)[:, None] * (PARTS * PAD_N) + columns[None, :]
 
     rates, carried, rate_grads, offsets, within = (), (), (), (), ()
     for h in tl.static_range(PARTS):
-        mine = tile * TILE_C + h * SUB + tl.arange(0, SUB)
+        mine = tile * TILE_C + h + tl.arange(0, SUB) * PARTS
         offsets += (mine[:, None] * N + columns[None, :],)
         within += ((mine < c)[:, None] & in_n[None, :],)
         rates += (tl.load(A + offsets[h], mask=within[h], other=0.0).to(tl.float32) * _LOG2_E,)
@@ -779,14 +827,14 @@ def _differentiate(
             away = at * AHEAD
             mask = (at < limit) & in_c[None, :]
             mask_maps = (at < limit) & in_n[None, :]
-            raws += (tl.load(dt_at + (away * dt_stride + channels[None, :]), mask=mask, other=0.0),)
-            values += (tl.load(x_at + (away * x_stride + channels[None, :]), mask=mask, other=0.0),)
-            results += (tl.load(dy_at + (away * dy_stride + channels[None, :]), mask=mask, other=0.0),)
-            map_rows += (tl.load(B_at + (away * B_stride + columns[None, :]), mask=mask_maps, other=0.0),)
-            read_rows += (tl.load(C_at + (away * C_stride + columns[None, :]), mask=mask_maps, other=0.0),)
+            raws += (_load_rows(dt_at, away * dt_stride, channels, mask, EVICT),)
+            values += (_load_rows(x_at, away * x_stride, channels, mask, EVICT),)
+            results += (_load_rows(dy_at, away * dy_stride, channels, mask, EVICT),)
+            map_rows += (_load_rows(B_at, away * B_stride, columns, mask_maps, ""),)
+            read_rows += (_load_rows(C_at, away * C_stride, columns, mask_maps, ""),)
             if GATE:
-                gates += (tl.load(z_at + (away * z_stride + channels[None, :]), mask=mask, other=0.0),)
-                totals += (tl.load(ungated_at + (away * c + channels[None, :]), mask=mask, other=0.0),)
+                gates += (_load_rows(z_at, away * z_stride, channels, mask, EVICT),)
+                totals += (_load_rows(ungated_at, away * c, channels, mask, EVICT),)
         swapped = columns[:, None] * c + channels[None, :]
         place = ((chunk_start // CHUNK - 1) * b + sequence) * state_size
         inside = in_n[:, None] & in_c[None, :] & (chunk_start > 0)
@@ -820,14 +868,14 @@ def _differentiate(
         # The states that enter the groups.
         states = ()
         for h in tl.static_range(PARTS):
-            states += (tl.load(slots + h * SUB * PAD_N + by_state),)
+            states += (tl.load(slots + h * PAD_N + by_state),)
         for group in range(CHUNK // GROUP - 1):
             base = group * GROUP
             tags = _load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
             steps, drives, maps = (), (), ()
             for i in tl.static_range(GROUP):
-                steps += (_halves(steps_at, (base + i) * TILE_C, SUB, PARTS),)
-                drives += (_halves(drives_at, (base + i) * TILE_C, SUB, PARTS),)
+                steps += (_parts(steps_at, (base + i) * TILE_C, SUB, PARTS),)
+                drives += (_parts(drives_at, (base + i) * TILE_C, SUB, PARTS),)
                 maps += (tl.load(B_table + (base + i) * PAD_N + columns),)
             for i in tl.static_range(GROUP):
                 new = ()
@@ -839,21 +887,21 @@ def _differentiate(
                     new += (state,)
                 states = new
             for h in tl.static_range(PARTS):
-                tl.store(slots + ((group + 1) * TILE_C + h * SUB) * PAD_N + by_state, states[h])
+                tl.store(slots + ((group + 1) * TILE_C + h) * PAD_N + by_state, states[h])
 
         for reverse_group in range(CHUNK // GROUP):
             base = CHUNK - GROUP - reverse_group * GROUP
             tags = _load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
             steps, drives, pulls, maps, reads = (), (), (), (), ()
             for i in tl.static_range(GROUP):
-                steps += (_halves(steps_at, (base + i) * TILE_C, SUB, PARTS),)
-                drives += (_halves(drives_at, (base + i) * TILE_C, SUB, PARTS),)
-                pulls += (_halves(pulls_at, (base + i) * TILE_C, SUB, PARTS),)
+                steps += (_parts(steps_at, (base + i) * TILE_C, SUB, PARTS),)
+                drives += (_parts(drives_at, (base + i) * TILE_C, SUB, PARTS),)
+                pulls += (_parts(pulls_at, (base + i) * TILE_C, SUB, PARTS),)
                 maps += (tl.load(B_table + (base + i) * PAD_N + columns),)
                 reads += (tl.load(C_table + (base + i) * PAD_N + columns),)
             states = ()
             for h in tl.static_range(PARTS):
-                slot = (CHUNK // GROUP - 1 - reverse_group) * TILE_C + h * SUB
+                slot = (CHUNK // GROUP - 1 - reverse_group) * TILE_C + h
                 states += (tl.load(slots + slot * PAD_N + by_state),)
 
             # The states before every token of the group and its decays; dC needs the states after.
@@ -877,11 +925,10 @@ def _differentiate(
                 states = new
                 before += (old,)
                 factors += (decay,)
-                in_map = in_n & (base + i < limit)
-                tl.store(dC + (row + (base + i) * AHEAD) * N + columns, tl.sum(read_grad, axis=0), mask=in_map)
+                _store_over_channels(dC + (row + (base + i) * AHEAD) * N, read_grad, in_n & (base + i < limit))
 
             for i in tl.static_range(GROUP - 1, -1, -1):
-                new, more = (), ()
+                new, more, drive_sums, step_sums = (), (), (), ()
                 map_grad = tl.zeros([SUB, PAD_N], tl.float32)
                 for h in tl.static_range(PARTS):
                     back = carried[h]
@@ -898,19 +945,19 @@ def _differentiate(
                     exponent_grad = back * before[i][h]
                     more += (rate_grads[h] + steps[i][h][:, None] * exponent_grad,)
                     step_grad = exponent_grad * rates[h]
-                    spot = (base + i) * TILE_C + h * SUB + tl.arange(0, SUB)
-                    tl.store(drive_grads_at + spot, tl.sum(drive_grad, axis=1))
-                    tl.store(step_grads_at + spot, tl.sum(step_grad, axis=1))
+                    drive_sums += (tl.sum(drive_grad, axis=1),)
+                    step_sums += (tl.sum(step_grad, axis=1),)
                     if PACKED:
                         if INITIAL and (tags[i] & 1) != 0:
                             document_at = (tags[i] >> 2).to(tl.int64) * state_size
                             tl.store(dinitial + document_at + offsets[h], back, mask=within[h])
                         back = tl.where((tags[i] & 1) != 0, 0.0, back)
                     new += (back,)
+                _store_sums(drive_grads_at + (base + i) * TILE_C, drive_sums, TILE_C, 1, SUB, PARTS, PAD_N)
+                _store_sums(step_grads_at + (base + i) * TILE_C, step_sums, TILE_C, 1, SUB, PARTS, PAD_N)
                 carried = new
                 rate_grads = more
-                in_map = in_n & (base + i < limit)
-                tl.store(dB + (row + (base + i) * AHEAD) * N + columns, tl.sum(map_grad, axis=0), mask=in_map)
+                _store_over_channels(dB + (row + (base + i) * AHEAD) * N, map_grad, in_n & (base + i < limit))
         tl.debug_barrier()
 
         # The gradients of the chunk's vectors.
@@ -921,7 +968,7 @@ def _differentiate(
             spots = at * TILE_C + local
             drive_grad = tl.load(drive_grads_at + spots)
             step_grad = tl.load(step_grads_at + spots)
-            value = tl.load(x_at + (away * x_stride + channels[None, :]), mask=mask, other=0.0).to(tl.float32)
+            value = _load_rows(x_at, away * x_stride, channels, mask, EVICT).to(tl.float32)
             raw_grad = (step_grad * _LN_2 + drive_grad * value) * tl.load(slopes_at + spots)  # `rates` are A log2 e
             bias_grads += raw_grad
             tl.store(ddt_at + (away * c + channels[None, :]), raw_grad.to(ddt.dtype.element_ty), mask=mask)
