@@ -313,9 +313,20 @@ def _load_vector(vector, columns, within, GIVEN: tl.constexpr):
 
 
 @triton.jit
-def _load_rows(near, away, columns, within, EVICT: tl.constexpr):
-    """Rows of a table as a tile in its own type, zeros outside; `near` points at a row near by: offsets fit 32 bits."""
-    return tl.load(near + (away + columns[None, :]), mask=within, other=0.0, eviction_policy=EVICT)
+def _load_chunk(
+    table, stride, sequence, start, end, t, columns, within,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr, EVICT: tl.constexpr, GIVEN: tl.constexpr,
+):  # fmt: skip
+    """The rows of a chunk of tokens as tiles of ROWS, in their own type; zeros from token `end` on; () if not given."""
+    tiles = ()
+    if GIVEN:
+        near = table + _row(sequence, start, t, AHEAD) * stride  # offsets from here fit 32 bits
+        for i in tl.static_range(CHUNK // ROWS):
+            at = tl.arange(0, ROWS)[:, None] + i * ROWS
+            mask = (start + at < end) & within[None, :]
+            offsets = at * AHEAD * stride + columns[None, :]
+            tiles += (tl.load(near + offsets, mask=mask, other=0.0, eviction_policy=EVICT),)
+    return tiles
 
 
 @triton.jit
@@ -451,19 +462,22 @@ def _summarise(
         states += (state,)
     age = tl.zeros([ROWS, TILE_C], tl.float32)  # the sum of steps
     kept = begin >= 0  # no document starts in this segment
+    next_raws = _load_chunk(dt, dt_stride, sequence, begin, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, True)
+    next_values = _load_chunk(x, x_stride, sequence, begin, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, True)
+    next_map_rows = _load_chunk(B, B_stride, sequence, begin, end, t, columns, in_n, CHUNK, ROWS, AHEAD, "", True)
     for chunk_start in range(begin, end, CHUNK):
         limit = end - chunk_start
-        row = _row(sequence, chunk_start, t, AHEAD)
-        x_at, dt_at, B_at = x + row * x_stride, dt + row * dt_stride, B + row * B_stride
-        raws, values, map_rows = (), (), ()
-        for i in tl.static_range(CHUNK // ROWS):
-            at = rows + i * ROWS
-            away = at * AHEAD
-            mask = (at < limit) & in_c[None, :]
-            raws += (_load_rows(dt_at, away * dt_stride, channels, mask, EVICT),)
-            values += (_load_rows(x_at, away * x_stride, channels, mask, EVICT),)
-            in_map = (at < limit) & in_n[None, :]
-            map_rows += (_load_rows(B_at, away * B_stride, columns, in_map, ""),)
+        # The loads of the next chunk are under way while this one is computed.
+        raws, values, map_rows = next_raws, next_values, next_map_rows
+        next_raws = _load_chunk(
+            dt, dt_stride, sequence, chunk_start + CHUNK, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, True
+        )
+        next_values = _load_chunk(
+            x, x_stride, sequence, chunk_start + CHUNK, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, True
+        )
+        next_map_rows = _load_chunk(
+            B, B_stride, sequence, chunk_start + CHUNK, end, t, columns, in_n, CHUNK, ROWS, AHEAD, "", True
+        )
         for i in tl.static_range(CHUNK // ROWS):
             at = rows + i * ROWS
             step, _ = _step(raws[i], bias[None, :], (at < limit) & in_c[None, :], SOFTPLUS)
@@ -553,25 +567,30 @@ def _scan(
 
     begin = segment * segment_len
     end = tl.minimum(begin + segment_len, t)
+    next_raws = _load_chunk(dt, dt_stride, sequence, begin, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, True)
+    next_values = _load_chunk(x, x_stride, sequence, begin, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, True)
+    next_map_rows = _load_chunk(B, B_stride, sequence, begin, end, t, columns, in_n, CHUNK, ROWS, AHEAD, "", True)
+    next_read_rows = _load_chunk(C, C_stride, sequence, begin, end, t, columns, in_n, CHUNK, ROWS, AHEAD, "", True)
     for chunk_start in range(begin, end, CHUNK):
         limit = end - chunk_start
+        raws, values, map_rows, read_rows = next_raws, next_values, next_map_rows, next_read_rows
+        next_raws = _load_chunk(
+            dt, dt_stride, sequence, chunk_start + CHUNK, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, True
+        )
+        next_values = _load_chunk(
+            x, x_stride, sequence, chunk_start + CHUNK, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, True
+        )
+        next_map_rows = _load_chunk(
+            B, B_stride, sequence, chunk_start + CHUNK, end, t, columns, in_n, CHUNK, ROWS, AHEAD, "", True
+        )
+        next_read_rows = _load_chunk(
+            C, C_stride, sequence, chunk_start + CHUNK, end, t, columns, in_n, CHUNK, ROWS, AHEAD, "", True
+        )
+        gates = _load_chunk(z, z_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, GATE)
         row = _row(sequence, chunk_start, t, AHEAD)
-        x_at, dt_at, B_at, C_at = x + row * x_stride, dt + row * dt_stride, B + row * B_stride, C + row * C_stride
-        y_at, z_at, ungated_at = y + row * c, z, ungated
+        y_at, ungated_at = y + row * c, ungated
         if GATE:
-            z_at, ungated_at = z + row * z_stride, ungated + row * c
-        raws, values, gates, map_rows, read_rows = (), (), (), (), ()
-        for i in tl.static_range(CHUNK // ROWS):
-            at = rows + i * ROWS
-            away = at * AHEAD
-            mask = (at < limit) & in_c[None, :]
-            mask_maps = (at < limit) & in_n[None, :]
-            raws += (_load_rows(dt_at, away * dt_stride, channels, mask, EVICT),)
-            values += (_load_rows(x_at, away * x_stride, channels, mask, EVICT),)
-            map_rows += (_load_rows(B_at, away * B_stride, columns, mask_maps, ""),)
-            read_rows += (_load_rows(C_at, away * C_stride, columns, mask_maps, ""),)
-            if GATE:
-                gates += (_load_rows(z_at, away * z_stride, channels, mask, EVICT),)
+            ungated_at = ungated + row * c
         for i in tl.static_range(CHUNK // ROWS):
             at = rows + i * ROWS
             step, _ = _step(raws[i], bias[None, :], (at < limit) & in_c[None, :], SOFTPLUS)
@@ -680,21 +699,14 @@ def _summarise_gradients(
     for reverse_chunk in range(chunks):
         chunk_start = begin + (chunks - 1 - reverse_chunk) * CHUNK
         limit = end - chunk_start
-        row = _row(sequence, chunk_start, t, AHEAD)
-        dt_at, dy_at, C_at, z_at = dt + row * dt_stride, dy + row * dy_stride, C + row * C_stride, z
-        if GATE:
-            z_at = z + row * z_stride
-        raws, results, gates, read_rows = (), (), (), ()
-        for i in tl.static_range(CHUNK // ROWS):
-            at = rows + i * ROWS
-            away = at * AHEAD
-            mask = (at < limit) & in_c[None, :]
-            raws += (_load_rows(dt_at, away * dt_stride, channels, mask, EVICT),)
-            results += (_load_rows(dy_at, away * dy_stride, channels, mask, EVICT),)
-            in_map = (at < limit) & in_n[None, :]
-            read_rows += (_load_rows(C_at, away * C_stride, columns, in_map, ""),)
-            if GATE:
-                gates += (_load_rows(z_at, away * z_stride, channels, mask, EVICT),)
+        raws = _load_chunk(
+            dt, dt_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, True
+        )
+        results = _load_chunk(
+            dy, dy_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, True
+        )
+        gates = _load_chunk(z, z_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, GATE)
+        read_rows = _load_chunk(C, C_stride, sequence, chunk_start, end, t, columns, in_n, CHUNK, ROWS, AHEAD, "", True)
         for i in tl.static_range(CHUNK // ROWS):
             at = rows + i * ROWS
             step, _ = _step(raws[i], bias[None, :], (at < limit) & in_c[None, :], SOFTPLUS)
@@ -814,27 +826,24 @@ def _differentiate(
         chunk_start = begin + (chunks - 1 - reverse_chunk) * CHUNK
         limit = end - chunk_start
         row = _row(sequence, chunk_start, t, AHEAD)
-        x_at, dt_at, B_at, C_at = x + row * x_stride, dt + row * dt_stride, B + row * B_stride, C + row * C_stride
-        dx_at, ddt_at, dy_at = dx + row * c, ddt + row * c, dy + row * dy_stride
-        z_at, dz_at, ungated_at = z, dz, ungated
+        x_at, dx_at, ddt_at, dz_at = x + row * x_stride, dx + row * c, ddt + row * c, dz
         if GATE:
-            z_at, dz_at, ungated_at = z + row * z_stride, dz + row * c, ungated + row * c
+            dz_at = dz + row * c
 
         # The vectors of the chunk, and the state that enters it.
-        raws, values, results, gates, totals, map_rows, read_rows = (), (), (), (), (), (), ()
-        for i in tl.static_range(CHUNK // ROWS):
-            at = rows + i * ROWS
-            away = at * AHEAD
-            mask = (at < limit) & in_c[None, :]
-            mask_maps = (at < limit) & in_n[None, :]
-            raws += (_load_rows(dt_at, away * dt_stride, channels, mask, EVICT),)
-            values += (_load_rows(x_at, away * x_stride, channels, mask, EVICT),)
-            results += (_load_rows(dy_at, away * dy_stride, channels, mask, EVICT),)
-            map_rows += (_load_rows(B_at, away * B_stride, columns, mask_maps, ""),)
-            read_rows += (_load_rows(C_at, away * C_stride, columns, mask_maps, ""),)
-            if GATE:
-                gates += (_load_rows(z_at, away * z_stride, channels, mask, EVICT),)
-                totals += (_load_rows(ungated_at, away * c, channels, mask, EVICT),)
+        raws = _load_chunk(
+            dt, dt_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, True
+        )
+        values = _load_chunk(
+            x, x_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, True
+        )
+        results = _load_chunk(
+            dy, dy_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, True
+        )
+        gates = _load_chunk(z, z_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, GATE)
+        totals = _load_chunk(ungated, c, sequence, chunk_start, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, GATE)
+        map_rows = _load_chunk(B, B_stride, sequence, chunk_start, end, t, columns, in_n, CHUNK, ROWS, AHEAD, "", True)
+        read_rows = _load_chunk(C, C_stride, sequence, chunk_start, end, t, columns, in_n, CHUNK, ROWS, AHEAD, "", True)
         swapped = columns[:, None] * c + channels[None, :]
         place = ((chunk_start // CHUNK - 1) * b + sequence) * state_size
         inside = in_n[:, None] & in_c[None, :] & (chunk_start > 0)
@@ -968,7 +977,7 @@ def _differentiate(
             spots = at * TILE_C + local
             drive_grad = tl.load(drive_grads_at + spots)
             step_grad = tl.load(step_grads_at + spots)
-            value = _load_rows(x_at, away * x_stride, channels, mask, EVICT).to(tl.float32)
+            value = tl.load(x_at + (away * x_stride + channels[None, :]), mask=mask, other=0.0).to(tl.float32)
             raw_grad = (step_grad * _LN_2 + drive_grad * value) * tl.load(slopes_at + spots)  # `rates` are A log2 e
             bias_grads += raw_grad
             tl.store(ddt_at + (away * c + channels[None, :]), raw_grad.to(ddt.dtype.element_ty), mask=mask)
