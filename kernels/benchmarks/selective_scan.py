@@ -4,9 +4,9 @@
 
 Times are device times (median of `triton.testing.do_bench`, L2 cleared between calls) of 32,768 tokens, 2048 channels
 and 16 states in bfloat16, with gate, skip and step bias; `parts` are those of each kernel in one forward and backward.
-Checks run side by side in processes of their own. With --tune, so do the compilations of the launches in GRID, which are
-then timed at every batch for as long as the limit allows; each batch's best is printed, and the best over all batches is timed with its parts. The package itself keeps
-what `fused.launch_of` says.
+Checks run side by side in processes of their own. With --tune, so do the compilations of the launches in GRID, which
+are then timed at every batch for as long as the limit allows; each batch's fastest are printed, and the best over all
+batches is timed with its parts. The package itself keeps what `fused.launch_of` says.
 """
 
 from __future__ import annotations

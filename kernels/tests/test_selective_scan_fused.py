@@ -100,6 +100,12 @@ def test_tiles_and_sequences_do_not_mix() -> None:
     assert_exact(sample(workload(3, b=2, c=5)), SMALL)
 
 
+@pytest.mark.parametrize(("tile_c", "group"), [(16, 2), (16, 4), (32, 2)])
+def test_the_parts_of_a_tile_keep_their_channels(tile_c: int, group: int) -> None:
+    """Two and four parts with interleaved channels, the last of them outside."""
+    assert_exact(sample(workload(3, c=tile_c - 3, n=5)), fused.Launch(tile_c=tile_c, group=group))
+
+
 @pytest.mark.parametrize("n", [1, 5])
 def test_state_sizes_that_are_not_powers_of_two_are_masked(n: int) -> None:
     assert_exact(sample(workload(3, n=n)), replace(SMALL, group=2))
