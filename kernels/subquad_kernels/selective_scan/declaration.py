@@ -43,9 +43,13 @@ def work(workload: Workload) -> Work:
     )
 
 
-def _example(dtype: DType, phase: Phase = "forward", *, initial_state: bool = False, **shape: int) -> Workload:
+def _example(
+    dtype: DType, phase: Phase = "forward", *, initial_state: bool = False, reversed: bool = False, **shape: int
+) -> Workload:
     axes = {"b": 2, "t": 37, "c": 12, "n": 4} | shape
     options = {"softplus": True, "skip": True, "gate": True, "dt_bias": True, "initial_state": initial_state}
+    if reversed:
+        options["reversed"] = True
     return Workload(operator="selective_scan", shape=axes, dtype=dtype, phase=phase, options=options)
 
 
@@ -68,6 +72,7 @@ OPERATOR = Operator(
         _example("float32"),
         _example("float32", b=1, documents=4),
         _example("float32", initial_state=True),
+        _example("float32", b=1, documents=4, reversed=True),
         _example("float32", "decode", initial_state=True, t=1),
         _example("bfloat16"),
     ),
