@@ -152,7 +152,7 @@ class _Call:
             "PACKED": self.table is not None,
             # Float16 would overflow in states; a single TF32 product cuts factors off, and missed its tolerance.
             "PRODUCT": tl.float32 if exact else tl.bfloat16,
-            "PRECISION": "tf32x3",
+            "PRECISION": "tf32x3" if exact else "tf32",
             "num_warps": launch.num_warps,
             "num_stages": launch.num_stages,
         }
