@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad_kernels.delta_rule.declaration import CHUNK, num_chunks
+from subquad_kernels.triton_launch import QuickLaunch
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Argument, Arguments, Outputs
@@ -260,6 +261,7 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(tensor.shape[0] * tensor.shape[1], -1)
 
 
+@QuickLaunch
 @triton.jit
 def _tabulate(bounds, table, offsets, CHUNK: tl.constexpr, TILE: tl.constexpr):
     """One document's chunks: where they begin, in the sequence and in the table."""
@@ -414,6 +416,7 @@ def _product(left, right):
     return tl.dot(left_high, right_high, total, input_precision="tf32")
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
 def _invert(
     k, log_decay, gate, table, vectors, inverses,
@@ -507,6 +510,7 @@ def _sequence(bounds, offsets, program, heads, tiles, t, chunks, PACKED: tl.cons
     return sequence, first, length, chunk
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
 def _scan(
     k, v, inverses, vectors, initial, bounds, offsets, final, writes, boundaries,
@@ -563,6 +567,7 @@ def _scan(
     tl.store(final + place, state, mask=within)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
 def _read(
     q, k, writes, vectors, boundaries, table, y,
@@ -594,6 +599,7 @@ def _read(
     _store(y + place, span, heads * P, values, in_t, in_p, result * scale)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
 def _read_back(
     q, k, dy, vectors, table, dwrites,
@@ -623,6 +629,7 @@ def _read_back(
     )  # fmt: skip
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
 def _scan_back(
     q, k, dy, inverses, dwrites, vectors, dfinal, bounds, offsets, dinitial, dstates,
@@ -687,6 +694,7 @@ def _scan_back(
     tl.store(dinitial + place, dstate, mask=within)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
 def _differentiate(
     q, k, v, dy, writes, dfresh, boundaries, dstates, vectors, table,
@@ -806,6 +814,7 @@ def _differentiate(
         tl.store(ddecay + at, tl.cumsum(dsums, 0, reverse=True), mask=in_t)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["heads"])
 def _decode(
     q, k, v, log_decay, gate, initial, y, final, writes,

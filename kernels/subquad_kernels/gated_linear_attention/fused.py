@@ -32,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad_kernels.gated_linear_attention.declaration import stretch_len
+from subquad_kernels.triton_launch import QuickLaunch
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Argument, Arguments, Outputs
@@ -277,6 +278,7 @@ def _padded(width: int) -> int:
     return max(16, int(triton.next_power_of_2(width)))
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["documents", "stretches", "stretch"])
 def _plan(cu_seqlens, table, starts, documents, stretches, stretch, BLOCK: tl.constexpr):
     """List the stretches of one document after those of the documents before it.
@@ -415,6 +417,7 @@ def _meet(later, earlier, level):
     return (((later >> level) & 1) != 0) & ((later >> level) == (earlier >> level) + 1)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "each", "stretch"])
 def _summarise(
     rows, columns, g, table, states, totals,
@@ -466,6 +469,7 @@ def _summarise(
     tl.store(totals + place * N + n, total, mask=inside & (tile == 0))
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["each"])
 def _compose(
     states, totals, edge, starts, h, each, size,
@@ -507,6 +511,7 @@ def _compose(
             tl.store(states + places[i] * size + offsets, state, mask=within & (base + i < count))
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "each", "stretch"])
 def _read(
     q, k, v, g, bonus, initial, boundaries, table, y, final,
@@ -566,6 +571,7 @@ def _enter(initial, boundaries, sequence, index, precedes, head, h, offsets, ins
     return state
 
 
+@QuickLaunch
 @triton.jit
 def _step(
     q, k, v, g, bonus, initial, y, final, h, scale, q_stride, k_stride, v_stride, g_stride,
@@ -599,6 +605,7 @@ def _step(
     tl.store(y + (row * h + head) * P + p, result.to(y.dtype.element_ty), mask=in_p)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["b", "t", "each", "stretch"])
 def _differentiate(
     q, k, v, g, bonus, initial, boundaries, table, dy, dfinal, leaving,

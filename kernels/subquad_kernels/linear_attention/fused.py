@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad_kernels.linear_attention.declaration import CHUNK, chunk_slots, segment_len
+from subquad_kernels.triton_launch import QuickLaunch
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Argument, Arguments, Outputs
@@ -284,6 +285,7 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.flatten(0, 1)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["documents", "slots"])
 def _lay_out(cu_seqlens, table, documents, slots, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     """Write a document's chunks to the table: first token, tokens, 4 document + 2 (the last) + (the first of it).
@@ -419,6 +421,7 @@ def _weigh(products, fades, gates, own, is_own, GATE: tl.constexpr, DIAGONAL: tl
     return weighed
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment"])
 def _summarise(
     k, v, log_decay, write_gate, initial, table, decays, writes,
@@ -463,6 +466,7 @@ def _summarise(
         tl.store(decays + place, left)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["heads", "rows"])
 def _compose(decays, states, size, heads, rows, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
     """states_i = decays_i states_{i-1} + states_i, in place, from the first row on or from the last.
@@ -492,6 +496,7 @@ def _compose(decays, states, size, heads, rows, BLOCK: tl.constexpr, REVERSE: tl
             tl.store(states + place + columns, state, mask=(base + i < rows) & (columns < size))
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment", "walked"])
 def _read(
     q, k, v, log_decay, write_gate, diagonal, initial, table, boundaries, y, final,
@@ -552,6 +557,7 @@ def _read(
             tl.store(final + (sequence * h + head) * STATE + offsets, state, mask=within)
 
 
+@QuickLaunch
 @triton.jit
 def _step(
     q, k, v, log_decay, write_gate, diagonal, initial, y, final,
@@ -594,6 +600,7 @@ def _step(
     tl.store(final + place * STATE + offsets, state, mask=within)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment"])
 def _differentiate_q(
     q, k, v, log_decay, write_gate, diagonal, initial, table, boundaries, dy, dq, rows,
@@ -653,6 +660,7 @@ def _differentiate_q(
         state = tl.dot(tl.trans(values), keys, state * tl.exp2(whole), input_precision=PRECISION)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment"])
 def _summarise_gradients(
     q, log_decay, table, dy, dfinal, decays, writes,
@@ -702,6 +710,7 @@ def _summarise_gradients(
         tl.store(decays + place, left)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment", "walked"])
 def _differentiate_kv(
     q, k, v, log_decay, write_gate, diagonal, table,
