@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad_kernels.delta_rule.declaration import CHUNK, num_chunks
+from subquad_kernels.triton_chunks import chunk_at, lay_out
 from subquad_kernels.triton_launch import QuickLaunch
 
 if TYPE_CHECKING:
@@ -110,19 +111,7 @@ class _Call:
         self.launch = launch or launch_of(self.n, v.element_size())
         self.tokens = self.b * self.t
         self.chunks = num_chunks(self.b, self.t, self.documents) or self.b
-        self.table, self.offsets = self._tabulate()
-
-    def _tabulate(self) -> tuple[Tensor | None, Tensor | None]:
-        """First token and length of every chunk of a packed call, and each document's first chunk; on the device.
-
-        Shapes:  chunks 2 (length 0 where there is no chunk), documents
-        """
-        if self.bounds is None:
-            return None, None
-        table = self.bounds.new_zeros(self.chunks, 2)
-        offsets = self.bounds.new_empty(self.documents)
-        _tabulate[(self.documents,)](self.bounds, table, offsets, CHUNK=CHUNK, TILE=256, num_warps=4)
-        return table, offsets
+        self.table, self.offsets = (None, None) if self.bounds is None else lay_out(self.bounds, self.chunks, CHUNK)
 
     def _new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.v.new_empty(shape, dtype=dtype or self.v.dtype)
@@ -261,34 +250,11 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(tensor.shape[0] * tensor.shape[1], -1)
 
 
-@QuickLaunch
-@triton.jit
-def _tabulate(bounds, table, offsets, CHUNK: tl.constexpr, TILE: tl.constexpr):
-    """One document's chunks: where they begin, in the sequence and in the table."""
-    document = tl.program_id(0)
-    before = 0
-    for begin in range(0, document, TILE):
-        earlier = begin + tl.arange(0, TILE)
-        starts = tl.load(bounds + earlier, mask=earlier < document, other=0)
-        ends = tl.load(bounds + earlier + 1, mask=earlier < document, other=0)
-        before += tl.sum((ends - starts + (CHUNK - 1)) // CHUNK)
-    tl.store(offsets + document, before)
-    start = tl.load(bounds + document)
-    end = tl.load(bounds + document + 1)
-    chunks = tl.cdiv(end - start, CHUNK)
-    for begin in range(0, chunks, TILE):
-        chunk = begin + tl.arange(0, TILE)
-        first = start + chunk * CHUNK
-        tl.store(table + 2 * (before + chunk), first, mask=chunk < chunks)
-        tl.store(table + 2 * (before + chunk) + 1, tl.minimum(end - first, CHUNK), mask=chunk < chunks)
-
-
 @triton.jit
 def _chunk(table, chunk, t, chunks, CHUNK: tl.constexpr, PACKED: tl.constexpr):
     """First row (64 bits) and number of tokens of a chunk."""
     if PACKED:
-        first = tl.load(table + 2 * chunk).to(tl.int64)
-        size = tl.load(table + 2 * chunk + 1)
+        first, size, _, _, _ = chunk_at(table, chunk)
     else:
         start = chunk % chunks * CHUNK
         first = (chunk // chunks).to(tl.int64) * t + start
