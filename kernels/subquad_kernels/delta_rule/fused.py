@@ -25,6 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad_kernels.delta_rule.declaration import CHUNK, num_chunks
+from subquad_kernels.triton_chunks import chunk_at, lay_out
+from subquad_kernels.triton_launch import QuickLaunch
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Argument, Arguments, Outputs
@@ -109,19 +111,7 @@ class _Call:
         self.launch = launch or launch_of(self.n, v.element_size())
         self.tokens = self.b * self.t
         self.chunks = num_chunks(self.b, self.t, self.documents) or self.b
-        self.table, self.offsets = self._tabulate()
-
-    def _tabulate(self) -> tuple[Tensor | None, Tensor | None]:
-        """First token and length of every chunk of a packed call, and each document's first chunk; on the device.
-
-        Shapes:  chunks 2 (length 0 where there is no chunk), documents
-        """
-        if self.bounds is None:
-            return None, None
-        table = self.bounds.new_zeros(self.chunks, 2)
-        offsets = self.bounds.new_empty(self.documents)
-        _tabulate[(self.documents,)](self.bounds, table, offsets, CHUNK=CHUNK, TILE=256, num_warps=4)
-        return table, offsets
+        self.table, self.offsets = (None, None) if self.bounds is None else lay_out(self.bounds, self.chunks, CHUNK)
 
     def _new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.v.new_empty(shape, dtype=dtype or self.v.dtype)
@@ -261,32 +251,10 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 @triton.jit
-def _tabulate(bounds, table, offsets, CHUNK: tl.constexpr, TILE: tl.constexpr):
-    """One document's chunks: where they begin, in the sequence and in the table."""
-    document = tl.program_id(0)
-    before = 0
-    for begin in range(0, document, TILE):
-        earlier = begin + tl.arange(0, TILE)
-        starts = tl.load(bounds + earlier, mask=earlier < document, other=0)
-        ends = tl.load(bounds + earlier + 1, mask=earlier < document, other=0)
-        before += tl.sum((ends - starts + (CHUNK - 1)) // CHUNK)
-    tl.store(offsets + document, before)
-    start = tl.load(bounds + document)
-    end = tl.load(bounds + document + 1)
-    chunks = tl.cdiv(end - start, CHUNK)
-    for begin in range(0, chunks, TILE):
-        chunk = begin + tl.arange(0, TILE)
-        first = start + chunk * CHUNK
-        tl.store(table + 2 * (before + chunk), first, mask=chunk < chunks)
-        tl.store(table + 2 * (before + chunk) + 1, tl.minimum(end - first, CHUNK), mask=chunk < chunks)
-
-
-@triton.jit
 def _chunk(table, chunk, t, chunks, CHUNK: tl.constexpr, PACKED: tl.constexpr):
     """First row (64 bits) and number of tokens of a chunk."""
     if PACKED:
-        first = tl.load(table + 2 * chunk).to(tl.int64)
-        size = tl.load(table + 2 * chunk + 1)
+        first, size, _, _, _ = chunk_at(table, chunk)
     else:
         start = chunk % chunks * CHUNK
         first = (chunk // chunks).to(tl.int64) * t + start
@@ -414,6 +382,7 @@ def _product(left, right):
     return tl.dot(left_high, right_high, total, input_precision="tf32")
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
 def _invert(
     k, log_decay, gate, table, vectors, inverses,
@@ -507,6 +476,7 @@ def _sequence(bounds, offsets, program, heads, tiles, t, chunks, PACKED: tl.cons
     return sequence, first, length, chunk
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
 def _scan(
     k, v, inverses, vectors, initial, bounds, offsets, final, writes, boundaries,
@@ -563,6 +533,7 @@ def _scan(
     tl.store(final + place, state, mask=within)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
 def _read(
     q, k, writes, vectors, boundaries, table, y,
@@ -594,6 +565,7 @@ def _read(
     _store(y + place, span, heads * P, values, in_t, in_p, result * scale)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
 def _read_back(
     q, k, dy, vectors, table, dwrites,
@@ -623,6 +595,7 @@ def _read_back(
     )  # fmt: skip
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
 def _scan_back(
     q, k, dy, inverses, dwrites, vectors, dfinal, bounds, offsets, dinitial, dstates,
@@ -687,6 +660,7 @@ def _scan_back(
     tl.store(dinitial + place, dstate, mask=within)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
 def _differentiate(
     q, k, v, dy, writes, dfresh, boundaries, dstates, vectors, table,
@@ -806,6 +780,7 @@ def _differentiate(
         tl.store(ddecay + at, tl.cumsum(dsums, 0, reverse=True), mask=in_t)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["heads"])
 def _decode(
     q, k, v, log_decay, gate, initial, y, final, writes,

@@ -32,13 +32,13 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad_kernels.gated_linear_attention.declaration import stretch_len
+from subquad_kernels.triton_chunks import chunk_at, lay_out
+from subquad_kernels.triton_launch import QuickLaunch
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Argument, Arguments, Outputs
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
-_DOCUMENTS = 1024
-"""Documents, or stretches of one, that `_plan` looks at together."""
 _ENTRIES = 256
 """Numbers of a state that a program of `_compose` passes on, and stretches whose writes it loads together."""
 _TOGETHER = 8
@@ -134,12 +134,8 @@ class _Call:
         self.sequences, self.each = self.cu_seqlens.shape[0] - 1, 0
         self.cuts = self.t // self.stretch
         self.stretches = self.cuts + self.sequences
-        self.table = self.cu_seqlens.new_empty(self.stretches, 4)
-        self.starts = self.cu_seqlens.new_empty(self.sequences + 1)
-        _plan[(self.sequences,)](
-            self.cu_seqlens, self.table, self.starts, self.sequences, self.stretches, self.stretch,
-            BLOCK=_DOCUMENTS, num_warps=4,
-        )  # fmt: skip
+        # An empty document has a stretch of no tokens: the documents before a stretch tell which cut is its own.
+        self.table, self.starts = lay_out(self.cu_seqlens, self.stretches, self.stretch, least=1)
 
     def _constants(self, launch: Launch) -> dict[str, Any]:
         exact = self.q.dtype != torch.bfloat16
@@ -280,55 +276,12 @@ def _padded(width: int) -> int:
     return max(16, int(triton.next_power_of_2(width)))
 
 
-@triton.jit(do_not_specialize=["documents", "stretches", "stretch"])
-def _plan(cu_seqlens, table, starts, documents, stretches, stretch, BLOCK: tl.constexpr):
-    """List the stretches of one document after those of the documents before it.
-
-    Shapes:  table: stretches 4 (document, first token, tokens, 2 (another follows) + (another goes before); rows that
-             no document needs have no tokens)    starts: documents + 1 (the document's first row)
-    """
-    document = tl.program_id(0)
-    ahead = tl.zeros([BLOCK], tl.int32)
-    for base in range(0, document, BLOCK):
-        others = base + tl.arange(0, BLOCK)
-        inside = others < document
-        begins = tl.load(cu_seqlens + others, mask=inside, other=0)
-        lengths = tl.load(cu_seqlens + others + 1, mask=inside, other=0) - begins
-        ahead += tl.where(inside, tl.maximum((lengths + stretch - 1) // stretch, 1), 0)
-    start = tl.sum(ahead, axis=0)
-    begin = tl.load(cu_seqlens + document)
-    length = tl.load(cu_seqlens + document + 1) - begin
-    # An empty document has a stretch of no tokens, so that documents before a stretch tell which cut is its own.
-    count = tl.maximum((length + stretch - 1) // stretch, 1)
-    tl.store(starts + document, start)
-    last = document == documents - 1
-    if last:
-        tl.store(starts + documents, start + count)
-    # The last document's program also marks what is left of the table.
-    rows = tl.where(last, stretches - start, count)
-    for base in range(0, rows, BLOCK):
-        ordinal = base + tl.arange(0, BLOCK)
-        inside = ordinal < rows
-        tokens = tl.minimum(tl.maximum(length - ordinal * stretch, 0), stretch)
-        row = table + (start + ordinal) * 4
-        tl.store(row, tl.zeros([BLOCK], tl.int32) + document, mask=inside)
-        tl.store(row + 1, begin + ordinal * stretch, mask=inside)
-        tl.store(row + 2, tokens, mask=inside)
-        precedes = (ordinal > 0) & (ordinal < count)
-        tl.store(row + 3, 2 * (ordinal + 1 < count).to(tl.int32) + precedes.to(tl.int32), mask=inside)
-
-
 @triton.jit
 def _stretch(table, index, t, each, stretch, PACKED: tl.constexpr):
     """Sequence, first row (64 bits), tokens, whether a stretch of the same sequence follows, and goes before."""
     if PACKED:
-        row = table + index * 4
-        sequence = tl.load(row)
-        first = tl.load(row + 1).to(tl.int64)
-        tokens = tl.load(row + 2)
-        neighbours = tl.load(row + 3)
-        follows = (neighbours & 2) != 0
-        precedes = (neighbours & 1) != 0
+        first, tokens, sequence, begins, ends = chunk_at(table, index)
+        follows, precedes = not ends, not begins
     else:
         sequence = index // each
         ordinal = index % each
@@ -418,6 +371,7 @@ def _meet(later, earlier, level):
     return (((later >> level) & 1) != 0) & ((later >> level) == (earlier >> level) + 1)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "each", "stretch"])
 def _summarise(
     rows, columns, g, table, states, totals,
@@ -469,6 +423,7 @@ def _summarise(
     tl.store(totals + place * N + n, total, mask=inside & (tile == 0))
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["each"])
 def _compose(
     states, totals, edge, starts, h, each, size,
@@ -510,6 +465,7 @@ def _compose(
             tl.store(states + places[i] * size + offsets, state, mask=within & (base + i < count))
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "each", "stretch"])
 def _read(
     q, k, v, g, bonus, initial, boundaries, table, y, final,
@@ -569,6 +525,7 @@ def _enter(initial, boundaries, sequence, index, precedes, head, h, offsets, ins
     return state
 
 
+@QuickLaunch
 @triton.jit
 def _step(
     q, k, v, g, bonus, initial, y, final, h, scale, q_stride, k_stride, v_stride, g_stride,
@@ -602,6 +559,7 @@ def _step(
     tl.store(y + (row * h + head) * P + p, result.to(y.dtype.element_ty), mask=in_p)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["b", "t", "each", "stretch"])
 def _differentiate(
     q, k, v, g, bonus, initial, boundaries, table, dy, dfinal, leaving,

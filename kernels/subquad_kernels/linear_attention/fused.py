@@ -27,6 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad_kernels.linear_attention.declaration import CHUNK, chunk_slots, segment_len
+from subquad_kernels.triton_chunks import chunk_at, lay_out, taken
+from subquad_kernels.triton_launch import QuickLaunch
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Argument, Arguments, Outputs
@@ -127,13 +129,7 @@ class _Call:
         self.lanes = self.tiles * self.h * self.b
         self.walked = self.segments if self.lanes >= launch.enough else 1
         self.walks = self.segments // self.walked
-        # Packed: where chunks lie, laid out on the device because only there the boundaries are known.
-        self.table = None
-        if self.cu_seqlens is not None:
-            self.table = torch.empty(3 * self.chunks + 1, dtype=torch.int32, device=self.v.device)
-            _lay_out[(self.documents,)](
-                self.cu_seqlens, self.table, self.documents, self.chunks, CHUNK=launch.chunk, BLOCK=256, num_warps=1
-            )
+        self.table = None if self.cu_seqlens is None else lay_out(self.cu_seqlens, self.chunks, launch.chunk)[0]
 
     def _sizes(self) -> tuple[int, ...]:
         return (self.t, self.b, self.h, self.h // self.h_k, self.chunks, self.segments, self.chunks_per_segment)
@@ -284,35 +280,6 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.flatten(0, 1)
 
 
-@triton.jit(do_not_specialize=["documents", "slots"])
-def _lay_out(cu_seqlens, table, documents, slots, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """Write a document's chunks to the table: first token, tokens, 4 document + 2 (the last) + (the first of it).
-
-    Shapes:  cu_seqlens: documents + 1    table: three rows of `slots`, then how many of them are taken
-    """
-    document = tl.program_id(0)
-    columns = tl.arange(0, BLOCK)
-    before = tl.zeros([BLOCK], tl.int32)
-    for base in range(0, document, BLOCK):
-        mask = base + columns < document
-        start = tl.load(cu_seqlens + base + columns, mask=mask, other=0)
-        stop = tl.load(cu_seqlens + base + columns + 1, mask=mask, other=0)
-        before += (stop - start + CHUNK - 1) // CHUNK
-    slot = tl.sum(before)
-    start, stop = tl.load(cu_seqlens + document), tl.load(cu_seqlens + document + 1)
-    chunks = (stop - start + CHUNK - 1) // CHUNK
-    for base in range(0, chunks, BLOCK):
-        index = base + columns
-        mask = index < chunks
-        first = start + index * CHUNK
-        mark = 4 * document + 2 * (index == chunks - 1).to(tl.int32) + (index == 0).to(tl.int32)
-        tl.store(table + slot + index, first, mask=mask)
-        tl.store(table + slots + slot + index, tl.minimum(CHUNK, stop - first), mask=mask)
-        tl.store(table + 2 * slots + slot + index, mark, mask=mask)
-    if document == documents - 1:
-        tl.store(table + 3 * slots, slot + chunks)
-
-
 @triton.jit
 def _place(b, h, group, P: tl.constexpr, TILE_P: tl.constexpr):
     """Tile, head, its head of q and k, sequence (64 bits) and segment (or walk); neighbours share q and k."""
@@ -328,19 +295,16 @@ def _place(b, h, group, P: tl.constexpr, TILE_P: tl.constexpr):
 def _chunks(table, chunks, PACKED: tl.constexpr):
     """How many chunks there are; when packed only the device knows."""
     if PACKED:
-        chunks = tl.load(table + 3 * chunks)
+        chunks = taken(table, chunks)
     return chunks
 
 
 @triton.jit
-def _chunk(table, slots, index, sequence, t, CHUNK: tl.constexpr, PACKED: tl.constexpr):
+def _chunk(table, index, sequence, t, CHUNK: tl.constexpr, PACKED: tl.constexpr):
     """First row (64 bits) and length of a chunk, its state (64 bits), and whether that begins or ends with it."""
     if PACKED:
-        mark = tl.load(table + 2 * slots + index)
-        row = tl.load(table + index).to(tl.int64)
-        limit = tl.load(table + slots + index)
-        state = (mark >> 2).to(tl.int64)
-        begins, ends = (mark & 1) != 0, (mark & 2) != 0
+        row, limit, document, begins, ends = chunk_at(table, index)
+        state = document.to(tl.int64)
     else:
         row = sequence * t + index * CHUNK
         limit = tl.minimum(CHUNK, t - index * CHUNK)
@@ -419,6 +383,7 @@ def _weigh(products, fades, gates, own, is_own, GATE: tl.constexpr, DIAGONAL: tl
     return weighed
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment"])
 def _summarise(
     k, v, log_decay, write_gate, initial, table, decays, writes,
@@ -445,7 +410,7 @@ def _summarise(
     state = _load_state(initial, place, offsets, within & (segment == 0), STATE, INITIAL and not PACKED)
     end = tl.minimum((segment + 1) * per_segment, _chunks(table, chunks, PACKED))
     for index in tl.range(segment * per_segment, end, num_stages=STAGES):
-        row, limit, owner, begins, _ = _chunk(table, chunks, index, sequence, t, CHUNK, PACKED)
+        row, limit, owner, begins, _ = _chunk(table, index, sequence, t, CHUNK, PACKED)
         keys = _load_tile(k + row * k_stride, k_stride, tokens, limit, lines, N)
         values = _load_tile(v + row * v_stride, v_stride, tokens, limit, columns, P)
         ages, whole = _ages(log_decay, row * h + head, h, head, tokens, limit, DECAY)
@@ -463,6 +428,7 @@ def _summarise(
         tl.store(decays + place, left)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["heads", "rows"])
 def _compose(decays, states, size, heads, rows, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
     """states_i = decays_i states_{i-1} + states_i, in place, from the first row on or from the last.
@@ -492,6 +458,7 @@ def _compose(decays, states, size, heads, rows, BLOCK: tl.constexpr, REVERSE: tl
             tl.store(states + place + columns, state, mask=(base + i < rows) & (columns < size))
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment", "walked"])
 def _read(
     q, k, v, log_decay, write_gate, diagonal, initial, table, boundaries, y, final,
@@ -521,7 +488,7 @@ def _read(
     for segment in range(walk * walked, (walk + 1) * walked):
         end = tl.minimum((segment + 1) * per_segment, count)
         for index in tl.range(segment * per_segment, end, num_stages=STAGES):
-            row, limit, owner, begins, ends = _chunk(table, chunks, index, sequence, t, CHUNK, PACKED)
+            row, limit, owner, begins, ends = _chunk(table, index, sequence, t, CHUNK, PACKED)
             queries = _load_tile(q + row * q_stride, q_stride, tokens, limit, lines, N)
             keys = _load_tile(k + row * k_stride, k_stride, tokens, limit, lines, N)
             values = _load_tile(v + row * v_stride, v_stride, tokens, limit, columns, P)
@@ -552,6 +519,7 @@ def _read(
             tl.store(final + (sequence * h + head) * STATE + offsets, state, mask=within)
 
 
+@QuickLaunch
 @triton.jit
 def _step(
     q, k, v, log_decay, write_gate, diagonal, initial, y, final,
@@ -594,6 +562,7 @@ def _step(
     tl.store(final + place * STATE + offsets, state, mask=within)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment"])
 def _differentiate_q(
     q, k, v, log_decay, write_gate, diagonal, initial, table, boundaries, dy, dq, rows,
@@ -625,7 +594,7 @@ def _differentiate_q(
         state = _load_state(boundaries, ((segment - 1) * b + sequence) * h + head, offsets, within, STATE, True)
     end = tl.minimum((segment + 1) * per_segment, _chunks(table, chunks, PACKED))
     for index in tl.range(segment * per_segment, end, num_stages=STAGES):
-        row, limit, owner, begins, _ = _chunk(table, chunks, index, sequence, t, CHUNK, PACKED)
+        row, limit, owner, begins, _ = _chunk(table, index, sequence, t, CHUNK, PACKED)
         pulls = _load_tile(dy + row * dy_stride, dy_stride, tokens, limit, columns, P)
         values = _load_tile(v + row * v_stride, v_stride, tokens, limit, columns, P)
         keys = _load_tile(k + row * k_stride, k_stride, tokens, limit, lines, N)
@@ -653,6 +622,7 @@ def _differentiate_q(
         state = tl.dot(tl.trans(values), keys, state * tl.exp2(whole), input_precision=PRECISION)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment"])
 def _summarise_gradients(
     q, log_decay, table, dy, dfinal, decays, writes,
@@ -682,7 +652,7 @@ def _summarise_gradients(
     end = tl.minimum((segment + 1) * per_segment, _chunks(table, chunks, PACKED))
     for back in tl.range(0, end - first, num_stages=STAGES):
         index = end - 1 - back
-        row, limit, owner, begins, ends = _chunk(table, chunks, index, sequence, t, CHUNK, PACKED)
+        row, limit, owner, begins, ends = _chunk(table, index, sequence, t, CHUNK, PACKED)
         queries = _load_tile(q + row * q_stride, q_stride, tokens, limit, lines, N)
         pulls = _load_tile(dy + row * dy_stride, dy_stride, tokens, limit, columns, P)
         ages, whole = _ages(log_decay, row * h + head, h, head, tokens, limit, DECAY)
@@ -702,6 +672,7 @@ def _summarise_gradients(
         tl.store(decays + place, left)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment", "walked"])
 def _differentiate_kv(
     q, k, v, log_decay, write_gate, diagonal, table,
@@ -753,7 +724,7 @@ def _differentiate_kv(
                 carried = tl.sum(grad.to(v.dtype.element_ty).to(tl.float32) * left)
         for back in tl.range(0, end - first, num_stages=STAGES):
             index = end - 1 - back
-            row, limit, owner, begins, ends = _chunk(table, chunks, index, sequence, t, CHUNK, PACKED)
+            row, limit, owner, begins, ends = _chunk(table, index, sequence, t, CHUNK, PACKED)
             queries = _load_tile(q + row * q_stride, q_stride, tokens, limit, lines, N)
             keys = _load_tile(k + row * k_stride, k_stride, tokens, limit, lines, N)
             values = _load_tile(v + row * v_stride, v_stride, tokens, limit, columns, P)

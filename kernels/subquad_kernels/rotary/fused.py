@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad_kernels.documents import document_positions
+from subquad_kernels.triton_launch import QuickLaunch
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Arguments, Outputs
@@ -70,6 +71,7 @@ def _rotated(
     return turned_q, turned_k
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "start", "h", "h_kv", "heads_each"])
 def _rotate(
     q, k, turned_q, turned_k, positions,
