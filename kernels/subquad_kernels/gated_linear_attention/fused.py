@@ -32,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad_kernels.gated_linear_attention.declaration import stretch_len
+from subquad_kernels.tile_sizes import ceil_div, padded
 from subquad_kernels.triton_chunks import chunk_at, lay_out
 from subquad_kernels.triton_launch import QuickLaunch
 
@@ -66,7 +67,7 @@ def launch_of(n: int, p: int, kernel: str) -> Launch:
     64 x 64 outgrow the registers of four warps. `summarise` has no pairs of tokens and takes 64. Backward, where the
     whole width of v must be held, eight warps hold up to 128 x 128.
     """
-    wide_n, wide_p = _padded(n), _padded(p)
+    wide_n, wide_p = padded(n), padded(p)
     if kernel == "differentiate":
         tile = min(wide_n, max(16, 128 * 128 // wide_p))
         large = tile * wide_p > 64 * 64
@@ -125,7 +126,7 @@ class _Call:
         """
         if self.cu_seqlens is None:
             self.table = self.starts = None
-            self.sequences, self.each = self.b, triton.cdiv(self.t, self.stretch)
+            self.sequences, self.each = self.b, ceil_div(self.t, self.stretch)
             self.stretches, self.cuts = self.b * self.each, self.b * (self.each - 1)
             return
         self.sequences, self.each = self.cu_seqlens.shape[0] - 1, 0
@@ -171,15 +172,15 @@ class _Call:
         if self.cuts == 0:
             return states
         launch = self._launch("summarise")
-        tile = min(launch.tile, _padded(self.p))
-        _summarise[(self.stretches * self.h * triton.cdiv(self.p, tile),)](
+        tile = min(launch.tile, padded(self.p))
+        _summarise[(self.stretches * self.h * ceil_div(self.p, tile),)](
             rows, columns, self.g, self.table, states, totals,
             self.t, self.h, self.each, self.stretch, self.scale if reverse else 1.0,
             rows.stride(0), columns.stride(0), self.g.stride(0),
-            PAD_N=_padded(self.n), TILE_P=tile, REVERSE=reverse, **self._constants(launch),
+            PAD_N=padded(self.n), TILE_P=tile, REVERSE=reverse, **self._constants(launch),
         )  # fmt: skip
         size = self.n * self.p
-        _compose[(self.sequences * self.h * triton.cdiv(size, _ENTRIES),)](
+        _compose[(self.sequences * self.h * ceil_div(size, _ENTRIES),)](
             states, totals, edge, self.starts, self.h, self.each, size,
             P=self.p, TILE=_ENTRIES, TOGETHER=_TOGETHER, GIVEN=edge is not None, PACKED=self.starts is not None,
             REVERSE=reverse, num_warps=2,
@@ -191,14 +192,14 @@ class _Call:
         self._plan()
         boundaries = self._cross(self.k, self.v, self.initial, reverse=False)
         launch = self._launch("read")
-        tile = min(launch.tile, _padded(self.p))
+        tile = min(launch.tile, padded(self.p))
         y = torch.empty(self.b, self.t, self.h, self.p, dtype=self.q.dtype, device=self.q.device)
         final = self._states(self.initial)
-        _read[(self.stretches * self.h * triton.cdiv(self.p, tile),)](
+        _read[(self.stretches * self.h * ceil_div(self.p, tile),)](
             self.q, self.k, self.v, self.g, self.bonus, self.initial, boundaries, self.table, y, final,
             self.t, self.h, self.each, self.stretch, self.scale,
             self.q.stride(0), self.k.stride(0), self.v.stride(0), self.g.stride(0),
-            PAD_N=_padded(self.n), TILE_P=tile, INITIAL=self.initial is not None, BONUS=self.bonus is not None,
+            PAD_N=padded(self.n), TILE_P=tile, INITIAL=self.initial is not None, BONUS=self.bonus is not None,
             **self._constants(launch),
         )  # fmt: skip
         return y, final, boundaries
@@ -207,9 +208,9 @@ class _Call:
         """One token: the state is read and written once."""
         y = torch.empty(self.b, 1, self.h, self.p, dtype=self.q.dtype, device=self.q.device)
         final = self._new(self.b, self.h, self.n, self.p)
-        pad_n = _padded(self.n)
-        tile = min(_padded(self.p), max(16, 4096 // pad_n))
-        _step[(self.b * self.h * triton.cdiv(self.p, tile),)](
+        pad_n = padded(self.n)
+        tile = min(padded(self.p), max(16, 4096 // pad_n))
+        _step[(self.b * self.h * ceil_div(self.p, tile),)](
             self.q, self.k, self.v, self.g, self.bonus, self.initial, y, final,
             self.h, self.scale, self.q.stride(0), self.k.stride(0), self.v.stride(0), self.g.stride(0),
             N=self.n, P=self.p, PAD_N=pad_n, TILE_P=tile, BEFORE=self.before,
@@ -226,8 +227,8 @@ class _Call:
         dfinal = None if dfinal is None else dfinal.contiguous()
         leaving = self._cross(self.q, pull, dfinal, reverse=True)
         launch = self._launch("differentiate")
-        tile = min(launch.tile, _padded(self.n))
-        tiles = triton.cdiv(self.n, tile)
+        tile = min(launch.tile, padded(self.n))
+        tiles = ceil_div(self.n, tile)
         shape = (self.b, self.t, self.h, self.n)
         dq, dk, dg = (torch.empty(shape, dtype=rows.dtype, device=rows.device) for rows in (self.q, self.k, self.g))
         # Every tile of n has its part of dv.
@@ -237,14 +238,14 @@ class _Call:
         dbonus = None if self.bonus is None else self._new(self.stretches, self.h, self.n)
         dinitial = None if self.initial is None else self._states(dfinal)
         product = torch.bfloat16 if self.q.dtype == torch.bfloat16 else torch.float32
-        held = triton.cdiv(min(self.stretch, self.t), launch.chunk) * tile * _padded(self.p)
+        held = ceil_div(min(self.stretch, self.t), launch.chunk) * tile * padded(self.p)
         states = torch.empty(self.stretches * self.h * tiles, held, dtype=product, device=self.q.device)
         _differentiate[(self.stretches * self.h * tiles,)](
             self.q, self.k, self.v, self.g, self.bonus, self.initial, boundaries, self.table, pull, dfinal, leaving,
             dq, dk, dv, dg, dbonus, dinitial, states,
             self.b, self.t, self.h, self.each, self.stretch, held, self.scale,
             self.q.stride(0), self.k.stride(0), self.v.stride(0), self.g.stride(0), pull.stride(0),
-            PAD_P=_padded(self.p), TILE_N=tile, INITIAL=self.initial is not None, FINAL=dfinal is not None,
+            PAD_P=padded(self.p), TILE_N=tile, INITIAL=self.initial is not None, FINAL=dfinal is not None,
             BONUS=self.bonus is not None, **self._constants(launch),
         )  # fmt: skip
         return {
@@ -266,11 +267,6 @@ def _rows(tensor: Tensor) -> Tensor:
     if (tensor.stride(3) != 1 and w != 1) or (tensor.stride(2) != w and h != 1):
         tensor = tensor.contiguous()
     return tensor.reshape(-1, h * w)
-
-
-def _padded(width: int) -> int:
-    """The power of two that holds a width; tensor cores take 16 at least."""
-    return max(16, int(triton.next_power_of_2(width)))
 
 
 @triton.jit

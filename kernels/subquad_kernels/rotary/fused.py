@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad_kernels.documents import document_positions
+from subquad_kernels.tile_sizes import ceil_div, power_of_two
 from subquad_kernels.triton_launch import QuickLaunch
 
 if TYPE_CHECKING:
@@ -56,12 +57,12 @@ def _rotated(
     turned_q, turned_k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     positions = None if cu_seqlens is None else document_positions(cu_seqlens, t)
     half = head_dim // 2
-    pad = triton.next_power_of_2(half)
-    tile_t = max(1, min(1024 // pad, triton.next_power_of_2(t)))
-    tiles = b * triton.cdiv(t, tile_t)
-    heads_each = triton.cdiv(h + h_kv, min(h + h_kv, triton.cdiv(PROGRAMS, max(tiles, 1))))
+    pad = power_of_two(half)
+    tile_t = max(1, min(1024 // pad, power_of_two(t)))
+    tiles = b * ceil_div(t, tile_t)
+    heads_each = ceil_div(h + h_kv, min(h + h_kv, ceil_div(PROGRAMS, max(tiles, 1))))
     if tiles:
-        _rotate[(tiles, triton.cdiv(h + h_kv, heads_each))](
+        _rotate[(tiles, ceil_div(h + h_kv, heads_each))](
             q, k, turned_q, turned_k, positions,
             t, start, h, h_kv, heads_each,
             q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
