@@ -135,7 +135,7 @@ def graph_us(functions: Sequence[Function], device: str, replays: int = 20) -> f
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end))
     del results
-    return 1e3 * statistics.median(times[2:]) / len(functions)
+    return float(1e3 * statistics.median(times[2:]) / len(functions))
 
 
 def host_us(function: Function, calls: int = 200) -> float:
