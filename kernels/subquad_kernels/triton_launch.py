@@ -12,6 +12,8 @@ from torch import Tensor
 _MOST_KNOWN = 4096
 """Argument lists that one kernel remembers; a decode with a growing cache brings new ones for ever."""
 
+_NUMBERS = (int, float)
+
 
 class QuickLaunch:
     """A jitted kernel, launched as one:  kernel[programs](arguments..., CONSTANT=..., num_warps=...).
@@ -31,14 +33,14 @@ class QuickLaunch:
         return partial(self._launch, programs)
 
     def _launch(self, programs: tuple[int, ...], /, *values: Any, **constants: Any) -> None:
-        key: list[object] = [values[0].device]
-        for value in values:
-            if isinstance(value, Tensor):
-                # triton compiles for pointers to multiples of 16 bytes, and others.
-                key += (value.dtype, value.data_ptr() % 16 == 0)
-            else:
-                key.append(value)
-        known = (*key, *constants.items())
+        # triton compiles for pointers to multiples of 16 bytes, and others. Most values are numbers or left out.
+        key = [
+            (value.dtype, value.data_ptr() % 16)
+            if value is not None and value.__class__ not in _NUMBERS and isinstance(value, Tensor)
+            else value
+            for value in values
+        ]
+        known = (values[0].device, *key, *constants.items())
         compiled = self._compiled.get(known)
         if compiled is None:
             compiled = self.jitted[programs](*values, **constants)

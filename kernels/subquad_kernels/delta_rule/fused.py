@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad_kernels.delta_rule.declaration import CHUNK, num_chunks
+from subquad_kernels.tile_sizes import ceil_div, padded
 from subquad_kernels.triton_chunks import chunk_at, lay_out
 from subquad_kernels.triton_launch import QuickLaunch
 
@@ -118,12 +119,12 @@ class _Call:
 
     def _sizes(self) -> tuple[int, ...]:
         """Chunks of all sequences, tokens and chunks of one, heads, and value heads a key head."""
-        return self.chunks, self.t, triton.cdiv(self.t, CHUNK), self.h, self.h // self.h_k
+        return self.chunks, self.t, ceil_div(self.t, CHUNK), self.h, self.h // self.h_k
 
     def _constants(self) -> dict[str, Any]:
         return {
             "N": self.n,
-            "PAD_N": _padded(self.n),
+            "PAD_N": padded(self.n),
             "P": self.p,
             "CHUNK": CHUNK,
             "PACKED": self.bounds is not None,
@@ -137,26 +138,26 @@ class _Call:
         states = self.documents or b
         final = self._new(states, h, n, p, dtype=torch.float32)
         if t == 1 and self.bounds is None:
-            tile_p = min(launch.decode_tile_p, _padded(p))
-            _decode[(b * h * triton.cdiv(p, tile_p),)](
+            tile_p = min(launch.decode_tile_p, padded(p))
+            _decode[(b * h * ceil_div(p, tile_p),)](
                 self.q, self.k, self.v, self.log_decay, self.gate, self.initial, y, final, writes,
                 h, h // self.h_k, self.q.stride(0), self.k.stride(0), self.v.stride(0), self.scale,
-                N=n, PAD_N=_padded(n), P=p, TILE_P=tile_p, DECAY=self.log_decay is not None,
+                N=n, PAD_N=padded(n), P=p, TILE_P=tile_p, DECAY=self.log_decay is not None,
                 GATE=self.gate is not None, INITIAL=self.initial is not None, num_warps=launch.decode_warps,
             )  # fmt: skip
             return y, final, writes, self._new(0, h, p, n)
         boundaries = self._new(self.chunks, h, p, n)
         vectors, inverse = self._invert()
         constants = self._constants() | {"DECAY": self.log_decay is not None}
-        tile_p = min(launch.scan_tile_p, _padded(p))
-        _scan[(states * h * triton.cdiv(p, tile_p),)](
+        tile_p = min(launch.scan_tile_p, padded(p))
+        _scan[(states * h * ceil_div(p, tile_p),)](
             self.k, self.v, inverse, vectors, self.initial, self.bounds, self.offsets, final, writes, boundaries,
             *self._sizes(), self.k.stride(0), self.v.stride(0),
             TILE_P=tile_p, INITIAL=self.initial is not None, STAGES=launch.scan_stages, num_warps=launch.scan_warps,
             **constants,
         )  # fmt: skip
-        tile_p = min(launch.read_tile_p, _padded(p))
-        _read[(self.chunks * h * triton.cdiv(p, tile_p),)](
+        tile_p = min(launch.read_tile_p, padded(p))
+        _read[(self.chunks * h * ceil_div(p, tile_p),)](
             self.q, self.k, writes, vectors, boundaries, self.table, y,
             *self._sizes(), self.q.stride(0), self.k.stride(0), self.scale,
             TILE_P=tile_p, num_warps=launch.read_warps, **constants,
@@ -195,8 +196,8 @@ class _Call:
         constants = self._constants() | {"DECAY": decayed}
         # The gradient of U by y, which the scan replaces by that of T U.
         dwrites = self._new(self.tokens, h, p)
-        tile_p = min(launch.read_tile_p, _padded(p))
-        _read_back[(self.chunks * h * triton.cdiv(p, tile_p),)](
+        tile_p = min(launch.read_tile_p, padded(p))
+        _read_back[(self.chunks * h * ceil_div(p, tile_p),)](
             self.q, self.k, dy, vectors, self.table, dwrites,
             *self._sizes(), self.q.stride(0), self.k.stride(0), self.scale,
             TILE_P=tile_p, num_warps=launch.read_warps, **constants,
@@ -204,8 +205,8 @@ class _Call:
         dstates = self._new(self.chunks, h, p, n)
         states = self.documents or b
         dinitial = self._new(states, h, n, p, dtype=torch.float32)
-        tile_p = min(launch.scan_tile_p, _padded(p))
-        _scan_back[(states * h * triton.cdiv(p, tile_p),)](
+        tile_p = min(launch.scan_tile_p, padded(p))
+        _scan_back[(states * h * ceil_div(p, tile_p),)](
             self.q, self.k, dy, inverse, dwrites, vectors, dfinal, self.bounds, self.offsets, dinitial, dstates,
             *self._sizes(), self.q.stride(0), self.k.stride(0), self.scale,
             TILE_P=tile_p, FINAL=dfinal is not None, STAGES=launch.scan_back_stages, num_warps=launch.scan_warps,
@@ -220,7 +221,7 @@ class _Call:
             self.q, self.k, self.v, dy, writes, dwrites, boundaries, dstates, vectors, self.table,
             dq, dk, dv, ddecay, dgate,
             *self._sizes(), self.q.stride(0), self.k.stride(0), self.v.stride(0), self.scale,
-            PAD_P=_padded(p), TILE_P=min(launch.differentiate_tile_p, _padded(p)), GATE=gated,
+            PAD_P=padded(p), TILE_P=min(launch.differentiate_tile_p, padded(p)), GATE=gated,
             num_warps=launch.differentiate_warps, **constants,
         )  # fmt: skip
         if shared is not None:
@@ -233,11 +234,6 @@ class _Call:
             "write_gate": dgate,
             "initial_state": None if self.initial is None else dinitial,
         }
-
-
-def _padded(width: int) -> int:
-    """The width of a tile: a power of two, 16 at least for tensor cores."""
-    return max(16, int(triton.next_power_of_2(width)))
 
 
 def _rows(tensor: Tensor) -> Tensor:

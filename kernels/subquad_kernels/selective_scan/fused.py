@@ -74,7 +74,7 @@ def launch_of(n: int, *, backward: bool) -> Launch:
     padded = _power_of_two(n)
     if backward:
         return Launch(tile_c=min(64, max(8, 512 // padded)), group=2)
-    tile_c = min(64, max(16, 256 // padded))
+    tile_c = min(64, max(16, 512 // padded))
     return Launch(tile_c=tile_c, group=4, rows=128 // tile_c, programs=2640)
 
 
