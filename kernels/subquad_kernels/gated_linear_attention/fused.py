@@ -270,7 +270,7 @@ def _constants_of(launch: Launch, n: int, p: int, dtype: torch.dtype, before: bo
         "PACKED": packed,
         # Float16 would overflow in states; a single TF32 product cuts factors off, and missed its tolerance.
         "PRODUCT": tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,
-        "PRECISION": "tf32x3" if exact else "tf32",
+        "PRECISION": "tf32x3" if dtype != torch.bfloat16 else "tf32",
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }
