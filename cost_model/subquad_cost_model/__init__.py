@@ -12,6 +12,7 @@ from subquad_cost_model.metrics import coverage, error_factor, regret
 from subquad_cost_model.probe import probe_device
 from subquad_cost_model.roofline import Efficiency, RooflineEstimator
 from subquad_cost_model.rows import CostRow
+from subquad_cost_model.timed_rows import TimedRow, TimedRowsError, read_timed_rows, timed, write_timed_rows
 from subquad_cost_model.undecided import Decision, decide
 
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
     "Measurement",
     "MeasurementStore",
     "RooflineEstimator",
+    "TimedRow",
+    "TimedRowsError",
     "Timing",
     "UnknownDeviceError",
     "coverage",
@@ -35,8 +38,11 @@ __all__ = [
     "load_device",
     "lower_bound_s",
     "probe_device",
+    "read_timed_rows",
     "regret",
     "shipped_devices",
     "time_callable",
     "time_rivals",
+    "timed",
+    "write_timed_rows",
 ]
