@@ -5,6 +5,9 @@ from subquad_cost_model.constant import ConstantEstimator
 from subquad_cost_model.device import Device
 from subquad_cost_model.devices import UnknownDeviceError, load_device, shipped_devices
 from subquad_cost_model.estimator import Estimate, Estimator
+from subquad_cost_model.fit_files import FitError, learned_or_roofline, load_fit, save_fit
+from subquad_cost_model.head import Trees
+from subquad_cost_model.learned import LearnedEstimator
 from subquad_cost_model.measure import Clock, Timing, time_callable, time_rivals
 from subquad_cost_model.measured import MeasuredEstimator
 from subquad_cost_model.measurements import Measurement, MeasurementStore
@@ -24,6 +27,8 @@ __all__ = [
     "Efficiency",
     "Estimate",
     "Estimator",
+    "FitError",
+    "LearnedEstimator",
     "MeasuredEstimator",
     "Measurement",
     "MeasurementStore",
@@ -31,15 +36,19 @@ __all__ = [
     "TimedRow",
     "TimedRowsError",
     "Timing",
+    "Trees",
     "UnknownDeviceError",
     "coverage",
     "decide",
     "error_factor",
+    "learned_or_roofline",
     "load_device",
+    "load_fit",
     "lower_bound_s",
     "probe_device",
     "read_timed_rows",
     "regret",
+    "save_fit",
     "shipped_devices",
     "time_callable",
     "time_rivals",
