@@ -112,7 +112,7 @@ def _vouched(folder: Path) -> dict[str, str]:
 
 
 def _booster(lightgbm: Any, text: str) -> lightgbm.Booster:
-    return lightgbm.Booster(model_str=text, params={"verbosity": -1})
+    return lightgbm.Booster(model_str=text)
 
 
 def _head_record(head: Head) -> dict[str, Any]:

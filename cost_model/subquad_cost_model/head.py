@@ -42,6 +42,9 @@ class Trees:
     seed: int = 0
 
 
+USUAL = Trees()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Head:
     """Answers z = log(quantity / its bound) for rows on devices, with the half width of an interval.
@@ -71,7 +74,7 @@ class Head:
         z: Floats,
         *,
         level: float = 0.9,
-        trees: Trees = Trees(),
+        trees: Trees = USUAL,
     ) -> Head:
         """Fit to rows, their devices and their z.
 
@@ -119,6 +122,8 @@ class Head:
 
     def predict(self, rows: Sequence[CostRow], device: Device) -> tuple[Floats, Floats]:
         """z of each row, and the half width of its interval (infinite on a device whose family was the only one)."""
+        if not rows:
+            return np.empty(0), np.empty(0)
         features = feature_matrix(rows, [device] * len(rows), self.vocabulary)
         z = np.clip(_ask(self.point, features), self.lowest, self.highest)
         spread = np.exp(_ask(self.spread, features))
@@ -190,8 +195,6 @@ def _out_of_group(
 
 
 def _ask(booster: lightgbm.Booster, features: Floats) -> Floats:
-    if not len(features):
-        return np.empty(0)
     return np.asarray(booster.predict(features, num_threads=1), dtype=np.float64)
 
 

@@ -12,7 +12,7 @@ from subquad_cost_model.bound import lower_bound_s
 from subquad_cost_model.device import Device
 from subquad_cost_model.envelope import Smaller, largest_below, with_smaller
 from subquad_cost_model.estimator import Estimate, Estimator
-from subquad_cost_model.head import Head, Trees
+from subquad_cost_model.head import USUAL, Head, Trees
 from subquad_cost_model.roofline import RooflineEstimator
 from subquad_cost_model.rows import CostRow
 from subquad_cost_model.timed_rows import TimedRow, timed
@@ -47,7 +47,7 @@ class LearnedEstimator:
         rows: Iterable[TimedRow],
         *,
         level: float = 0.9,
-        trees: Trees = Trees(),
+        trees: Trees = USUAL,
         smaller: Smaller | None = None,
     ) -> LearnedEstimator:
         """A head per phase that has rows enough, and one for peak memory if it was observed.
