@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
 
 from subquad_cost_model.constant import ConstantEstimator
 from subquad_cost_model.estimator import Estimate, Estimator
@@ -61,7 +62,7 @@ class Verdict:
 def judge(rows: Sequence[TimedRow], split: Split, fit: Fit) -> list[Verdict]:
     """The verdict on each estimator, on choosing at random, on the oracle, and on always taking one kernel.
 
-    Always-X answers where X was measured and as the oracle elsewhere: more than it would get.
+    Always-X is judged on the cells where X was measured: it has no answer elsewhere.
     """
     seen, asked = [rows[index] for index in split.fit], [rows[index] for index in split.judge]
     cells = _cells(asked)
@@ -88,12 +89,14 @@ def judge(rows: Sequence[TimedRow], split: Split, fit: Fit) -> list[Verdict]:
         )
     if not cells:
         return verdicts
-    measured = _fastest([row.seconds for row in asked])
-    kernels = sorted({kernel for cell in cells for kernel in cell})
-    selectors = {"oracle": measured} | {f"always {kernel}": _always(kernel, measured) for kernel in kernels}
-    for name, choose in selectors.items():
-        lost, time_lost = _choosing(cells, choose, asked)
-        verdicts.append(replace(blank, selector=name, regret=lost, time_regret=time_lost))
+    lost, time_lost = _choosing(cells, _fastest([row.seconds for row in asked]), asked)
+    verdicts.append(replace(blank, selector="oracle", regret=lost, time_regret=time_lost))
+    for kernel in sorted({kernel for cell in cells for kernel in cell}):
+        having = [cell for cell in cells if kernel in cell]
+        lost, time_lost = _choosing(having, itemgetter(kernel), asked)
+        verdicts.append(
+            replace(blank, selector=f"always {kernel}", cells=len(having), regret=lost, time_regret=time_lost)
+        )
     drawn = [random_regret({kernel: asked[index].seconds for kernel, index in cell.items()}) for cell in cells]
     return [*verdicts, replace(blank, selector="random", regret=Summary.of(drawn))]
 
@@ -176,10 +179,6 @@ def _choosing(cells: Sequence[Cell], choose: Choose, rows: Sequence[TimedRow]) -
 
 def _fastest(seconds: Sequence[float]) -> Choose:
     return lambda cell: min(cell.values(), key=lambda index: seconds[index])
-
-
-def _always(kernel: str, otherwise: Choose) -> Choose:
-    return lambda cell: cell[kernel] if kernel in cell else otherwise(cell)
 
 
 def _estimates(estimator: Estimator, rows: Sequence[TimedRow]) -> list[Estimate]:
