@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     import lightgbm
 
 FOLDS = 5
-REACH_OCTAVES = 1.0
-"""A head answers for axes up to twice the largest (down to half the smallest) it was fitted to."""
 LEAST_ROWS, LEAST_SHAPES = 50, 10
 """With fewer shapes no finite interval holds nine in ten of the next."""
 SPREAD_FLOOR = 0.01
@@ -135,7 +133,7 @@ class Head:
         return self.seen_width.get(row.operator, self.seen_width[""])
 
     def refusal(self, row: CostRow, device: Device) -> str | None:
-        """Why this head has nothing to say about the row; None if it has."""
+        """Why the interval of this head holds nothing for the row; None if it does."""
         if device.kind not in self.kinds:
             return f"fitted to {', '.join(self.kinds)}, not {device.kind}"
         if device.name not in self.devices and not math.isfinite(self.new_width):
@@ -146,9 +144,8 @@ class Head:
         reach = self.reach[words(row)[1]]
         for axis, size in row.shape.items():
             smallest, largest = reach.get(axis, (size, size))
-            factor = 2**REACH_OCTAVES
-            if not smallest / factor <= size <= largest * factor:
-                return f"{axis}={size} is far from the {smallest} to {largest} it was fitted to"
+            if not smallest <= size <= largest:
+                return f"{axis}={size} is outside of the {smallest} to {largest} it was fitted to"
         return None
 
 
