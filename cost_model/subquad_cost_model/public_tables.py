@@ -27,14 +27,15 @@ SOURCE = "aiconfigurator-core"
 CHUNK = 64
 BYTES = 2  # of a bfloat16 element
 SHIPPED = {"a100_sxm": "a100", "h100_sxm": "h100", "h200_sxm": "h200", "l40s": "l40s"}
-# Multiprocessors, highest clock in MHz, bytes of L2. Their systems/*.yaml have the rates but not these. Those of the
-# RTX PRO 6000 are its data sheet's, at the clock that its yaml reports; Blackwell's are as third parties list them.
+# Name as the driver gives it, multiprocessors, highest clock in MHz, bytes of L2. Their systems/*.yaml have the rates
+# but not these. Those of the RTX PRO 6000 are its data sheet's, at the clock that its yaml reports; Blackwell's are as
+# third parties list them.
 UNSTATED = {
-    "b200_sxm": (148, 1980, 126 * 2**20),
-    "b300_sxm": (148, 1980, 126 * 2**20),
-    "gb200": (148, 2112, 126 * 2**20),
-    "gb300": (148, 2112, 126 * 2**20),
-    "rtx_pro_6000_server": (188, 2430, 128 * 2**20),
+    "b200_sxm": ("NVIDIA B200", 148, 1980, 126 * 2**20),
+    "b300_sxm": ("NVIDIA B300 SXM6 AC", 148, 1980, 126 * 2**20),
+    "gb200": ("NVIDIA GB200", 148, 2112, 126 * 2**20),
+    "gb300": ("NVIDIA GB300", 148, 2112, 126 * 2**20),
+    "rtx_pro_6000_server": ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 188, 2430, 128 * 2**20),
 }
 TABLES = ("attention/*/*/context_attention_perf.parquet", "linear_attention/*/*/gdn_perf.parquet")
 
@@ -113,12 +114,12 @@ def _device(name: str, systems: Path) -> Device:
     import yaml
 
     gpu: Mapping[str, Any] = yaml.safe_load((systems / f"{name}.yaml").read_text(encoding="utf-8"))["gpu"]
-    sms, clock_mhz, cache_bytes = UNSTATED[name]
+    full_name, sms, clock_mhz, cache_bytes = UNSTATED[name]
     clock_hz = clock_mhz * 1e6
     fp32 = 2 * 128 * sms * clock_hz
     version = int(gpu["sm_version"])
     return Device(
-        name=name,
+        name=full_name,
         kind="cuda",
         origin="data sheet",
         matmul_flops_per_s={"bfloat16": float(gpu["bfloat16_tc_flops"]), "float32": fp32},

@@ -70,7 +70,9 @@ def splits(rows: Sequence[TimedRow], name: str, *, salt: str = "") -> Iterator[S
     elif name == "S6":
         for split in _each(rows, name, lambda r: r.device.family):
             for count in CALIBRATION[1:]:
-                yield _given_back(rows, split, count, salt)
+                calibrated = _given_back(rows, split, count, salt)
+                if calibrated.judge:
+                    yield calibrated
     else:
         raise ValueError(f"no split is called {name!r}; there are {', '.join(SPLITS)}")
 

@@ -68,7 +68,7 @@ def test_the_delta_rule_has_a_prompt_and_a_token_and_convolutions_are_left_out(t
     assert prompt.row.serial_steps == 16
     assert token.row.matmul_flops == 0
     assert token.row.vector_flops == 7 * 2 * 4 * 128 * 128
-    assert prompt.device.capability == (10, 0)
+    assert (prompt.device.name, prompt.device.capability) == ("NVIDIA B200", (10, 0))
     assert prompt.device.bytes_per_s == 7.7e12
     assert prompt.seconds > lower_bound_s(prompt.row, prompt.device)
 

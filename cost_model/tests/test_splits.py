@@ -75,5 +75,7 @@ def test_a_side_that_would_be_empty_is_no_split_and_an_unknown_name_is_refused()
     one_device = planted.table(seed=2, shapes=5, devices=planted.DEVICES[:1])
     found: list[Split] = list(splits(one_device, "S5"))
     assert found == []
+    # Sixteen shapes given back of ten are all of them.
+    assert list(splits(planted.table(seed=2, shapes=10), "S6")) == []
     with pytest.raises(ValueError, match="no split is called 'S9'; there are S0, S1"):
         list(splits(ROWS, "S9"))
