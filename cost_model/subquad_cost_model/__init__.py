@@ -5,7 +5,7 @@ from subquad_cost_model.constant import ConstantEstimator
 from subquad_cost_model.device import Device
 from subquad_cost_model.devices import UnknownDeviceError, load_device, shipped_devices
 from subquad_cost_model.estimator import Estimate, Estimator
-from subquad_cost_model.fit_files import FitError, learned_or_roofline, load_fit, save_fit
+from subquad_cost_model.fit_files import FitError, learned_or_roofline, load_fit, save_fit, shipped_fit
 from subquad_cost_model.head import Trees
 from subquad_cost_model.learned import LearnedEstimator
 from subquad_cost_model.measure import Clock, Timing, time_callable, time_rivals
@@ -50,6 +50,7 @@ __all__ = [
     "regret",
     "save_fit",
     "shipped_devices",
+    "shipped_fit",
     "time_callable",
     "time_rivals",
     "timed",

@@ -35,6 +35,11 @@ class FitError(ValueError):
     """The files hold no fit of this format, not all of it, or not what the manifest vouches for."""
 
 
+def shipped_fit() -> Path:
+    """The fit that comes with this package: to kernels of serving frameworks (its `card.md` says more)."""
+    return Path(__file__).parent / "fits" / "serving"
+
+
 def save_fit(estimator: LearnedEstimator, folder: Path, *, card: str) -> None:
     """Write the fit; `card` says what it was fitted to and how it was judged.
 

@@ -15,6 +15,7 @@ import pytest
 
 from subquad_cost_model import (
     ConstantEstimator,
+    CostRow,
     Device,
     Estimate,
     Estimator,
@@ -28,10 +29,12 @@ from subquad_cost_model import (
     coverage,
     error_factor,
     learned_or_roofline,
+    load_device,
     load_fit,
     lower_bound_s,
     regret,
     save_fit,
+    shipped_fit,
 )
 
 SMALL = Trees(rounds=120, leaves=15, spread_rounds=30, spread_leaves=7)
@@ -297,3 +300,28 @@ def test_a_whole_fit_loads_without_a_warning(learned: LearnedEstimator, tmp_path
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert isinstance(learned_or_roofline(tmp_path), LearnedEstimator)
+
+
+def test_the_shipped_fit_answers_for_its_kernels_and_stays_within_five_mebibytes() -> None:
+    folder = shipped_fit()
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 5 * 2**20
+    shipped, device = load_fit(folder), load_device("h100")
+    pairs = 4 * 16 * 2048 * 2049 // 2
+    row = CostRow(
+        operator="softmax_attention",
+        kernel="vllm:vllm_flash_attn_fa3",
+        phase="forward",
+        dtype="bfloat16",
+        shape={"b": 4, "t": 2048, "s": 2048, "h": 16, "h_kv": 4, "k": 128, "v": 128},
+        options={"causal": True, "window": 0},
+        matmul_flops=4 * pairs * 128,
+        vector_flops=4 * pairs,
+        transcendental_ops=pairs + 4 * 16 * 2048,
+        bytes_moved=2 * 4 * 2048 * (16 + 4) * 128 * 2,
+    )
+    known, ours = shipped.predict([row, replace(row, kernel="sdpa_flash")], device)
+    assert (known.source, ours.source) == ("model", "bound")
+    assert "kernel softmax_attention/sdpa_flash is not among" in ours.note
+    # FlashAttention-3 reaches a third to nine tenths of the H100's peak at this size.
+    assert 1.1 < known.seconds / lower_bound_s(row, device) < 3
+    assert known.high_s / known.low_s < 2
