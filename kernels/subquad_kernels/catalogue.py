@@ -130,8 +130,8 @@ class Kernel:
     """One way to compute an operator.
 
     `supports` answers None, or the reason why this workload cannot run on that device. `requires` are requirement
-    strings of optional distributions, and `extensions` the compiled modules that a build of them may lack; a kernel
-    that is not installed is a reported fact, never an ImportError.
+    strings of optional distributions, and `extensions` the compiled modules that a build of the first of them may lack;
+    a kernel that is not installed is a reported fact, never an ImportError.
     `first_calls_in_threads` is False where a first call must have the process to itself, as torch.compile's must.
     """
 
@@ -184,7 +184,8 @@ class Kernel:
                 return f"{requirement.name} {version} is installed, {text} is needed (pip install '{text}')"
         for module in self.extensions:
             if importlib.util.find_spec(module) is None:
-                return f"{self.requires[0]} is installed without its CUDA extension {module} (build it from source)"
+                text = self.requires[0]
+                return f"{Requirement(text).name} has no {module}, built for CUDA (pip install --no-build-isolation '{text}')"
         return None
 
     def refusal(self, workload: Workload, limits: DeviceLimits) -> str | None:

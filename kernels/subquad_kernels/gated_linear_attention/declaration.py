@@ -119,12 +119,14 @@ def _fused_supports(workload: Workload, limits: DeviceLimits) -> str | None:
 
 
 def _fla_supports(workload: Workload, limits: DeviceLimits) -> str | None:
-    return half_only(workload) or _fla_recurrent_supports(workload, limits)
+    return half_only(workload)
 
 
 def _fla_recurrent_supports(workload: Workload, limits: DeviceLimits) -> str | None:
     if workload.dtype == "float64" or workload.options["decay_dtype"] == "float64":
         return "computes in float32, not in float64"
+    if workload.options["read"] == "before" and workload.phase != "decode":
+        return "has no gradient of the final state where the state is read before the write"
     return None
 
 

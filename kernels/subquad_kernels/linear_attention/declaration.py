@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from subquad_kernels.catalogue import Kernel, Operator, Tolerance
-from subquad_kernels.optional_packages import FLA, gated_backward_defect, half_only
+from subquad_kernels.optional_packages import FLA, MAMBA, MAMBA_EXTENSIONS, gated_backward_defect, half_only
 from subquad_kernels.workload import DeviceLimits, DType, Option, Phase, Work, Workload
 
 _HERE = "subquad_kernels.linear_attention"
@@ -160,6 +160,14 @@ def _fla_recurrent_supports(workload: Workload, limits: DeviceLimits) -> str | N
     return "weighs a token's own write as every other: it has no diagonal" if workload.options["diagonal"] else None
 
 
+def _mamba_supports(workload: Workload, limits: DeviceLimits) -> str | None:
+    if "documents" in workload.shape:
+        return "hands out one final state, not one of every document"
+    if workload.options["diagonal"]:
+        return "weighs a token's own write as every other: it has no diagonal"
+    return half_only(workload)
+
+
 _BOTH = frozenset({"cpu", "cuda"})
 _CUDA = frozenset({"cuda"})
 KERNELS = (
@@ -201,6 +209,16 @@ KERNELS = (
         supports=_fla_recurrent_supports,
         devices=_CUDA,
         requires=FLA,
+        first_calls_in_threads=False,
+    ),
+    Kernel(
+        operator="linear_attention",
+        name="mamba_ssd",
+        implementation=f"{_HERE}.mamba:SSD",
+        supports=_mamba_supports,
+        devices=_CUDA,
+        requires=MAMBA,
+        extensions=MAMBA_EXTENSIONS,
         first_calls_in_threads=False,
     ),
 )
