@@ -184,8 +184,8 @@ class Kernel:
                 return f"{requirement.name} {version} is installed, {text} is needed (pip install '{text}')"
         for module in self.extensions:
             if importlib.util.find_spec(module) is None:
-                text = self.requires[0]
-                return f"{Requirement(text).name} has no {module}, built for CUDA (pip install --no-build-isolation '{text}')"
+                name, text = Requirement(self.requires[0]).name, self.requires[0]
+                return f"{name} is here without its {module} (pip install --no-build-isolation '{text}')"
         return None
 
     def refusal(self, workload: Workload, limits: DeviceLimits) -> str | None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from subquad_kernels.catalogue import Arguments, Outputs
 
 
+@torch.no_grad()  # the package would record a graph, and `backward` has none
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -56,8 +57,8 @@ def backward(arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | N
     dx = dx.transpose(1, 2)
     if cu_seqlens is not None and dfinal is not None:
         last, real = _last_inputs(cu_seqlens, weight.shape[1] - 1)
-        exact = dx[0].float().index_add_(0, last.flatten(), (dfinal.float() * real).flatten(0, 1))
-        dx = exact.to(x.dtype).unsqueeze(0)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        dx = dx[0].to(exact).index_add(0, last.flatten(), (dfinal.to(exact) * real).flatten(0, 1)).unsqueeze(0)
     return {"x": dx, "weight": dweight, "bias": dbias, "initial_state": _channels(dstate)}
 
 

@@ -100,6 +100,8 @@ def _mamba_supports(workload: Workload, limits: DeviceLimits) -> str | None:
         return f"has up to 256 states a channel, not {workload.shape['n']}"
     if "documents" in workload.shape:
         return "knows no documents"
+    if workload.options["dt_bias"] and not workload.options["softplus"]:
+        return "differentiates the final state through a step of zero, which a bias without softplus moves"
     return "starts from zero: it has no initial state" if workload.options["initial_state"] else None
 
 
