@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from subquad_kernels.catalogue import Arguments, Outputs
 
 
-@torch.no_grad()  # the package would record a graph, and `backward` has none
 def forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, causal: bool, window: int, scale: float | None
 ) -> Outputs:
