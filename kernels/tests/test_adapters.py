@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, einsum
 from torch.nn import functional as F
 
-import subquad_kernels.builtin  # noqa: F401  (fills the catalogue)
 from subquad_kernels.catalogue import CATALOGUE
+from subquad_kernels.operators import linear_attention
 from subquad_kernels.self_check import judge, kernel_errors
 from subquad_kernels.workload import Option, Workload
 
@@ -449,6 +449,38 @@ def test_a_loss_of_the_first_output_alone_has_the_same_gradients(
     for name, gradient in expected.items():
         if gradient is not None:
             torch.testing.assert_close(found[name], gradient, atol=1e-10, rtol=1e-10)
+
+
+class _Doubled(torch.autograd.Function):
+    """As packages differentiate: a function of their own in the midst of torch's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> Tensor:
+        return 2 * dx
+
+
+@pytest.mark.parametrize("kernel", ["fla_chunked", "mamba_ssd"])
+def test_an_adapter_differentiates_inside_the_torch_operator(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def through_a_function_of_its_own(q: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        return simple_gla(_Doubled.apply(q) / 2, *rest, **named)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(sys.modules["fla.ops.simple_gla"], "chunk_simple_gla", through_a_function_of_its_own)
+    record = CATALOGUE.operator("linear_attention")
+    workload = Workload(operator="linear_attention", shape=LINEAR, dtype="float64", options=linear("token", True, True))
+    arguments = record.torch_half.sample_inputs(workload, seed=6, device="cpu")
+    inputs = [value for value in arguments.values() if isinstance(value, Tensor)]
+    results = []
+    for name in ("reference", kernel):
+        for tensor in inputs:
+            tensor.requires_grad_()
+        y, final_state = linear_attention(**arguments, kernel=name)
+        results.append(torch.autograd.grad((y.square().sum() + final_state.square().sum()), inputs))
+    for expected, found in zip(*results):
+        torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
 
 
 def test_a_step_leaves_the_state_it_was_given_as_it_is() -> None:
