@@ -43,6 +43,10 @@ class Trees:
 USUAL = Trees()
 
 
+class TooFewRowsError(ValueError):
+    """Not enough rows or shapes for a head whose interval means anything."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Head:
     """Answers z = log(quantity / its bound) for rows on devices, with the half width of an interval.
@@ -79,11 +83,11 @@ class Head:
         Residuals are out of fold, and folds are of whole shapes: for the spread's trees, and for the widths. Those for
         new devices come from models that never saw the device's family.
 
-        Raises: ValueError with fewer than 50 rows or 10 shapes; ModuleNotFoundError without lightgbm.
+        Raises: TooFewRowsError with fewer than 50 rows or 10 shapes; ModuleNotFoundError without lightgbm.
         """
         groups = [shape_group(row) for row in rows]
         if len(rows) < LEAST_ROWS or len(set(groups)) < LEAST_SHAPES:
-            raise ValueError(
+            raise TooFewRowsError(
                 f"{len(rows)} rows of {len(set(groups))} shapes are too few: {LEAST_ROWS} and {LEAST_SHAPES} are needed"
             )
         vocabulary = Vocabulary.of(rows)

@@ -12,7 +12,7 @@ from subquad_cost_model.bound import lower_bound_s
 from subquad_cost_model.device import Device
 from subquad_cost_model.envelope import Smaller, largest_below, with_smaller
 from subquad_cost_model.estimator import Estimate, Estimator
-from subquad_cost_model.head import USUAL, Head, Trees
+from subquad_cost_model.head import USUAL, Head, TooFewRowsError, Trees
 from subquad_cost_model.roofline import RooflineEstimator
 from subquad_cost_model.rows import CostRow
 from subquad_cost_model.timed_rows import TimedRow, timed
@@ -35,6 +35,8 @@ class LearnedEstimator:
     interval, bytes and source are those of `otherwise`, and the note says why. The seconds are still the head's where
     it can be asked at all, moved into that interval: beyond 4096 tokens they were 13 % off, where the bound is off by
     a factor of five, but intervals held only 68 %. `abstains` False takes the head's intervals all the same.
+
+    `peak_bytes` are the peak head's, and the counted bytes where there is none or it knows no such row.
     """
 
     heads: Mapping[str, Head]
@@ -64,7 +66,7 @@ class LearnedEstimator:
             of_phase = [row for row in able if row.row.phase == phase]
             try:
                 heads[phase] = _head(of_phase, [_log_latency(row) for row in of_phase], level, trees)
-            except ValueError as error:
+            except TooFewRowsError as error:
                 too_few.append(f"{phase}: {error}")
         if not heads:
             raise ValueError(f"nothing to fit ({'; '.join(too_few) or 'no row was timed'})")
@@ -73,8 +75,8 @@ class LearnedEstimator:
         if observed:
             try:
                 peak = _head(observed, [_log_peak(row) for row in observed], level, trees)
-            except ValueError:
-                peak = None  # as in any other phase: too few, and counted bytes answer
+            except TooFewRowsError:
+                peak = None  # counted bytes answer
         return cls(heads=heads, peak=peak, smaller=smaller)
 
     def predict(self, rows: Sequence[CostRow], device: Device) -> list[Estimate]:

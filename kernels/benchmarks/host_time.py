@@ -206,6 +206,10 @@ def main() -> None:
             + "".join(f"{row[column]:16.1f}" for column in columns),
             flush=True,
         )
+        if options.json is not None:  # after each row: a run that is stopped keeps what it has
+            device_name = torch.cuda.get_device_name() if on_cuda else "cpu"
+            found = {"device": device_name, "versions": stack_versions(), "rows": rows}
+            options.json.write_text(json.dumps(found, indent=1))
 
     for operator in OPERATORS:
         empty = nothing(operator)
@@ -216,9 +220,6 @@ def main() -> None:
                     report(operator, label, kernel.name, "unlaunched", case, "cpu")
                 if on_cuda:
                     report(operator, label, kernel.name, "launched", case, "cuda")
-    if options.json is not None:
-        device = torch.cuda.get_device_name() if on_cuda else "cpu"
-        options.json.write_text(json.dumps({"device": device, "versions": stack_versions(), "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

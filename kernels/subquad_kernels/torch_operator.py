@@ -247,10 +247,6 @@ class AutogradKernel:
         return dict(zip(inputs, found))
 
 
-ReferenceKernel = AutogradKernel
-"""The name under which a definition turns its reference into a kernel."""
-
-
 def _places(names: list[str], tensors: tuple[str, ...]) -> tuple[list[int], list[int]]:
     """Where an op's tensors stand among its arguments, and where everything else does, the kernel's text included."""
     places = [names.index(name) for name in tensors]

@@ -264,7 +264,7 @@ def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, ma
 def _flash_attn_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal,
                          window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
                          bounds=None):  # type: ignore[no-untyped-def]  # fmt: skip
-    assert (dropout_p, softcap, alibi_slopes) == (0.0, 0.0, None)
+    assert (dropout_p, softcap, alibi_slopes, deterministic) == (0.0, 0.0, None, True)
     scores = _scores(q, k, softmax_scale, causal, window_size_left, window_size_right, bounds)
     p = (scores - softmax_lse.unsqueeze(-1)).exp()
     groups = q.shape[2] // k.shape[2]
@@ -449,6 +449,37 @@ def test_a_loss_of_the_first_output_alone_has_the_same_gradients(
     for name, gradient in expected.items():
         if gradient is not None:
             torch.testing.assert_close(found[name], gradient, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("operator", "kernel", "shape", "options", "differentiates"),
+    [
+        ("linear_attention", "mamba_ssd", LINEAR, linear("token", True, True), "torch.autograd.grad"),
+        ("selective_scan", "mamba_scan", SCAN, scan(True, True), "torch.autograd.grad"),
+        ("causal_conv", "causal_conv1d", CONV, conv("silu", True, True),
+         "causal_conv1d.cpp_functions.causal_conv1d_bwd_function"),
+    ],
+)  # fmt: skip
+def test_packages_that_add_by_atomics_are_asked_not_to(
+    operator: str, kernel: str, shape: dict[str, int], options: dict[str, Option], differentiates: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    module, _, name = differentiates.rpartition(".")
+    backward, asked = getattr(sys.modules[module], name), []
+
+    def watched(*values: Any, **named: Any) -> Any:
+        asked.append(torch.are_deterministic_algorithms_enabled())
+        return backward(*values, **named)
+
+    monkeypatch.setattr(sys.modules[module], name, watched)
+    record = CATALOGUE.operator(operator)
+    workload = Workload(operator=operator, shape=shape, dtype="float64", options=options)
+    arguments = record.torch_half.sample_inputs(workload, seed=7, device="cpu")
+    adapter = CATALOGUE.kernel(operator, kernel).torch_half
+    outputs = adapter.forward(**arguments)
+    adapter.backward(arguments, outputs, (torch.ones(outputs[0].shape, dtype=torch.float64), None))
+    assert asked == [True]
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 class _Doubled(torch.autograd.Function):

@@ -48,6 +48,10 @@ def workload(operator: str, dtype: str = "bfloat16", phase: str = "forward", **c
     return replace(example, dtype=dtype, phase=phase, shape=shape, options=options)  # type: ignore[arg-type]
 
 
+SCAN = workload("selective_scan")
+REVERSED = replace(SCAN, options={**SCAN.options, "reversed": True})
+
+
 def test_there_is_an_adapter_of_every_package() -> None:
     assert {Requirement(kernel.requires[0]).name for kernel in ADAPTERS} == set(VERSIONS)
 
@@ -167,6 +171,7 @@ def test_a_gradient_that_fla_refuses_on_hopper_is_refused_before_it_is_called(
         ("selective_scan/mamba_scan", workload("selective_scan", b=1, documents=3), "documents"),
         ("selective_scan/mamba_scan", workload("selective_scan", initial_state=True), "initial state"),
         ("selective_scan/mamba_scan", workload("selective_scan", softplus=False), "softplus"),
+        ("selective_scan/mamba_scan", REVERSED, "forward only"),
         ("selective_scan/mamba_step", workload("selective_scan"), "decode"),
         ("causal_conv/causal_conv1d", workload("causal_conv", c=12), "multiple of 8"),
         ("causal_conv/causal_conv1d", workload("causal_conv", c=16, w=5), "taps"),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from subquad_kernels.determinism import deterministic
 from subquad_kernels.documents import document_ids
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def forward(
     return y.transpose(1, 2), x[0][last] * real.to(x.dtype)
 
 
+@deterministic()
 def backward(arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
     """Gradients of every tensor argument; the sum before the activation is computed again."""
     from causal_conv1d.cpp_functions import causal_conv1d_bwd_function

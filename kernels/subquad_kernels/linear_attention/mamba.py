@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from subquad_kernels.determinism import deterministic
 from subquad_kernels.linear_attention.definition import empty_boundaries
 from subquad_kernels.torch_operator import AutogradKernel
 
@@ -50,7 +51,13 @@ def _ssd(
     return y, after.transpose(2, 3).contiguous(), empty_boundaries(v, q.shape[3], cu_seqlens)
 
 
-SSD = AutogradKernel(_ssd)
+class Ssd(AutogradKernel):
+    """Its kernels add the gradients of the summed decay by atomics, unless they are asked not to."""
+
+    backward = deterministic()(AutogradKernel.backward)
+
+
+SSD = Ssd(_ssd)
 
 
 def _bound(q: Tensor, k: Tensor, v: Tensor, write: Tensor, A: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from subquad_kernels.documents import check_cu_seqlens
 from subquad_kernels.samples import draw_boundaries
 from subquad_kernels.selective_scan.declaration import CHUNK
-from subquad_kernels.torch_operator import ReferenceKernel
+from subquad_kernels.torch_operator import AutogradKernel
 from subquad_kernels.workload import Workload
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def reference(
     return y.to(x.dtype), torch.cat(final_states[::direction]), entering, ungated
 
 
-REFERENCE = ReferenceKernel(reference)
+REFERENCE = AutogradKernel(reference)
 
 
 def check(arguments: Arguments) -> None:

@@ -10,18 +10,20 @@ import triton.language as tl
 
 from subquad_kernels.selective_scan.tiles import (
     LN_2,
-    LOG2_E,
     load_chunk,
     load_marks,
     load_vector,
     parts_of_row,
+    parts_of_tile,
     place_of_program,
     restart,
     row_of,
     sigmoid,
+    states_at_edge,
     step_and_slope,
     store_sum_over_channels,
     store_sums,
+    through_segment,
 )
 from subquad_kernels.triton_launch import QuickLaunch
 
@@ -54,16 +56,9 @@ def summarise_gradients(
     pulls_at = steps_at + CHUNK * TILE_C
     C_table = pulls_at + CHUNK * TILE_C
 
-    rates, carried, offsets, within = (), (), (), ()
-    for h in tl.static_range(PARTS):
-        mine = tile * TILE_C + h + tl.arange(0, SUB) * PARTS
-        offsets += (mine[:, None] * N + columns[None, :],)
-        within += ((mine < c)[:, None] & in_n[None, :],)
-        rates += (tl.load(A + offsets[h], mask=within[h], other=0.0).to(tl.float32) * LOG2_E,)
-        back = tl.zeros([SUB, PAD_N], tl.float32)
-        if FINAL and not PACKED and segment == segments - 1:
-            back = tl.load(dfinal + sequence * state_size + offsets[h], mask=within[h], other=0.0).to(tl.float32)
-        carried += (back,)
+    rates, offsets, within = parts_of_tile(A, tile, c, N, PAD_N, SUB, PARTS)
+    last = segment == segments - 1
+    carried = states_at_edge(dfinal, sequence * state_size, offsets, within, last, FINAL and not PACKED)
     begin = segment * segment_len
     end = tl.minimum(begin + segment_len, t)
     age = tl.zeros([ROWS, TILE_C], tl.float32)
@@ -165,24 +160,15 @@ def differentiate(
     step_grads_at = drive_grads_at + VECTOR
     by_state = tl.arange(0, SUB)[:, None] * (PARTS * PAD_N) + columns[None, :]
 
-    rates, carried, rate_grads, offsets, within = (), (), (), (), ()
-    for h in tl.static_range(PARTS):
-        mine = tile * TILE_C + h + tl.arange(0, SUB) * PARTS
-        offsets += (mine[:, None] * N + columns[None, :],)
-        within += ((mine < c)[:, None] & in_n[None, :],)
-        rates += (tl.load(A + offsets[h], mask=within[h], other=0.0).to(tl.float32) * LOG2_E,)
-        back = tl.zeros([SUB, PAD_N], tl.float32)
-        if FINAL and not PACKED and segment == segments - 1:
-            back = tl.load(dfinal + sequence * state_size + offsets[h], mask=within[h], other=0.0).to(tl.float32)
-        carried += (back,)
+    rates, offsets, within = parts_of_tile(A, tile, c, N, PAD_N, SUB, PARTS)
+    last = segment == segments - 1
+    carried = states_at_edge(dfinal, sequence * state_size, offsets, within, last, FINAL and not PACKED)
+    rate_grads = ()
+    for _ in tl.static_range(PARTS):
         rate_grads += (tl.zeros([SUB, PAD_N], tl.float32),)
     for later in range(segments - 1 - segment):
         summary = ((segments - 2 - later) * b + sequence) * state_size
-        new = ()
-        for h in tl.static_range(PARTS):
-            decay = tl.load(decays + summary + offsets[h], mask=within[h], other=0.0)
-            new += (decay * carried[h] + tl.load(writes + summary + offsets[h], mask=within[h], other=0.0),)
-        carried = new
+        carried = through_segment(carried, decays, writes, summary, offsets, within)
 
     begin = segment * segment_len
     end = tl.minimum(begin + segment_len, t)

@@ -9,17 +9,19 @@ import triton
 import triton.language as tl
 
 from subquad_kernels.selective_scan.tiles import (
-    LOG2_E,
     load_chunk,
     load_marks,
     load_vector,
     parts_of_row,
+    parts_of_tile,
     place_of_program,
     restart,
     row_of,
     sigmoid,
+    states_at_edge,
     step_and_slope,
     store_sums,
+    through_segment,
 )
 from subquad_kernels.triton_launch import QuickLaunch
 
@@ -52,16 +54,8 @@ def summarise(
     begin = segment * segment_len
     end = tl.minimum(begin + segment_len, t)
 
-    rates, states, offsets, within = (), (), (), ()
-    for h in tl.static_range(PARTS):
-        mine = tile * TILE_C + h + tl.arange(0, SUB) * PARTS
-        offsets += (mine[:, None] * N + columns[None, :],)
-        within += ((mine < c)[:, None] & in_n[None, :],)
-        rates += (tl.load(A + offsets[h], mask=within[h], other=0.0).to(tl.float32) * LOG2_E,)
-        state = tl.zeros([SUB, PAD_N], tl.float32)
-        if INITIAL and not PACKED and segment == 0:
-            state = tl.load(initial + sequence * state_size + offsets[h], mask=within[h], other=0.0).to(tl.float32)
-        states += (state,)
+    rates, offsets, within = parts_of_tile(A, tile, c, N, PAD_N, SUB, PARTS)
+    states = states_at_edge(initial, sequence * state_size, offsets, within, segment == 0, INITIAL and not PACKED)
     age = tl.zeros([ROWS, TILE_C], tl.float32)  # the sum of steps
     kept = begin >= 0  # no document starts in this segment
     next_raws = load_chunk(dt, dt_stride, sequence, begin, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, True)
@@ -149,23 +143,10 @@ def scan(
     C_table = B_table + CHUNK * PAD_N
     by_state = tl.arange(0, SUB)[:, None] * (PARTS * PAD_N) + columns[None, :]
 
-    rates, states, offsets, within = (), (), (), ()
-    for h in tl.static_range(PARTS):
-        mine = tile * TILE_C + h + tl.arange(0, SUB) * PARTS
-        offsets += (mine[:, None] * N + columns[None, :],)
-        within += ((mine < c)[:, None] & in_n[None, :],)
-        rates += (tl.load(A + offsets[h], mask=within[h], other=0.0).to(tl.float32) * LOG2_E,)
-        state = tl.zeros([SUB, PAD_N], tl.float32)
-        if INITIAL and not PACKED and segment == 0:
-            state = tl.load(initial + sequence * state_size + offsets[h], mask=within[h], other=0.0).to(tl.float32)
-        states += (state,)
+    rates, offsets, within = parts_of_tile(A, tile, c, N, PAD_N, SUB, PARTS)
+    states = states_at_edge(initial, sequence * state_size, offsets, within, segment == 0, INITIAL and not PACKED)
     for earlier in range(segment):
-        summary = (earlier * b + sequence) * state_size
-        new = ()
-        for h in tl.static_range(PARTS):
-            decay = tl.load(decays + summary + offsets[h], mask=within[h], other=0.0)
-            new += (decay * states[h] + tl.load(writes + summary + offsets[h], mask=within[h], other=0.0),)
-        states = new
+        states = through_segment(states, decays, writes, (earlier * b + sequence) * state_size, offsets, within)
 
     begin = segment * segment_len
     end = tl.minimum(begin + segment_len, t)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from subquad_kernels.determinism import deterministic
 from subquad_kernels.selective_scan.declaration import CHUNK
 from subquad_kernels.torch_operator import AutogradKernel
 
@@ -34,6 +35,7 @@ class Scan:
         return _SCAN.forward(**arguments)
 
     @staticmethod
+    @deterministic()
     def backward(
         arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]
     ) -> dict[str, Tensor | None]:
@@ -43,6 +45,7 @@ class Scan:
 
 
 def _scan(
+    *,
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -51,10 +54,8 @@ def _scan(
     D: Tensor | None,
     z: Tensor | None,
     dt_bias: Tensor | None,
-    initial_state: None,
-    cu_seqlens: None,
     softplus: bool,
-    reversed: bool,
+    **_refused: object,
 ) -> Outputs:
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
@@ -66,25 +67,20 @@ def _scan(
 
 
 def _scan_with_state(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: None,
-    cu_seqlens: None,
-    softplus: bool,
-    reversed: bool,
+    *, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor | None, softplus: bool, **rest: Any
 ) -> Outputs:
     (b, t, _), n = x.shape, A.shape[1]
     reads = torch.eye(n, dtype=C.dtype, device=C.device).expand(b, n, n)
     y, _, *_ = _scan(
-        F.pad(x, (0, 0, 0, n)), F.pad(dt, (0, 0, 0, n), value=_STEP_ZERO if softplus else 0.0), A,
-        F.pad(B, (0, 0, 0, n)), torch.cat([C, reads], dim=1), D, None, dt_bias, None, None, softplus, reversed,
-    )  # fmt: skip
+        x=F.pad(x, (0, 0, 0, n)),
+        dt=F.pad(dt, (0, 0, 0, n), value=_STEP_ZERO if softplus else 0.0),
+        A=A,
+        B=F.pad(B, (0, 0, 0, n)),
+        C=torch.cat([C, reads], dim=1),
+        z=None,
+        softplus=softplus,
+        **rest,
+    )
     y, final_state = y[:, :t], y[:, t:].transpose(1, 2).to(A.dtype)
     if z is not None:
         y = (y.to(A.dtype) * F.silu(z.to(A.dtype))).to(x.dtype)
@@ -96,6 +92,7 @@ _SCAN_WITH_STATE = AutogradKernel(_scan_with_state)
 
 
 def _step(
+    *,
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -105,9 +102,8 @@ def _step(
     z: Tensor | None,
     dt_bias: Tensor | None,
     initial_state: Tensor | None,
-    cu_seqlens: None,
     softplus: bool,
-    reversed: bool,
+    **_unread: object,
 ) -> Outputs:
     from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 

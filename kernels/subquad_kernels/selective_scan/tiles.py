@@ -57,6 +57,44 @@ def load_chunk(
 
 
 @triton.jit
+def parts_of_tile(A, tile, c, N: tl.constexpr, PAD_N: tl.constexpr, SUB: tl.constexpr, PARTS: tl.constexpr):
+    """A log2(e) of each part of a tile, where its states lie in a table of c by N, and which there are.  [SUB, PAD_N]
+
+    Part i holds the channels i, PARTS + i, ... of the tile.
+    """
+    rates, offsets, within = (), (), ()
+    columns = tl.arange(0, PAD_N)[None, :]
+    for i in tl.static_range(PARTS):
+        channels = (tile * (SUB * PARTS) + i + tl.arange(0, SUB) * PARTS)[:, None]
+        offsets += (channels * N + columns,)
+        within += ((channels < c) & (columns < N),)
+        rates += (tl.load(A + offsets[i], mask=within[i], other=0.0).to(tl.float32) * LOG2_E,)
+    return rates, offsets, within
+
+
+@triton.jit
+def states_at_edge(states, place, offsets, within, here, GIVEN: tl.constexpr):
+    """What a sequence begins (or, backward, ends) with: the given states where its edge is `here`, else zeros."""
+    found = ()
+    for i in tl.static_range(len(offsets)):
+        state = tl.zeros(offsets[i].shape, tl.float32)
+        if GIVEN and here:
+            state = tl.load(states + place + offsets[i], mask=within[i], other=0.0).to(tl.float32)
+        found += (state,)
+    return found
+
+
+@triton.jit
+def through_segment(states, decays, writes, place, offsets, within):
+    """What a segment does to states that enter it:  h -> decay h + write."""
+    found = ()
+    for i in tl.static_range(len(offsets)):
+        decay = tl.load(decays + place + offsets[i], mask=within[i], other=0.0)
+        found += (decay * states[i] + tl.load(writes + place + offsets[i], mask=within[i], other=0.0),)
+    return found
+
+
+@triton.jit
 def load_marks(marks, start, first, limit, GROUP: tl.constexpr, PACKED: tl.constexpr):
     """The marks of GROUP tokens, counted from token `start` as rows are; empty when not packed."""
     tags = ()

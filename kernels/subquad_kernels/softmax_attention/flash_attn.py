@@ -56,7 +56,7 @@ def backward(arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | N
         "window_size_right": right,
         "softcap": 0.0,
         "alibi_slopes": None,
-        "deterministic": False,
+        "deterministic": True,
     }
     if cu_seqlens is None:
         _flash_attn_backward(gradient, q, k, v, out, lse, *found, **call)
