@@ -84,7 +84,7 @@ def test_dynamic_programming_never_exceeds_the_budget_and_says_when_it_cannot() 
 def test_the_k_best_are_the_first_of_all_plans_that_far_apart(distance: int) -> None:
     problem = drawn(np.random.default_rng(40 + distance), layers=4, options=4, budgets=2, share=2.5)
     left = sorted(every_plan(problem), key=problem.loss_of)
-    assert len(left) > 20
+    assert len(left) >= 10
     expected: list[float] = []
     while left and len(expected) < 5:
         best = left[0]
