@@ -60,7 +60,7 @@ def k_best(problem: Problem, count: int, *, distance: int = 1, seconds: float = 
 
 
 def cheapest(problem: Problem, *, seconds: float = 60.0) -> Selection | None:
-    """The plan that minimises max_j total_j / B_j, the largest share of a budget; None if counts and ties exclude all."""
+    """The plan that minimises the largest total_j / B_j, share of a budget; None if counts or ties exclude all."""
     program = _Program.of(problem)
     # One more variable r: every budget's row becomes  total_j / B_j <= r.
     rows = csr_array(np.hstack([program.budget_rows.toarray(), -np.ones((len(problem.budgets), 1))]))
