@@ -53,16 +53,32 @@ def layer_costs(
     measure: bool,
     budget_s: float,
 ) -> Costs:
-    """The cost of one block of every key of `model.mixers`, at the example's batch and length."""
-    candidates = model_of(model, keys)
+    """The cost of one block of every key of `model.mixers`, at the example's batch and length.
+
+    Torch's random state is left as it was found.
+    """
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if target.kind == "cuda" else ()):
+        return _layer_costs(model_of(model, keys), keys, example, target, chooser, budget_s if measure else None)
+
+
+def _layer_costs(
+    candidates: ModelConfig,
+    keys: Sequence[str],
+    example: Example,
+    target: Target,
+    chooser: Chooser,
+    budget_s: float | None,
+) -> Costs:
     with FakeTensorMode():
         built = build_model(candidates)
-        plan = make_plan(built, capture_model(built), example, target, chooser)
         counted = [(_memory_bytes(block, example), _carry_bytes(block, example)) for block in _blocks(built)]
-        dense = [_dense_estimate(block, example, target) for block in _blocks(built)]
-    timed, declined = (
-        _timed(candidates, keys, example, target, plan, budget_s) if measure and target.local else ({}, {})
-    )
+    # Outside of the fake world: choosing runs kernels to check them.
+    plan = make_plan(built, capture_model(built), example, target, chooser)
+    dense = [_dense_estimate(block, example, target) for block in _blocks(built)]
+    timed: dict[str, Estimate] = {}
+    declined: dict[str, str] = {}
+    if budget_s is not None and target.local is not None:
+        timed, declined = _timed(candidates, keys, example, target.local, target, plan, budget_s)
     costs = {}
     for layer, key in enumerate(keys):
         if key in declined:
@@ -87,14 +103,16 @@ def model_of(model: ModelConfig, keys: Sequence[str]) -> ModelConfig:
 
 
 def _timed(
-    model: ModelConfig, keys: Sequence[str], example: Example, target: Target, plan: Plan, budget_s: float
+    model: ModelConfig,
+    keys: Sequence[str],
+    example: Example,
+    device: str,
+    target: Target,
+    plan: Plan,
+    budget_s: float,
 ) -> tuple[dict[str, Estimate], dict[str, str]]:
     """Seconds of each block with its chosen kernels on this device, and why a block did not run."""
-    device = target.local
-    assert device is not None
-    state = torch.random.get_rng_state()  # a run's own draws do not depend on whether something was measured
-    built = build_model(model).to(device)
-    torch.random.set_rng_state(state)
+    built = build_model(model, device=device)
     compile_model(built, example, target=target, plan=plan)
     runs: dict[str, Callable[[], object]] = {}
     declined: dict[str, str] = {}
