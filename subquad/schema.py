@@ -165,6 +165,20 @@ class GenerateConfig:
 
 
 @dataclass(kw_only=True)
+class ProxyConfig:
+    """What `proxy` measures: a trained run, the mixers to try in its layers, and how their loss is judged."""
+
+    run: str = "???"
+    candidates: list[str] = field(default_factory=list)  # keys of the run's model.mixers, or installed mixers; []: all
+    proxy: str = "replace_one_kl"  # replace_one_kl | gauss_newton | local_error
+    steps: int = 100  # of local distillation per layer and candidate
+    learning_rate: float = 3e-3
+    batches: int = 8  # of the run's batch size: to distil on, and as many held-out ones to judge by
+    out: str = "quality.json"
+    seed: int = 0
+
+
+@dataclass(kw_only=True)
 class BenchConfig:
     """What `bench` times. Empty lists mean all kernels but the reference, and the operator's own series of lengths."""
 
