@@ -50,7 +50,9 @@ class MixerSuite:
     def build(self, *, seed: int = 0, device: str = "cpu") -> Any:
         """A small mixer in float64 with parameters drawn wide enough that every path matters."""
         torch.manual_seed(seed)
-        context = MixerContext(d_model=self.d_model, layer_index=0, num_layers=1, context_len=self.context_len)
+        context = MixerContext(
+            d_model=self.d_model, layer_index=0, num_layers=1, context_len=self.context_len
+        )
         build: Any = load_attribute(self.spec.build)
         with torch.device(device):
             mixer = build(typed_config(self.spec.config, dict(self.config), "config"), context)

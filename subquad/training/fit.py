@@ -110,7 +110,7 @@ def _started(config: RunConfig) -> _Prepared:
     config, assignment = with_mixers(config, target_of(config), followed)
     data, model, config = _built(config)
     model, plan = compiled(model, config, followed, packed=data.source.packed)
-    plan = replace(plan, assignment=assignment)
+    plan = replace(plan, assignment=assignment or plan.assignment)
     run_folder.create(folder)
     run_folder.write_config(folder, config)
     plan.save(folder.plan)
