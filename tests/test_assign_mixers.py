@@ -166,6 +166,18 @@ def test_memory_and_carry_counted_on_shapes_are_those_of_tensors(key: str, t: in
     assert cost.memory_bytes == 16 * parameters + kept
 
 
+def test_with_activation_checkpointing_a_block_keeps_its_input_and_takes_longer(absent: Target) -> None:
+    config = run_config("auto", candidates=["window"])
+    plain = chosen(config, absent)[1].candidates["window"]
+    config.trainer.activation_checkpointing = True
+    again = chosen(config, absent)[1].candidates["window"]
+    (block,) = build_model(replace(sized_model(config), schedule=["window"])).blocks
+    parameters = sum(parameter.numel() for parameter in block.parameters())
+    assert again.memory_bytes == 16 * parameters + 4 * 2 * 24 * 32
+    assert again.memory_bytes + again.workspace_bytes == plain.memory_bytes + plain.workspace_bytes + 4 * 2 * 24 * 32
+    assert again.latency_s == pytest.approx(4 / 3 * plain.latency_s)
+
+
 def test_what_autograd_keeps_is_counted_once_and_without_parameters() -> None:
     layer = torch.nn.Linear(5, 7, bias=False)
     x = torch.randn(4, 5, requires_grad=True)

@@ -67,9 +67,7 @@ def scout() -> tuple[LanguageModel, Plan]:
 
 def test_a_compiled_scout_has_one_node_per_operator_with_its_kernel(scout: tuple[LanguageModel, Plan]) -> None:
     graphs = compiled_graphs(scout[0])
-    assert set(graphs) == {
-        (layer, method) for layer in (0, 1) for method in ("forward", "packed", "prefill", "decode")
-    }
+    assert set(graphs) == {(layer, method) for layer in (0, 1) for method in ("forward", "packed", "prefill", "decode")}
     for (layer, _), graph_module in graphs.items():
         found = [(operator.name, kernel_of(node)) for node, operator in operator_nodes(graph_module.graph)]
         expected = [("causal_conv", "taps"), ("selective_scan", "chunked")] if layer == 0 else [
@@ -226,9 +224,7 @@ def segment_plan(**options: Any) -> Plan:
 def segment_choices(plan: Plan, *, used_alone: bool = True) -> list[NodeChoice]:
     """What the plan chose for segment attention, beside which the mixer has a rotation."""
     return [
-        choice
-        for choice in plan.choices
-        if choice.operator == "segment_attention" and (choice.used or not used_alone)
+        choice for choice in plan.choices if choice.operator == "segment_attention" and (choice.used or not used_alone)
     ]
 
 

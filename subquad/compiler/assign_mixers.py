@@ -62,14 +62,15 @@ def assign_mixers(
         )
     example = _example(config, target)
     all_keys = list(dict.fromkeys([*keys, *fixed]))
+    measures = config.compiler.measure and config.compiler.estimator == "measured"
     costs = layer_costs(
         model,
         all_keys,
         example,
         target,
         chooser or Chooser(target, CompileOptions.of_run(config)),
-        measure=config.compiler.measure and config.compiler.estimator == "measured",
-        budget_s=config.compiler.measure_budget_s,
+        checkpointing=config.trainer.activation_checkpointing,
+        budget_s=config.compiler.measure_budget_s if measures else None,
     )
     declined |= costs.declined
     keys = [key for key in keys if key in costs.of]

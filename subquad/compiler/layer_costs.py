@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from subquad.compiler.assignment import LayerCost
 from subquad.compiler.choose import Chooser
@@ -50,15 +51,16 @@ def layer_costs(
     target: Target,
     chooser: Chooser,
     *,
-    measure: bool,
-    budget_s: float,
+    checkpointing: bool = False,
+    budget_s: float | None = None,
 ) -> Costs:
     """The cost of one block of every key of `model.mixers`, at the example's batch and length.
 
-    Torch's random state is left as it was found.
+    With `checkpointing` a block keeps its input alone and computes its forward again. Blocks are timed for `budget_s`
+    seconds where the device is at hand; None: they are estimated. Torch's random state is left as it was found.
     """
     with torch.random.fork_rng(range(torch.cuda.device_count()) if target.kind == "cuda" else ()):
-        return _layer_costs(model_of(model, keys), keys, example, target, chooser, budget_s if measure else None)
+        return _layer_costs(model_of(model, keys), keys, example, target, chooser, checkpointing, budget_s)
 
 
 def _layer_costs(
@@ -67,29 +69,32 @@ def _layer_costs(
     example: Example,
     target: Target,
     chooser: Chooser,
+    checkpointing: bool,
     budget_s: float | None,
 ) -> Costs:
     with FakeTensorMode():
         built = build_model(candidates)
-        counted = [(_memory_bytes(block, example), _carry_bytes(block, example)) for block in _blocks(built)]
+        counted = [
+            (*_memory_bytes(block, example, checkpointing), _carry_bytes(block, example)) for block in _blocks(built)
+        ]
     # Outside of the fake world: choosing runs kernels to check them.
     plan = make_plan(built, capture_model(built), example, target, chooser)
     dense = [_dense_estimate(block, example, target) for block in _blocks(built)]
     timed: dict[str, Estimate] = {}
     declined: dict[str, str] = {}
     if budget_s is not None and target.local is not None:
-        timed, declined = _timed(candidates, keys, example, target.local, target, plan, budget_s)
+        timed, declined = _timed(candidates, keys, example, target.local, target, plan, checkpointing, budget_s)
     costs = {}
     for layer, key in enumerate(keys):
         if key in declined:
             continue
-        latency = timed.get(key) or _estimated(plan, layer, dense[layer])
-        (memory_bytes, carry_bytes) = counted[layer]
+        latency = timed.get(key) or _estimated(plan, layer, dense[layer], checkpointing)
+        memory_bytes, transient_bytes, carry_bytes = counted[layer]
         costs[key] = LayerCost(
             latency_s=latency.seconds,
             latency_high_s=latency.high_s,
             memory_bytes=memory_bytes,
-            workspace_bytes=_workspace_bytes(plan, layer),
+            workspace_bytes=transient_bytes + _workspace_bytes(plan, layer),
             carry_bytes=carry_bytes,
             source=latency.source,
         )
@@ -109,6 +114,7 @@ def _timed(
     device: str,
     target: Target,
     plan: Plan,
+    checkpointing: bool,
     budget_s: float,
 ) -> tuple[dict[str, Estimate], dict[str, str]]:
     """Seconds of each block with its chosen kernels on this device, and why a block did not run."""
@@ -117,7 +123,7 @@ def _timed(
     runs: dict[str, Callable[[], object]] = {}
     declined: dict[str, str] = {}
     for key, block in zip(keys, _blocks(built)):
-        run = _step(block, example, device, model.d_model)
+        run = _step(block, example, device, model.d_model, checkpointing)
         try:
             run()
         except (RuntimeError, ValueError) as error:  # too little memory, or a shape that a kernel refuses
@@ -136,7 +142,7 @@ def _timed(
     }, declined
 
 
-def _step(block: Block, example: Example, device: str, d_model: int) -> Callable[[], object]:
+def _step(block: Block, example: Example, device: str, d_model: int, checkpointing: bool) -> Callable[[], object]:
     """One forward of a block, and its backward when training."""
     b, t = example.tokens_shape
     x = torch.randn(1, b * t, d_model, device=device) if example.packed else torch.randn(b, t, d_model, device=device)
@@ -145,7 +151,7 @@ def _step(block: Block, example: Example, device: str, d_model: int) -> Callable
 
     def run() -> None:
         with torch.set_grad_enabled(example.training), autocast(torch.device(device), example.dtype):
-            y = block(x, bounds)
+            y = checkpoint(block, x, bounds, use_reentrant=False) if checkpointing else block(x, bounds)
         if example.training:
             y.sum().backward()
             x.grad = None
@@ -154,13 +160,17 @@ def _step(block: Block, example: Example, device: str, d_model: int) -> Callable
     return run
 
 
-def _estimated(plan: Plan, layer: int, dense: Estimate) -> Estimate:
-    """The operators' estimates and the dense maps around them; a sum is no better than its worst source."""
+def _estimated(plan: Plan, layer: int, dense: Estimate, checkpointing: bool) -> Estimate:
+    """The operators' estimates and the dense maps around them; a sum is no better than its worst source.
+
+    The backward takes about twice the forward, so that computing the forward again makes 3 parts 4.
+    """
+    again = 4 / 3 if checkpointing else 1.0
     figures = [choice.figure for choice in plan.choices if choice.layer == layer and choice.used and choice.figure]
     return Estimate(
-        seconds=dense.seconds + sum(figure.seconds for figure in figures),
-        low_s=dense.low_s + sum(figure.low_s for figure in figures),
-        high_s=dense.high_s + sum(figure.high_s for figure in figures),
+        seconds=again * (dense.seconds + sum(figure.seconds for figure in figures)),
+        low_s=again * (dense.low_s + sum(figure.low_s for figure in figures)),
+        high_s=again * (dense.high_s + sum(figure.high_s for figure in figures)),
         peak_bytes=0,
         source="bound",
     )
@@ -193,15 +203,22 @@ def _workspace_bytes(plan: Plan, layer: int) -> int:
     return max((figure.peak_bytes for figure in figures), default=0)
 
 
-def _memory_bytes(block: Block, example: Example) -> int:
-    """Parameters with their training state, and what one forward keeps for the backward."""
+def _memory_bytes(block: Block, example: Example, checkpointing: bool) -> tuple[int, int]:
+    """What stays during a step, and what comes and goes with the block.
+
+    Stays: parameters with their training state, and what one forward keeps for the backward; with checkpointing the
+    block's input alone stays, and the rest comes and goes.
+    """
     parameters = sum(parameter.numel() for parameter in block.parameters())
     if not example.training:
-        return 4 * parameters
+        return 4 * parameters, 0
     b, t = example.tokens_shape
     x = torch.empty(b, t, block.norm.normalized_shape[0], requires_grad=True)
     with autocast(torch.device("cpu"), example.dtype):
-        return BYTES_PER_PARAMETER * parameters + saved_bytes(block, lambda: block(x))
+        kept = saved_bytes(block, lambda: block(x))
+    if checkpointing:
+        return BYTES_PER_PARAMETER * parameters + x.numel() * x.element_size(), kept
+    return BYTES_PER_PARAMETER * parameters + kept, 0
 
 
 def saved_bytes(block: nn.Module, forward: Callable[[], object]) -> int:
