@@ -65,7 +65,7 @@ class Sampler:
 
             next = argmax_x  min over taken y:  ||x - y||      (Gonzalez 1985, greedy k-centre)
         """
-        turns = [self._filling(group, done) for group in self._groups.values()]
+        turns = [self._filling(indices, done) for indices in self._groups.values()]
         while turns:
             for turn in tuple(turns):
                 index = next(turn, None)
@@ -98,8 +98,8 @@ class Sampler:
             promise[index] = weight * sum(doubts)
         return sorted(open_cells, key=lambda index: (-promise[index], index))[:count]
 
-    def _filling(self, group: str, done: Collection[int]) -> Iterator[int]:
-        indices = np.array(self._groups[group])
+    def _filling(self, of_group: Sequence[int], done: Collection[int]) -> Iterator[int]:
+        indices = np.array(of_group)
         points = _points([self.cells[index].rows[0] for index in indices])
         nearest = np.full(len(indices), np.inf)
         taken = np.isin(indices, list(done))
