@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from subquad_cost_model.bound import lower_bound_s
 from subquad_cost_model.device import Device
@@ -84,9 +85,7 @@ class Sampler:
         """
         known = set(done)
         open_cells = [
-            index
-            for index, cell in enumerate(self.cells)
-            if index not in known and not is_held_out(cell.rows[0])
+            index for index, cell in enumerate(self.cells) if index not in known and not is_held_out(cell.rows[0])
         ]
         rows = [row for index in open_cells for row in self.cells[index].rows]
         estimates = iter(estimator.predict(rows, self._device))
@@ -121,7 +120,7 @@ class Sampler:
 OPEN = 1e6
 
 
-def _farthest(nearest: Floats, ties: Floats, taken: np.typing.NDArray[np.bool_]) -> int:
+def _farthest(nearest: Floats, ties: NDArray[np.int64], taken: NDArray[np.bool_]) -> int:
     free = np.flatnonzero(~taken)
     return int(free[np.lexsort((ties[free], -nearest[free].round(9)))[0]])
 
@@ -135,12 +134,12 @@ def _points(rows: Sequence[CostRow]) -> Floats:
     numbers: dict[str, list[float]] = defaultdict(lambda: [math.nan] * len(rows))
     words: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(rows))
     for place, row in enumerate(rows):
-        lengths = {name: value for name, value in row.options.items() if _is_length(value)}
+        lengths = _lengths(row)
         for name, value in {**row.shape, **lengths}.items():
             numbers[name][place] = math.log2(value + 1)
         numbers["flops"][place] = math.log2(row.matmul_flops + row.vector_flops + 1)
         numbers["bytes"][place] = math.log2(row.bytes_moved + 1)
-        variant = {name: value for name, value in row.options.items() if not _is_length(value)}
+        variant = {name: value for name, value in row.options.items() if name not in lengths}
         present = sorted({**row.shape, **{name: 1 for name, value in lengths.items() if value}})
         for word in (row.dtype, json.dumps(variant, sort_keys=True), " ".join(present)):
             words[word][place] = WORD_DISTANCE / math.sqrt(2)
@@ -148,8 +147,11 @@ def _points(rows: Sequence[CostRow]) -> Floats:
     return np.column_stack(columns)
 
 
-def _is_length(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _lengths(row: CostRow) -> dict[str, int]:
+    """The options that are lengths, such as a window."""
+    return {
+        name: value for name, value in row.options.items() if isinstance(value, int) and not isinstance(value, bool)
+    }
 
 
 def _scaled(column: Floats) -> Floats:

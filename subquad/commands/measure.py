@@ -53,10 +53,16 @@ def run(arguments: list[str]) -> int:
     new = sampling.run()
     spent, slow = sampling.spent(), sampling.too_slow()
     lines = [
-        [name, *(str(counts[status] or "") for status in STATUSES), f"{spent.get(name, 0):.0f}", str(slow.get(name, ""))]
+        [name, *(counts[status] or "" for status in STATUSES), f"{spent.get(name, 0):.0f}", slow.get(name, "")]
         for name, counts in sorted(by_kernel(new).items())
     ]
-    print(table(f"Rows of {target.device.name}", ("kernel", *STATUSES, "seconds", "too slow"), lines))
+    print(
+        table(
+            f"Rows of {target.device.name}",
+            ("kernel", *STATUSES, "seconds", "too slow"),
+            [[str(cell) for cell in line] for line in lines],
+        )
+    )
     print(f"{sum(row.status == 'ok' for row in new)} new timings in {folder}, {len(sampling.rows)} rows of this device")
     return 0
 

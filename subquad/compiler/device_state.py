@@ -35,9 +35,7 @@ class DeviceState:
             "clock_median_mhz": statistics.median(self._clocks),
             "clock_min_mhz": float(min(self._clocks)),
             "power_w": self._nvml.nvmlDeviceGetPowerUsage(self._handle) / 1e3,
-            "temperature_c": float(
-                self._nvml.nvmlDeviceGetTemperature(self._handle, self._nvml.NVML_TEMPERATURE_GPU)
-            ),
+            "temperature_c": float(self._nvml.nvmlDeviceGetTemperature(self._handle, self._nvml.NVML_TEMPERATURE_GPU)),
             "throttle": " ".join(name for name, bit in _reasons(self._nvml).items() if reasons & bit),
         }
 
@@ -56,7 +54,7 @@ def _nvml(device: str) -> tuple[Any, Any]:
     try:
         pynvml.nvmlInit()
         # By its bus, as CUDA_VISIBLE_DEVICES renumbers the devices of CUDA alone.
-        found = torch.cuda.get_device_properties(device)
+        found: Any = torch.cuda.get_device_properties(device)
         place = f"{found.pci_domain_id:08X}:{found.pci_bus_id:02X}:{found.pci_device_id:02X}.0"
         return pynvml, pynvml.nvmlDeviceGetHandleByPciBusId(place.encode())
     except (pynvml.NVMLError, AttributeError):  # no permission, or a torch without bus numbers

@@ -13,8 +13,6 @@ from importlib.util import find_spec
 from itertools import islice, zip_longest
 from pathlib import Path
 
-import torch
-
 import subquad_kernels.operators  # noqa: F401  (registers the torch operators)
 from subquad.compiler.choose import REFERENCE
 from subquad.compiler.prepare_kernels import Job, Prepared, prepare, worker_processes
@@ -157,9 +155,7 @@ class SampleRun:
         self._say(f"checking and compiling {len(jobs)} kernels and layouts")
         passed: set[Job] = set()
         ready: dict[Job, Prepared] = {}
-        for done in prepare(
-            jobs, device, budget_s=PREPARING * self._budget_s, processes=worker_processes(device)
-        ):
+        for done in prepare(jobs, device, budget_s=PREPARING * self._budget_s, processes=worker_processes(device)):
             ready[done.job] = done
             if done.failure is None:
                 passed.add(done.job)

@@ -10,10 +10,9 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 from subquad_kernels.catalogue import Operator
-from subquad_kernels.workload import DType, Option, Phase, Workload
+from subquad_kernels.workload import DType, Option, Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +78,7 @@ def layouts(operator: Operator, kind: str, count: int, *, seed: int = 0) -> list
         variants = decoded if decode else forward
         layout = replace(
             base,
-            phase=cast(Phase, "decode" if decode else "forward"),
+            phase="decode" if decode else "forward",
             dtype=draw.choice(dtypes) if number else base.dtype,
             options=_options(variants[number % len(variants)], ranges, draw),
             shape=_widths(base.shape, ranges, draw),

@@ -110,7 +110,7 @@ class CellTimer:
             rival.timed = self._raised(rival, error)
 
     def _capture(self, rival: _Rival, operator: Operator, part: Workload) -> None:
-        """Replace the call by a graph of many; where one cannot be captured it is timed as it is, and the row says so."""
+        """Replace the call by a graph of many; what cannot be captured is timed as it is, and the row says so."""
         assert rival.call is not None
         copies = max(1, min(DECODES, MOST_COPIED_BYTES // max(1, rival.call.held_bytes)))
         calls = [Call.of(operator, rival.kernel, part, self._device).run for _ in range(copies)]
@@ -182,9 +182,7 @@ class CellTimer:
         self.expected_too_slow[rival.kernel.key] += too_slow
         return too_slow
 
-    def _ok(
-        self, rival: _Rival, timing: Timing, peak: int | None, state: Mapping[str, Any]
-    ) -> TimedRow:
+    def _ok(self, rival: _Rival, timing: Timing, peak: int | None, state: Mapping[str, Any]) -> TimedRow:
         return replace(
             self._failed(rival.row, "unsupported"),
             status="ok",
@@ -232,6 +230,4 @@ def _parts(workload: Workload) -> tuple[Workload, ...]:
 
 
 def _each(timing: Timing, calls: int) -> Timing:
-    return replace(
-        timing, low_s=timing.low_s / calls, median_s=timing.median_s / calls, high_s=timing.high_s / calls
-    )
+    return replace(timing, low_s=timing.low_s / calls, median_s=timing.median_s / calls, high_s=timing.high_s / calls)
