@@ -102,8 +102,8 @@ class Sampler:
         points = _points([self.cells[index].rows[0] for index in indices])
         nearest = np.full(len(indices), np.inf)
         taken = np.isin(indices, list(done))
-        for place in np.flatnonzero(taken):
-            nearest = np.minimum(nearest, _distances(points, place))
+        for known in np.flatnonzero(taken):
+            nearest = np.minimum(nearest, _distances(points, int(known)))
         bound_s = self._bound_s[indices]
         order = [int(bound_s.argmin()), int(bound_s.argmax())]
         # Equally far ones come in an order that the seed decides.
