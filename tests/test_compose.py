@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from subquad import ConfigError, NotFoundError, PluginError, load_config
 from subquad.registry import ENTRY_POINT_GROUP, load_registry
-from subquad.schema import ChannelMixerConfig, RunConfig
+from subquad.schema import AUTO, ChannelMixerConfig, RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN_PROJECT = ROOT / "examples" / "03_own_project" / "conf"
@@ -39,7 +39,9 @@ def test_every_recipe_composes_into_plain_typed_objects(model: str) -> None:
     assert type(config) is RunConfig
     assert config.model.name == model
     assert plain(config)
-    for key in config.model.schedule:
+    open_layers = AUTO in config.model.schedule
+    assert open_layers == bool(config.model.candidates)
+    for key in {*config.model.schedule, *config.model.candidates} - {AUTO}:
         entry = config.model.mixers[key]
         assert entry["mixer"] in load_registry().mixers
 

@@ -40,18 +40,18 @@ OPERATOR = CATALOGUE.operator("selective_scan")
 # What differs from `fused.launch_of`: compiled once each.
 GRID: dict[str, tuple[dict[str, Any], ...]] = {
     "forward": (
-        {}, {"group": 2}, {"group": 8}, {"tile_c": 32, "rows": 4}, {"tile_c": 32, "rows": 4, "group": 2},
-        {"tile_c": 8, "rows": 16}, {"evict": "evict_first"}, {"rows": 4},
+        {}, {"group": 8}, {"group": 16}, {"evict": "evict_first"}, {"tile_c": 16, "rows": 8},
     ),
     "backward": (
-        {}, {"group": 4}, {"evict": "evict_first"}, {"group": 4, "evict": "evict_first"}, {"rows": 2}, {"rows": 8},
-        {"tile_c": 16}, {"tile_c": 16, "group": 4}, {"group": 1},
+        {}, {"evict": "evict_first"}, {"rows": 8}, {"rows": 8, "evict": "evict_first"}, {"group": 8},
+        {"group": 8, "rows": 8, "evict": "evict_first"}, {"tile_c": 8}, {"tile_c": 8, "group": 8},
+        {"tile_c": 32}, {"tile_c": 32, "group": 2, "evict": "evict_first"},
     ),
 }  # fmt: skip
 # How time is cut: costs no compilation. Programs are few at b = 4 and 1; `enough` 0 never cuts.
 CUTS: dict[str, tuple[dict[str, int], ...]] = {
-    "forward": ({}, {"enough": 0}, {"enough": 512}, {"programs": 1056}, {"programs": 2112}, {"programs": 4224}),
-    "backward": ({}, {"enough": 256}, {"programs": 528}, {"programs": 2112}),
+    "forward": ({}, {"enough": 0}, {"programs": 1056}, {"programs": 4224}),
+    "backward": ({}, {"programs": 1056}, {"programs": 3168}, {"programs": 4224}),
 }
 LONGEST_MS = 20.0
 """A launch that takes longer than this once is not timed again: one that is not cut, at b = 1."""
