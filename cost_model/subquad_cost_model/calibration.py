@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.optimize import nnls
+from scipy.optimize import least_squares, nnls
 
 from subquad_cost_model.bound import lower_bound_s
 from subquad_cost_model.conformal import grouped_quantile
@@ -30,6 +30,9 @@ KINDS = ("none", "shift", "kernels", "overhead")
 """From the simplest on: nothing; one factor; a factor per kernel; an overhead and a factor per kernel."""
 SHRINK = 1.0
 """So many rows of no deviation stand beside those of each kernel."""
+PULL, OUTLIER = 0.3, 0.3
+"""How firmly overhead and factor of a kernel are held near those of all kernels; log errors beyond the second count
+by their size, not its square."""
 MOST_FOLDS = 20
 LEAST_SHAPES = 5
 """With fewer shapes in a phase nothing can be left out to choose by, and the source stays as it is."""
@@ -199,7 +202,8 @@ def _fitted(kind: str, stacked: bool, kernels: np.ndarray, log_source: Floats, l
     if kind == "shift":
         return weights, {}, shared
     if kind == "overhead":
-        shared = _overhead(base, log_s, shared)
+        # From half of the shortest time: what an overhead is at most, or nearly.
+        shared = _overhead(base, log_s, (math.exp(float(log_s.min())) / 2, shared[1]))
     of_kernels = {}
     for name in np.unique(kernels):
         here = kernels == name
@@ -221,20 +225,16 @@ def _weights(log_source: Floats, log_s: Floats) -> Floats:
 
 
 def _overhead(base: Floats, log_s: Floats, near: tuple[float, float]) -> tuple[float, float]:
-    """min over a, g >= 0 of the relative errors ((a + g f) / t - 1)^2 and of the distance from what is `near`."""
-    seconds, source_s = np.exp(log_s), np.exp(base)
-    typical_s = float(np.median(seconds))
-    pull = math.sqrt(SHRINK)
-    system = np.vstack(
-        [
-            np.column_stack([typical_s / seconds, source_s / seconds * near[1]]),
-            [[pull, 0.0], [0.0, pull]],
-        ]
-    )
-    (overhead, factor), _ = nnls(system, np.concatenate([np.ones(len(seconds)), [pull * near[0] / typical_s, pull]]))
-    if overhead == factor == 0:
-        return near
-    return float(overhead) * typical_s, float(factor) * near[1]
+    """min over a, g > 0 of the log errors, those beyond `OUTLIER` by their size alone, and a pull to what is `near`.
+
+    sum of rho(log t - log(a + g f)) + rho(PULL log(g / g_near)) + rho(PULL log(a / a_near))
+    """
+
+    def errors(logs: Floats) -> Floats:
+        return np.concatenate([log_s - np.logaddexp(logs[0], logs[1] + base), PULL * (logs - np.log(near))])
+
+    found = least_squares(errors, np.log(near), loss="soft_l1", f_scale=OUTLIER).x
+    return math.exp(found[0]), math.exp(found[1])
 
 
 def _predicted(fitted: _Fitted, kernels: np.ndarray, log_source: Floats) -> Floats:  # type: ignore[type-arg]
