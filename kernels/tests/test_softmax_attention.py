@@ -247,3 +247,18 @@ def test_rows_handed_to_the_efficient_backward_are_aligned_whatever_their_stride
     assert rows.is_contiguous() and rows.shape[2] % LSE_ALIGNMENT == 0
     assert torch.equal(rows[:, :, :t], lse)
     assert bool(rows[:, :, t:].isinf().all())
+
+
+@pytest.mark.parametrize(("t", "s"), [(1, 50), (7, 50), (50, 50)])
+@pytest.mark.parametrize("window", [0, 1, 8, 49, 60])
+def test_keys_that_no_query_sees_are_not_counted_as_moved(t: int, s: int, window: int) -> None:
+    rows, columns = torch.arange(s - t, s)[:, None], torch.arange(s)[None]
+    visible = (columns <= rows) & ((rows - columns < window) if window else torch.ones(t, s, dtype=torch.bool))
+    shape = {"b": 2, "t": t, "s": s, "h": 4, "h_kv": 2, "k": 16, "v": 8}
+    workload = Workload(
+        operator="softmax_attention", shape=shape, dtype="float32", phase="forward",
+        options={"causal": True, "window": window},
+    )  # fmt: skip
+    queries, outputs, lse = t * 4 * 16, t * 4 * 8, t * 4
+    keys = int(visible.any(0).sum()) * 2 * (16 + 8)
+    assert OPERATOR.work(workload).bytes_moved == 2 * 4 * (queries + keys + outputs + lse)

@@ -19,6 +19,12 @@ def visible_pairs(workload: Workload) -> int:
     return _pairs(t, s, bool(workload.options["causal"]), int(workload.options["window"]))
 
 
+def visible_keys(workload: Workload) -> int:
+    """How many keys of a sequence any of its queries sees: the last ones of a cache, if there is a window."""
+    t, s, window = workload.shape["t"], workload.shape["s"], int(workload.options["window"])
+    return min(s, t + window - 1) if window and workload.options["causal"] else s
+
+
 def _pairs(t: int, s: int, causal: bool, window: int) -> int:
     if not causal:
         return t * s
@@ -34,9 +40,9 @@ def _pairs(t: int, s: int, causal: bool, window: int) -> int:
 def work(workload: Workload) -> Work:
     """Two matrix products forward (scores, values); five backward (scores again, dP, dQ, dK, dV)."""
     shape, e = workload.shape, workload.element_bytes
-    b, t, s, h, h_kv, k, v = (shape[axis] for axis in ("b", "t", "s", "h", "h_kv", "k", "v"))
+    b, t, h, h_kv, k, v = (shape[axis] for axis in ("b", "t", "h", "h_kv", "k", "v"))
     pairs = b * h * visible_pairs(workload)
-    inputs = b * (t * h * k + s * h_kv * (k + v)) * e
+    inputs = b * (t * h * k + visible_keys(workload) * h_kv * (k + v)) * e
     outputs, lse = b * t * h * v * e, b * h * t * 4
     if workload.phase == "backward":
         return Work(
