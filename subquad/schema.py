@@ -200,7 +200,7 @@ class MeasureConfig:
     target: str = "auto"
     operators: list[str] = field(default_factory=list)
     kernels: list[str] = field(default_factory=list)
-    layouts: int = 8  # of each operator: options, dtype, widths, heads, packed or not
+    layouts: int = 16  # of each operator: options, dtype, widths, heads, packed or not
     shapes: int = 64  # of each layout: lengths, batches, documents
     seed: int = 0
 

@@ -135,9 +135,11 @@ def added_bytes(run: Callable[[], object], device: str) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def device_clock(device: str) -> Clock | None:
+def device_clock(device: str, *, most_clears: int = 32, most_calls: int = 100) -> Clock | None:
     """How kernels on a device are timed: by a CUDA device's own events, or by the wall (None)."""
-    return CudaClock(device) if device.startswith("cuda") else None
+    if not device.startswith("cuda"):
+        return None
+    return CudaClock(device, most_clears=most_clears, most_calls=most_calls)
 
 
 class CudaClock:
@@ -145,13 +147,12 @@ class CudaClock:
 
     Before each call the device overwrites a buffer of twice its cache, as often as it takes to keep it busy until the
     host has queued the call: what lies between the events are kernels, without gaps that the host would leave. A call
-    that takes longer to queue than `MOST_CLEARS` last (a millisecond or two) is timed with the rest of its gaps.
-    `MOST_CALLS` are enough for a median.
+    that takes longer to queue than `most_clears` last (32: a millisecond or two) is timed with the rest of its gaps.
+    `most_calls` are enough for a median.
     """
 
-    MOST_CLEARS, MOST_CALLS = 32, 100
-
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, *, most_clears: int = 32, most_calls: int = 100) -> None:
+        self._most_clears, self._most_calls = most_clears, most_calls
         self._queued_s: dict[Callable[[], object], float] = {}  # the shortest so far
         self._buffer = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8,
                                    device=device)  # fmt: skip
@@ -160,8 +161,8 @@ class CudaClock:
     def __call__(self, run: Callable[[], object], calls: int) -> float:
         # Half as long again: the host is not always as quick.
         queued_s = 1.5 * self._queued_s.get(run, math.inf)
-        clears = 1 + math.ceil(min(queued_s / self._clear_s, self.MOST_CLEARS - 1))
-        return statistics.median(self._elapsed_s(run, min(calls, self.MOST_CALLS), clears)) * calls
+        clears = 1 + math.ceil(min(queued_s / self._clear_s, self._most_clears - 1))
+        return statistics.median(self._elapsed_s(run, min(calls, self._most_calls), clears)) * calls
 
     def _elapsed_s(self, run: Callable[[], object], calls: int, clears: int) -> list[float]:
         pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]

@@ -48,7 +48,7 @@ class Plan:
 
     operators: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()  # `name` or `operator/name`
-    layouts: int = 8
+    layouts: int = 16
     shapes: int = 64
     seed: int = 0
 

@@ -24,9 +24,14 @@ from subquad_kernels.workload import Workload
 
 BRIEF = Effort(min_s=0.006, repeats=3, warm_up_s=0.0)
 """Ten rows a second: three rounds of 6 ms or one call each. Medians of rounds are within a few percent."""
-LONGEST_CALL_S = 0.4
-"""Kernels expected to take longer are left out: one such row costs as much as twenty others."""
-CELL_BUDGET_S = 2.0
+LONGEST_CALL_S = 0.2
+"""Kernels expected to take longer are left out: one such row costs as much as ten others. One that does all the same
+is timed by that call alone."""
+CELL_BUDGET_S = 1.0
+MOST_CLEARS, MOST_CALLS = 96, 16
+"""Of the clock: the host has four milliseconds to queue a call of many launches, and few calls need that long."""
+FEW_REPEATS = 1.5
+"""How far one call says where others lie, either way, as in `time_rivals`."""
 DECODES = 20
 """Calls in one CUDA graph, each with inputs of its own, so that each finds its state outside of the cache."""
 MOST_COPIED_BYTES = 4 << 30
@@ -81,11 +86,12 @@ class CellTimer:
                 rows = [cost_row(operator, kernel, part) for part in _parts(workload) for kernel in kernels]
                 return [self._failed(row, "oom") for row in rows]
             for part in _parts(workload):
+                copies = self._copies(arguments) if part.phase == "decode" else ()
                 rivals = [_Rival(kernel, cost_row(operator, kernel, part)) for kernel in kernels]
                 rivals = [rival for rival in rivals if not self._too_slow(rival)]
                 for rival in rivals:
                     with self._charged(rival.kernel):
-                        self._begin(rival, operator, part, arguments)
+                        self._begin(rival, operator, part, arguments, copies)
                 self._time([rival for rival in rivals if rival.timed is None])
                 found += [rival.timed for rival in rivals if rival.timed is not None]
         return found
@@ -97,30 +103,61 @@ class CellTimer:
             return [self._failed(row, "unsupported") for row in rows]
         return [replace(self._failed(row, "wrong"), max_abs_error=error) for row in rows]
 
-    def _begin(self, rival: _Rival, operator: Operator, part: Workload, arguments: Mapping[str, Any]) -> None:
-        """Call it once, or capture it; what it raises becomes its row."""
+    def _copies(self, arguments: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+        """The arguments and as many copies as a graph has calls, if memory allows."""
+        if not self._cuda:
+            return ()
+        tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+        held_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        count = max(1, min(DECODES, MOST_COPIED_BYTES // max(1, held_bytes)))
+        further = [{name: tensor.clone() for name, tensor in tensors.items()} for _ in range(count - 1)]
+        return [arguments, *({**arguments, **copied} for copied in further)]
+
+    def _begin(
+        self,
+        rival: _Rival,
+        operator: Operator,
+        part: Workload,
+        arguments: Mapping[str, Any],
+        copies: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Call it twice, or capture it; what it raises becomes its row, and so does a call that takes long."""
         try:
-            rival.call = Call.of(operator, rival.kernel, part, self._device, arguments)
-            rival.run = rival.call.run
-            rival.run()
+            call = Call.of(operator, rival.kernel, part, self._device, arguments)
+            rival.call, rival.run = call, call.run
+            call.run()
             self._wait()
-            if part.phase == "decode" and self._cuda:
-                self._capture(rival, operator, part)
+            started = time.perf_counter()
+            call.run()
+            self._wait()
+            second_s = time.perf_counter() - started
+            if second_s > LONGEST_CALL_S:
+                peak = call.held_bytes + added_bytes(call.run, self._device) if self._cuda else None
+                once = Timing(low_s=second_s / FEW_REPEATS, median_s=second_s, high_s=second_s * FEW_REPEATS, repeats=1)
+                rival.timed = self._ok(rival, once, peak, {})
+            elif copies:
+                self._capture(
+                    rival, [Call.of(operator, rival.kernel, part, self._device, copied).run for copied in copies]
+                )
         except Exception as error:  # a stranger's kernel may raise anything
             rival.timed = self._raised(rival, error)
 
-    def _capture(self, rival: _Rival, operator: Operator, part: Workload) -> None:
+    def _capture(self, rival: _Rival, calls: Sequence[Callable[[], object]]) -> None:
         """Replace the call by a graph of many; what cannot be captured is timed as it is, and the row says so."""
-        assert rival.call is not None
-        copies = max(1, min(DECODES, MOST_COPIED_BYTES // max(1, rival.call.held_bytes)))
-        calls = [Call.of(operator, rival.kernel, part, self._device).run for _ in range(copies)]
-        graph = torch.cuda.CUDAGraph()
+        graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
         try:
-            with torch.cuda.graph(graph):
-                kept = [calls[turn % copies]() for turn in range(DECODES)]
+            # Not torch.cuda.graph(), which hands all cached memory back each time.
+            with torch.cuda.stream(aside):
+                graph.capture_begin()
+                try:
+                    kept = [calls[turn % len(calls)]() for turn in range(DECODES)]
+                finally:
+                    graph.capture_end()
         except RuntimeError:
             self._wait()
             return
+        self._wait()
         graph.replay()
         self._wait()
 
@@ -151,7 +188,7 @@ class CellTimer:
         self._state.start()
         timings = time_rivals(
             runs,
-            clock=device_clock(self._device),
+            clock=device_clock(self._device, most_clears=MOST_CLEARS, most_calls=MOST_CALLS),
             min_s=self._effort.min_s,
             repeats=self._effort.repeats,
             warm_up_s=self._effort.warm_up_s,
@@ -163,8 +200,6 @@ class CellTimer:
             timing = _each(timings[rival.kernel.name], rival.calls)
             peak = rival.call.held_bytes + added_bytes(rival.call.run, self._device) if self._cuda else None
             rival.timed = self._ok(rival, timing, peak, state)
-            pace = self._pace[rival.kernel.key, rival.row.phase, rival.row.dtype]
-            pace.append((lower_bound_s(rival.row, self._target.device), timing.median_s))
         spent = time.perf_counter() - started
         total = sum(timings[rival.kernel.name].median_s for rival in rivals)
         for rival in rivals:
@@ -183,6 +218,8 @@ class CellTimer:
         return too_slow
 
     def _ok(self, rival: _Rival, timing: Timing, peak: int | None, state: Mapping[str, Any]) -> TimedRow:
+        pace = self._pace[rival.kernel.key, rival.row.phase, rival.row.dtype]
+        pace.append((lower_bound_s(rival.row, self._target.device), timing.median_s))
         return replace(
             self._failed(rival.row, "unsupported"),
             status="ok",
@@ -190,7 +227,7 @@ class CellTimer:
             low_s=timing.low_s,
             high_s=timing.high_s,
             peak_bytes=peak,
-            warm_ups=3,
+            warm_ups=4 if timing.repeats > 1 else 1,
             repeats=timing.repeats,
             cold_cache=self._cuda,
             cuda_graph=rival.calls > 1,
