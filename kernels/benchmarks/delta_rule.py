@@ -5,8 +5,9 @@
 32,768 tokens of 16 heads (n = p = 64 or 128) in bfloat16, with decay and write gate. Device time is the sum of all
 kernels of a call under the profiler; `called` is the median of `triton.testing.do_bench` (L2 cleared between calls),
 host included; `parts` are the kernels of one forward and backward. A rival, `fla.ops.gated_delta_rule`, is timed
-beside it where it can be imported. With --tune, launches that differ from the package's own in one choice are timed,
-and the fastest of each choice is named; the package itself keeps what `fused.launch_of` says.
+afterwards where it can be imported. Nothing new begins after --limit-s seconds. With --tune, launches that differ from
+the package's own in one choice are timed, and the fastest of each choice is named; the package itself keeps what
+`fused.launch_of` says.
 """
 
 from __future__ import annotations
@@ -181,12 +182,12 @@ def time_rival(function: Callable[..., Any], call: Call) -> dict[str, Any]:
 
 
 def time_all(record: Record, over: Callable[[], bool]) -> None:
-    theirs = rival(record)
     for b, width in SHAPES:
-        if over():
-            print("time is up: the rest is not timed")
-            return
         row: dict[str, Any] = {"b": b, "t": TOKENS // b, "n": width, "p": width}
+        record.timings.append(row)
+        if over():
+            row["failure"] = "time is up"
+            continue
         try:
             call = Call(b, width)
             row["launch"] = asdict(fused.launch_of(width, 2))
@@ -194,21 +195,34 @@ def time_all(record: Record, over: Callable[[], bool]) -> None:
             row["parts"] = device_parts(call.both)
             row["both_ms"] = sum(row["parts"].values())
             row["forward_called_ms"], row["both_called_ms"] = call.as_called()
-            if theirs is not None:
-                row["fla"] = time_rival(theirs, call)
             print({name: round(value, 3) for name, value in row.items() if isinstance(value, (int, float))})
-            print("      fla:", row.get("fla", record.rivals["fla"]))
-            for name, value in sorted(row["parts"].items(), key=lambda item: -item[1])[:10]:
+            for name, value in sorted(row["parts"].items(), key=lambda item: -item[1])[:12]:
                 print(f"      {value:8.3f}  {name}", flush=True)
         except Exception as error:
             row["failure"] = f"{type(error).__name__}: {error}"[:400]
             print(row, flush=True)
-        record.timings.append(row)
 
 
-def time_decodes(record: Record) -> None:
+def time_rivals(record: Record, over: Callable[[], bool]) -> None:
+    """Last, as what tunes itself takes its time."""
+    theirs = rival(record)
+    for row in record.timings if theirs is not None else ():
+        if over():
+            print("time is up: the rest of the rivals is not timed")
+            return
+        try:
+            row["fla"] = time_rival(theirs, Call(row["b"], row["n"]))
+        except Exception as error:
+            row["fla"] = {"failure": f"{type(error).__name__}: {error}"[:200]}
+        print(f"b={row['b']} n={row['n']} fla:", row["fla"], flush=True)
+
+
+def time_decodes(record: Record, over: Callable[[], bool]) -> None:
     """One token of `b` sequences: milliseconds of the kernel, and bytes of state read and written a second."""
     for b in DECODES:
+        if over():
+            print("time is up: the rest is not decoded")
+            return
         row: dict[str, Any] = {"b": b}
         try:
             arguments = inputs(workload(b, 1, 128))
@@ -256,16 +270,24 @@ def main() -> None:
     parser.add_argument("--limit-s", type=float, default=100.0)
     options = parser.parse_args()
     end = time.monotonic() + options.limit_s
+
+    def over() -> bool:
+        return time.monotonic() > end
+
     record = Record(device=torch.cuda.get_device_name(), versions=stack_versions())
     try:
         for row in checks():
             record.checks.append(row)
             worst = max(row.get("errors", {"": 0.0}).items(), key=lambda item: item[1])
             print("ok  " if row["passed"] else "FAIL", row["case"], worst, row.get("failure", ""), flush=True)
-        time_all(record, lambda: time.monotonic() > end)
-        time_decodes(record)
+            if over():
+                print("time is up: the rest is not checked")
+                break
+        time_all(record, over)
+        time_decodes(record, over)
+        time_rivals(record, over)
         if options.tune:
-            tune(record, lambda: time.monotonic() > end)
+            tune(record, over)
     finally:
         options.out.write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
 
