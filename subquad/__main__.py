@@ -26,6 +26,8 @@ VERBS: Mapping[str, str] = MappingProxyType(
         "bench": "time an operator's kernels as lengths grow: bench operator=segment_attention",
         "warmup": "compile, check and measure what a run will call: warmup model=scout_mamba",
         "generate": 'continue a text: generate run=RUN_DIR prompt="def "',
+        "proxy": "measure what other mixers would lose in a run's layers: proxy run=RUN_DIR candidates=[window]",
+        "plan": "compare two plans: plan diff A/plan.json B/plan.json",
         "plugins": "list what is installed, and which kernels are usable here (--json)",
         "doctor": "versions, devices, caches, and a check of every usable kernel",
         "completion": 'print bash completion: eval "$(subquad completion)"',

@@ -34,7 +34,7 @@ from subquad.component_config import defaults_of, typed_config
 from subquad.contracts import ComponentKind, ComponentSpec, MixerSpec
 from subquad.errors import ConfigError, NotFoundError, PluginError, SubquadError, suggestion
 from subquad.registry import Registry, load_registry
-from subquad.schema import ChannelMixerConfig, RunConfig
+from subquad.schema import AUTO, ChannelMixerConfig, RunConfig
 
 CONFIG_PACKAGE = "subquad.conf"
 SCHEMA_NAME = "run_schema"
@@ -83,6 +83,7 @@ def to_run_config(composed: DictConfig, registry: Registry | None = None) -> Run
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), values))
     assert isinstance(config, RunConfig)
     _check_mixers(config, registry)
+    _check_candidates(config, registry)
     _check_component("data", config.data, registry)
     _check_component("optimizer", config.optimizer, registry)
     _check_kernels(config, registry)
@@ -267,6 +268,18 @@ def _check_mixers(config: RunConfig, registry: Registry) -> None:
                     mend="use null, or {d_hidden: N}",
                 )
             typed_config(ChannelMixerConfig, channel_mixer, f"{where}.channel_mixer")
+
+
+def _check_candidates(config: RunConfig, registry: Registry) -> None:
+    if AUTO in config.model.mixers:
+        raise ConfigError(
+            what=f"'{AUTO}' stands for a layer that is chosen, and cannot name an entry",
+            where=f"model.mixers.{AUTO}",
+            mend="give the entry another key",
+        )
+    for index, key in enumerate(config.model.candidates):
+        if key not in config.model.mixers:
+            registry.mixer(key, where=f"model.candidates[{index}]")
 
 
 def _check_component(kind: ComponentKind, values: Mapping[str, object], registry: Registry) -> None:

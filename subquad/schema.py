@@ -7,6 +7,9 @@ from typing import Any
 
 from subquad.errors import ConfigError
 
+AUTO = "auto"
+"""An entry of a schedule whose mixer the compiler chooses."""
+
 
 @dataclass(kw_only=True)
 class ChannelMixerConfig:
@@ -24,7 +27,9 @@ class ModelConfig:
     num_layers: int = 4  # blocks
     vocab_size: int = 0  # 0: the tokenizer's
     context_len: int = 0  # tokens the model is built for; 0: trainer.seq_len
-    schedule: list[str] = field(default_factory=lambda: ["softmax_attention"])  # keys of `mixers`, repeated
+    # keys of `mixers`, repeated; `auto` is a layer whose mixer is chosen among the candidates, under `budget`
+    schedule: list[str] = field(default_factory=lambda: ["softmax_attention"])
+    candidates: list[str] = field(default_factory=list)  # keys of `mixers` or installed mixers, best first; []: all
     # each entry: {mixer: REGISTRY_KEY, channel_mixer: {d_hidden: N} or null, ...fields of that mixer's config}
     mixers: dict[str, Any] = field(default_factory=dict)
     channel_mixer: ChannelMixerConfig | None = field(default_factory=ChannelMixerConfig)  # default of every entry
@@ -37,7 +42,7 @@ class ModelConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(what=f"{name} is {getattr(self, name)}", where=f"model.{name}", mend="use 1 or more")
         for key in self.schedule:
-            if self.mixers and key not in self.mixers:
+            if self.mixers and key not in self.mixers and key != AUTO:
                 raise ConfigError(
                     what=f"the schedule names '{key}', which model.mixers does not hold",
                     where="model.schedule",
@@ -95,6 +100,35 @@ class CompilerConfig:
 
 
 @dataclass(kw_only=True)
+class BudgetConfig:
+    """What a model may take whose schedule has `auto` layers, and how their quality is judged; null does not bind."""
+
+    latency_s: float | None = None  # seconds of all blocks in one training step of a micro-batch, on one device
+    memory_bytes: float | None = None  # of that step: weights, gradients, AdamW's moments, activations, workspace
+    carry_bytes: float | None = None  # what generation keeps of all sequences after seq_len tokens
+    seq_len: int = 0  # tokens that the limits are meant for; 0: trainer.seq_len
+    batch_size: int = 0  # sequences; 0: trainer.batch_size
+    quality: str = "prior"  # prior: the order of the candidates; or a file that `python -m subquad proxy` wrote
+    alternatives: int = 3  # schedules that plan.json holds besides the chosen one
+    distance: int = 1  # layers in which any two of them differ at least
+
+    def __post_init__(self) -> None:
+        for name in ("latency_s", "memory_bytes", "carry_bytes"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(
+                    what=f"{name} is {value}",
+                    where=f"budget.{name}",
+                    mend="use a positive number, or null for no limit",
+                )
+        for name, least in (("seq_len", 0), ("batch_size", 0), ("alternatives", 0), ("distance", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(
+                    what=f"{name} is {getattr(self, name)}", where=f"budget.{name}", mend=f"use {least} or more"
+                )
+
+
+@dataclass(kw_only=True)
 class RunConfig:
     """Everything a run depends on. `data` and `optimizer` hold a registry key (`name`) and that component's fields."""
 
@@ -105,6 +139,7 @@ class RunConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     compiler: CompilerConfig = field(default_factory=CompilerConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
     kernel: dict[str, str] = field(default_factory=dict)  # operator -> pinned kernel
     deny: list[str] = field(default_factory=list)  # kernels, as NAME or operator/NAME, never to be chosen
     plan: str | None = None  # a plan.json to follow instead of choosing
@@ -126,6 +161,20 @@ class GenerateConfig:
     max_tokens: int = 200
     temperature: float = 0.8
     top_k: int = 0  # 0: no limit
+    seed: int = 0
+
+
+@dataclass(kw_only=True)
+class ProxyConfig:
+    """What `proxy` measures: a trained run, the mixers to try in its layers, and how their loss is judged."""
+
+    run: str = "???"
+    candidates: list[str] = field(default_factory=list)  # keys of the run's model.mixers, or installed mixers; []: all
+    proxy: str = "replace_one_kl"  # replace_one_kl | gauss_newton | local_error
+    steps: int = 100  # of local distillation per layer and candidate
+    learning_rate: float = 3e-3
+    batches: int = 8  # of the run's batch size: to distil on, and as many held-out ones to judge by
+    out: str = "quality.json"
     seed: int = 0
 
 

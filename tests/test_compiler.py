@@ -20,7 +20,7 @@ from subquad.compiler.explain import explain, explained_plan
 from subquad.compiler.measure_kernels import Measurer
 from subquad.compiler.options import CompileOptions
 from subquad.compiler.passes.select_kernels import select_kernels
-from subquad.compiler.pipeline import compile_model, compiled_graphs
+from subquad.compiler.pipeline import compile_model, compiled_graphs, kernel_versions
 from subquad.compiler.plan import NodeChoice, Plan
 from subquad.compiler.report import format_plan
 from subquad.compiler.target import is_same_model, require_local, resolve_target
@@ -67,9 +67,7 @@ def scout() -> tuple[LanguageModel, Plan]:
 
 def test_a_compiled_scout_has_one_node_per_operator_with_its_kernel(scout: tuple[LanguageModel, Plan]) -> None:
     graphs = compiled_graphs(scout[0])
-    assert set(graphs) == {
-        (layer, method) for layer in (0, 1) for method in ("forward", "packed", "prefill", "decode")
-    }
+    assert set(graphs) == {(layer, method) for layer in (0, 1) for method in ("forward", "packed", "prefill", "decode")}
     for (layer, _), graph_module in graphs.items():
         found = [(operator.name, kernel_of(node)) for node, operator in operator_nodes(graph_module.graph)]
         expected = [("causal_conv", "taps"), ("selective_scan", "chunked")] if layer == 0 else [
@@ -226,9 +224,7 @@ def segment_plan(**options: Any) -> Plan:
 def segment_choices(plan: Plan, *, used_alone: bool = True) -> list[NodeChoice]:
     """What the plan chose for segment attention, beside which the mixer has a rotation."""
     return [
-        choice
-        for choice in plan.choices
-        if choice.operator == "segment_attention" and (choice.used or not used_alone)
+        choice for choice in plan.choices if choice.operator == "segment_attention" and (choice.used or not used_alone)
     ]
 
 
@@ -411,9 +407,9 @@ def test_a_plan_of_another_model_is_refused() -> None:
 
 def test_a_plan_made_elsewhere_is_stale(scout: tuple[LanguageModel, Plan]) -> None:
     plan = scout[1]
-    assert plan.staleness(plan.target, plan.versions) is None
-    assert "torch" in str(plan.staleness(plan.target, {**plan.versions, "torch": "1.0"}))
-    assert "device" in str(plan.staleness("another", plan.versions))
+    assert plan.staleness(plan.target, plan.versions, kernel_versions(plan)) is None
+    assert "torch" in str(plan.staleness(plan.target, {**plan.versions, "torch": "1.0"}, kernel_versions(plan)))
+    assert "device" in str(plan.staleness("another", plan.versions, kernel_versions(plan)))
 
 
 def run_config(*schedule: str, **changes: Any) -> RunConfig:

@@ -14,6 +14,7 @@ from subquad import Example, build_model, compile_model, hookspecs, load_config,
 from subquad.__main__ import VERBS
 from subquad.compiler.options import CompileOptions
 from subquad.compiler.pipeline import compiled_graphs
+from subquad.compiler.quality.measure import PROXIES
 from subquad.component_config import defaults_of
 from subquad.registry import load_registry
 from subquad.training.metrics import COLUMNS
@@ -21,6 +22,7 @@ from subquad.training.metrics import COLUMNS
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 HOST = (ROOT / "subquad" / "README.md").read_text(encoding="utf-8")
+COMPILER = (ROOT / "subquad" / "compiler" / "README.md").read_text(encoding="utf-8")
 ROOMS = ("subquad", "conf", "kernels", "cost_model", "plugins", "tests", "examples")
 LONGEST_LINE_OF_A_SCREEN = 90
 
@@ -59,6 +61,16 @@ def test_every_key_of_bench_stands_in_the_readme_of_the_host() -> None:
     assert re.findall(r"^\| `(\w+)` \|", HOST.partition("`bench operator=NAME`")[2], flags=re.M) == keys
 
 
+def test_every_key_of_a_budget_stands_in_the_readme_of_the_compiler() -> None:
+    keys = [field.name for field in dataclasses.fields(schema.BudgetConfig)]
+    rows = re.findall(r"^\| (`.+?`) \|", COMPILER.partition("| key of `budget` |")[2].partition("\n\n")[0], flags=re.M)
+    assert re.findall(r"`(\w+)`", " ".join(rows)) == keys
+
+
+def test_every_proxy_stands_in_the_readme_of_the_compiler() -> None:
+    assert all(f"`{name}`" in COMPILER for name in PROXIES)
+
+
 def test_every_hook_stands_in_the_readme_of_the_host() -> None:
     hooks = {name for name in dir(hookspecs) if name.startswith("subquad_provide")}
     assert set(re.findall(r"^\| `(subquad_provide_\w+)` \|", HOST, flags=re.M)) == hooks
@@ -69,7 +81,7 @@ def test_every_mixer_stands_in_the_table_of_the_readme(name: str) -> None:
     assert f"| `{name}` |" in README
 
 
-@pytest.mark.parametrize("kind", ["TrainerConfig", "CheckpointConfig", "CompilerConfig"])
+@pytest.mark.parametrize("kind", ["TrainerConfig", "CheckpointConfig", "CompilerConfig", "BudgetConfig"])
 def test_every_key_of_a_run_is_described_beside_its_default(kind: str) -> None:
     source = (ROOT / "subquad" / "schema.py").read_text(encoding="utf-8")
     for field in dataclasses.fields(getattr(schema, kind)):

@@ -112,6 +112,14 @@ def test_a_step_of_the_model_runs_the_plan(tiny_run: TinyRun, monkeypatch: pytes
     assert called == [config.trainer.seq_len] * config.model.num_layers
 
 
+@pytest.mark.gpu
+def test_a_step_of_the_model_runs_where_the_kernels_do(tiny_run: TinyRun) -> None:
+    """The model's parameters lie on the device, and so do its tokens."""
+    warm = warm_up(tiny_run("unused", accelerator="cuda"))
+    assert warm.step_s is not None
+    assert warm.step_s > 0
+
+
 def test_a_step_that_fails_says_how_to_go_on(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_run("unused")
     plan = warm_up(config).plan

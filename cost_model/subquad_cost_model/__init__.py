@@ -5,6 +5,9 @@ from subquad_cost_model.constant import ConstantEstimator
 from subquad_cost_model.device import Device
 from subquad_cost_model.devices import UnknownDeviceError, load_device, shipped_devices
 from subquad_cost_model.estimator import Estimate, Estimator
+from subquad_cost_model.fit_files import FitError, learned_or_roofline, load_fit, save_fit, shipped_fit
+from subquad_cost_model.head import Trees
+from subquad_cost_model.learned import LearnedEstimator
 from subquad_cost_model.measure import Clock, Timing, time_callable, time_rivals
 from subquad_cost_model.measured import MeasuredEstimator
 from subquad_cost_model.measurements import Measurement, MeasurementStore
@@ -12,6 +15,7 @@ from subquad_cost_model.metrics import coverage, error_factor, regret
 from subquad_cost_model.probe import probe_device
 from subquad_cost_model.roofline import Efficiency, RooflineEstimator
 from subquad_cost_model.rows import CostRow
+from subquad_cost_model.timed_rows import TimedRow, TimedRowsError, read_timed_rows, timed, write_timed_rows
 from subquad_cost_model.undecided import Decision, decide
 
 __all__ = [
@@ -23,20 +27,32 @@ __all__ = [
     "Efficiency",
     "Estimate",
     "Estimator",
+    "FitError",
+    "LearnedEstimator",
     "MeasuredEstimator",
     "Measurement",
     "MeasurementStore",
     "RooflineEstimator",
+    "TimedRow",
+    "TimedRowsError",
     "Timing",
+    "Trees",
     "UnknownDeviceError",
     "coverage",
     "decide",
     "error_factor",
+    "learned_or_roofline",
     "load_device",
+    "load_fit",
     "lower_bound_s",
     "probe_device",
+    "read_timed_rows",
     "regret",
+    "save_fit",
     "shipped_devices",
+    "shipped_fit",
     "time_callable",
     "time_rivals",
+    "timed",
+    "write_timed_rows",
 ]

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from subquad_cost_model.device import Device
 from subquad_cost_model.rows import CostRow
 
 # Dtypes that hold every value of the key's.
 WIDER = {"bfloat16": ("float32", "float64"), "float16": ("float32", "float64"), "float32": ("float64",)}
+
+
+class BoundTerms(NamedTuple):
+    """Seconds that each unit of the device works at least."""
+
+    matmul_s: float
+    vector_s: float
+    transcendental_s: float
+    memory_s: float
+    serial_s: float
 
 
 def lower_bound_s(row: CostRow, device: Device) -> float:
@@ -22,14 +34,18 @@ def lower_bound_s(row: CostRow, device: Device) -> float:
     Figures of a data sheet cannot be exceeded. Those of a probe are what this machine reached when it was asked, and
     a quieter machine may reach more: `RooflineEstimator` leaves room for that.
     """
-    terms = (
-        row.matmul_flops / matmul_ceiling(row.dtype, device),
-        row.vector_flops / device.vector_flops_per_s,
-        row.transcendental_ops / device.transcendental_per_s,
-        _memory_s(row.bytes_moved, device),
-        row.serial_steps * device.serial_step_s,
+    return device.launch_s + max(bound_terms(row, device))
+
+
+def bound_terms(row: CostRow, device: Device) -> BoundTerms:
+    """The terms of the bound's maximum."""
+    return BoundTerms(
+        matmul_s=row.matmul_flops / matmul_ceiling(row.dtype, device),
+        vector_s=row.vector_flops / device.vector_flops_per_s,
+        transcendental_s=row.transcendental_ops / device.transcendental_per_s,
+        memory_s=_memory_s(row.bytes_moved, device),
+        serial_s=row.serial_steps * device.serial_step_s,
     )
-    return device.launch_s + max(terms)
 
 
 def matmul_ceiling(dtype: str, device: Device) -> float:

@@ -10,6 +10,18 @@ from pathlib import Path
 from typing import Literal
 
 FORMAT_VERSION = 1
+# By NVIDIA's compute capability. B200 and B300 are one design; the workstation cards called Blackwell are another.
+FAMILIES: Mapping[tuple[int, int], str] = {
+    (7, 0): "Volta",
+    (7, 5): "Turing",
+    (8, 0): "Ampere",
+    (8, 6): "Ampere GA10x",
+    (8, 9): "Ada",
+    (9, 0): "Hopper",
+    (10, 0): "Blackwell",
+    (10, 3): "Blackwell",
+    (12, 0): "Blackwell GB20x",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,19 +74,36 @@ class Device:
         if wrong:
             raise ValueError(f"device {self.name!r} has impossible figures: {', '.join(wrong)}")
 
-    def save(self, path: Path) -> None:
-        """Write the device file (JSON)."""
-        path.write_text(json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=2) + "\n")
+    @property
+    def family(self) -> str:
+        """What devices of one design share: a figure about one of them says little about those of another family."""
+        return FAMILIES.get(self.capability, self.name) if self.capability else self.name
+
+    def to_json(self) -> str:
+        """The text of the device file."""
+        return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=2) + "\n"
 
     @classmethod
-    def load(cls, path: Path) -> Device:
-        """Read a device file. Raises ValueError when it is not one of this format."""
+    def from_json(cls, text: str) -> Device:
+        """The device of this text. Raises ValueError when it is none of this format."""
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(text)
             if not isinstance(content, dict) or content.pop("format_version", None) != FORMAT_VERSION:
                 raise ValueError(f"format_version is not {FORMAT_VERSION}")
             if content.get("capability") is not None:
                 content["capability"] = tuple(content["capability"])
             return cls(**content)
-        except (ValueError, TypeError, AttributeError) as error:
+        except (TypeError, AttributeError) as error:
+            raise ValueError(str(error)) from None
+
+    def save(self, path: Path) -> None:
+        """Write the device file (JSON)."""
+        path.write_text(self.to_json())
+
+    @classmethod
+    def load(cls, path: Path) -> Device:
+        """Read a device file. Raises ValueError when it is not one of this format."""
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except ValueError as error:
             raise ValueError(f"{path} is not a device file: {error}") from None

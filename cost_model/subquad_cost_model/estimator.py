@@ -16,7 +16,8 @@ Source = Literal["bound", "model", "measured", "constant"]
 class Estimate:
     """Seconds with an interval, bytes at the peak, and where the figures come from.
 
-    `low_s <= seconds <= high_s`; the true latency is expected inside with the model's stated coverage.
+    `low_s <= seconds <= high_s`; the true latency is expected inside with the model's stated coverage. `note` says why
+    a better source did not answer.
     """
 
     seconds: float
@@ -24,6 +25,7 @@ class Estimate:
     high_s: float
     peak_bytes: int
     source: Source
+    note: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.low_s <= self.seconds <= self.high_s:

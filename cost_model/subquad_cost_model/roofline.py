@@ -38,11 +38,13 @@ class RooflineEstimator:
         seconds = bound / typical,   low = bound / best,   high = bound / worst
 
     From a data sheet the estimate IS the bound: seconds = low = bound, and only `high` is widened by `worst`.
-    `peak_bytes` is a bound as well: inputs, outputs, and what the forward keeps for the backward.
+    `peak_bytes` is a bound as well: inputs, outputs, and what the forward keeps for the backward. `note` is that of
+    every estimate, where this stands in for another estimator.
     """
 
     efficiency: Efficiency = Efficiency()
     name: str = "roofline"
+    note: str = ""
 
     def predict(self, rows: Sequence[CostRow], device: Device) -> list[Estimate]:
         """One estimate per row, in order; its source is `bound`."""
@@ -57,4 +59,5 @@ class RooflineEstimator:
             high_s=bound_s / self.efficiency.worst,
             peak_bytes=row.bytes_moved + row.saved_bytes,
             source="bound",
+            note=self.note,
         )

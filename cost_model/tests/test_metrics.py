@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from subquad_cost_model import Estimate, coverage, error_factor, regret
+from subquad_cost_model.metrics import Summary, interval_factor, random_regret, relative_errors
 
 seconds = st.floats(1e-6, 1e3)
 pairs = st.lists(st.tuples(seconds, seconds), min_size=1, max_size=20)
@@ -59,3 +60,25 @@ def test_metrics_of_nothing_or_of_unequal_lists_are_refused() -> None:
         error_factor([], [])
     with pytest.raises(ValueError, match="1 predictions for 2 measurements"):
         error_factor([1.0], [1.0, 2.0])
+
+
+@given(st.dictionaries(st.sampled_from("abcdef"), seconds, min_size=1))
+def test_a_random_choice_loses_the_mean_over_the_best(measured_s: dict[str, float]) -> None:
+    values = list(measured_s.values())
+    # Compared one above: a regret of 0 has no digits to lose.
+    assert 1 + random_regret(measured_s) == pytest.approx(sum(values) / len(values) / min(values))
+
+
+def test_a_summary_says_where_the_values_lie() -> None:
+    summary = Summary.of([float(value) for value in range(101)])
+    assert (summary.mean, summary.median, summary.p90, summary.p95, summary.largest) == pytest.approx(
+        (50, 50, 90, 95, 100)
+    )
+    with pytest.raises(ValueError, match="nothing to summarise"):
+        Summary.of([])
+
+
+def test_relative_errors_and_widths_by_hand() -> None:
+    assert relative_errors([2.0, 1.0], [1.0, 2.0]) == [1.0, 0.5]
+    estimates = [Estimate(seconds=1.0, low_s=0.1, high_s=h, peak_bytes=0, source="model") for h in (2.0, 8.0)]
+    assert interval_factor(estimates) == pytest.approx(4)

@@ -14,30 +14,24 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
-from triton.testing import do_bench
+from timing import Limit, Record, called_ms, checks, device_parts, show_check, show_parts, surviving
 
 import subquad_kernels.builtin  # noqa: F401  (fills the catalogue)
 from subquad_kernels.catalogue import CATALOGUE
 from subquad_kernels.delta_rule import fused
 from subquad_kernels.delta_rule.definition import sample_inputs
 from subquad_kernels.operators import delta_rule
-from subquad_kernels.self_check import judge, kernel_errors, stack_versions
 from subquad_kernels.workload import Workload
 
 TOKENS, HEADS = 32_768, 16
 SHAPES = ((16, 64), (4, 64), (1, 64), (4, 128), (1, 128))
 """Sequences and width; t = 32,768 / b."""
-DECODES = (1, 16, 64, 256)
 OPERATOR = CATALOGUE.operator("delta_rule")
 KERNEL = CATALOGUE.kernel("delta_rule", "fused")
 
@@ -62,19 +56,6 @@ PAIRS: tuple[dict[str, int], ...] = (
 )
 
 
-@dataclass
-class Record:
-    """What OUT.json holds."""
-
-    device: str
-    versions: tuple[str, ...]
-    rivals: dict[str, str] = field(default_factory=dict)
-    checks: list[dict[str, Any]] = field(default_factory=list)
-    timings: list[dict[str, Any]] = field(default_factory=list)
-    decodes: list[dict[str, Any]] = field(default_factory=list)
-    tuning: list[dict[str, Any]] = field(default_factory=list)
-
-
 def workload(b: int, t: int, width: int, *, dtype: str = "bfloat16", **others: int) -> Workload:
     shape = {"b": b, "t": t, "h": HEADS, "h_k": HEADS, "n": width, "p": width} | others
     options = {"decay": "scalar", "write_gate": True, "low_rank": False, "initial_state": t == 1}
@@ -85,40 +66,14 @@ def inputs(case: Workload) -> dict[str, Any]:
     return sample_inputs(case, seed=0, device="cuda")
 
 
-def milliseconds(function: Callable[[], object]) -> float:
-    return float(do_bench(function, warmup=10, rep=50, return_mode="median"))
-
-
-def device_parts(function: Callable[[], object], calls: int = 5) -> dict[str, float]:
-    """Milliseconds of each kernel in one call, the mean of several."""
-    for _ in range(3):
-        function()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        for _ in range(calls):
-            function()
-        torch.cuda.synchronize()
-    return {event.key[:60]: event.device_time_total / 1e3 / calls for event in found.key_averages()}
-
-
-def checks() -> Iterator[dict[str, Any]]:
-    """Small sizes: outputs and every gradient against float64."""
-    cases = {
-        "t=509 n=p=64": workload(2, 509, 64, h=2, h_k=2),
-        "t=509 n=p=128 grouped": workload(1, 509, 128, h=4, h_k=2),
-        "t=300 n=p=64 packed": workload(1, 300, 64, h=2, h_k=1, documents=6),
-        "t=1 n=p=64": workload(4, 1, 64, h=2, h_k=2),
-        "t=300 n=p=64 fp32": workload(1, 300, 64, dtype="float32", h=2, h_k=2),
-        "t=300 n=p=128 fp32": workload(1, 300, 128, dtype="float32", h=2, h_k=2),
-    }
-    for name, case in cases.items():
-        row: dict[str, Any] = {"case": name}
-        try:
-            row["errors"] = kernel_errors(OPERATOR, KERNEL, inputs(case), gradients=True)
-            row["passed"] = judge(OPERATOR, KERNEL, case, row["errors"]).passed
-        except Exception as error:  # one failure does not lose the rest
-            row |= {"passed": False, "failure": f"{type(error).__name__}: {error}"[:400]}
-        yield row
+CHECKED = {
+    "t=509 n=p=64": workload(2, 509, 64, h=2, h_k=2),
+    "t=509 n=p=128 grouped": workload(1, 509, 128, h=4, h_k=2),
+    "t=300 n=p=64 packed": workload(1, 300, 64, h=2, h_k=1, documents=6),
+    "t=1 n=p=64": workload(4, 1, 64, h=2, h_k=2),
+    "t=300 n=p=64 fp32": workload(1, 300, 64, dtype="float32", h=2, h_k=2),
+    "t=300 n=p=128 fp32": workload(1, 300, 128, dtype="float32", h=2, h_k=2),
+}
 
 
 class Call:
@@ -141,8 +96,8 @@ class Call:
         """Forward, and forward with backward, through the operator and autograd."""
         arguments, leaves = differentiable(self.arguments)
         with torch.no_grad():
-            forward = milliseconds(lambda: delta_rule(**arguments, kernel="fused"))
-        both = milliseconds(lambda: torch.autograd.grad(delta_rule(**arguments, kernel="fused")[0], leaves, self.pull))
+            forward = called_ms(lambda: delta_rule(**arguments, kernel="fused"))
+        both = called_ms(lambda: torch.autograd.grad(delta_rule(**arguments, kernel="fused")[0], leaves, self.pull))
         return forward, both
 
 
@@ -153,13 +108,14 @@ def differentiable(arguments: dict[str, Any]) -> tuple[dict[str, Any], list[torc
 
 
 def rival(record: Record) -> Callable[..., Any] | None:
-    try:
+    """fla's function, where it can be imported."""
+    row: dict[str, Any] = {"name": "fla"}
+    record.add("rivals", row)
+    with surviving(row):  # whatever an import of a stranger's package raises
         module = importlib.import_module("fla.ops.gated_delta_rule")
-        record.rivals["fla"] = str(importlib.import_module("fla").__version__)
+        row["version"] = str(importlib.import_module("fla").__version__)
         return module.chunk_gated_delta_rule  # type: ignore[no-any-return]
-    except Exception as error:  # whatever an import of a stranger's package raises
-        record.rivals["fla"] = f"absent ({type(error).__name__}: {error})"[:200]
-        return None
+    return None
 
 
 def time_rival(function: Callable[..., Any], call: Call) -> dict[str, Any]:
@@ -173,66 +129,45 @@ def time_rival(function: Callable[..., Any], call: Call) -> dict[str, Any]:
 
     row: dict[str, Any] = {}
     for name, run in (("forward", forward), ("both", lambda: torch.autograd.grad(forward(), leaves, call.pull))):
-        try:
+        failed: dict[str, Any] = {}
+        with surviving(failed):  # fla refuses its backward under some versions of triton
             row[f"{name}_ms"] = sum(device_parts(run).values())
-            row[f"{name}_called_ms"] = milliseconds(run)
-        except Exception as error:  # fla refuses its backward under some versions of triton
-            row[f"{name}_failure"] = f"{type(error).__name__}: {error}"[:200]
+            row[f"{name}_called_ms"] = called_ms(run)
+        row |= {f"{name}_{key}": value for key, value in failed.items()}
     return row
 
 
 def time_all(record: Record, over: Callable[[], bool]) -> None:
     for b, width in SHAPES:
-        row: dict[str, Any] = {"b": b, "t": TOKENS // b, "n": width, "p": width}
-        record.timings.append(row)
         if over():
-            row["failure"] = "time is up"
-            continue
-        try:
+            print("time is up: the rest is not timed")
+            return
+        row: dict[str, Any] = {"b": b, "t": TOKENS // b, "n": width, "p": width}
+        record.add("timings", row)
+        with surviving(row):
             call = Call(b, width)
             row["launch"] = asdict(fused.launch_of(width, 2))
             row["forward_ms"] = sum(device_parts(call.forward).values())
             row["parts"] = device_parts(call.both)
             row["both_ms"] = sum(row["parts"].values())
             row["forward_called_ms"], row["both_called_ms"] = call.as_called()
-            print({name: round(value, 3) for name, value in row.items() if isinstance(value, (int, float))})
-            for name, value in sorted(row["parts"].items(), key=lambda item: -item[1])[:12]:
-                print(f"      {value:8.3f}  {name}", flush=True)
-        except Exception as error:
-            row["failure"] = f"{type(error).__name__}: {error}"[:400]
-            print(row, flush=True)
+        print({name: round(value, 3) for name, value in row.items() if isinstance(value, (int, float))})
+        print("     ", row.get("failure", ""))
+        show_parts(row.get("parts", {}), most=12)
 
 
 def time_rivals(record: Record, over: Callable[[], bool]) -> None:
     """Last, as what tunes itself takes its time."""
     theirs = rival(record)
-    for row in record.timings if theirs is not None else ():
+    for row in record.rows.get("timings", ()) if theirs is not None else ():
         if over():
             print("time is up: the rest of the rivals is not timed")
             return
-        try:
-            row["fla"] = time_rival(theirs, Call(row["b"], row["n"]))
-        except Exception as error:
-            row["fla"] = {"failure": f"{type(error).__name__}: {error}"[:200]}
-        print(f"b={row['b']} n={row['n']} fla:", row["fla"], flush=True)
-
-
-def time_decodes(record: Record, over: Callable[[], bool]) -> None:
-    """One token of `b` sequences: milliseconds of the kernel, and bytes of state read and written a second."""
-    for b in DECODES:
-        if over():
-            print("time is up: the rest is not decoded")
-            return
-        row: dict[str, Any] = {"b": b}
-        try:
-            arguments = inputs(workload(b, 1, 128))
-            row["ms"] = sum(device_parts(partial(fused.forward, None, **arguments), 20).values())
-            row["called_ms"] = milliseconds(partial(delta_rule, **arguments, kernel="fused"))
-            row["gigabytes_s"] = 2 * 4 * b * HEADS * 128 * 128 / row["ms"] / 1e6
-        except Exception as error:
-            row["failure"] = f"{type(error).__name__}: {error}"[:400]
-        print(row, flush=True)
-        record.decodes.append(row)
+        found: dict[str, Any] = {}
+        with surviving(found):
+            found |= time_rival(theirs, Call(row["b"], row["n"]))
+        row["fla"] = found
+        print(f"b={row['b']} n={row['n']} fla:", found, flush=True)
 
 
 def tune(record: Record, over: Callable[[], bool]) -> None:
@@ -248,18 +183,16 @@ def tune(record: Record, over: Callable[[], bool]) -> None:
                 return
             changed = {name: value for name, value in asdict(launch).items() if value != getattr(base, name)}
             row: dict[str, Any] = {"b": b, "width": width, "changed": changed}
-            try:
+            with surviving(row):
                 call = Call(b, width, launch)
                 row["forward_ms"] = sum(device_parts(call.forward).values())
                 row["parts"] = device_parts(call.both)
                 row["both_ms"] = sum(row["parts"].values())
                 if best is None or row["both_ms"] < best[0]:
                     best = row["both_ms"], launch
-                print(f"b={b} n={width} {row['forward_ms']:8.3f} {row['both_ms']:8.3f}  {changed}", flush=True)
-            except Exception as error:
-                row["failure"] = f"{type(error).__name__}: {error}"[:200]
-                print(f"b={b} n={width} {changed} {row['failure'][:90]}", flush=True)
-            record.tuning.append(row)
+            shown = (f"{row[name]:8.3f}" for name in ("forward_ms", "both_ms") if name in row)
+            print(f"b={b} n={width}", *shown, changed, row.get("failure", "")[:90], flush=True)
+            record.add("tuning", row)
         print("fastest:", best)
 
 
@@ -269,27 +202,20 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--limit-s", type=float, default=100.0)
     options = parser.parse_args()
-    end = time.monotonic() + options.limit_s
-
-    def over() -> bool:
-        return time.monotonic() > end
-
-    record = Record(device=torch.cuda.get_device_name(), versions=stack_versions())
+    limit, record = Limit(options.limit_s), Record.of("cuda")
     try:
-        for row in checks():
-            record.checks.append(row)
-            worst = max(row.get("errors", {"": 0.0}).items(), key=lambda item: item[1])
-            print("ok  " if row["passed"] else "FAIL", row["case"], worst, row.get("failure", ""), flush=True)
-            if over():
+        for row in checks(OPERATOR, KERNEL, CHECKED, "cuda"):
+            record.add("checks", row)
+            show_check(row)
+            if limit.over():
                 print("time is up: the rest is not checked")
                 break
-        time_all(record, over)
-        time_decodes(record, over)
-        time_rivals(record, over)
+        time_all(record, limit.over)
+        time_rivals(record, limit.over)
         if options.tune:
-            tune(record, over)
+            tune(record, limit.over)
     finally:
-        options.out.write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
+        record.save(options.out)
 
 
 if __name__ == "__main__":

@@ -15,29 +15,25 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
-import json
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from timing import Limit, Record, Timed, device_parts, distance, host_us, show_parts, surviving
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
-from triton.testing import do_bench
 
 import subquad_kernels.builtin  # noqa: F401  (fills the catalogue)
 from subquad_kernels.catalogue import CATALOGUE
 from subquad_kernels.gated_linear_attention import fused
 from subquad_kernels.gated_linear_attention.definition import sample_inputs
 from subquad_kernels.operators import gated_linear_attention
-from subquad_kernels.self_check import kernel_errors, stack_versions
+from subquad_kernels.self_check import judge, kernel_errors
 from subquad_kernels.workload import Workload
 
 OPERATOR = CATALOGUE.operator("gated_linear_attention")
-DIFFERENTIABLE = ("q", "k", "v", "log_decay", "bonus", "initial_state")
 Call = Callable[[dict[str, Any]], Tensor]
 Launches = dict[str, fused.Launch]
 
@@ -79,71 +75,6 @@ CASES = (
     Case(name="RWKV-6 L8k", b=4, t=8_192, read="before"),
     Case(name="D128 L8k", b=4, t=8_192, n=128, p=128),
 )
-DECODE = (
-    Case(name="decode D64", b=1, t=1),
-    Case(name="decode D128", b=1, t=1, n=128, p=128),
-    Case(name="decode RWKV-6", b=1, t=1, read="before"),
-)
-
-
-@dataclass
-class Record:
-    """What OUT.json holds."""
-
-    device: str
-    versions: tuple[str, ...]
-    timings: list[dict[str, Any]] = field(default_factory=list)
-    rivals: list[dict[str, Any]] = field(default_factory=list)
-    decode: list[dict[str, Any]] = field(default_factory=list)
-    host_us: dict[str, float] = field(default_factory=dict)
-    tuning: list[dict[str, Any]] = field(default_factory=list)
-    launches: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-
-def device_times(function: Callable[[], object], calls: int = 10) -> dict[str, float]:
-    """Milliseconds of every kernel that a call starts."""
-    function()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        for _ in range(calls):
-            function()
-        torch.cuda.synchronize()
-    return {event.key[:60]: event.device_time_total / 1e3 / calls for event in found.key_averages()}
-
-
-def called_ms(function: Callable[[], object]) -> float:
-    return float(do_bench(function, warmup=10, rep=60, return_mode="median"))
-
-
-class Timed:
-    """A call with its inputs, forward and with gradients."""
-
-    def __init__(self, call: Call, inputs: dict[str, Any]) -> None:
-        self.call, self.inputs = call, inputs
-        self.wanted = [inputs[name] for name in DIFFERENTIABLE if inputs.get(name) is not None]
-        self.pull = torch.randn_like(inputs["v"])
-
-    def forward(self) -> Tensor:
-        with torch.no_grad():
-            return self.call(self.inputs)
-
-    def both(self) -> tuple[Tensor | None, ...]:
-        for tensor in self.wanted:
-            tensor.requires_grad_()
-        y = self.call(self.inputs)
-        found = torch.autograd.grad(y, self.wanted, self.pull, allow_unused=True)
-        for tensor in self.wanted:
-            tensor.requires_grad_(False)
-        return found
-
-    def times(self) -> Iterator[tuple[str, Any]]:
-        for name, function in (("forward", self.forward), ("both", self.both)):
-            parts = device_times(function)
-            yield f"{name}_device_ms", sum(parts.values())
-            yield f"{name}_parts", parts
-            yield f"{name}_called_ms", called_ms(function)
-
-
 def ours(inputs: dict[str, Any]) -> Tensor:
     return gated_linear_attention(**inputs, kernel="fused")[0]
 
@@ -169,21 +100,20 @@ def check(case: Case, launches: Launches) -> tuple[float, str, bool]:
     arguments = case.inputs(state=True, b=1 if case.documents else 2, t=299, h=min(case.h, 4))
     # Cut into two stretches, as the timed shapes are.
     small = {name: replace(launch, stretch=256) for name, launch in launches.items()}
-    errors = kernel_errors(OPERATOR, launched(small), arguments, gradients=True)
-    tolerance = OPERATOR.tolerances["bfloat16"]
-    passed = all(e <= (tolerance.gradient if name.startswith("d_") else tolerance.output) for name, e in errors.items())
+    kernel = launched(small)
+    errors = kernel_errors(OPERATOR, kernel, arguments, gradients=True)
     name = max(errors, key=lambda key: errors[key])
-    return errors[name], name, passed
+    return errors[name], name, judge(OPERATOR, kernel, case.workload(), errors).passed
 
 
 def time_case(record: Record, case: Case, launches: Launches | None = None) -> None:
     """Defaults are timed through the torch op; launches that were asked for are timed as kernels alone."""
     row: dict[str, Any] = {"case": asdict(case), "tuned": launches is not None}
-    try:
+    with surviving(row):
         row["error"], row["error_of"], row["passed"] = check(case, launches or default_launches(case))
         inputs = case.inputs()
         if launches is None:
-            row |= dict(Timed(ours, inputs).times())
+            row |= Timed(ours, inputs).times()
         else:
             row |= kernel_times(inputs, launches)
         floor = OPERATOR.work(case.workload()), OPERATOR.work(replace(case.workload(), phase="forward"))
@@ -195,12 +125,10 @@ def time_case(record: Record, case: Case, launches: Launches | None = None) -> N
             print(f"   {name} device {row[f'{name}_device_ms']:.3f} ({gigabytes:.0f} GB/s)", end="")
             print(f" called {row[f'{name}_called_ms']:.3f}" if f"{name}_called_ms" in row else "", end="")
         print(flush=True)
-        for part, value in sorted(row["both_parts"].items(), key=lambda item: -item[1])[:8]:
-            print(f"          {value:8.3f}  {part}")
-    except Exception as error:  # one failure does not lose the rest
-        row["failure"] = f"{type(error).__name__}: {error}"[:400]
+        show_parts(row["both_parts"])
+    if "failure" in row:
         print("FAIL", case.name, row["failure"], flush=True)
-    record.timings.append(row)
+    record.add("timings", row)
 
 
 def kernel_times(inputs: dict[str, Any], launches: Launches) -> dict[str, Any]:
@@ -214,42 +142,21 @@ def kernel_times(inputs: dict[str, Any], launches: Launches) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     for name, function in (("forward", forward), ("both", both)):
-        parts = device_times(function)
+        parts = device_parts(function)
         found |= {f"{name}_device_ms": sum(parts.values()), f"{name}_parts": parts}
     return found
 
 
-def time_decode(record: Record) -> None:
-    """One token with a state, batch after batch: bytes are those of the state read and written."""
-    for case, b in itertools.product(DECODE, (1, 4, 16, 64, 256)):
-        inputs = case.inputs(state=True, b=b)
-        timed = Timed(ours, inputs)
-        size = 2 * inputs["initial_state"].numel() * 4
-        row: dict[str, Any] = {"case": case.name, "b": b, "device_us": 1e3 * sum(device_times(timed.forward).values())}
-        row["gigabytes_per_s"] = size / row["device_us"] / 1e3
-        expected = gated_linear_attention(**inputs, kernel="reference")[0].double()
-        row["error"] = float((timed.forward().double() - expected).abs().max() / expected.abs().max())
-        print(f"{case.name:12} b={b:<4}", *(f"{name} {row[name]:.3g}" for name in list(row)[2:]), flush=True)
-        record.decode.append(row)
-
-
 def time_host(record: Record) -> None:
     """Microseconds until a call returns, of a shape that the device finishes sooner."""
-    case = Case(name="tiny", b=1, t=1_024, h=2)
-    inputs = case.inputs()
-    timed = Timed(ours, inputs)
-    for name, function in {
-        "forward": lambda: fused.forward(**inputs), "op forward": timed.forward, "op forward+backward": timed.both
-    }.items():  # fmt: skip
-        for _ in range(20):
-            function()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(200):
-            function()
-        record.host_us[name] = (time.perf_counter() - start) / 200 * 1e6
-        torch.cuda.synchronize()
-    print("host us a call:", {name: round(value, 1) for name, value in record.host_us.items()}, flush=True)
+    timed = Timed(ours, Case(name="tiny", b=1, t=1_024, h=2).inputs())
+    functions = {
+        "forward": lambda: fused.forward(**timed.inputs), "op forward": timed.forward,
+        "op forward+backward": timed.both,
+    }  # fmt: skip
+    row = {name: host_us(function) for name, function in functions.items()}
+    print("host us a call:", {name: round(value, 1) for name, value in row.items()}, flush=True)
+    record.add("host_us", row)
 
 
 def _fla_gla(case: Case) -> Call | None:
@@ -274,20 +181,16 @@ def time_rivals(record: Record, cases: tuple[Case, ...], over: Callable[[], bool
         if over():
             row["failure"] = "time is up"
         else:
-            try:
+            with surviving(row):
                 call = make(case)
                 if call is None:
                     continue
                 timed = Timed(call, case.inputs())
-                mine, theirs = ours(timed.inputs).float(), timed.forward().float()
-                row["distance"] = float((mine - theirs).abs().max() / mine.abs().max())
-                for key, value in timed.times():
-                    row[key] = value
-            except Exception as error:
-                row["failure"] = f"{type(error).__name__}: {error}"[:200]
+                row["distance"] = distance(timed.forward(), ours(timed.inputs))
+                row |= timed.times()
         shown = {key: round(value, 4) for key, value in row.items() if isinstance(value, float)}
         print(f"rival {name:36} {case.name:16}", shown, row.get("failure", "")[:90], flush=True)
-        record.rivals.append(row)
+        record.add("rivals", row)
 
 
 def candidates(base: fused.Launch, kernel: str, case: Case) -> Iterator[fused.Launch]:
@@ -308,26 +211,24 @@ def tune(record: Record, case: Case, over: Callable[[], bool]) -> Launches:
     inputs = case.inputs()
     pull = torch.randn_like(inputs["v"])
     launches = default_launches(case)
-    expected = fused.forward(**inputs)[0].float()
+    expected = fused.forward(**inputs)[0]
 
     def measure(trial: Launches, direction: str, shown: str) -> float:
         """Milliseconds of a direction, or of both; infinite where it raises or its result is another."""
         row: dict[str, Any] = {"case": case.name, "direction": direction}
         row["launches"] = {name: asdict(launch) for name, launch in trial.items()}
-        try:
+        with surviving(row):
             outputs = fused.forward(trial, **inputs)
-            distance = float((outputs[0].float() - expected).abs().max() / expected.abs().max())
+            apart = distance(outputs[0], expected)
             functions: dict[str, Callable[[], object]] = {
                 "forward": lambda: fused.forward(trial, **inputs),
                 "backward": lambda: fused.backward(inputs, outputs, (pull, None), trial),
             }
             times = {
-                name: device_times(function) for name, function in functions.items() if direction in (name, "both")
+                name: device_parts(function) for name, function in functions.items() if direction in (name, "both")
             }
-            row |= {"distance": distance, "parts": times, "ms": sum(sum(parts.values()) for parts in times.values())}
-        except Exception as error:
-            row["failure"] = f"{type(error).__name__}: {error}"[:200]
-        record.tuning.append(row)
+            row |= {"distance": apart, "parts": times, "ms": sum(sum(parts.values()) for parts in times.values())}
+        record.add("tuning", row)
         launch = trial[shown]
         label = f"{shown} chunk {launch.chunk} tile {launch.tile} warps {launch.num_warps} stages {launch.num_stages}"
         label += f" stretch {launch.stretch}"
@@ -363,13 +264,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=None, help="names of cases; all unless given")
     parser.add_argument("--limit-s", type=float, default=240.0)
     options = parser.parse_args()
-    end = time.monotonic() + options.limit_s
+    over = partial(Limit(options.limit_s).over, 15.0)
     cases = tuple(case for case in CASES if options.only is None or case.name in options.only)
-    record = Record(device=torch.cuda.get_device_name(), versions=stack_versions())
-
-    def over(spare_s: float = 15.0) -> bool:
-        return bool(time.monotonic() > end - spare_s)
-
+    record = Record.of("cuda")
     try:
         for case in cases:
             if over():
@@ -378,7 +275,6 @@ def main() -> None:
             time_case(record, case)
             torch.cuda.empty_cache()
         if not over():
-            time_decode(record)
             time_host(record)
         if options.tune:
             for case in cases:
@@ -386,12 +282,13 @@ def main() -> None:
                     break
                 print("tuning", case.name)
                 launches = tune(record, case, over)
-                record.launches[case.name] = {name: asdict(launch) for name, launch in launches.items()}
+                found = {name: asdict(launch) for name, launch in launches.items()}
+                record.add("launches", {"case": case.name} | found)
                 print("best", *(f"{name}: {launch}" for name, launch in launches.items()), sep="\n  ")
                 time_case(record, case, launches)
         time_rivals(record, cases, over)
     finally:
-        options.out.write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
+        record.save(options.out)
 
 
 if __name__ == "__main__":

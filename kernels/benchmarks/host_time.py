@@ -2,7 +2,8 @@
 
     python kernels/benchmarks/host_time.py [--repeats 2000] [--json OUT.json]
 
-A number is the median wall time, in microseconds, of one call that begins with an idle device and is not waited for.
+A number is the wall time, in microseconds, of one call that begins with an idle device and is not waited for: the least
+median of twenty groups of calls.
 Four of them for every operator, packed and not:
 
     op            the operator in torch.no_grad()
@@ -23,10 +24,12 @@ import gc
 import importlib
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -59,22 +62,15 @@ class Nothing:
         }
 
 
-class Unlaunched:
-    """Stands where a kernel stood, jitted or compiled."""
-
-    def __getitem__(self, grid: object) -> Callable[..., None]:
-        return self._launch
-
-    def _launch(self, *args: object, **constants: object) -> None:
-        pass
-
-
-class Everything(dict[Any, Any]):
-    """The memory of a `QuickLaunch` to which nothing is new."""
+class Unlaunched(dict[Any, Any]):
+    """The memory of a `QuickLaunch` to which nothing is new, and whose launches do nothing."""
 
     def get(self, key: object, default: object = None) -> object:
         hash(key)
-        return Unlaunched()
+        return self
+
+    def __getitem__(self, programs: object) -> Callable[..., None]:
+        return lambda *values: None
 
 
 def nothing(operator: Operator) -> str:
@@ -93,37 +89,27 @@ def triton_kernels(operator: Operator) -> list[Kernel]:
     return [
         kernel
         for kernel in CATALOGUE.kernels(operator.name)
-        if any("triton" in text for text in kernel.requires) and _jitted(kernel)
+        if any("triton" in text for text in kernel.requires)
+        and _launches(importlib.import_module(kernel.implementation.partition(":")[0]))
     ]
 
 
-def _module(kernel: Kernel) -> Any:
-    return importlib.import_module(kernel.implementation.partition(":")[0])
-
-
-def _jitted(kernel: Kernel) -> list[str]:
-    from triton.runtime.jit import KernelInterface
-
-    return [name for name, value in vars(_module(kernel)).items() if isinstance(value, KernelInterface | QuickLaunch)]
+def _launches(module: ModuleType) -> list[QuickLaunch]:
+    return [value for value in vars(module).values() if isinstance(value, QuickLaunch)]
 
 
 @contextmanager
-def launches_left_out(kernel: Kernel) -> Iterator[None]:
-    """The kernel's Python runs as ever, up to where triton would hand the launch to the driver."""
-    module = _module(kernel)
-    before = {name: getattr(module, name) for name in _jitted(kernel)}
-    for name, value in before.items():
-        if isinstance(value, QuickLaunch):
-            quick = QuickLaunch(value.jitted)
-            quick._compiled = Everything()
-            setattr(module, name, quick)
-        else:
-            setattr(module, name, Unlaunched())
+def launches_left_out() -> Iterator[None]:
+    """Kernels' Python runs as ever, up to where triton would hand a launch to the driver."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("subquad_kernels.")]
+    before = {launch: launch._compiled for module in modules for launch in _launches(module)}
+    for launch in before:
+        launch._compiled = Unlaunched()
     try:
         yield
     finally:
-        for name, value in before.items():
-            setattr(module, name, value)
+        for launch, compiled in before.items():
+            launch._compiled = compiled
 
 
 def workloads(operator: Operator) -> Iterator[tuple[str, Workload]]:
@@ -142,7 +128,10 @@ def workloads(operator: Operator) -> Iterator[tuple[str, Workload]]:
 
 
 def microseconds(call: Callable[[], object], repeats: int, device: str) -> float:
-    """Median over calls of the host's time, each begun with an idle device."""
+    """The host's time of a call begun with an idle device: the least median of twenty groups of calls.
+
+    What else runs on a machine only adds.
+    """
     times = []
     gc.collect()
     gc.disable()
@@ -156,7 +145,8 @@ def microseconds(call: Callable[[], object], repeats: int, device: str) -> float
         if repeat >= repeats // 10:
             times.append(end - begin)
     gc.enable()
-    return 1e6 * statistics.median(times)
+    group = -(-len(times) // 20)
+    return 1e6 * min(statistics.median(times[first : first + group]) for first in range(0, len(times), group))
 
 
 def measure(operator: Operator, kernel: str, case: Workload, device: str, repeats: int) -> dict[str, float]:
@@ -216,19 +206,20 @@ def main() -> None:
             + "".join(f"{row[column]:16.1f}" for column in columns),
             flush=True,
         )
+        if options.json is not None:  # after each row: a run that is stopped keeps what it has
+            device_name = torch.cuda.get_device_name() if on_cuda else "cpu"
+            found = {"device": device_name, "versions": stack_versions(), "rows": rows}
+            options.json.write_text(json.dumps(found, indent=1))
 
     for operator in OPERATORS:
         empty = nothing(operator)
         for label, case in workloads(operator):
             report(operator, label, empty, "nothing", case, "cpu")
             for kernel in triton_kernels(operator):
-                with launches_left_out(kernel):
+                with launches_left_out():
                     report(operator, label, kernel.name, "unlaunched", case, "cpu")
                 if on_cuda:
                     report(operator, label, kernel.name, "launched", case, "cuda")
-    if options.json is not None:
-        device = torch.cuda.get_device_name() if on_cuda else "cpu"
-        options.json.write_text(json.dumps({"device": device, "versions": stack_versions(), "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -11,24 +11,22 @@ the best stay for the timings; the package itself keeps what `tiled.tiling` says
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from timing import Limit, Record, called_ms, checks, comparison, show_check, surviving
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
-from triton.testing import do_bench
 
 from subquad_kernels.catalogue import CATALOGUE
 from subquad_kernels.operators import segment_attention
 from subquad_kernels.segment_attention import tiled
 from subquad_kernels.segment_attention.definition import sample_inputs
-from subquad_kernels.self_check import kernel_errors, stack_versions
 from subquad_kernels.workload import Workload
 
 TOKENS, HEADS, WIDTH = 32_768, 16, 64
@@ -53,29 +51,6 @@ GRID: dict[tiled.Stage, tuple[tuple[int, int, int, int], ...]] = {
 PROGRAMS = (256, 512, 1024, 2048)
 
 
-@dataclass
-class Record:
-    """What OUT.json holds."""
-
-    device: str
-    versions: tuple[str, ...]
-    checks: list[dict[str, Any]] = field(default_factory=list)
-    tuning: list[dict[str, Any]] = field(default_factory=list)
-    timings: list[dict[str, Any]] = field(default_factory=list)
-    tilings: dict[str, dict[str, int]] = field(default_factory=dict)
-    programs: int = tiled.PROGRAMS
-
-
-class Limit:
-    """Time is up after `seconds`: what is left is skipped and said so."""
-
-    def __init__(self, seconds: float) -> None:
-        self._end = time.monotonic() + seconds
-
-    def over(self, share: float = 0.0) -> bool:
-        return time.monotonic() > self._end - share
-
-
 def workload(t: int, segment_len: int, **others: int) -> Workload:
     shape = {"b": TOKENS // t, "t": t, "h": HEADS, "h_kv": HEADS, "k": WIDTH, "v": WIDTH, "m": 0} | others
     return Workload(
@@ -98,10 +73,6 @@ def run(kernel: str, arguments: dict[str, Any], pull: Tensor | None) -> list[Ten
     return [outputs[0], *(found[name] for name in ("q", "k", "v"))]  # type: ignore[list-item]
 
 
-def milliseconds(function: Callable[[], object]) -> float:
-    return float(do_bench(function, warmup=10, rep=60, return_mode="median"))
-
-
 def called_milliseconds(arguments: dict[str, Any], pull: Tensor) -> float:
     """Wall time of one forward and backward through the operator, calls back to back."""
     leaves = [arguments[name].detach().requires_grad_() for name in ("q", "k", "v")]
@@ -120,48 +91,26 @@ def called_milliseconds(arguments: dict[str, Any], pull: Tensor) -> float:
     return (time.perf_counter() - begin) * 100
 
 
-def check_against_reference() -> Iterator[dict[str, Any]]:
-    """bfloat16 at small sizes: outputs and every gradient against float64."""
-    kernel = CATALOGUE.kernel("segment_attention", "tiled")
-    tolerance = OPERATOR.tolerances["bfloat16"]
-    cases = {
-        "t=1021 s=10": workload(1021, 10, b=1, h=4, h_kv=4),
-        "t=1021 s=1 grouped": workload(1021, 1, b=1, h=4, h_kv=2),
-        "t=700 s=10 packed": workload(700, 10, b=1, h=4, h_kv=4, documents=6),
-        "t=333 s=10 m=41": workload(333, 10, b=2, h=4, h_kv=2, m=41),
-        "t=509 s=7 width 128": workload(509, 7, b=1, h=2, h_kv=2, k=128, v=128),
-        "t=509 s=7 width 48": workload(509, 7, b=1, h=2, h_kv=2, k=48, v=48),
-    }
-    for case_name, case in cases.items():
-        row: dict[str, Any] = {"case": case_name, "against": "float64 reference"}
-        try:
-            arguments = inputs(case)
-            row["errors"] = kernel_errors(OPERATOR, kernel, arguments, gradients=True)
-            row["passed"] = all(
-                error <= (tolerance.gradient if name.startswith("d_") else tolerance.output)
-                for name, error in row["errors"].items()
-            )
-        except Exception as error:  # one failure does not lose the rest
-            row |= {"passed": False, "failure": f"{type(error).__name__}: {error}"[:400]}
-        yield row
+CHECKED = {
+    "t=1021 s=10": workload(1021, 10, b=1, h=4, h_kv=4),
+    "t=1021 s=1 grouped": workload(1021, 1, b=1, h=4, h_kv=2),
+    "t=700 s=10 packed": workload(700, 10, b=1, h=4, h_kv=4, documents=6),
+    "t=333 s=10 m=41": workload(333, 10, b=2, h=4, h_kv=2, m=41),
+    "t=509 s=7 width 128": workload(509, 7, b=1, h=2, h_kv=2, k=128, v=128),
+    "t=509 s=7 width 48": workload(509, 7, b=1, h=2, h_kv=2, k=48, v=48),
+}
 
 
 def check_against_rival(rival: str) -> Iterator[dict[str, Any]]:
     """bfloat16 at full size: against another kernel of the operator, relative to its largest value."""
     for t in (8_192, 32_768):
-        row: dict[str, Any] = {"case": f"t={t} s=10", "against": rival}
-        try:
+
+        def pairs(t: int = t) -> Iterator[tuple[str, Tensor, Tensor]]:
             arguments = inputs(workload(t, 10))
             pull = torch.randn_like(arguments["v"])
-            pairs = zip(("out", "d_q", "d_k", "d_v"), run("tiled", arguments, pull), run(rival, arguments, pull))
-            row["errors"] = {
-                name: float((mine.double() - theirs.double()).abs().max() / theirs.double().abs().max())
-                for name, mine, theirs in pairs
-            }
-            row["passed"] = all(error <= 3e-2 for error in row["errors"].values())
-        except Exception as error:
-            row |= {"passed": False, "failure": f"{type(error).__name__}: {error}"[:400]}
-        yield row
+            return zip(("out", "d_q", "d_k", "d_v"), run("tiled", arguments, pull), run(rival, arguments, pull))
+
+        yield comparison(f"t={t} s=10", rival, pairs, 3e-2)
 
 
 def tune(record: Record, limit: Limit) -> None:
@@ -172,9 +121,9 @@ def tune(record: Record, limit: Limit) -> None:
     def time_stage(stage: tiled.Stage, arguments: dict[str, Any]) -> float:
         """The whole backward stands for each of its kernels: the others do not change."""
         if stage == "forward":
-            return milliseconds(lambda: tiled.forward(**arguments))
+            return called_ms(lambda: tiled.forward(**arguments))
         outputs = tiled.forward(**arguments)
-        return milliseconds(lambda: tiled.backward(arguments, outputs, (outputs[0],)))
+        return called_ms(lambda: tiled.backward(arguments, outputs, (outputs[0],)))
 
     def times(stage: tiled.Stage) -> list[float]:
         return [time_stage(stage, arguments) for arguments in cases]
@@ -189,24 +138,22 @@ def tune(record: Record, limit: Limit) -> None:
                 return
             tiled.TILINGS[stage] = tiled.Tiling(*configuration)
             row: dict[str, Any] = {"stage": stage, "tiling": configuration}
-            try:
+            with surviving(row):
                 row["ms"] = times(stage)
                 first = first or row["ms"]
                 score = sum(a / b for a, b in zip(row["ms"], first))
                 if best is None or score < best[0]:
                     best = score, tiled.TILINGS[stage]
-                print(f"{stage:18} {configuration!s:20}", *(f"{value:8.3f}" for value in row["ms"]), flush=True)
-            except Exception as error:
-                row["failure"] = f"{type(error).__name__}: {error}"[:200]
-                print(f"{stage:18} {configuration!s:20} {row['failure'][:80]}", flush=True)
-            record.tuning.append(row)
+            shown = (f"{value:8.3f}" for value in row.get("ms", ()))
+            print(f"{stage:18} {configuration!s:20}", *shown, row.get("failure", "")[:80], flush=True)
+            record.add("tuning", row)
         keep(stage, best)
     by_programs = {}
     for programs in PROGRAMS:
         tiled.PROGRAMS = programs
         found = times("summary_gradients")
         by_programs[programs] = found
-        record.tuning.append({"stage": "summary_gradients", "programs": programs, "ms": found})
+        record.add("tuning", {"stage": "summary_gradients", "programs": programs, "ms": found})
         print(f"{'PROGRAMS':18} {programs!s:20}", *(f"{value:8.3f}" for value in found), flush=True)
     base = by_programs[PROGRAMS[0]]
     try_compact_copies(record, times)
@@ -234,7 +181,7 @@ def try_compact_copies(record: Record, times: Callable[[tiled.Stage], list[float
     try:
         for stage in stages:
             found = times(stage)
-            record.tuning.append({"stage": stage, "compact": True, "ms": found})
+            record.add("tuning", {"stage": stage, "compact": True, "ms": found})
             print(f"{stage:18} {'compact copies':20}", *(f"{value:8.3f}" for value in found), flush=True)
     finally:
         tiled._Seen.by_call = stand  # type: ignore[method-assign]
@@ -242,18 +189,16 @@ def try_compact_copies(record: Record, times: Callable[[tiled.Stage], list[float
 
 def time_kernel(kernel: str, t: int, segment_len: int) -> dict[str, Any]:
     row: dict[str, Any] = {"kernel": kernel, "t": t, "segment_len": segment_len}
-    try:
+    with surviving(row):
         arguments = inputs(workload(t, segment_len))
         pull = torch.randn_like(arguments["v"])
-        row["forward_ms"] = milliseconds(lambda: run(kernel, arguments, None))
-        row["both_ms"] = milliseconds(lambda: run(kernel, arguments, pull))
+        row["forward_ms"] = called_ms(lambda: run(kernel, arguments, None))
+        row["both_ms"] = called_ms(lambda: run(kernel, arguments, pull))
         if kernel == "tiled":
             row["called_ms"] = called_milliseconds(arguments, pull)
         torch.cuda.reset_peak_memory_stats()
         run(kernel, arguments, pull)
         row["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
-    except Exception as error:
-        row["failure"] = f"{type(error).__name__}: {error}"[:200]
     torch.cuda.empty_cache()
     return row
 
@@ -261,7 +206,7 @@ def time_kernel(kernel: str, t: int, segment_len: int) -> dict[str, Any]:
 def time_full_attention(t: int) -> dict[str, Any]:
     """Causal attention over every token, by cuDNN: the scale of things."""
     row: dict[str, Any] = {"kernel": "cuDNN, all tokens", "t": t, "segment_len": 1}
-    try:
+    with surviving(row):
         q, k, v = (
             torch.randn(TOKENS // t, HEADS, t, WIDTH, device="cuda", dtype=torch.bfloat16, requires_grad=True)
             for _ in range(3)
@@ -272,10 +217,8 @@ def time_full_attention(t: int) -> dict[str, Any]:
             with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
                 return scaled_dot_product_attention(q, k, v, is_causal=True)
 
-        row["forward_ms"] = milliseconds(attend)
-        row["both_ms"] = milliseconds(lambda: torch.autograd.grad(attend(), (q, k, v), pull))
-    except Exception as error:
-        row["failure"] = f"{type(error).__name__}: {error}"[:200]
+        row["forward_ms"] = called_ms(attend)
+        row["both_ms"] = called_ms(lambda: torch.autograd.grad(attend(), (q, k, v), pull))
     return row
 
 
@@ -295,32 +238,29 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--limit-s", type=float, default=120.0)
     options = parser.parse_args()
-    limit = Limit(options.limit_s)
-    record = Record(device=torch.cuda.get_device_name(), versions=stack_versions())
+    limit, record = Limit(options.limit_s), Record.of("cuda")
     print(record.device, *record.versions, sep=" | ")
 
     def save() -> None:
-        record.tilings = {stage: asdict(value) for stage, value in tiled.TILINGS.items()}
-        record.programs = tiled.PROGRAMS
-        options.out.write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
+        tilings = {stage: asdict(value) for stage, value in tiled.TILINGS.items()}
+        record.rows["tilings"] = [tilings | {"programs": tiled.PROGRAMS}]
+        record.save(options.out)
 
-    def check(rows: Iterator[dict[str, Any]]) -> None:
+    def check(rows: Iterable[dict[str, Any]]) -> None:
         for row in rows:
-            record.checks.append(row)
-            found = row.get("failure") or " ".join(f"{name} {error:.1e}" for name, error in row["errors"].items())
-            print("ok  " if row["passed"] else "FAIL", f"{row['case']} against {row['against']}: {found}", flush=True)
+            record.add("checks", row)
+            show_check(row)
         save()
 
-    check(check_against_reference())
+    check(checks(OPERATOR, CATALOGUE.kernel("segment_attention", "tiled"), CHECKED, "cuda"))
     check(check_against_rival("sdpa_merge"))
     torch.cuda.empty_cache()
     if options.tune:
-        try:
+        failed: dict[str, Any] = {}
+        with surviving(failed):
             tune(record, limit)
-        except Exception as error:
-            print(f"tuning failed: {type(error).__name__}: {error}"[:400])
         save()
-        print("kept:", tiled.TILINGS, "PROGRAMS", tiled.PROGRAMS)
+        print("kept:", tiled.TILINGS, "PROGRAMS", tiled.PROGRAMS, failed.get("failure", ""))
         if tiled.TILINGS:
             check(check_against_rival("sdpa_merge"))
     jobs: list[Callable[[], dict[str, Any]]] = [
@@ -333,7 +273,7 @@ def main() -> None:
             print(f"time is up: {len(jobs) - number} cases are left out")
             break
         row = job()
-        record.timings.append(row)
+        record.add("timings", row)
         show(row)
         save()
 

@@ -1,20 +1,24 @@
 """Check and time the fused selective scan on a CUDA device.
 
-    python kernels/benchmarks/selective_scan.py OUT.json [--tune] [--limit-s 100]
+    python kernels/benchmarks/selective_scan.py OUT.json [--tune] [--limit-s 85]
 
 Times are device times (median of `triton.testing.do_bench`, L2 cleared between calls) of 32,768 tokens, 2048 channels
 and 16 states in bfloat16, with gate, skip and step bias; `parts` are those of each kernel in one forward and backward.
-With --tune, each direction is first tried under a grid of launches, and the best stay for the timings; the package
-itself keeps what `fused.launch_of` says.
+Checks run side by side in processes of their own. With --tune, so do the compilations of the launches in GRID, which
+are then timed at every batch for as long as the limit allows; each batch's fastest are printed, and the best over all
+batches is timed with its parts. The package itself keeps what `fused.launch_of` says.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +37,24 @@ from subquad_kernels.workload import Workload
 TOKENS, CHANNELS, STATES, BATCHES = 32_768, 2_048, 16, (16, 4, 1)
 OPERATOR = CATALOGUE.operator("selective_scan")
 
-# (tile_c, group, num_warps)
-GRID: dict[str, tuple[tuple[int, int, int], ...]] = {
+# What differs from `fused.launch_of`: compiled once each.
+GRID: dict[str, tuple[dict[str, Any], ...]] = {
     "forward": (
-        (32, 4, 1), (32, 2, 1), (32, 8, 1), (16, 4, 1), (64, 4, 1), (64, 2, 1), (32, 4, 2), (64, 4, 2), (64, 4, 4),
-        (32, 8, 2),
+        {}, {"group": 2}, {"group": 8}, {"tile_c": 32, "rows": 4}, {"tile_c": 32, "rows": 4, "group": 2},
+        {"tile_c": 8, "rows": 16}, {"evict": "evict_first"}, {"rows": 4},
     ),
     "backward": (
-        (32, 2, 1), (32, 4, 1), (32, 1, 1), (16, 4, 1), (16, 2, 1), (16, 8, 1), (64, 1, 1), (32, 4, 2), (64, 2, 2),
-        (64, 4, 4),
+        {}, {"group": 4}, {"evict": "evict_first"}, {"group": 4, "evict": "evict_first"}, {"rows": 2}, {"rows": 8},
+        {"tile_c": 16}, {"tile_c": 16, "group": 4}, {"group": 1},
     ),
 }  # fmt: skip
-PROGRAMS = (528, 1056, 2112, 4224)
+# How time is cut: costs no compilation. Programs are few at b = 4 and 1; `enough` 0 never cuts.
+CUTS: dict[str, tuple[dict[str, int], ...]] = {
+    "forward": ({}, {"enough": 0}, {"enough": 512}, {"programs": 1056}, {"programs": 2112}, {"programs": 4224}),
+    "backward": ({}, {"enough": 256}, {"programs": 528}, {"programs": 2112}),
+}
+LONGEST_MS = 20.0
+"""A launch that takes longer than this once is not timed again: one that is not cut, at b = 1."""
 
 
 @dataclass
@@ -59,8 +69,12 @@ class Record:
     launches: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def workload(b: int, t: int, *, c: int = CHANNELS, n: int = STATES, state: bool = False, **others: int) -> Workload:
-    options = dict.fromkeys(("softplus", "skip", "gate", "dt_bias"), True) | {"initial_state": state}
+def workload(
+    b: int, t: int, *, c: int = CHANNELS, n: int = STATES, state: bool = False, reversed: bool = False, **others: int
+) -> Workload:
+    options: dict[str, Any] = dict.fromkeys(("softplus", "skip", "gate", "dt_bias"), True) | {"initial_state": state}
+    if reversed:
+        options["reversed"] = True
     shape = {"b": b, "t": t, "c": c, "n": n} | others
     return Workload(operator="selective_scan", shape=shape, dtype="bfloat16", phase="backward", options=options)
 
@@ -69,31 +83,29 @@ def inputs(case: Workload) -> dict[str, Any]:
     return sample_inputs(case, seed=0, device="cuda")
 
 
-def milliseconds(function: Callable[[], object]) -> float:
-    return float(do_bench(function, warmup=10, rep=50, return_mode="median"))
+def milliseconds(function: Callable[[], object], repeat_ms: int = 50) -> float:
+    return float(do_bench(function, warmup=10, rep=repeat_ms, return_mode="median"))
 
 
-def check_against_reference() -> Iterator[dict[str, Any]]:
+CHECKS = {
+    "t=509": workload(2, 509, c=160, state=True),
+    "t=300 packed": workload(1, 300, c=96, state=True, documents=6),
+    "t=300 packed reversed": workload(1, 300, c=96, state=True, documents=6, reversed=True),
+    "t=300 n=13": workload(1, 300, c=77, n=13),
+    "t=1": workload(4, 1, c=256, state=True),
+}
+
+
+def check_against_reference(name: str) -> dict[str, Any]:
     """bfloat16 at small sizes: outputs and every gradient against float64."""
-    kernel = CATALOGUE.kernel("selective_scan", "fused")
     tolerance = OPERATOR.tolerances["bfloat16"]
-    cases = {
-        "t=509": workload(2, 509, c=160, state=True),
-        "t=300 packed": workload(1, 300, c=96, state=True, documents=6),
-        "t=300 n=13": workload(1, 300, c=77, n=13),
-        "t=1": workload(4, 1, c=256, state=True),
-    }
-    for name, case in cases.items():
-        row: dict[str, Any] = {"case": name, "against": "float64 reference"}
-        try:
-            row["errors"] = kernel_errors(OPERATOR, kernel, inputs(case), gradients=True)
-            row["passed"] = all(
-                error <= (tolerance.gradient if name.startswith("d_") else tolerance.output)
-                for name, error in row["errors"].items()
-            )
-        except Exception as error:  # one failure does not lose the rest
-            row |= {"passed": False, "failure": f"{type(error).__name__}: {error}"[:400]}
-        yield row
+    kernel = CATALOGUE.kernel("selective_scan", "fused")
+    errors = kernel_errors(OPERATOR, kernel, inputs(CHECKS[name]), gradients=True)
+    passed = all(
+        error <= (tolerance.gradient if output.startswith("d_") else tolerance.output)
+        for output, error in errors.items()
+    )
+    return {"case": name, "against": "float64 reference", "errors": errors, "passed": passed}
 
 
 def check_against_chunked() -> Iterator[dict[str, Any]]:
@@ -130,10 +142,10 @@ class Directions:
         self.outputs = fused.forward(**self.arguments)
         self.pull = torch.randn_like(self.arguments["x"])
 
-    def time(self, direction: str, launch: fused.Launch) -> float:
+    def time(self, direction: str, launch: fused.Launch, repeat_ms: int = 50) -> float:
         if direction == "forward":
-            return milliseconds(lambda: fused.forward(launch, **self.arguments))
-        return milliseconds(lambda: fused.backward(self.arguments, self.outputs, (self.pull, None), launch))
+            return milliseconds(lambda: fused.forward(launch, **self.arguments), repeat_ms)
+        return milliseconds(lambda: fused.backward(self.arguments, self.outputs, (self.pull, None), launch), repeat_ms)
 
     def time_both(self, launches: dict[str, fused.Launch]) -> float:
         def both() -> None:
@@ -151,37 +163,88 @@ class Directions:
         return {event.key[:60]: event.device_time_total / 1e3 for event in found.key_averages()}
 
 
-def tune(record: Record, launches: dict[str, fused.Launch], over: Callable[[], bool]) -> None:
-    """The launch with the least time at b = 16, where time is not cut, then the number of programs at b = 4 and 1."""
+def compile_one(direction: str, launch: fused.Launch) -> None:
+    """Compile what a direction launches, into triton's cache on disk."""
+    arguments = inputs(workload(1, 256))
+    cut = fused.with_segments(launch, 128)
+    if direction == "forward":
+        fused.forward(cut, **arguments)
+    else:
+        outputs = fused.forward(**arguments)
+        fused.backward(arguments, outputs, (torch.randn_like(arguments["x"]), None), cut)
+    torch.cuda.synchronize()
+
+
+def grid() -> list[tuple[str, fused.Launch]]:
+    return [
+        (direction, replace(fused.launch_of(STATES, backward=direction == "backward"), **changes))
+        for direction, variants in GRID.items()
+        for changes in variants
+    ]
+
+
+def check_and_compile(record: Record, tried: list[tuple[str, fused.Launch]]) -> list[tuple[str, fused.Launch]]:
+    """Check small cases and compile launches side by side, each in a process of its own; the launches that can run."""
+    runnable = []
+    with ProcessPoolExecutor(max_workers=min(14, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
+        checks = {name: pool.submit(check_against_reference, name) for name in CHECKS}
+        compiled = [pool.submit(compile_one, *entry) for entry in tried]
+        for name, check in checks.items():
+            try:
+                record.checks.append(check.result())
+            except Exception as error:  # one failure does not lose the rest
+                record.checks.append(
+                    {"case": name, "passed": False, "failure": f"{type(error).__name__}: {error}"[:400]}
+                )
+        for (direction, launch), done in zip(tried, compiled):
+            try:
+                done.result()
+                runnable.append((direction, launch))
+            except Exception as error:
+                failure = f"{type(error).__name__}: {error}"[:300]
+                record.tuning.append({"direction": direction, "launch": asdict(launch), "failure": failure})
+                print(direction, described(launch), failure[:100], flush=True)
+    return runnable
+
+
+def tune(
+    record: Record,
+    launches: dict[str, fused.Launch],
+    compiled: list[tuple[str, fused.Launch]],
+    over: Callable[[], bool],
+) -> None:
+    """Time every launch and cut at every batch; the least sum over batches stays in `launches`."""
+    found: dict[tuple[str, fused.Launch], dict[int, float]] = {}
     cases = [Directions(b) for b in BATCHES]
-    for direction, configurations in GRID.items():
-        best = launches[direction]
-        tried = [replace(best, tile_c=tile, group=group, num_warps=warps) for tile, group, warps in configurations]
-        best = fastest(record, direction, tried, cases[:1], over) or best
-        tried = [replace(best, programs=programs) for programs in PROGRAMS]
-        launches[direction] = fastest(record, direction, tried, cases[1:], over) or best
+    for place in range(max(len(cuts) for cuts in CUTS.values())):  # the likely cut of all first
+        for direction, base in compiled:
+            if place >= len(CUTS[direction]) or over():
+                continue
+            launch = replace(base, **CUTS[direction][place])  # type: ignore[arg-type]
+            times = found.setdefault((direction, launch), {})
+            row: dict[str, Any] = {"direction": direction, "launch": asdict(launch), "ms": times}
+            try:
+                for case in cases:
+                    if case.time(direction, launch, repeat_ms=1) < LONGEST_MS:
+                        times[case.b] = case.time(direction, launch, repeat_ms=25)
+            except Exception as error:
+                row["failure"] = f"{type(error).__name__}: {error}"[:200]
+            record.tuning.append(row)
+    for direction in GRID:
+        print(f"{direction}: fastest first")
+        rows = [(launch, times) for (name, launch), times in found.items() if name == direction]
+        for b in BATCHES:
+            for launch, times in sorted((row for row in rows if b in row[1]), key=lambda row: row[1][b])[:4]:
+                print(f"  b={b:<3} {times[b]:8.3f} ms  {described(launch)}")
+        whole = [row for row in rows if len(row[1]) == len(BATCHES)]
+        if whole:
+            launches[direction], times = min(whole, key=lambda row: sum(row[1].values()))
+            print("  all  ", *(f"{ms:8.3f}" for ms in times.values()), described(launches[direction]), flush=True)
 
 
-def fastest(
-    record: Record, direction: str, tried: list[fused.Launch], cases: list[Directions], over: Callable[[], bool]
-) -> fused.Launch | None:
-    best: tuple[float, fused.Launch] | None = None
-    for launch in tried:
-        if over():
-            print("time is up: the rest is not tuned")
-            break
-        label = f"tile_c={launch.tile_c} group={launch.group} warps={launch.num_warps} programs={launch.programs}"
-        row: dict[str, Any] = {"direction": direction, "launch": asdict(launch), "b": [case.b for case in cases]}
-        try:
-            row["ms"] = [case.time(direction, launch) for case in cases]
-            if best is None or sum(row["ms"]) < best[0]:
-                best = sum(row["ms"]), launch
-            print(f"{direction:8} {label:48}", *(f"{value:8.3f}" for value in row["ms"]), flush=True)
-        except Exception as error:
-            row["failure"] = f"{type(error).__name__}: {error}"[:200]
-            print(f"{direction:8} {label:48} {row['failure'][:80]}", flush=True)
-        record.tuning.append(row)
-    return None if best is None else best[1]
+def described(launch: fused.Launch) -> str:
+    names = ("tile_c", "group", "rows", "evict", "enough", "programs")
+    return " ".join(f"{name}={getattr(launch, name)!r}" for name in names)
 
 
 def time_all(record: Record, launches: dict[str, fused.Launch]) -> None:
@@ -206,19 +269,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--limit-s", type=float, default=100.0)
+    parser.add_argument("--limit-s", type=float, default=85.0)
     options = parser.parse_args()
     end = time.monotonic() + options.limit_s
     record = Record(device=torch.cuda.get_device_name(), versions=stack_versions())
     launches = {name: fused.launch_of(STATES, backward=name == "backward") for name in ("forward", "backward")}
     try:
-        for row in (*check_against_reference(), *check_against_chunked()):
-            record.checks.append(row)
+        compiled = check_and_compile(record, grid() if options.tune else [])
+        record.checks += check_against_chunked()
+        for row in record.checks:
             worst = max(row.get("errors", {"": 0.0}).items(), key=lambda item: item[1])
             print("ok  " if row["passed"] else "FAIL", row["case"], worst, row.get("failure", ""), flush=True)
         time_all(record, launches)
         if options.tune:
-            tune(record, launches, lambda: time.monotonic() > end - 15)
+            tune(record, launches, compiled, lambda: time.monotonic() > end - 10)
             print({name: str(launch) for name, launch in launches.items()})
             time_all(record, launches)
     finally:

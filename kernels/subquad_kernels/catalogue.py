@@ -130,7 +130,8 @@ class Kernel:
     """One way to compute an operator.
 
     `supports` answers None, or the reason why this workload cannot run on that device. `requires` are requirement
-    strings of optional distributions; a kernel that is not installed is a reported fact, never an ImportError.
+    strings of optional distributions, and `extensions` the compiled modules that a build of the first of them may lack;
+    a kernel that is not installed is a reported fact, never an ImportError.
     `first_calls_in_threads` is False where a first call must have the process to itself, as torch.compile's must.
     """
 
@@ -140,6 +141,7 @@ class Kernel:
     supports: Callable[[Workload, DeviceLimits], str | None]
     devices: frozenset[str]
     requires: tuple[str, ...] = ()
+    extensions: tuple[str, ...] = ()
     origin: str = "subquad-kernels"
     first_calls_in_threads: bool = True
 
@@ -155,7 +157,7 @@ class Kernel:
 
     @cached_property
     def version(self) -> str:
-        """A hash of the source beside the kernel: verdicts and measurements of other code expire."""
+        """A hash of the source beside the kernel and of what it calls: what was found out about other code expires."""
         module_name = self.implementation.partition(":")[0]
         spec = importlib.util.find_spec(module_name)
         if spec is None or spec.origin is None:
@@ -165,18 +167,25 @@ class Kernel:
         file = Path(spec.origin)
         for source in sorted(file.parent.glob("*.py")) if "." in module_name else [file]:
             digest.update(source.read_bytes())
+        for text in self.requires:
+            name = Requirement(text).name
+            if name != "triton":  # its version stands beside every verdict and measurement
+                digest.update(f"{name} {installed_version(name)}".encode())
         return digest.hexdigest()[:12]
 
     def missing(self) -> str | None:
         """None when everything it requires is installed, else what to install."""
         for text in self.requires:
             requirement = Requirement(text)
-            try:
-                version = importlib.metadata.version(requirement.name)
-            except importlib.metadata.PackageNotFoundError:
+            version = installed_version(requirement.name)
+            if version is None:
                 return f"{requirement.name} is not installed (pip install '{text}')"
             if not requirement.specifier.contains(version, prereleases=True):
                 return f"{requirement.name} {version} is installed, {text} is needed (pip install '{text}')"
+        for module in self.extensions:
+            if importlib.util.find_spec(module) is None:
+                name, text = Requirement(self.requires[0]).name, self.requires[0]
+                return f"{name} is here without its {module} (pip install --no-build-isolation '{text}')"
         return None
 
     def refusal(self, workload: Workload, limits: DeviceLimits) -> str | None:
@@ -199,6 +208,14 @@ def load_attribute(reference: str) -> object:
     module_name, _, attribute = reference.partition(":")
     module = importlib.import_module(module_name)
     return getattr(module, attribute) if attribute else module
+
+
+def installed_version(distribution: str) -> str | None:
+    """The version that its metadata states, None where it is not installed; nothing is imported."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 class Catalogue:

@@ -107,7 +107,7 @@ def kernel_errors(
     error = max |kernel - reference| / max( max |reference|, 1e-2 )
     """
     exact = {
-        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        name: value.detach().double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in arguments.items()
     }
     wanted = {

@@ -10,7 +10,6 @@ Both look the kernel up in the catalogue when they run, so that a graph pass cho
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -209,17 +208,19 @@ def recording() -> Iterator[None]:
         yield
 
 
-class ReferenceKernel:
-    """An operator's reference as a kernel: forward as written, gradients by torch's own differentiation."""
+class AutogradKernel:
+    """A differentiable function as a kernel: forward as written, gradients by torch's own differentiation.
 
-    def __init__(self, reference: Callable[..., Outputs]) -> None:
-        self._reference = reference
-        self._tensors = list(inspect.signature(reference).parameters)
+    A kernel's backward is handed tensors and no graph, so that it computes the forward again.
+    """
+
+    def __init__(self, function: Callable[..., Outputs]) -> None:
+        self._function = function
 
     def forward(self, **arguments: Any) -> Outputs:
-        """The reference itself."""
+        """The function itself."""
         with torch.no_grad():
-            return self._reference(**arguments)
+            return self._function(**arguments)
 
     def backward(
         self, arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]
@@ -231,7 +232,7 @@ class ReferenceKernel:
                 for name, value in arguments.items()
                 if isinstance(value, Tensor) and value.is_floating_point()
             }
-            results = self._reference(**{**arguments, **inputs})
+            results = self._function(**{**arguments, **inputs})
             pairs = [
                 (result, gradient)
                 for result, gradient in zip(results, gradients)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,13 +12,16 @@ from torch import Tensor
 _MOST_KNOWN = 4096
 """Argument lists that one kernel remembers; a decode with a growing cache brings new ones for ever."""
 
+_NUMBERS = (int, float)
+
 
 class QuickLaunch:
-    """A jitted kernel, launched as one:  kernel[(programs,)](arguments..., CONSTANT=..., num_warps=...).
+    """A jitted kernel, launched as one:  kernel[programs](arguments..., CONSTANT=..., num_warps=...).
 
-    triton derives a launch's specialization from every argument, each time. Here an argument list that was seen before
-    - equal numbers and constants, tensors of equal types and alignments - goes to what was compiled for it at once.
-    Constants are named, every other argument comes by its place.
+    `programs` are one to three counts. triton derives a launch's specialization from every argument, each time. Here
+    an argument list that was seen before - equal numbers and constants, tensors of equal types and alignments - goes
+    to what was compiled for it at once. Constants are named, every other argument comes by its place; the first is a
+    tensor.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -24,35 +29,25 @@ class QuickLaunch:
         self._names: list[str] = kernel.arg_names
         self._compiled: dict[tuple[object, ...], Any] = {}
 
-    def __getitem__(self, grid: tuple[int]) -> _Launch:
-        return _Launch(self, grid[0])
+    def __getitem__(self, programs: tuple[int, ...]) -> Callable[..., None]:
+        return partial(self._launch, programs)
 
-    def launch(self, programs: int, values: tuple[Any, ...], constants: dict[str, Any]) -> None:
-        """Run this many programs."""
-        # triton compiles for pointers to multiples of 16 bytes, and others.
+    def _launch(self, programs: tuple[int, ...], /, *values: Any, **constants: Any) -> None:
+        # triton compiles for pointers to multiples of 16 bytes, and others. Most values are numbers or left out.
         key = [
-            (value.dtype, value.data_ptr() % 16 == 0) if isinstance(value, Tensor) else value for value in values
-        ]  # fmt: skip
+            (value.dtype, value.data_ptr() % 16)
+            if value is not None and value.__class__ not in _NUMBERS and isinstance(value, Tensor)
+            else value
+            for value in values
+        ]
         known = (values[0].device, *key, *constants.items())
         compiled = self._compiled.get(known)
         if compiled is None:
-            compiled = self.jitted[(programs,)](*values, **constants)
+            compiled = self.jitted[programs](*values, **constants)
             # None in triton's interpreter; for AMD, triton looks at the sizes of tensors as well.
             if compiled is not None and torch.version.hip is None:
                 if len(self._compiled) >= _MOST_KNOWN:
                     self._compiled.clear()
                 self._compiled[known] = compiled
         else:
-            compiled[(programs, 1, 1)](*values, *[constants[name] for name in self._names[len(values) :]])
-
-
-class _Launch:
-    """What `kernel[grid]` is: a function of the arguments."""
-
-    __slots__ = ("_kernel", "_programs")
-
-    def __init__(self, kernel: QuickLaunch, programs: int) -> None:
-        self._kernel, self._programs = kernel, programs
-
-    def __call__(self, *values: Any, **constants: Any) -> None:
-        self._kernel.launch(self._programs, values, constants)
+            compiled[(*programs, 1, 1)[:3]](*values, *[constants[name] for name in self._names[len(values) :]])

@@ -19,8 +19,7 @@ SPILLS = {
     # Around its loops, not in them.
     ("segment_attention/tiled", "_summary_gradients_kernel", "sm_90"): 48,
     # The states, decays and gradients of two tokens beside a document's place: fewer at once was slower (README).
-    ("selective_scan/fused", "_differentiate", "sm_90"): 160,
-    ("selective_scan/fused", "_summarise_gradients", "sm_90"): 8,
+    ("selective_scan/fused", "differentiate", "sm_90"): 192,
     # Inside its loop too: eight warps would repeat products (README). With every gate, packed, 720 bytes.
     ("linear_attention/fused", "_read", "sm_90"): 128,
     ("linear_attention/fused", "_differentiate_q", "sm_90"): 128,

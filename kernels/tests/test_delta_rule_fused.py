@@ -129,16 +129,6 @@ def test_packed_equals_each_document_by_itself() -> None:
         torch.testing.assert_close(final[document : document + 1], own_final, rtol=1e-5, atol=1e-5)
 
 
-def test_more_documents_than_a_tile_of_the_table_are_counted() -> None:
-    lengths = (1, 0) * 150
-    arguments = sample(workload(150, documents=300), cu_seqlens=bounds(*lengths))
-    call = fused._Call(arguments, None)
-    assert call.table is not None and call.offsets is not None
-    assert call.table[:150].tolist() == [[token, 1] for token in range(150)]
-    assert not call.table[150:].any()
-    assert call.offsets.tolist() == [(document + 1) // 2 for document in range(300)]
-
-
 @pytest.mark.parametrize("low", [-50.3, -3e38], ids=["all but nothing stays", "nothing stays"])
 def test_mixed_decays_gates_up_to_two_and_repeating_keys_stay_exact(low: float) -> None:
     """Three tokens in four forget everything; decays of 0.97 to 1 between them keep their digits."""

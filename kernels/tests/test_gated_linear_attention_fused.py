@@ -145,22 +145,6 @@ def test_empty_documents_do_not_shift_the_cuts(lengths: tuple[int, ...]) -> None
     assert_exact(sample(case, cu_seqlens=bounds(*lengths)))
 
 
-def test_the_table_of_stretches_is_laid_out_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More documents than are looked at together; rows that nobody needs have no tokens and no neighbours."""
-    monkeypatch.setattr(fused, "_DOCUMENTS", 16)
-    lengths = [0, 70, 32] + [1] * 40
-    arguments = sample(workload(sum(lengths), documents=len(lengths)), cu_seqlens=bounds(*lengths))
-    call = fused._Call(arguments, CUT)
-    call._plan()
-    assert call.table is not None
-    assert call.starts is not None
-    rows = call.table.tolist()
-    assert rows[:6] == [[0, 0, 0, 0], [1, 0, 32, 2], [1, 32, 32, 3], [1, 64, 6, 1], [2, 70, 32, 0], [3, 102, 1, 0]]
-    assert rows[44] == [42, 141, 1, 0]
-    assert all(tokens == neighbours == 0 for _, _, tokens, neighbours in rows[45:])
-    assert call.starts.tolist() == [0, 1, 4, *range(5, 46)]
-
-
 @pytest.mark.parametrize("rate", [0.0, -1e-8, -5.0, -50.0, -1e4], ids=str)
 def test_extreme_decays_neither_overflow_nor_lose_gradients(rate: float) -> None:
     arguments = sample(workload(40))

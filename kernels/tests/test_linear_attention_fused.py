@@ -145,20 +145,6 @@ def test_a_document_that_spans_many_segments_carries_its_state() -> None:
     assert_exact(arguments)
 
 
-def test_the_table_of_chunks_is_laid_out_on_the_device() -> None:
-    """More documents than one block of the layout's loop holds."""
-    lengths = [0, 20, 16] + [1] * 300
-    call = fused._Call(sample(workload(sum(lengths), documents=len(lengths)), cu_seqlens=bounds(*lengths)))
-    call._cut(CUT)
-    assert call.table is not None
-    firsts, sizes, marks = call.table[:-1].view(3, -1)[:, : int(call.table[-1])].tolist()
-    assert firsts[:5] == [0, 16, 20, 36, 37]
-    assert sizes[:5] == [16, 4, 16, 1, 1]
-    assert marks[:5] == [4 * 1 + 1, 4 * 1 + 2, 4 * 2 + 3, 4 * 3 + 3, 4 * 4 + 3]
-    assert len(firsts) == 303
-    assert firsts[-1] == 335
-
-
 @pytest.mark.parametrize("rate", [-1e-8, -5.0, -1e6, -torch.inf], ids=str)
 def test_extreme_decays_neither_overflow_nor_lose_gradients(rate: float) -> None:
     arguments = sample(workload(40))

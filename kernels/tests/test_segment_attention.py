@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from subquad_kernels.operators import segment_attention, softmax_attention
-from subquad_kernels.segment_attention import compacted
+from subquad_kernels.segment_attention import compacted, sdpa_merge
 from subquad_kernels.segment_attention.declaration import OPERATOR, visible_pairs
 from subquad_kernels.segment_attention.operator import OP
 from subquad_kernels.segment_attention.summaries import Summaries
@@ -206,3 +206,24 @@ def test_the_operator_keeps_torchs_rules() -> None:
 def test_arguments_that_do_not_fit_are_named(options: dict[str, Any], word: str) -> None:
     with pytest.raises(ValueError, match=word):
         segment_attention(*(x.detach() for x in draw(9)), **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("t", [128, 130, 192, 320])
+def test_on_a_gpu_the_merge_differentiates_any_number_of_queries(t: int) -> None:
+    """Segments of 64 leave a multiple of 32 queries with summaries, whose log-sum-exp the fused backward wants aligned.
+
+    The residual comes as the kernel left it, not made contiguous by the operator.
+    """
+    q, k, v = (x.detach().cuda() for x in draw(t, k=64))
+    exact = {"q": q, "k": k, "v": v, "summary_k": None, "summary_v": None, "cu_seqlens": None}
+    exact |= {"segment_len": 64, "start": 0, "scale": None}
+    single = {name: value.float() if isinstance(value, Tensor) else value for name, value in exact.items()}
+    pull = torch.randn_like(q)
+    expected = OPERATOR.torch_half.reference(**exact)
+    wanted = compacted.backward(exact, expected, (pull,))
+    outputs = sdpa_merge.forward(**single)
+    found = sdpa_merge.backward(single, outputs, (pull.float(),))
+    close([outputs[0].double()], [expected[0]], OPERATOR.tolerances["float32"].output)
+    for name in "qkv":
+        close([found[name].double()], [wanted[name]], OPERATOR.tolerances["float32"].gradient)

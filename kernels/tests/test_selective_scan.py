@@ -172,6 +172,84 @@ def test_rows_laid_end_to_end_are_scanned_side_by_side() -> None:
     assert Lanes.of(1, 90, bounds(30, 30, 30)).count == 1
 
 
+def by_hand(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """y and final state of a reversed scan, each document turned, scanned forward by the definition, turned back."""
+    t, cu_seqlens = arguments["x"].shape[1], arguments["cu_seqlens"]
+    edges = [0, t] if cu_seqlens is None else cu_seqlens.tolist()
+    outputs, states = [], []
+    for document, (start, stop) in enumerate(itertools.pairwise(edges)):
+        state = arguments["initial_state"]
+        if state is None:
+            state = arguments["x"].new_zeros(arguments["x"].shape[0], *arguments["A"].shape)
+        elif cu_seqlens is not None:
+            state = state[document : document + 1]
+        if start < stop:
+            alone = {
+                name: value[:, start:stop].flip(1)
+                if value is not None and name in ("x", "dt", "B", "C", "z")
+                else value
+                for name, value in arguments.items()
+            }
+            alone |= {"initial_state": state, "cu_seqlens": None, "reversed": False}
+            y, state, *_ = definition.reference(**alone)
+            outputs.append(y.flip(1))
+        states.append(state)
+    return torch.cat(outputs, dim=1), torch.cat(states)
+
+
+REVERSALS = [None, (0, 5, 1, 0, 1, 20, 6, 0), (16, 16, 1), (48, 48), (0, 0, 3)]
+
+
+@pytest.mark.parametrize("lengths", REVERSALS, ids=str)
+@pytest.mark.parametrize("full", [True, False], ids=["all tensors", "required tensors"])
+@pytest.mark.parametrize("kernel", ["reference", "chunked"])
+def test_reversed_equals_turning_every_document_by_hand_with_every_gradient(
+    kernel: str, full: bool, lengths: tuple[int, ...] | None
+) -> None:
+    case = workload(37, full=full) if lengths is None else workload(sum(lengths), full=full, documents=len(lengths))
+    changes = {"reversed": True} | ({} if lengths is None else {"cu_seqlens": bounds(*lengths)})
+    arguments = sample(case, **changes)
+    given = [name for name in NAMES if name != "cu_seqlens" and arguments[name] is not None]
+    for name in given:
+        arguments[name].requires_grad_()
+    wanted = by_hand(arguments)
+    found = selective_scan(**arguments, kernel=kernel)
+    generator = torch.Generator().manual_seed(3)
+    pulls = [torch.randn(result.shape, generator=generator, dtype=torch.float64) for result in wanted]
+    leaves = [arguments[name] for name in given]
+    wanted_gradients = torch.autograd.grad(wanted, leaves, pulls)
+    found_gradients = torch.autograd.grad(found, leaves, pulls)
+    for mine, theirs in zip((*found, *found_gradients), (*wanted, *wanted_gradients), strict=True):
+        assert distance(mine.detach(), theirs.detach()) < EXACT
+
+
+@pytest.mark.parametrize("lengths", REVERSALS[:3], ids=str)
+def test_a_reversed_chunked_scan_keeps_what_the_reference_keeps(lengths: tuple[int, ...] | None) -> None:
+    """Residuals too: another kernel may run the backward."""
+    case = workload(37) if lengths is None else workload(sum(lengths), documents=len(lengths))
+    changes = {"reversed": True} | ({} if lengths is None else {"cu_seqlens": bounds(*lengths)})
+    assert max(differences(sample(case, **changes))) < EXACT
+
+
+@pytest.mark.parametrize("kernel", ["reference", "chunked"])
+def test_no_output_of_a_reversed_scan_depends_on_an_earlier_token(kernel: str) -> None:
+    arguments = sample(workload(20, dtype="float32"), reversed=True)
+    before, _ = selective_scan(**arguments, kernel=kernel)
+    for name in ("x", "dt", "B", "C", "z"):
+        changed = arguments[name].clone()
+        changed[:, :13] = 7.0
+        after, _ = selective_scan(**arguments | {name: changed}, kernel=kernel)
+        assert torch.equal(before[:, 13:], after[:, 13:]), name
+        assert not torch.equal(before[:, :13], after[:, :13]), name
+
+
+def test_a_reversed_scan_names_itself_in_its_workload() -> None:
+    case = workload(9)
+    turned = replace(case, options=case.options | {"reversed": True})
+    assert definition.workload_of(sample(turned), "forward") == turned
+    assert "reversed" not in definition.workload_of(sample(case), "forward").options
+
+
 @pytest.mark.parametrize("m", range(1, 40))
 def test_splitting_anywhere_and_passing_the_state_changes_nothing(m: int) -> None:
     arguments = sample(workload(40))

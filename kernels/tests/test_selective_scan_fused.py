@@ -100,6 +100,12 @@ def test_tiles_and_sequences_do_not_mix() -> None:
     assert_exact(sample(workload(3, b=2, c=5)), SMALL)
 
 
+@pytest.mark.parametrize(("tile_c", "group"), [(16, 2), (16, 4), (32, 2)])
+def test_the_parts_of_a_tile_keep_their_channels(tile_c: int, group: int) -> None:
+    """Two and four parts with interleaved channels, the last of them outside."""
+    assert_exact(sample(workload(3, c=tile_c - 3, n=5)), fused.Launch(tile_c=tile_c, group=group))
+
+
 @pytest.mark.parametrize("n", [1, 5])
 def test_state_sizes_that_are_not_powers_of_two_are_masked(n: int) -> None:
     assert_exact(sample(workload(3, n=n)), replace(SMALL, group=2))
@@ -119,6 +125,19 @@ def test_packed_documents_have_states_of_their_own(full: bool, segment_len: int 
     assert_exact(arguments, fused.with_segments(SMALL, segment_len))
 
 
+@pytest.mark.parametrize("segment_len", [None, 16], ids=["whole", "cut"])
+def test_reversed_scans_from_the_last_token_with_every_gradient(segment_len: int | None) -> None:
+    """Two chunks, the second short: which tokens share a chunk is counted from the other end."""
+    assert_exact(sample(workload(21, b=2), reversed=True), fused.with_segments(SMALL, segment_len))
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["all tensors", "required tensors"])
+def test_reversed_documents_begin_at_their_last_tokens(full: bool) -> None:
+    lengths = (0, 3, 1, 0, 12, 5, 0)
+    arguments = sample(workload(21, full=full, documents=7), cu_seqlens=bounds(*lengths), reversed=True)
+    assert_exact(arguments, fused.with_segments(SMALL, 16))
+
+
 @pytest.mark.parametrize("step", [1e-8, 50.0], ids=["decay near 1", "decay underflows"])
 def test_extreme_decays_neither_overflow_nor_lose_gradients(step: float) -> None:
     arguments = sample(workload(18, softplus=False), dt_bias=None)
@@ -133,11 +152,13 @@ def test_small_steps_keep_their_precision() -> None:
     assert_exact(arguments)
 
 
-def test_residuals_are_those_the_operator_declares() -> None:
-    arguments = sample(workload(33, c=2, n=2, documents=3), cu_seqlens=bounds(16, 4, 13))
+@pytest.mark.parametrize("reversed", [False, True])
+def test_residuals_are_those_the_operator_declares(reversed: bool) -> None:
+    lengths = (13, 4, 16) if reversed else (16, 4, 13)
+    arguments = sample(workload(33, c=2, n=2, documents=3), cu_seqlens=bounds(*lengths), reversed=reversed)
     expected, found = chunked.forward(**arguments), fused.forward(SMALL, **arguments)
     assert found[2].shape == (2, 1, 2, 2)
-    assert not found[2][0].any()  # a document starts at token 16
+    assert not found[2][0].any()  # a document starts at the scan's token 16
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
@@ -185,7 +206,8 @@ def test_a_planted_error_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_exact(arguments)
     monkeypatch.undo()
     marks = fused._marks
-    monkeypatch.setattr(fused, "_marks", lambda *values: marks(*values) & ~1)  # no document ever starts
+    # No document ever starts.
+    monkeypatch.setattr(fused, "_marks", lambda *values, **named: marks(*values, **named) & ~1)
     with pytest.raises(AssertionError):
         assert_exact(sample(workload(4, documents=2), cu_seqlens=bounds(2, 2)))
 
@@ -230,12 +252,15 @@ def test_time_is_cut_only_where_programs_are_few() -> None:
     ],
     ids=str,
 )
-def test_on_a_gpu_it_is_within_the_operators_tolerance(shape: dict[str, int], full: bool, dtype: str) -> None:
+@pytest.mark.parametrize("reversed", [False, True], ids=["forward", "reversed"])
+def test_on_a_gpu_it_is_within_the_operators_tolerance(
+    shape: dict[str, int], full: bool, dtype: str, reversed: bool
+) -> None:
     case = workload(full=full, dtype=dtype, **shape)
     kernel = CATALOGUE.kernel("selective_scan", "fused")
     assert kernel.refusal(case, device_limits("cuda")) is None
     for launch in (None, fused.with_segments(fused.launch_of(shape["n"], backward=True), 64)):
-        errors = kernel_errors(OPERATOR, launched(launch), sample(case, "cuda"), gradients=True)
+        errors = kernel_errors(OPERATOR, launched(launch), sample(case, "cuda", reversed=reversed), gradients=True)
         verdict = judge(OPERATOR, kernel, case, errors)
         assert verdict.passed, verdict.reason
 

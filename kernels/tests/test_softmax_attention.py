@@ -20,6 +20,7 @@ from subquad_kernels.softmax_attention.declaration import OPERATOR, visible_pair
 from subquad_kernels.softmax_attention.definition import visible
 from subquad_kernels.softmax_attention.flex import mask_function
 from subquad_kernels.softmax_attention.operator import OP
+from subquad_kernels.softmax_attention.sdpa_efficient import LSE_ALIGNMENT, aligned_rows
 from subquad_kernels.workload import Workload
 
 KERNELS = ("sdpa_flash", "windowed")
@@ -235,3 +236,14 @@ def test_kernels_say_why_they_do_not_apply() -> None:
     packed = replace(half, shape={**half.shape, "documents": 3})
     assert "packed" in str(CATALOGUE.kernel("softmax_attention", "sdpa_cudnn").refusal(packed, cuda))
     assert "cuda" in str(CATALOGUE.kernel("softmax_attention", "sdpa_cudnn").refusal(half, device_limits("cpu")))
+
+
+@pytest.mark.parametrize("t", [1, 31, 32, 64, 65])
+@pytest.mark.parametrize("by_token", [False, True], ids=["by head", "by token"])
+def test_rows_handed_to_the_efficient_backward_are_aligned_whatever_their_strides(t: int, by_token: bool) -> None:
+    whole = torch.randn(2, t + 5, 3).transpose(1, 2) if by_token else torch.randn(2, 3, t + 5)
+    lse = whole[:, :, 5:]
+    rows = aligned_rows(lse)
+    assert rows.is_contiguous() and rows.shape[2] % LSE_ALIGNMENT == 0
+    assert torch.equal(rows[:, :, :t], lse)
+    assert bool(rows[:, :, t:].isinf().all())

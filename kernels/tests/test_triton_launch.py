@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from subquad_kernels import triton_launch
+from subquad_kernels.builtin import KERNELS
 from subquad_kernels.triton_documents import halvings
 from subquad_kernels.triton_launch import QuickLaunch
 
@@ -32,7 +35,7 @@ class Jitted:
     def __init__(self) -> None:
         self.compiled: list[Compiled] = []
 
-    def __getitem__(self, grid: tuple[int]) -> Any:
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*values: Any, **constants: Any) -> Compiled:
             self.compiled.append(Compiled())
             return self.compiled[-1]
@@ -49,6 +52,33 @@ def test_a_list_of_arguments_that_was_seen_goes_to_what_was_compiled_for_it() ->
     kernel[(8,)](second, 7, WIDTH=4, PACKED=False, num_warps=1)
     assert [len(compiled.launches) for compiled in jitted.compiled] == [1, 0]
     assert jitted.compiled[0].launches == [((8, 1, 1), second, 7, 4, False)]
+
+
+def test_programs_are_counted_along_one_to_three_axes() -> None:
+    jitted = Jitted()
+    kernel = QuickLaunch(jitted)
+    x = torch.zeros(32)
+    for programs in ((2,), (3,), (3, 4), (3, 4, 5)):
+        kernel[programs](x, 7, WIDTH=4, PACKED=False)
+    assert len(jitted.compiled) == 1
+    assert [grid for grid, *_ in jitted.compiled[0].launches] == [(3, 1, 1), (3, 4, 1), (3, 4, 5)]
+
+
+def quick_launches() -> list[Any]:
+    modules = {kernel.implementation.partition(":")[0] for kernel in KERNELS if kernel.name in ("fused", "tiled")}
+    return [
+        pytest.param(value, id=f"{module}.{name}")
+        for module in sorted(modules)
+        for name, value in vars(importlib.import_module(module)).items()
+        if isinstance(value, QuickLaunch)
+    ]
+
+
+@pytest.mark.parametrize("kernel", quick_launches())
+def test_what_comes_by_place_comes_before_the_constants(kernel: QuickLaunch) -> None:
+    constant = [parameter.annotation == "tl.constexpr" for parameter in signature(kernel.jitted.fn).parameters.values()]
+    assert any(constant)
+    assert constant == sorted(constant)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,14 @@ _subquad_complete() {
         bench)
             COMPREPLY=($(compgen -W "operator= target= kernels= dtype= shapes= options= plot=" -- "$word"))
             ;;
+        proxy)
+            COMPREPLY=($(compgen -W "run= candidates= proxy= steps= learning_rate= batches= out= seed=" -- "$word"))
+            ;;
+        plan)
+            if (( ${#words[@]} == 2 )) || { (( ${#words[@]} == 3 )) && [[ -n $word ]]; }; then
+                COMPREPLY=($(compgen -W "diff" -- "$word"))
+            fi
+            ;;
         plugins)
             COMPREPLY=($(compgen -W "--json" -- "$word"))
             ;;

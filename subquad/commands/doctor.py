@@ -16,7 +16,8 @@ from subquad_kernels.catalogue import Kernel
 
 PACKAGES = (
     "subquad", "subquad-kernels", "subquad-cost-model", "torch", "triton", "lightning", "wandb", "hydra-core",
-    "omegaconf", "numpy", "safetensors", "tokenizers", "datasets", "fla-core", "mamba-ssm", "flash-attn",
+    "omegaconf", "numpy", "safetensors", "tokenizers", "datasets", "fla-core", "mamba-ssm", "causal-conv1d",
+    "flash-attn",
 )  # fmt: skip
 CACHES = ("verdicts", "measurements", "devices", "tokens")
 

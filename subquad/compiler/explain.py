@@ -6,15 +6,16 @@ from dataclasses import replace
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from subquad.compiler.assign_mixers import with_mixers
 from subquad.compiler.choose import Chooser
-from subquad.compiler.example import Example
 from subquad.compiler.options import CompileOptions
 from subquad.compiler.pipeline import capture_model, make_plan
 from subquad.compiler.plan import Plan
 from subquad.compiler.report import format_plan
+from subquad.compiler.run_shapes import is_packed, sized_model, training_example
 from subquad.compiler.target import Target, resolve_target
 from subquad.model.build import build_model
-from subquad.schema import ModelConfig, RunConfig
+from subquad.schema import RunConfig
 
 
 def explain(config: RunConfig) -> str:
@@ -25,7 +26,9 @@ def explain(config: RunConfig) -> str:
 def explained_plan(config: RunConfig) -> Plan:
     """The plan itself."""
     target = resolve_target(config.target)
-    return plan_of_shapes(config, target, Chooser(target, CompileOptions.of_run(config)))
+    chooser = Chooser(target, CompileOptions.of_run(config))
+    config, assignment = with_mixers(config, target, chooser=chooser)
+    return replace(plan_of_shapes(config, target, chooser), assignment=assignment)
 
 
 def plan_of_shapes(config: RunConfig, target: Target, chooser: Chooser) -> Plan:
@@ -34,38 +37,3 @@ def plan_of_shapes(config: RunConfig, target: Target, chooser: Chooser) -> Plan:
         model = build_model(sized_model(config))
     example = training_example(config, target, packed=is_packed(config))
     return make_plan(model, capture_model(model), example, target, chooser)
-
-
-def sized_model(config: RunConfig) -> ModelConfig:
-    """The model's configuration with the sizes that it leaves to the data; a vocabulary is no operator's concern."""
-    return replace(
-        config.model,
-        vocab_size=config.model.vocab_size or 256,
-        context_len=config.model.context_len or config.trainer.seq_len,
-    )
-
-
-def is_packed(config: RunConfig) -> bool:
-    """Whether the run's batches carry the boundaries of documents."""
-    return config.data.get("name") not in UNPACKED_SOURCES
-
-
-UNPACKED_SOURCES = ("mqar", "copying")
-"""Data sources whose rows are one document each."""
-
-
-def training_example(config: RunConfig, target: Target, *, packed: bool) -> Example:
-    """The shapes of a training step on one device."""
-    return Example(
-        tokens_shape=(config.trainer.batch_size, config.trainer.seq_len),
-        packed=packed,
-        dtype=compute_dtype(config.trainer.precision, target.kind),
-        training=True,
-    )
-
-
-def compute_dtype(precision: str, device_kind: str) -> str:
-    """What matrix products compute in: `auto` is bfloat16 on CUDA and float32 elsewhere."""
-    if precision == "auto":
-        return "bfloat16" if device_kind == "cuda" else "float32"
-    return precision

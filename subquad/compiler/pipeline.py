@@ -21,7 +21,7 @@ from subquad.errors import ConfigError, PluginError
 from subquad.model.block import Block
 from subquad.model.language_model import LanguageModel
 from subquad.registry import load_registry
-from subquad_kernels.catalogue import Operator, load_attribute
+from subquad_kernels.catalogue import CATALOGUE, Operator, load_attribute
 from subquad_kernels.self_check import stack_versions
 from subquad_kernels.workload import Workload
 
@@ -127,6 +127,12 @@ def plan_versions() -> dict[str, str]:
     return dict(entry.split(" ", 1) for entry in stack_versions())  # type: ignore[misc]
 
 
+def kernel_versions(plan: Plan) -> dict[str, str]:
+    """The sources, as installed here, of the kernels that a plan uses; one that is not installed is left out."""
+    kernels = {kernel.key: kernel for operator in CATALOGUE for kernel in CATALOGUE.kernels(operator.name)}
+    return {key: kernels[key].version for key in plan.kernel_versions if key in kernels}
+
+
 def _described_nodes(
     model: LanguageModel, captured: list[Captured], example: Example
 ) -> list[tuple[int, Method, str, Operator, Workload]]:
@@ -181,6 +187,7 @@ def _node_choice(
         declined=dict(choice.declined),
         reason=choice.reason,
         used=used,
+        kernel_version=CATALOGUE.kernel(workload.operator, choice.kernel).version,
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from subquad.compiler.assignment import Assignment
 from subquad.errors import ConfigError
 from subquad_cost_model import Estimate
 
@@ -66,6 +67,7 @@ class NodeChoice:
     reason: str
     used: bool
     exactness: str = "identical"
+    kernel_version: str = ""  # of the chosen kernel's source
 
     @property
     def place(self) -> tuple[int, str, str]:
@@ -103,6 +105,16 @@ class Plan:
     choices: tuple[NodeChoice, ...]
     uncaptured: tuple[Uncaptured, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    assignment: Assignment | None = None  # how the `auto` layers of the schedule were filled
+
+    @property
+    def kernel_versions(self) -> Mapping[str, str]:
+        """The source of every kernel that the run uses, by operator/kernel."""
+        return {
+            f"{choice.operator}/{choice.chosen}": choice.kernel_version
+            for choice in self.choices
+            if choice.used and choice.kernel_version
+        }
 
     @property
     def seconds(self) -> float:
@@ -138,17 +150,33 @@ class Plan:
                 for choice in content.pop("choices")
             )
             uncaptured = tuple(Uncaptured(**entry) for entry in content.pop("uncaptured"))
+            assignment = content.pop("assignment", None)
             notes, schedule = tuple(content.pop("notes")), tuple(content.pop("schedule"))
-            return cls(choices=choices, uncaptured=uncaptured, notes=notes, schedule=schedule, **content)
+            return cls(
+                choices=choices,
+                uncaptured=uncaptured,
+                notes=notes,
+                schedule=schedule,
+                assignment=None if assignment is None else Assignment.of_json(assignment),
+                **content,
+            )
         except OSError as error:
             raise ConfigError(what=f"{path} cannot be read ({error.strerror})", where="plan", mend=mend) from None
         except (ValueError, TypeError, KeyError, AttributeError):
             raise ConfigError(what=f"{path} is not a plan", where="plan", mend=mend) from None
 
-    def staleness(self, target: str, versions: Mapping[str, str]) -> str | None:
-        """None if the plan was made for this target and these versions, else what differs."""
+    def staleness(self, target: str, versions: Mapping[str, str], kernels: Mapping[str, str]) -> str | None:
+        """None if the plan was made for this target, these versions and these kernels' sources, else what differs.
+
+        `kernels` holds the version of every kernel that is installed, by operator/kernel.
+        """
         changes = [f"{name} {old} -> {versions.get(name)}" for name, old in self.versions.items()
                    if versions.get(name) != old]  # fmt: skip
         if self.target != target:
             changes.insert(0, f"device {self.target} -> {target}")
+        for kernel, old in self.kernel_versions.items():
+            if kernel not in kernels:
+                changes.append(f"{kernel} is not installed")
+            elif kernels[kernel] != old:
+                changes.append(f"{kernel} has other code")
         return ", ".join(changes) or None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from subquad.compiler.assignment import Assignment
 from subquad.compiler.plan import Figure, NodeChoice, Plan
 
 
@@ -17,6 +18,8 @@ def format_plan(plan: Plan) -> str:
         + (", packed documents" if example["packed"] else ""),
         "",
     ]
+    if plan.assignment is not None:
+        lines += [*assignment_lines(plan.assignment), ""]
     for equal in _groups(plan):
         lines += _node_lines(equal)
     lines.append(f"total {_seconds(plan.seconds)} for all operators ({_sources(plan)})")
@@ -29,6 +32,39 @@ def format_plan(plan: Plan) -> str:
         lines.append(f"layer {entry.layer} {entry.mixer}.{entry.method} runs as written: {entry.reason}")
     lines += plan.notes
     return "\n".join(lines)
+
+
+def assignment_lines(assignment: Assignment) -> list[str]:
+    """Which mixers were chosen, from what, under which budgets, and what came next."""
+    b, t = assignment.tokens_shape
+    lines = [f"mixers of {len(assignment.auto)} auto layers, budgets at batch {b}, {t} tokens"]
+    lines.append(f"  quality  {assignment.quality}")
+    for key, cost in assignment.candidates.items():
+        layers = [layer for layer, chosen in enumerate(assignment.schedule) if chosen == key]
+        figures = f"{_seconds(cost.charged_s):>10} {cost.source:<9} {_bytes(cost.memory_bytes):>11} memory"
+        lines.append(
+            f"         {'*' if layers else ' '} {key:<18} {figures} {_bytes(cost.carry_bytes):>11} carry"
+            + (f"   layer {','.join(map(str, layers))}" if layers else "")
+        )
+    for name, total in assignment.totals.items():
+        shown = _seconds if name.endswith("_s") else _bytes
+        limit = assignment.budgets.get(name)
+        lines.append(f"  {name:<13} {shown(total)}" + ("" if limit is None else f" of {shown(limit)}"))
+    proof = "no schedule within the budgets has less" if assignment.proven else "the search ran out of time"
+    lines.append(f"  loss     {assignment.total_loss:.6g} ({proof})")
+    reasons: dict[str, list[int]] = {}
+    for layer in assignment.auto:
+        reasons.setdefault(f"{assignment.schedule[layer]}: {assignment.reasons[layer]}", []).append(layer)
+    lines += [f"  why      layer {','.join(map(str, layers))} {reason}" for reason, layers in reasons.items()]
+    for other in assignment.alternatives:
+        changes = [
+            f"{layer} {key}" for layer, (key, chosen) in enumerate(zip(other.schedule, assignment.schedule))
+            if key != chosen
+        ]  # fmt: skip
+        lines.append(f"  next     loss {other.loss:.6g} with layer {', '.join(changes)}")
+    if assignment.declined:
+        lines.append("  not      " + "; ".join(f"{key}: {reason}" for key, reason in assignment.declined.items()))
+    return lines
 
 
 def choice_table(plan: Plan) -> list[tuple[str, str, str, str, str]]:
@@ -92,6 +128,13 @@ def _seconds(seconds: float) -> str:
     if seconds >= 1:
         return f"{seconds:.2f} s"
     return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
+
+
+def _bytes(size: float) -> str:
+    for unit, width in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= width:
+            return f"{size / width:.2f} {unit}"
+    return f"{size:.0f} B"
 
 
 def _layers(equal: Iterable[NodeChoice]) -> str:

@@ -48,7 +48,7 @@ def node_workloads(
     reference = next(mixer.parameters(), None)
     device = torch.device("cpu") if reference is None else reference.device
     b, t = example.tokens_shape
-    with _shapes_only(reference), torch.no_grad(), _autocast(device, example.dtype):
+    with _shapes_only(reference), torch.no_grad(), autocast(device, example.dtype):
         recorder = _Recorder(graph_module, "decode" if method == "decode" else "forward")
         dtype = torch.float32 if reference is None else reference.dtype
 
@@ -75,7 +75,8 @@ def _shapes_only(parameter: torch.Tensor | None) -> contextlib.AbstractContextMa
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def _autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager[Any]:
+def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager[Any]:
+    """Matrix products in a half precision that the example asks for."""
     if dtype not in ("bfloat16", "float16"):
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=getattr(torch, dtype))

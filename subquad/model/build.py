@@ -15,7 +15,7 @@ from subquad.model.block import Block
 from subquad.model.channel_mixer import ChannelMixer
 from subquad.model.language_model import LanguageModel
 from subquad.registry import load_registry
-from subquad.schema import ChannelMixerConfig, ModelConfig
+from subquad.schema import AUTO, ChannelMixerConfig, ModelConfig
 from subquad_kernels.catalogue import load_attribute
 
 
@@ -69,6 +69,12 @@ def check_mixers(config: ModelConfig) -> dict[str, Entry]:
     entries = {}
     for key in dict.fromkeys(full_schedule(config)):
         where = f"model.mixers.{key}"
+        if key == AUTO and key not in config.mixers:
+            raise ConfigError(
+                what="the schedule leaves layers to be chosen (auto)",
+                where="model.schedule",
+                mend="call assign_mixers(config, target) first, as train, explain and warmup do",
+            )
         if key not in config.mixers:
             have = ", ".join(config.mixers) or "nothing"
             raise ConfigError(

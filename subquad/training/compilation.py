@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from subquad.compiler.example import Example
-from subquad.compiler.explain import compute_dtype, training_example
 from subquad.compiler.options import CompileOptions
-from subquad.compiler.pipeline import compile_model, plan_versions
+from subquad.compiler.pipeline import compile_model, kernel_versions, plan_versions
 from subquad.compiler.plan import Plan
+from subquad.compiler.run_shapes import compute_dtype, training_example
 from subquad.compiler.target import Target, require_local, resolve_target
 from subquad.errors import ConfigError
 from subquad.model.language_model import LanguageModel
@@ -42,7 +42,7 @@ def compiled(model: LanguageModel, config: RunConfig, plan: Plan | None, *, pack
     """Choose kernels for the shapes that the trainer makes, or take those of a plan, and let the model run them."""
     target = target_of(config)
     if plan is not None:
-        changes = plan.staleness(target.device.name, plan_versions())
+        changes = plan.staleness(target.device.name, plan_versions(), kernel_versions(plan))
         if changes is not None:
             warnings.warn(f"the plan is stale ({changes}); it is followed all the same", stacklevel=2)
     example = training_example(config, target, packed=packed)

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
+from subquad.compiler.assign_mixers import with_mixers
 from subquad.compiler.options import CompileOptions
 from subquad.compiler.plan import Plan
 from subquad.errors import ConfigError, ResumeError, suggestion
@@ -105,8 +106,11 @@ def _started(config: RunConfig) -> _Prepared:
     """A new run. Whatever the configuration may have wrong is found before anything is written."""
     _check(config)
     folder = run_folder.new_run_folder(config)
+    followed = plan_of(config)
+    config, assignment = with_mixers(config, target_of(config), followed)
     data, model, config = _built(config)
-    model, plan = compiled(model, config, plan_of(config), packed=data.source.packed)
+    model, plan = compiled(model, config, followed, packed=data.source.packed)
+    plan = replace(plan, assignment=assignment or plan.assignment)
     run_folder.create(folder)
     run_folder.write_config(folder, config)
     plan.save(folder.plan)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from subquad.errors import ResumeError
-from subquad.schema import RunConfig
+from subquad.schema import AUTO, RunConfig
 from subquad.training.run_folder import RunFolder, read_config
 
 FREE_KEYS = frozenset(
@@ -45,6 +45,8 @@ def resumed_config(asked: RunConfig, overrides: Sequence[str] | None) -> tuple[R
         is_asked = names is None or any(key == name or key.startswith(f"{name}.") for name in names)
         if key in PLACES or not is_asked or stored.get(key) == wanted.get(key):
             continue
+        if key == "model.schedule" and AUTO in (wanted.get(key) or ()):
+            continue  # the run holds what was chosen
         if key in FREE_KEYS:
             _set(config, key, wanted.get(key))
         elif key not in ("model.vocab_size", "model.context_len") or wanted.get(key) != 0:  # 0: filled from the data

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from subquad.compiler.assign_mixers import with_mixers
 from subquad.compiler.choose import Chooser
-from subquad.compiler.explain import is_packed, plan_of_shapes, sized_model, training_example
+from subquad.compiler.explain import plan_of_shapes
 from subquad.compiler.options import CompileOptions
 from subquad.compiler.pipeline import compile_model
 from subquad.compiler.plan import Plan
+from subquad.compiler.run_shapes import is_packed, sized_model, training_example
 from subquad.compiler.target import Target
 from subquad.errors import ConfigError, RunError
 from subquad.model.build import build_model
@@ -53,7 +55,9 @@ def warm_up(config: RunConfig) -> WarmUp:
     started = time.perf_counter()
     target = target_of(config)
     chooser = Chooser(target, CompileOptions.of_run(config), compile_all=True)
-    plan = plan_of(config) or plan_of_shapes(config, target, chooser)
+    followed = plan_of(config)
+    config, assignment = with_mixers(config, target, followed, chooser)
+    plan = followed or replace(plan_of_shapes(config, target, chooser), assignment=assignment)
     step_s = one_step_s(config, plan, target) if target.kind == "cuda" else None
     return WarmUp(
         plan=plan,
@@ -78,7 +82,7 @@ def one_step_s(config: RunConfig, plan: Plan, target: Target) -> float:
     rows, t = 1 if packed else min(2, config.trainer.batch_size), min(config.trainer.seq_len, STEP_TOKENS)
     try:
         with torch.device(device):
-            model = build_model(sized_model(config))
+            model = build_model(sized_model(config), device=device)
             tokens = torch.zeros(rows, t, dtype=torch.int64)
             boundaries = torch.tensor([0, t // 2, t], dtype=torch.int32) if packed else None
         model.activation_checkpointing = config.trainer.activation_checkpointing

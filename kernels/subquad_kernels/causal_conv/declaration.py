@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from subquad_kernels.catalogue import Kernel, Operator, Tolerance
+from subquad_kernels.optional_packages import CAUSAL_CONV1D, CAUSAL_CONV1D_EXTENSIONS
 from subquad_kernels.workload import DeviceLimits, DType, Option, Phase, Work, Workload
 
 _HERE = "subquad_kernels.causal_conv"
@@ -86,7 +87,21 @@ def _fused_supports(workload: Workload, limits: DeviceLimits) -> str | None:
     return None
 
 
+def _causal_conv1d_supports(workload: Workload, limits: DeviceLimits) -> str | None:
+    shape = workload.shape
+    if workload.dtype == "float64":
+        return "computes in float32, not in float64"
+    if not 2 <= shape["w"] <= 4:
+        return f"has 2 to 4 taps, not {shape['w']}"
+    if shape["c"] % 8:
+        return f"needs a multiple of 8 channels where they lie side by side, not {shape['c']}"
+    if "documents" in shape and workload.options["initial_state"]:
+        return "has no initial states of packed documents"
+    return None
+
+
 _BOTH = frozenset({"cpu", "cuda"})
+_CUDA = frozenset({"cuda"})
 KERNELS = (
     Kernel(
         operator="causal_conv",
@@ -116,5 +131,14 @@ KERNELS = (
         supports=_fused_supports,
         devices=frozenset({"cuda"}),
         requires=("triton>=3.6",),
+    ),
+    Kernel(
+        operator="causal_conv",
+        name="causal_conv1d",
+        implementation=f"{_HERE}.causal_conv1d",
+        supports=_causal_conv1d_supports,
+        devices=_CUDA,
+        requires=CAUSAL_CONV1D,
+        extensions=CAUSAL_CONV1D_EXTENSIONS,
     ),
 )

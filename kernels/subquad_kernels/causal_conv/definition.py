@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from subquad_kernels.documents import check_cu_seqlens
 from subquad_kernels.samples import draw_boundaries
-from subquad_kernels.torch_operator import ReferenceKernel
+from subquad_kernels.torch_operator import AutogradKernel
 from subquad_kernels.workload import Workload
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def reference(
     return y.to(x.dtype), torch.cat(final_states).to(x.dtype)
 
 
-REFERENCE = ReferenceKernel(reference)
+REFERENCE = AutogradKernel(reference)
 
 
 def check(arguments: Arguments) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from subquad_kernels.catalogue import Kernel, Operator, Tolerance
+from subquad_kernels.optional_packages import FLA, gated_backward_defect, half_only
 from subquad_kernels.workload import DeviceLimits, DType, Phase, Work, Workload
 
 _HERE = "subquad_kernels.delta_rule"
@@ -131,7 +132,23 @@ def _fused_supports(workload: Workload, limits: DeviceLimits) -> str | None:
     return None
 
 
+def _fla_supports(workload: Workload, limits: DeviceLimits) -> str | None:
+    if workload.shape["n"] > 256:
+        return f"holds up to 256 rows of a state, not {workload.shape['n']}"
+    gated = workload.options["decay"] == "scalar" and not workload.options["low_rank"]
+    # What fails in the backward alone refuses the forward too: a kernel is checked with its gradients.
+    defect = gated_backward_defect(limits) if gated and workload.phase != "decode" else None
+    return half_only(workload) or defect
+
+
+def _fla_recurrent_supports(workload: Workload, limits: DeviceLimits) -> str | None:
+    if workload.phase != "decode":
+        return "has no backward: it decodes"
+    return "computes in float32, not in float64" if workload.dtype == "float64" else None
+
+
 _BOTH = frozenset({"cpu", "cuda"})
+_CUDA = frozenset({"cuda"})
 KERNELS = (
     Kernel(
         operator="delta_rule",
@@ -154,5 +171,23 @@ KERNELS = (
         supports=_fused_supports,
         devices=frozenset({"cuda"}),
         requires=("triton>=3.6",),
+    ),
+    Kernel(
+        operator="delta_rule",
+        name="fla_chunked",
+        implementation=f"{_HERE}.fla:CHUNKED",
+        supports=_fla_supports,
+        devices=_CUDA,
+        requires=FLA,
+        first_calls_in_threads=False,
+    ),
+    Kernel(
+        operator="delta_rule",
+        name="fla_recurrent",
+        implementation=f"{_HERE}.fla:RECURRENT",
+        supports=_fla_recurrent_supports,
+        devices=_CUDA,
+        requires=FLA,
+        first_calls_in_threads=False,
     ),
 )

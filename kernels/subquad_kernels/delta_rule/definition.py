@@ -11,7 +11,7 @@ from torch import Tensor, einsum
 from subquad_kernels.delta_rule.declaration import CHUNK, num_chunks
 from subquad_kernels.documents import check_cu_seqlens
 from subquad_kernels.samples import draw_boundaries
-from subquad_kernels.torch_operator import ReferenceKernel
+from subquad_kernels.torch_operator import AutogradKernel
 from subquad_kernels.workload import Workload
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def _saved(boundaries: list[Tensor], count: int, empty: Tensor) -> Tensor:
     return torch.cat([found, found.new_zeros(count - len(found), *found.shape[1:])])
 
 
-REFERENCE = ReferenceKernel(reference)
+REFERENCE = AutogradKernel(reference)
 
 
 def check(arguments: Arguments) -> None:

@@ -26,6 +26,9 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad_kernels.delta_rule.declaration import CHUNK, num_chunks
+from subquad_kernels.tile_sizes import ceil_div, padded
+from subquad_kernels.triton_chunks import chunk_at, lay_out
+from subquad_kernels.triton_launch import QuickLaunch
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Argument, Arguments, Outputs
@@ -117,31 +120,19 @@ class _Call:
         self.tokens = self.b * self.t
         self.chunks = num_chunks(self.b, self.t, self.documents) or self.b
         self._terms = 1 if v.dtype == torch.float32 else 2
-        self.table, self.offsets = self._tabulate()
-
-    def _tabulate(self) -> tuple[Tensor | None, Tensor | None]:
-        """First token and length of every chunk of a packed call, and each document's first chunk; on the device.
-
-        Shapes:  chunks 2 (length 0 where there is no chunk), documents
-        """
-        if self.bounds is None:
-            return None, None
-        table = self.bounds.new_zeros(self.chunks, 2)
-        offsets = self.bounds.new_empty(self.documents)
-        _tabulate[(self.documents,)](self.bounds, table, offsets, CHUNK=CHUNK, TILE=256, num_warps=4)
-        return table, offsets
+        self.table, self.offsets = (None, None) if self.bounds is None else lay_out(self.bounds, self.chunks, CHUNK)
 
     def _new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.v.new_empty(shape, dtype=dtype or self.v.dtype)
 
     def _sizes(self) -> tuple[int, ...]:
         """Chunks of all sequences, tokens and chunks of one, heads, and value heads a key head."""
-        return self.chunks, self.t, triton.cdiv(self.t, CHUNK), self.h, self.h // self.h_k
+        return self.chunks, self.t, ceil_div(self.t, CHUNK), self.h, self.h // self.h_k
 
     def _constants(self) -> dict[str, Any]:
         return {
             "N": self.n,
-            "PAD_N": _padded(self.n),
+            "PAD_N": padded(self.n),
             "P": self.p,
             "CHUNK": CHUNK,
             "PACKED": self.bounds is not None,
@@ -155,26 +146,26 @@ class _Call:
         states = self.documents or b
         final = self._new(states, h, n, p, dtype=torch.float32)
         if t == 1 and self.bounds is None:
-            tile_p = min(launch.decode_tile_p, _padded(p))
-            _decode[(b * h * triton.cdiv(p, tile_p),)](
+            tile_p = min(launch.decode_tile_p, padded(p))
+            _decode[(b * h * ceil_div(p, tile_p),)](
                 self.q, self.k, self.v, self.log_decay, self.gate, self.initial, y, final, writes,
                 h, h // self.h_k, self.q.stride(0), self.k.stride(0), self.v.stride(0), self.scale,
-                N=n, PAD_N=_padded(n), P=p, TILE_P=tile_p, DECAY=self.log_decay is not None,
+                N=n, PAD_N=padded(n), P=p, TILE_P=tile_p, DECAY=self.log_decay is not None,
                 GATE=self.gate is not None, INITIAL=self.initial is not None, num_warps=launch.decode_warps,
             )  # fmt: skip
             return y, final, writes, self._new(0, h, p, n)
         boundaries = self._new(self.chunks, h, p, n)
         vectors, inverse = self._invert()
         constants = self._constants() | {"DECAY": self.log_decay is not None}
-        tile_p = min(launch.scan_tile_p, _padded(p))
-        _scan[(states * h * triton.cdiv(p, tile_p),)](
+        tile_p = min(launch.scan_tile_p, padded(p))
+        _scan[(states * h * ceil_div(p, tile_p),)](
             self.k, self.v, inverse, vectors, self.initial, self.bounds, self.offsets, final, writes, boundaries,
             *self._sizes(), self.k.stride(0), self.v.stride(0),
             TILE_P=tile_p, INITIAL=self.initial is not None, TERMS=self._terms, STAGES=launch.scan_stages,
             num_warps=launch.scan_warps, **constants,
         )  # fmt: skip
-        tile_p = min(launch.read_tile_p, _padded(p))
-        _read[(self.chunks * h * triton.cdiv(p, tile_p),)](
+        tile_p = min(launch.read_tile_p, padded(p))
+        _read[(self.chunks * h * ceil_div(p, tile_p),)](
             self.q, self.k, writes, vectors, boundaries, self.table, y,
             *self._sizes(), self.q.stride(0), self.k.stride(0), self.scale,
             TILE_P=tile_p, num_warps=launch.read_warps, **constants,
@@ -215,8 +206,8 @@ class _Call:
         constants = self._constants() | {"DECAY": decayed}
         # The gradient of U by y, which the scan replaces by that of T U.
         dwrites = self._new(self.tokens, h, p)
-        tile_p = min(launch.read_tile_p, _padded(p))
-        _read_back[(self.chunks * h * triton.cdiv(p, tile_p),)](
+        tile_p = min(launch.read_tile_p, padded(p))
+        _read_back[(self.chunks * h * ceil_div(p, tile_p),)](
             self.q, self.k, dy, vectors, self.table, dwrites,
             *self._sizes(), self.q.stride(0), self.k.stride(0), self.scale,
             TILE_P=tile_p, num_warps=launch.read_warps, **constants,
@@ -224,8 +215,8 @@ class _Call:
         dstates = self._new(self.chunks, h, p, n)
         states = self.documents or b
         dinitial = self._new(states, h, n, p, dtype=torch.float32)
-        tile_p = min(launch.scan_tile_p, _padded(p))
-        _scan_back[(states * h * triton.cdiv(p, tile_p),)](
+        tile_p = min(launch.scan_tile_p, padded(p))
+        _scan_back[(states * h * ceil_div(p, tile_p),)](
             self.q, self.k, dy, inverse, dwrites, vectors, dfinal, self.bounds, self.offsets, dinitial, dstates,
             *self._sizes(), self.q.stride(0), self.k.stride(0), self.scale,
             TILE_P=tile_p, FINAL=dfinal is not None, TERMS=self._terms, STAGES=launch.scan_back_stages,
@@ -240,8 +231,8 @@ class _Call:
         read = self._new(b, t, h, n, dtype=torch.float32)
         grid, sizes = (self.chunks * h,), self._sizes()
         constants |= {
-            "PAD_P": _padded(p),
-            "TILE_P": min(launch.differentiate_tile_p, _padded(p)),
+            "PAD_P": padded(p),
+            "TILE_P": min(launch.differentiate_tile_p, padded(p)),
             "num_warps": launch.differentiate_warps,
         }
         _differentiate_query[grid](
@@ -268,11 +259,6 @@ class _Call:
         }
 
 
-def _padded(width: int) -> int:
-    """The width of a tile: a power of two, 16 at least for tensor cores."""
-    return max(16, int(triton.next_power_of_2(width)))
-
-
 def _rows(tensor: Tensor) -> Tensor:
     """The tokens of all sequences as rows; a view where a slice of a wider tensor allows it.
 
@@ -284,32 +270,10 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 @triton.jit
-def _tabulate(bounds, table, offsets, CHUNK: tl.constexpr, TILE: tl.constexpr):
-    """One document's chunks: where they begin, in the sequence and in the table."""
-    document = tl.program_id(0)
-    before = 0
-    for begin in range(0, document, TILE):
-        earlier = begin + tl.arange(0, TILE)
-        starts = tl.load(bounds + earlier, mask=earlier < document, other=0)
-        ends = tl.load(bounds + earlier + 1, mask=earlier < document, other=0)
-        before += tl.sum((ends - starts + (CHUNK - 1)) // CHUNK)
-    tl.store(offsets + document, before)
-    start = tl.load(bounds + document)
-    end = tl.load(bounds + document + 1)
-    chunks = tl.cdiv(end - start, CHUNK)
-    for begin in range(0, chunks, TILE):
-        chunk = begin + tl.arange(0, TILE)
-        first = start + chunk * CHUNK
-        tl.store(table + 2 * (before + chunk), first, mask=chunk < chunks)
-        tl.store(table + 2 * (before + chunk) + 1, tl.minimum(end - first, CHUNK), mask=chunk < chunks)
-
-
-@triton.jit
 def _chunk(table, chunk, t, chunks, CHUNK: tl.constexpr, PACKED: tl.constexpr):
     """First row (64 bits) and number of tokens of a chunk."""
     if PACKED:
-        first = tl.load(table + 2 * chunk).to(tl.int64)
-        size = tl.load(table + 2 * chunk + 1)
+        first, size, _, _, _ = chunk_at(table, chunk)
     else:
         start = chunk % chunks * CHUNK
         first = (chunk // chunks).to(tl.int64) * t + start
@@ -437,6 +401,7 @@ def _product(left, right):
     return tl.dot(left_high, right_high, total, input_precision="tf32")
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
 def _invert(
     k, log_decay, gate, table, vectors, inverses,
@@ -531,6 +496,7 @@ def _sequence(bounds, offsets, program, heads, tiles, t, chunks, PACKED: tl.cons
     return sequence, first, length, chunk
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
 def _scan(
     k, v, inverses, vectors, initial, bounds, offsets, final, writes, boundaries,
@@ -592,6 +558,7 @@ def _scan(
     tl.store(final + place, state, mask=within)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
 def _read(
     q, k, writes, vectors, boundaries, table, y,
@@ -623,6 +590,7 @@ def _read(
     _store(y + place, span, heads * P, values, in_t, in_p, result * scale)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
 def _read_back(
     q, k, dy, vectors, table, dwrites,
@@ -652,6 +620,7 @@ def _read_back(
     )  # fmt: skip
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
 def _scan_back(
     q, k, dy, inverses, dwrites, vectors, dfinal, bounds, offsets, dinitial, dstates,
@@ -722,6 +691,7 @@ def _scan_back(
     tl.store(dinitial + place, dstate, mask=within)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
 def _differentiate_query(
     q, k, dy, writes, boundaries, vectors, table, dq, ddecay,
@@ -763,6 +733,7 @@ def _differentiate_query(
         tl.store(ddecay + (first + span) * heads + head, tl.sum(total * query.to(tl.float32), axis=1), mask=in_t)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
 def _differentiate_read(
     k, v, writes, dfresh, boundaries, vectors, table, read, dv, ddecay, dgate,
@@ -815,6 +786,7 @@ def _differentiate_read(
             tl.store(ddecay + at, tl.load(ddecay + at, mask=in_t, other=0.0) + gate * along, mask=in_t)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
 def _differentiate_written(
     q, k, dy, writes, dfresh, boundaries, dstates, vectors, table, read, dk, ddecay,
@@ -881,6 +853,7 @@ def _differentiate_written(
         tl.store(ddecay + at, tl.cumsum(dsums, 0, reverse=True), mask=in_t)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["heads"])
 def _decode(
     q, k, v, log_decay, gate, initial, y, final, writes,

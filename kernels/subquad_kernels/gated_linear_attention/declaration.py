@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from subquad_kernels.catalogue import Kernel, Operator, Tolerance
+from subquad_kernels.optional_packages import FLA, half_only
 from subquad_kernels.workload import ELEMENT_BYTES, DeviceLimits, DType, Option, Phase, Work, Workload
 
 _HERE = "subquad_kernels.gated_linear_attention"
@@ -76,7 +77,7 @@ OPERATOR = Operator(
     tensors=("q", "k", "v", "log_decay", "bonus", "initial_state", "cu_seqlens"),
     outputs=("y", "final_state"),
     residuals=("boundaries",),
-    defaults={"cpu": ("chunked",), "cuda": ("chunked",)},
+    defaults={"cpu": ("chunked",), "cuda": ("fused", "chunked")},
     work=work,
     tolerances={
         "float64": Tolerance(output=1e-11, gradient=1e-10, reason="sums of up to t, n and p terms in another order"),
@@ -85,7 +86,7 @@ OPERATOR = Operator(
             output=1e-2, gradient=2e-2, reason="factors of matrix products are rounded to 8 bits, sums and states fp32"
         ),
         "float16": Tolerance(
-            output=2e-3, gradient=4e-3, reason="factors of matrix products are rounded to 11 bits (TF32), sums fp32"
+            output=2e-3, gradient=4e-3, reason="factors of matrix products are rounded to 11 bits, sums fp32"
         ),
     },
     examples=(
@@ -117,7 +118,20 @@ def _fused_supports(workload: Workload, limits: DeviceLimits) -> str | None:
     return None
 
 
+def _fla_supports(workload: Workload, limits: DeviceLimits) -> str | None:
+    return half_only(workload)
+
+
+def _fla_recurrent_supports(workload: Workload, limits: DeviceLimits) -> str | None:
+    if workload.dtype == "float64" or workload.options["decay_dtype"] == "float64":
+        return "computes in float32, not in float64"
+    if workload.options["read"] == "before" and workload.phase != "decode":
+        return "has no gradient of the final state where the state is read before the write"
+    return None
+
+
 _BOTH = frozenset({"cpu", "cuda"})
+_CUDA = frozenset({"cuda"})
 KERNELS = (
     Kernel(
         operator="gated_linear_attention",
@@ -140,5 +154,23 @@ KERNELS = (
         supports=_fused_supports,
         devices=frozenset({"cuda"}),
         requires=("triton>=3.6",),
+    ),
+    Kernel(
+        operator="gated_linear_attention",
+        name="fla_chunked",
+        implementation=f"{_HERE}.fla:CHUNKED",
+        supports=_fla_supports,
+        devices=_CUDA,
+        requires=FLA,
+        first_calls_in_threads=False,
+    ),
+    Kernel(
+        operator="gated_linear_attention",
+        name="fla_recurrent",
+        implementation=f"{_HERE}.fla:RECURRENT",
+        supports=_fla_recurrent_supports,
+        devices=_CUDA,
+        requires=FLA,
+        first_calls_in_threads=False,
     ),
 )

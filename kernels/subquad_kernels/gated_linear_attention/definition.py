@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from subquad_kernels.documents import check_cu_seqlens
 from subquad_kernels.gated_linear_attention.declaration import stretch_len
 from subquad_kernels.samples import draw_boundaries
-from subquad_kernels.torch_operator import ReferenceKernel
+from subquad_kernels.torch_operator import AutogradKernel
 from subquad_kernels.workload import Workload
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def reference(
     return torch.stack(outputs, dim=1).to(q.dtype), torch.cat(final_states), boundaries
 
 
-REFERENCE = ReferenceKernel(reference)
+REFERENCE = AutogradKernel(reference)
 
 
 def num_cuts(b: int, t: int, n: int, p: int, *, packed: bool) -> int:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,13 +33,14 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad_kernels.gated_linear_attention.declaration import stretch_len
+from subquad_kernels.tile_sizes import ceil_div, padded
+from subquad_kernels.triton_chunks import chunk_at, lay_out
+from subquad_kernels.triton_launch import QuickLaunch
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Argument, Arguments, Outputs
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
-_DOCUMENTS = 1024
-"""Documents, or stretches of one, that `_plan` looks at together."""
 _ENTRIES = 256
 """Numbers of a state that a program of `_compose` passes on, and stretches whose writes it loads together."""
 _TOGETHER = 8
@@ -59,21 +61,25 @@ class Launch:
     stretch: int | None = None
 
 
+@lru_cache
 def launch_of(n: int, p: int, kernel: str) -> Launch:
     """Sizes for a head: kernel is `summarise`, `read` or `differentiate`.
 
     16 tokens, the fewest of a tensor core's tile: with 32 the decays, queries and keys of a chunk beside a state of
-    64 x 64 outgrow the registers of four warps. `summarise` has no pairs of tokens and takes 64. Backward, where the
+    64 x 64 outgrow the registers of four warps. `summarise` has no pairs of tokens and takes 64. `read` takes four
+    warps at every width: eight repeat what a chunk's pairs need and took 1.8 to 2 times as long. Backward, where the
     whole width of v must be held, eight warps hold up to 128 x 128.
     """
-    wide_n, wide_p = _padded(n), _padded(p)
+    wide_n, wide_p = padded(n), padded(p)
     if kernel == "differentiate":
         tile = min(wide_n, max(16, 128 * 128 // wide_p))
         large = tile * wide_p > 64 * 64
         return Launch(chunk=16, tile=tile, num_warps=8 if large else 4, num_stages=1 if large else 2)
     tile = min(wide_p, max(16, 64 * 128 // wide_n))
+    if kernel == "read":
+        return Launch(chunk=16, tile=tile, num_warps=4)
     large = tile * wide_n > 64 * 64
-    return Launch(chunk=64 if kernel == "summarise" and wide_n <= 128 else 16, tile=tile, num_warps=8 if large else 4)
+    return Launch(chunk=64 if wide_n <= 128 else 16, tile=tile, num_warps=8 if large else 4)
 
 
 def forward(launches: Mapping[str, Launch] | None = None, **arguments: Argument) -> Outputs:
@@ -104,7 +110,9 @@ class _Call:
             raise TypeError("gated_linear_attention/fused computes in float32; for float64 use kernel='chunked'")
         self.b, self.t, self.h, self.n = q.shape
         self.p = v.shape[3]
-        self.q, self.k, self.v, self.g = (_rows(values[name]) for name in ("q", "k", "v", "log_decay"))
+        (self.q, q_stride), (self.k, k_stride), (self.v, v_stride) = _rows(q), _rows(values["k"]), _rows(v)
+        self.g, g_stride = _rows(values["log_decay"])
+        self.strides = (q_stride, k_stride, v_stride, g_stride)
         self.bonus, self.initial = (
             None if values[name] is None else values[name].contiguous() for name in ("bonus", "initial_state")
         )
@@ -125,34 +133,21 @@ class _Call:
         """
         if self.cu_seqlens is None:
             self.table = self.starts = None
-            self.sequences, self.each = self.b, triton.cdiv(self.t, self.stretch)
+            self.sequences, self.each = self.b, ceil_div(self.t, self.stretch)
             self.stretches, self.cuts = self.b * self.each, self.b * (self.each - 1)
             return
         self.sequences, self.each = self.cu_seqlens.shape[0] - 1, 0
         self.cuts = self.t // self.stretch
         self.stretches = self.cuts + self.sequences
-        self.table = self.cu_seqlens.new_empty(self.stretches, 4)
-        self.starts = self.cu_seqlens.new_empty(self.sequences + 1)
-        _plan[(self.sequences,)](
-            self.cu_seqlens, self.table, self.starts, self.sequences, self.stretches, self.stretch,
-            BLOCK=_DOCUMENTS, num_warps=4,
-        )  # fmt: skip
+        # An empty document has a stretch of no tokens: the documents before a stretch tell which cut is its own.
+        self.table, self.starts = lay_out(self.cu_seqlens, self.stretches, self.stretch, least=1)
 
     def _constants(self, launch: Launch) -> dict[str, Any]:
-        exact = self.q.dtype != torch.bfloat16
-        return {
-            "N": self.n,
-            "P": self.p,
-            "CHUNK": launch.chunk,
-            "LEVELS": launch.chunk.bit_length() - 1,
-            "BEFORE": self.before,
-            "PACKED": self.table is not None,
-            # Float16 would overflow in states: TF32 has its precision and the range of fp32.
-            "PRODUCT": tl.float32 if exact else tl.bfloat16,
-            "PRECISION": "tf32x3" if self.q.dtype == torch.float32 else "tf32",
-            "num_warps": launch.num_warps,
-            "num_stages": launch.num_stages,
-        }
+        return _constants_of(launch, self.n, self.p, self.q.dtype, self.before, self.cu_seqlens is not None)
+
+    @staticmethod
+    def _like(rows: Tensor) -> Tensor:
+        return torch.empty_like(rows, memory_format=torch.contiguous_format)
 
     def _new(self, *shape: int) -> Tensor:
         return self.q.new_empty(shape, dtype=torch.float32)
@@ -166,24 +161,26 @@ class _Call:
             return self._new(*shape).zero_()
         return given.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
-    def _cross(self, rows: Tensor, columns: Tensor, edge: Tensor | None, *, reverse: bool) -> Tensor:
+    def _cross(
+        self, rows: Tensor, columns: Tensor, strides: tuple[int, int], edge: Tensor | None, *, reverse: bool
+    ) -> Tensor:
         """What crosses every cut: states, from keys and values; or their gradients, from queries and those of y.
 
-        Shapes:  rows: tokens h*n    columns: tokens h*p    edge: sequences h n p  ->  cuts h n p
+        Shapes:  rows: b t h n    columns: b t h p (tokens at their strides)    edge: sequences h n p  ->  cuts h n p
         """
         states, totals = self._new(self.cuts, self.h, self.n, self.p), self._new(self.cuts, self.h, self.n)
         if self.cuts == 0:
             return states
         launch = self._launch("summarise")
-        tile = min(launch.tile, _padded(self.p))
-        _summarise[(self.stretches * self.h * triton.cdiv(self.p, tile),)](
+        tile = min(launch.tile, padded(self.p))
+        _summarise[(self.stretches * self.h * ceil_div(self.p, tile),)](
             rows, columns, self.g, self.table, states, totals,
             self.t, self.h, self.each, self.stretch, self.scale if reverse else 1.0,
-            rows.stride(0), columns.stride(0), self.g.stride(0),
-            PAD_N=_padded(self.n), TILE_P=tile, REVERSE=reverse, **self._constants(launch),
+            *strides, self.strides[3],
+            PAD_N=padded(self.n), TILE_P=tile, REVERSE=reverse, **self._constants(launch),
         )  # fmt: skip
         size = self.n * self.p
-        _compose[(self.sequences * self.h * triton.cdiv(size, _ENTRIES),)](
+        _compose[(self.sequences * self.h * ceil_div(size, _ENTRIES),)](
             states, totals, edge, self.starts, self.h, self.each, size,
             P=self.p, TILE=_ENTRIES, TOGETHER=_TOGETHER, GIVEN=edge is not None, PACKED=self.starts is not None,
             REVERSE=reverse, num_warps=2,
@@ -193,29 +190,29 @@ class _Call:
     def forward(self) -> Outputs:
         """y: b t h p    final_state: states h n p    boundaries: cuts h n p"""
         self._plan()
-        boundaries = self._cross(self.k, self.v, self.initial, reverse=False)
+        boundaries = self._cross(self.k, self.v, self.strides[1:3], self.initial, reverse=False)
         launch = self._launch("read")
-        tile = min(launch.tile, _padded(self.p))
-        y = torch.empty(self.b, self.t, self.h, self.p, dtype=self.q.dtype, device=self.q.device)
+        tile = min(launch.tile, padded(self.p))
+        y = self._like(self.v)
         final = self._states(self.initial)
-        _read[(self.stretches * self.h * triton.cdiv(self.p, tile),)](
+        _read[(self.stretches * self.h * ceil_div(self.p, tile),)](
             self.q, self.k, self.v, self.g, self.bonus, self.initial, boundaries, self.table, y, final,
             self.t, self.h, self.each, self.stretch, self.scale,
-            self.q.stride(0), self.k.stride(0), self.v.stride(0), self.g.stride(0),
-            PAD_N=_padded(self.n), TILE_P=tile, INITIAL=self.initial is not None, BONUS=self.bonus is not None,
+            *self.strides,
+            PAD_N=padded(self.n), TILE_P=tile, INITIAL=self.initial is not None, BONUS=self.bonus is not None,
             **self._constants(launch),
         )  # fmt: skip
         return y, final, boundaries
 
     def step(self) -> Outputs:
         """One token: the state is read and written once."""
-        y = torch.empty(self.b, 1, self.h, self.p, dtype=self.q.dtype, device=self.q.device)
+        y = self._like(self.v)
         final = self._new(self.b, self.h, self.n, self.p)
-        pad_n = _padded(self.n)
-        tile = min(_padded(self.p), max(16, 4096 // pad_n))
-        _step[(self.b * self.h * triton.cdiv(self.p, tile),)](
+        pad_n = padded(self.n)
+        tile = min(padded(self.p), max(16, 4096 // pad_n))
+        _step[(self.b * self.h * ceil_div(self.p, tile),)](
             self.q, self.k, self.v, self.g, self.bonus, self.initial, y, final,
-            self.h, self.scale, self.q.stride(0), self.k.stride(0), self.v.stride(0), self.g.stride(0),
+            self.h, self.scale, *self.strides,
             N=self.n, P=self.p, PAD_N=pad_n, TILE_P=tile, BEFORE=self.before,
             INITIAL=self.initial is not None, BONUS=self.bonus is not None, num_warps=4,
         )  # fmt: skip
@@ -226,14 +223,14 @@ class _Call:
         self._plan()
         if dy is None:
             dy = torch.zeros(self.b, self.t, self.h, self.p, dtype=self.q.dtype, device=self.q.device)
-        pull = _rows(dy)
+        pull, pull_stride = _rows(dy)
         dfinal = None if dfinal is None else dfinal.contiguous()
-        leaving = self._cross(self.q, pull, dfinal, reverse=True)
+        leaving = self._cross(self.q, pull, (self.strides[0], pull_stride), dfinal, reverse=True)
         launch = self._launch("differentiate")
-        tile = min(launch.tile, _padded(self.n))
-        tiles = triton.cdiv(self.n, tile)
+        tile = min(launch.tile, padded(self.n))
+        tiles = ceil_div(self.n, tile)
         shape = (self.b, self.t, self.h, self.n)
-        dq, dk, dg = (torch.empty(shape, dtype=rows.dtype, device=rows.device) for rows in (self.q, self.k, self.g))
+        dq, dk, dg = (self._like(rows) for rows in (self.q, self.k, self.g))
         # Every tile of n has its part of dv.
         dv = torch.empty(
             tiles, *shape[:3], self.p, dtype=self.v.dtype if tiles == 1 else torch.float32, device=self.v.device
@@ -241,14 +238,14 @@ class _Call:
         dbonus = None if self.bonus is None else self._new(self.stretches, self.h, self.n)
         dinitial = None if self.initial is None else self._states(dfinal)
         product = torch.bfloat16 if self.q.dtype == torch.bfloat16 else torch.float32
-        held = triton.cdiv(min(self.stretch, self.t), launch.chunk) * tile * _padded(self.p)
+        held = ceil_div(min(self.stretch, self.t), launch.chunk) * tile * padded(self.p)
         states = torch.empty(self.stretches * self.h * tiles, held, dtype=product, device=self.q.device)
         _differentiate[(self.stretches * self.h * tiles,)](
             self.q, self.k, self.v, self.g, self.bonus, self.initial, boundaries, self.table, pull, dfinal, leaving,
             dq, dk, dv, dg, dbonus, dinitial, states,
             self.b, self.t, self.h, self.each, self.stretch, held, self.scale,
-            self.q.stride(0), self.k.stride(0), self.v.stride(0), self.g.stride(0), pull.stride(0),
-            PAD_P=_padded(self.p), TILE_N=tile, INITIAL=self.initial is not None, FINAL=dfinal is not None,
+            *self.strides, pull_stride,
+            PAD_P=padded(self.p), TILE_N=tile, INITIAL=self.initial is not None, FINAL=dfinal is not None,
             BONUS=self.bonus is not None, **self._constants(launch),
         )  # fmt: skip
         return {
@@ -261,71 +258,43 @@ class _Call:
         }
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """The tokens of all sequences as rows; a view where a slice of a wider tensor allows it.
+@lru_cache
+def _constants_of(launch: Launch, n: int, p: int, dtype: torch.dtype, before: bool, packed: bool) -> dict[str, Any]:
+    """What every walk is compiled for; one mapping for all its calls, not to be changed."""
+    return {
+        "N": n,
+        "P": p,
+        "CHUNK": launch.chunk,
+        "LEVELS": launch.chunk.bit_length() - 1,
+        "BEFORE": before,
+        "PACKED": packed,
+        # Float16 would overflow in states; a single TF32 product cuts factors off, and missed its tolerance.
+        "PRODUCT": tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,
+        "PRECISION": "tf32x3" if dtype != torch.bfloat16 else "tf32",
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+    }
 
-    Shapes:  b t h w  ->  b*t h*w
+
+def _rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """A tensor whose tokens, of all sequences, lie at one distance, their heads side by side; that distance.
+
+    A slice of a wider tensor stays as it is where it allows that; a view would take the host longer than its strides.
+    Shapes:  b t h w
     """
-    h, w = tensor.shape[2:]
-    if (tensor.stride(3) != 1 and w != 1) or (tensor.stride(2) != w and h != 1):
-        tensor = tensor.contiguous()
-    return tensor.reshape(-1, h * w)
-
-
-def _padded(width: int) -> int:
-    """The power of two that holds a width; tensor cores take 16 at least."""
-    return max(16, int(triton.next_power_of_2(width)))
-
-
-@triton.jit(do_not_specialize=["documents", "stretches", "stretch"])
-def _plan(cu_seqlens, table, starts, documents, stretches, stretch, BLOCK: tl.constexpr):
-    """List the stretches of one document after those of the documents before it.
-
-    Shapes:  table: stretches 4 (document, first token, tokens, 2 (another follows) + (another goes before); rows that
-             no document needs have no tokens)    starts: documents + 1 (the document's first row)
-    """
-    document = tl.program_id(0)
-    ahead = tl.zeros([BLOCK], tl.int32)
-    for base in range(0, document, BLOCK):
-        others = base + tl.arange(0, BLOCK)
-        inside = others < document
-        begins = tl.load(cu_seqlens + others, mask=inside, other=0)
-        lengths = tl.load(cu_seqlens + others + 1, mask=inside, other=0) - begins
-        ahead += tl.where(inside, tl.maximum((lengths + stretch - 1) // stretch, 1), 0)
-    start = tl.sum(ahead, axis=0)
-    begin = tl.load(cu_seqlens + document)
-    length = tl.load(cu_seqlens + document + 1) - begin
-    # An empty document has a stretch of no tokens, so that documents before a stretch tell which cut is its own.
-    count = tl.maximum((length + stretch - 1) // stretch, 1)
-    tl.store(starts + document, start)
-    last = document == documents - 1
-    if last:
-        tl.store(starts + documents, start + count)
-    # The last document's program also marks what is left of the table.
-    rows = tl.where(last, stretches - start, count)
-    for base in range(0, rows, BLOCK):
-        ordinal = base + tl.arange(0, BLOCK)
-        inside = ordinal < rows
-        tokens = tl.minimum(tl.maximum(length - ordinal * stretch, 0), stretch)
-        row = table + (start + ordinal) * 4
-        tl.store(row, tl.zeros([BLOCK], tl.int32) + document, mask=inside)
-        tl.store(row + 1, begin + ordinal * stretch, mask=inside)
-        tl.store(row + 2, tokens, mask=inside)
-        precedes = (ordinal > 0) & (ordinal < count)
-        tl.store(row + 3, 2 * (ordinal + 1 < count).to(tl.int32) + precedes.to(tl.int32), mask=inside)
+    b, t, h, w = tensor.shape
+    sequence, token, head, column = tensor.stride()
+    if (column != 1 and w != 1) or (head != w and h != 1) or (b > 1 and t > 1 and sequence != t * token):
+        return tensor.contiguous(), h * w
+    return tensor, sequence if t == 1 else token
 
 
 @triton.jit
 def _stretch(table, index, t, each, stretch, PACKED: tl.constexpr):
     """Sequence, first row (64 bits), tokens, whether a stretch of the same sequence follows, and goes before."""
     if PACKED:
-        row = table + index * 4
-        sequence = tl.load(row)
-        first = tl.load(row + 1).to(tl.int64)
-        tokens = tl.load(row + 2)
-        neighbours = tl.load(row + 3)
-        follows = (neighbours & 2) != 0
-        precedes = (neighbours & 1) != 0
+        first, tokens, sequence, begins, ends = chunk_at(table, index)
+        follows, precedes = not ends, not begins
     else:
         sequence = index // each
         ordinal = index % each
@@ -415,6 +384,7 @@ def _meet(later, earlier, level):
     return (((later >> level) & 1) != 0) & ((later >> level) == (earlier >> level) + 1)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "each", "stretch"])
 def _summarise(
     rows, columns, g, table, states, totals,
@@ -466,6 +436,7 @@ def _summarise(
     tl.store(totals + place * N + n, total, mask=inside & (tile == 0))
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["each"])
 def _compose(
     states, totals, edge, starts, h, each, size,
@@ -507,6 +478,7 @@ def _compose(
             tl.store(states + places[i] * size + offsets, state, mask=within & (base + i < count))
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "each", "stretch"])
 def _read(
     q, k, v, g, bonus, initial, boundaries, table, y, final,
@@ -566,6 +538,7 @@ def _enter(initial, boundaries, sequence, index, precedes, head, h, offsets, ins
     return state
 
 
+@QuickLaunch
 @triton.jit
 def _step(
     q, k, v, g, bonus, initial, y, final, h, scale, q_stride, k_stride, v_stride, g_stride,
@@ -599,6 +572,7 @@ def _step(
     tl.store(y + (row * h + head) * P + p, result.to(y.dtype.element_ty), mask=in_p)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["b", "t", "each", "stretch"])
 def _differentiate(
     q, k, v, g, bonus, initial, boundaries, table, dy, dfinal, leaving,

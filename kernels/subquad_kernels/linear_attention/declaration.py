@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from subquad_kernels.catalogue import Kernel, Operator, Tolerance
+from subquad_kernels.optional_packages import FLA, MAMBA, MAMBA_EXTENSIONS, gated_backward_defect, half_only
 from subquad_kernels.workload import DeviceLimits, DType, Option, Phase, Work, Workload
 
 _HERE = "subquad_kernels.linear_attention"
@@ -140,7 +141,35 @@ def _fused_supports(workload: Workload, limits: DeviceLimits) -> str | None:
     return None
 
 
+def _fla_supports(workload: Workload, limits: DeviceLimits) -> str | None:
+    return half_only(workload) or _fla_recurrent_supports(workload, limits) or _fla_backward(workload, limits)
+
+
+def _fla_backward(workload: Workload, limits: DeviceLimits) -> str | None:
+    """What fails in the backward alone refuses the forward too: a kernel is checked with its gradients."""
+    if workload.phase == "decode":
+        return None
+    if workload.shape["n"] % 2 or workload.shape["p"] % 2:
+        return f"differentiates heads of even widths, not {workload.shape['n']} and {workload.shape['p']}"
+    return gated_backward_defect(limits) if workload.options["decay"] != "none" else None
+
+
+def _fla_recurrent_supports(workload: Workload, limits: DeviceLimits) -> str | None:
+    if workload.dtype == "float64":
+        return "computes in float32, not in float64"
+    return "weighs a token's own write as every other: it has no diagonal" if workload.options["diagonal"] else None
+
+
+def _mamba_supports(workload: Workload, limits: DeviceLimits) -> str | None:
+    if "documents" in workload.shape:
+        return "hands out one final state, not one of every document"
+    if workload.options["diagonal"]:
+        return "weighs a token's own write as every other: it has no diagonal"
+    return half_only(workload)
+
+
 _BOTH = frozenset({"cpu", "cuda"})
+_CUDA = frozenset({"cuda"})
 KERNELS = (
     Kernel(
         operator="linear_attention",
@@ -163,5 +192,33 @@ KERNELS = (
         supports=_fused_supports,
         devices=frozenset({"cuda"}),
         requires=("triton>=3.6",),
+    ),
+    Kernel(
+        operator="linear_attention",
+        name="fla_chunked",
+        implementation=f"{_HERE}.fla:CHUNKED",
+        supports=_fla_supports,
+        devices=_CUDA,
+        requires=FLA,
+        first_calls_in_threads=False,
+    ),
+    Kernel(
+        operator="linear_attention",
+        name="fla_recurrent",
+        implementation=f"{_HERE}.fla:RECURRENT",
+        supports=_fla_recurrent_supports,
+        devices=_CUDA,
+        requires=FLA,
+        first_calls_in_threads=False,
+    ),
+    Kernel(
+        operator="linear_attention",
+        name="mamba_ssd",
+        implementation=f"{_HERE}.mamba:SSD",
+        supports=_mamba_supports,
+        devices=_CUDA,
+        requires=MAMBA,
+        extensions=MAMBA_EXTENSIONS,
+        first_calls_in_threads=False,
     ),
 )

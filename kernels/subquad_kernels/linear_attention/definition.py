@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from subquad_kernels.documents import check_cu_seqlens
 from subquad_kernels.linear_attention.declaration import segments
 from subquad_kernels.samples import draw_boundaries
-from subquad_kernels.torch_operator import ReferenceKernel
+from subquad_kernels.torch_operator import AutogradKernel
 from subquad_kernels.workload import Workload
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def reference(
     return torch.stack(outputs, dim=1).to(v.dtype), torch.cat(final_states), empty_boundaries(v, n, cu_seqlens).zero_()
 
 
-REFERENCE = ReferenceKernel(reference)
+REFERENCE = AutogradKernel(reference)
 
 
 def empty_boundaries(v: Tensor, n: int, cu_seqlens: Argument) -> Tensor:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,9 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad_kernels.linear_attention.declaration import CHUNK, chunk_slots, segment_len
+from subquad_kernels.tile_sizes import ceil_div, padded
+from subquad_kernels.triton_chunks import chunk_at, lay_out, taken
+from subquad_kernels.triton_launch import QuickLaunch
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Argument, Arguments, Outputs
@@ -54,13 +58,14 @@ class Launch:
     segment_len: int | None = None
 
 
+@lru_cache
 def launch_of(n: int, p: int, dtype: torch.dtype, *, backward: bool) -> Launch:
     """Sizes for a state of n rows and p columns: at most 64 registers a lane for it.
 
     Four warps hold one 64-row tile a product; eight would repeat products of 64 rows, and serve larger states alone.
     The backward holds whole values up to 128 columns: narrower tiles would each write a part of dq and dk.
     """
-    rows, columns = _padded(n), _padded(p)
+    rows, columns = padded(n), padded(p)
     if dtype == torch.float32:  # products in three parts need room
         return Launch(tile_p=min(columns, 32 if rows > 64 else 64), num_stages=1)
     tile_p = min(columns, 128 if backward and rows <= 128 else 64)
@@ -95,7 +100,8 @@ class _Call:
             raise TypeError("linear_attention/fused computes in float32; for float64 use kernel='chunked'")
         self.b, self.t, self.h, self.p = v.shape
         self.h_k, self.n = values["q"].shape[2:]
-        self.q, self.k, self.v = (_rows(values[name]) for name in ("q", "k", "v"))
+        (self.q, q_strides), (self.k, k_strides), (self.v, v_strides) = _rows(values["q"]), _rows(values["k"]), _rows(v)
+        self.strides = (*q_strides, *k_strides, *v_strides)
         self.log_decay, self.write_gate, self.diagonal, self.initial = (
             None if values[name] is None else values[name].contiguous()
             for name in ("log_decay", "write_gate", "diagonal", "initial_state")
@@ -119,49 +125,32 @@ class _Call:
 
     def _cut(self, launch: Launch) -> None:
         """Set the tiles of values, the chunks, the segments, and how many segments a walk between two cuts has."""
-        self.tiles = _ceil_div(self.p, launch.tile_p)
+        self.tiles = ceil_div(self.p, launch.tile_p)
         tokens = launch.segment_len or segment_len(self.b, self.t, self.h)
-        self.chunks_per_segment = _ceil_div(tokens, launch.chunk)
+        self.chunks_per_segment = ceil_div(tokens, launch.chunk)
         self.chunks = chunk_slots(self.t, self.documents, launch.chunk)
-        self.segments = _ceil_div(self.chunks, self.chunks_per_segment)
+        self.segments = ceil_div(self.chunks, self.chunks_per_segment)
         self.lanes = self.tiles * self.h * self.b
         self.walked = self.segments if self.lanes >= launch.enough else 1
         self.walks = self.segments // self.walked
-        # Packed: where chunks lie, laid out on the device because only there the boundaries are known.
-        self.table = None
-        if self.cu_seqlens is not None:
-            self.table = torch.empty(3 * self.chunks + 1, dtype=torch.int32, device=self.v.device)
-            _lay_out[(self.documents,)](
-                self.cu_seqlens, self.table, self.documents, self.chunks, CHUNK=launch.chunk, BLOCK=256, num_warps=1
-            )
+        self.table = None if self.cu_seqlens is None else lay_out(self.cu_seqlens, self.chunks, launch.chunk)[0]
 
     def _sizes(self) -> tuple[int, ...]:
         return (self.t, self.b, self.h, self.h // self.h_k, self.chunks, self.segments, self.chunks_per_segment)
 
     def _constants(self, launch: Launch) -> dict[str, Any]:
-        return {
-            "N": self.n,
-            "P": self.p,
-            "PAD_N": _padded(self.n),
-            "TILE_P": launch.tile_p,
-            "CHUNK": launch.chunk,
-            "DECAY": self.decay,
-            "GATE": self.write_gate is not None,
-            "PACKED": self.table is not None,
-            "PRECISION": "tf32x3" if self.v.dtype == torch.float32 else "ieee",
-            "STAGES": launch.num_stages,
-            "num_warps": launch.num_warps,
-        } | ({} if launch.registers is None else {"maxnreg": launch.registers})
+        gated, packed = self.write_gate is not None, self.cu_seqlens is not None
+        return _constants_of(launch, self.n, self.p, self.v.dtype, self.decay, gated, packed)
 
     def _compose(self, decays: Tensor, writes: Tensor, *, reverse: bool) -> None:
         size = self.n * self.p
-        _compose[(self.b * self.h, _ceil_div(size, 512))](
+        _compose[(self.b * self.h, ceil_div(size, 512))](
             decays, writes, size, self.b * self.h, self.segments - 1, BLOCK=512, REVERSE=reverse, num_warps=4
         )
 
     def forward(self, launch: Launch) -> Outputs:
         """y: b t h p    final_state: states h n p    boundaries: segments-1 b h n p"""
-        y = torch.empty(self.b, self.t, self.h, self.p, dtype=self.v.dtype, device=self.v.device)
+        y = torch.empty_like(self.v, memory_format=torch.contiguous_format)
         final = self._states(self.initial)
         if self.t == 1 and not self.documents:
             self._step(y, final)
@@ -173,29 +162,27 @@ class _Call:
             decays = self._new(self.segments - 1, self.b, self.h)
             _summarise[(self.lanes * (self.segments - 1),)](
                 self.k, self.v, self.log_decay, self.write_gate, self.initial, self.table, decays, boundaries,
-                *self._sizes(), self.k.stride(0), self.k.stride(1), self.v.stride(0), self.v.stride(1),
+                *self._sizes(), *self.strides[2:],
                 **constants,
             )  # fmt: skip
             self._compose(decays, boundaries, reverse=False)
         _read[(self.lanes * self.walks,)](
             self.q, self.k, self.v, self.log_decay, self.write_gate, self.diagonal, self.initial, self.table,
             boundaries, y, final,
-            self.scale, *self._sizes(), self.walked, self.q.stride(0), self.q.stride(1), self.k.stride(0),
-            self.k.stride(1), self.v.stride(0), self.v.stride(1),
+            self.scale, *self._sizes(), self.walked, *self.strides,
             DIAGONAL=self.diagonal is not None, CUT=self.walks > 1, **constants,
         )  # fmt: skip
         return y, final, boundaries
 
     def _step(self, y: Tensor, final: Tensor) -> None:
         """One token: bound by the state's bytes, so that tiles are narrow until there are programs enough."""
-        tile_p = min(64, _padded(self.p))
-        while tile_p > 16 and self.b * self.h * _ceil_div(self.p, tile_p) < 528:
+        tile_p = min(64, padded(self.p))
+        while tile_p > 16 and self.b * self.h * ceil_div(self.p, tile_p) < 528:
             tile_p //= 2
-        _step[(self.b * self.h * _ceil_div(self.p, tile_p),)](
+        _step[(self.b * self.h * ceil_div(self.p, tile_p),)](
             self.q, self.k, self.v, self.log_decay, self.write_gate, self.diagonal, self.initial, y, final,
-            self.scale, self.h, self.h // self.h_k, self.q.stride(0), self.q.stride(1), self.k.stride(0),
-            self.k.stride(1), self.v.stride(0), self.v.stride(1),
-            N=self.n, P=self.p, PAD_N=_padded(self.n), TILE_P=tile_p,
+            self.scale, self.h, self.h // self.h_k, *self.strides,
+            N=self.n, P=self.p, PAD_N=padded(self.n), TILE_P=tile_p,
             DECAY=self.decay,
             GATE=self.write_gate is not None, DIAGONAL=self.diagonal is not None, INITIAL=self.initial is not None,
             num_warps=4,
@@ -207,10 +194,10 @@ class _Call:
         """Gradients in the types of their tensors; parts of heads that share q and k are added at the end."""
         self._cut(launch)
         b, t, h, n, p, tiles = self.b, self.t, self.h, self.n, self.p, self.tiles
-        dy = self.v.new_zeros(1, 1, p).expand(b * t, h, p) if dy is None else _rows(dy)
+        dy, dy_strides = (self.v.new_zeros(p), (0, 0)) if dy is None else _rows(dy)
         dfinal = None if dfinal is None else dfinal.contiguous()
         dq, dk = (torch.empty(b, t, h, tiles, n, dtype=self.v.dtype, device=self.v.device) for _ in range(2))
-        dv = torch.empty(b, t, h, p, dtype=self.v.dtype, device=self.v.device)
+        dv = torch.empty_like(self.v, memory_format=torch.contiguous_format)
         # Rows: q . dq of every token, and the gates' gradients; one a tile of values.
         rows, dlog_decay, dwrite_gate, ddiagonal = (
             None if gate is None else self._new(b, t, h, tiles)
@@ -218,10 +205,7 @@ class _Call:
         )
         dinitial = None if self.initial is None else self._states(dfinal)
         constants = self._constants(launch)
-        strides = (
-            self.q.stride(0), self.q.stride(1), self.k.stride(0), self.k.stride(1), self.v.stride(0), self.v.stride(1),
-            dy.stride(0), dy.stride(1),
-        )  # fmt: skip
+        strides = (*self.strides, *dy_strides)
         _differentiate_q[(self.lanes * self.segments,)](
             self.q, self.k, self.v, self.log_decay, self.write_gate, self.diagonal, self.initial, self.table,
             boundaries, dy, dq, rows,
@@ -234,7 +218,7 @@ class _Call:
             dboundaries = torch.empty_like(boundaries)
             _summarise_gradients[(self.lanes * (self.segments - 1),)](
                 self.q, self.log_decay, self.table, dy, dfinal, decays, dboundaries,
-                self.scale, *self._sizes(), self.q.stride(0), self.q.stride(1), dy.stride(0), dy.stride(1),
+                self.scale, *self._sizes(), *self.strides[:2], *dy_strides,
                 FINAL=dfinal is not None, **constants,
             )  # fmt: skip
             self._compose(decays, dboundaries, reverse=True)
@@ -264,53 +248,38 @@ class _Call:
         }
 
 
-def _ceil_div(length: int, part: int) -> int:
-    """How many parts hold the length; triton.cdiv takes microseconds a call."""
-    return -(-length // part)
+@lru_cache
+def _constants_of(
+    launch: Launch, n: int, p: int, dtype: torch.dtype, decay: int, gated: bool, packed: bool
+) -> dict[str, Any]:
+    """What every walk is compiled for; one mapping for all its calls, not to be changed."""
+    return {
+        "N": n,
+        "P": p,
+        "PAD_N": padded(n),
+        "TILE_P": launch.tile_p,
+        "CHUNK": launch.chunk,
+        "DECAY": decay,
+        "GATE": gated,
+        "PACKED": packed,
+        "PRECISION": "tf32x3" if dtype == torch.float32 else "ieee",
+        "STAGES": launch.num_stages,
+        "num_warps": launch.num_warps,
+    } | ({} if launch.registers is None else {"maxnreg": launch.registers})
 
 
-def _padded(width: int) -> int:
-    """The width of a tile that holds it: a power of two that tensor cores take."""
-    return max(16, 1 << (width - 1).bit_length())
+def _rows(tensor: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """A tensor whose tokens, of all sequences, lie at one distance; that distance, and the one between heads.
 
-
-def _rows(tensor: Tensor) -> Tensor:
-    """The tokens of all sequences as rows; a view where a slice of a wider tensor allows it.
-
-    Shapes:  b t h n  ->  b*t h n
+    A slice of a wider tensor stays as it is where it allows that; a view would take the host longer than its strides.
+    Shapes:  b t h n
     """
-    if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
+    b, t, _, n = tensor.shape
+    sequence, token, head, column = tensor.stride()
+    if (column != 1 and n != 1) or (b > 1 and t > 1 and sequence != t * token):
         tensor = tensor.contiguous()
-    return tensor.flatten(0, 1)
-
-
-@triton.jit(do_not_specialize=["documents", "slots"])
-def _lay_out(cu_seqlens, table, documents, slots, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """Write a document's chunks to the table: first token, tokens, 4 document + 2 (the last) + (the first of it).
-
-    Shapes:  cu_seqlens: documents + 1    table: three rows of `slots`, then how many of them are taken
-    """
-    document = tl.program_id(0)
-    columns = tl.arange(0, BLOCK)
-    before = tl.zeros([BLOCK], tl.int32)
-    for base in range(0, document, BLOCK):
-        mask = base + columns < document
-        start = tl.load(cu_seqlens + base + columns, mask=mask, other=0)
-        stop = tl.load(cu_seqlens + base + columns + 1, mask=mask, other=0)
-        before += (stop - start + CHUNK - 1) // CHUNK
-    slot = tl.sum(before)
-    start, stop = tl.load(cu_seqlens + document), tl.load(cu_seqlens + document + 1)
-    chunks = (stop - start + CHUNK - 1) // CHUNK
-    for base in range(0, chunks, BLOCK):
-        index = base + columns
-        mask = index < chunks
-        first = start + index * CHUNK
-        mark = 4 * document + 2 * (index == chunks - 1).to(tl.int32) + (index == 0).to(tl.int32)
-        tl.store(table + slot + index, first, mask=mask)
-        tl.store(table + slots + slot + index, tl.minimum(CHUNK, stop - first), mask=mask)
-        tl.store(table + 2 * slots + slot + index, mark, mask=mask)
-    if document == documents - 1:
-        tl.store(table + 3 * slots, slot + chunks)
+        sequence, token, head, _ = tensor.stride()
+    return tensor, (sequence if t == 1 else token, head)
 
 
 @triton.jit
@@ -328,19 +297,16 @@ def _place(b, h, group, P: tl.constexpr, TILE_P: tl.constexpr):
 def _chunks(table, chunks, PACKED: tl.constexpr):
     """How many chunks there are; when packed only the device knows."""
     if PACKED:
-        chunks = tl.load(table + 3 * chunks)
+        chunks = taken(table, chunks)
     return chunks
 
 
 @triton.jit
-def _chunk(table, slots, index, sequence, t, CHUNK: tl.constexpr, PACKED: tl.constexpr):
+def _chunk(table, index, sequence, t, CHUNK: tl.constexpr, PACKED: tl.constexpr):
     """First row (64 bits) and length of a chunk, its state (64 bits), and whether that begins or ends with it."""
     if PACKED:
-        mark = tl.load(table + 2 * slots + index)
-        row = tl.load(table + index).to(tl.int64)
-        limit = tl.load(table + slots + index)
-        state = (mark >> 2).to(tl.int64)
-        begins, ends = (mark & 1) != 0, (mark & 2) != 0
+        row, limit, document, begins, ends = chunk_at(table, index)
+        state = document.to(tl.int64)
     else:
         row = sequence * t + index * CHUNK
         limit = tl.minimum(CHUNK, t - index * CHUNK)
@@ -419,6 +385,7 @@ def _weigh(products, fades, gates, own, is_own, GATE: tl.constexpr, DIAGONAL: tl
     return weighed
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment"])
 def _summarise(
     k, v, log_decay, write_gate, initial, table, decays, writes,
@@ -445,7 +412,7 @@ def _summarise(
     state = _load_state(initial, place, offsets, within & (segment == 0), STATE, INITIAL and not PACKED)
     end = tl.minimum((segment + 1) * per_segment, _chunks(table, chunks, PACKED))
     for index in tl.range(segment * per_segment, end, num_stages=STAGES):
-        row, limit, owner, begins, _ = _chunk(table, chunks, index, sequence, t, CHUNK, PACKED)
+        row, limit, owner, begins, _ = _chunk(table, index, sequence, t, CHUNK, PACKED)
         keys = _load_tile(k + row * k_stride, k_stride, tokens, limit, lines, N)
         values = _load_tile(v + row * v_stride, v_stride, tokens, limit, columns, P)
         ages, whole = _ages(log_decay, row * h + head, h, head, tokens, limit, DECAY)
@@ -463,6 +430,7 @@ def _summarise(
         tl.store(decays + place, left)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["heads", "rows"])
 def _compose(decays, states, size, heads, rows, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
     """states_i = decays_i states_{i-1} + states_i, in place, from the first row on or from the last.
@@ -492,6 +460,7 @@ def _compose(decays, states, size, heads, rows, BLOCK: tl.constexpr, REVERSE: tl
             tl.store(states + place + columns, state, mask=(base + i < rows) & (columns < size))
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment", "walked"])
 def _read(
     q, k, v, log_decay, write_gate, diagonal, initial, table, boundaries, y, final,
@@ -521,7 +490,7 @@ def _read(
     for segment in range(walk * walked, (walk + 1) * walked):
         end = tl.minimum((segment + 1) * per_segment, count)
         for index in tl.range(segment * per_segment, end, num_stages=STAGES):
-            row, limit, owner, begins, ends = _chunk(table, chunks, index, sequence, t, CHUNK, PACKED)
+            row, limit, owner, begins, ends = _chunk(table, index, sequence, t, CHUNK, PACKED)
             queries = _load_tile(q + row * q_stride, q_stride, tokens, limit, lines, N)
             keys = _load_tile(k + row * k_stride, k_stride, tokens, limit, lines, N)
             values = _load_tile(v + row * v_stride, v_stride, tokens, limit, columns, P)
@@ -552,6 +521,7 @@ def _read(
             tl.store(final + (sequence * h + head) * STATE + offsets, state, mask=within)
 
 
+@QuickLaunch
 @triton.jit
 def _step(
     q, k, v, log_decay, write_gate, diagonal, initial, y, final,
@@ -594,6 +564,7 @@ def _step(
     tl.store(final + place * STATE + offsets, state, mask=within)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment"])
 def _differentiate_q(
     q, k, v, log_decay, write_gate, diagonal, initial, table, boundaries, dy, dq, rows,
@@ -625,7 +596,7 @@ def _differentiate_q(
         state = _load_state(boundaries, ((segment - 1) * b + sequence) * h + head, offsets, within, STATE, True)
     end = tl.minimum((segment + 1) * per_segment, _chunks(table, chunks, PACKED))
     for index in tl.range(segment * per_segment, end, num_stages=STAGES):
-        row, limit, owner, begins, _ = _chunk(table, chunks, index, sequence, t, CHUNK, PACKED)
+        row, limit, owner, begins, _ = _chunk(table, index, sequence, t, CHUNK, PACKED)
         pulls = _load_tile(dy + row * dy_stride, dy_stride, tokens, limit, columns, P)
         values = _load_tile(v + row * v_stride, v_stride, tokens, limit, columns, P)
         keys = _load_tile(k + row * k_stride, k_stride, tokens, limit, lines, N)
@@ -653,6 +624,7 @@ def _differentiate_q(
         state = tl.dot(tl.trans(values), keys, state * tl.exp2(whole), input_precision=PRECISION)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment"])
 def _summarise_gradients(
     q, log_decay, table, dy, dfinal, decays, writes,
@@ -682,7 +654,7 @@ def _summarise_gradients(
     end = tl.minimum((segment + 1) * per_segment, _chunks(table, chunks, PACKED))
     for back in tl.range(0, end - first, num_stages=STAGES):
         index = end - 1 - back
-        row, limit, owner, begins, ends = _chunk(table, chunks, index, sequence, t, CHUNK, PACKED)
+        row, limit, owner, begins, ends = _chunk(table, index, sequence, t, CHUNK, PACKED)
         queries = _load_tile(q + row * q_stride, q_stride, tokens, limit, lines, N)
         pulls = _load_tile(dy + row * dy_stride, dy_stride, tokens, limit, columns, P)
         ages, whole = _ages(log_decay, row * h + head, h, head, tokens, limit, DECAY)
@@ -702,6 +674,7 @@ def _summarise_gradients(
         tl.store(decays + place, left)
 
 
+@QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment", "walked"])
 def _differentiate_kv(
     q, k, v, log_decay, write_gate, diagonal, table,
@@ -753,7 +726,7 @@ def _differentiate_kv(
                 carried = tl.sum(grad.to(v.dtype.element_ty).to(tl.float32) * left)
         for back in tl.range(0, end - first, num_stages=STAGES):
             index = end - 1 - back
-            row, limit, owner, begins, ends = _chunk(table, chunks, index, sequence, t, CHUNK, PACKED)
+            row, limit, owner, begins, ends = _chunk(table, index, sequence, t, CHUNK, PACKED)
             queries = _load_tile(q + row * q_stride, q_stride, tokens, limit, lines, N)
             keys = _load_tile(k + row * k_stride, k_stride, tokens, limit, lines, N)
             values = _load_tile(v + row * v_stride, v_stride, tokens, limit, columns, P)

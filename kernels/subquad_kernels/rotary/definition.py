@@ -9,7 +9,7 @@ from torch import Tensor
 
 from subquad_kernels.documents import check_cu_seqlens, document_positions
 from subquad_kernels.samples import draw_boundaries
-from subquad_kernels.torch_operator import ReferenceKernel
+from subquad_kernels.torch_operator import AutogradKernel
 from subquad_kernels.workload import Workload
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def reference(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, start: int, theta
     return rotated(q), rotated(k)
 
 
-REFERENCE = ReferenceKernel(reference)
+REFERENCE = AutogradKernel(reference)
 
 
 def check(arguments: Arguments) -> None:

@@ -17,7 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from subquad_kernels.documents import document_positions
+from subquad_kernels.tile_sizes import ceil_div, power_of_two
+from subquad_kernels.triton_documents import find_documents, halvings
+from subquad_kernels.triton_launch import QuickLaunch
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Arguments, Outputs
@@ -52,28 +54,28 @@ def _rotated(
     b, t, h, head_dim = q.shape
     h_kv = k.shape[2]
     q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
-    turned_q, turned_k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    positions = None if cu_seqlens is None else document_positions(cu_seqlens, t)
+    turned_q, turned_k = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
+    documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     half = head_dim // 2
-    pad = triton.next_power_of_2(half)
-    tile_t = max(1, min(1024 // pad, triton.next_power_of_2(t)))
-    tiles = b * triton.cdiv(t, tile_t)
-    heads_each = triton.cdiv(h + h_kv, min(h + h_kv, triton.cdiv(PROGRAMS, max(tiles, 1))))
+    pad = power_of_two(half)
+    tile_t = max(1, min(1024 // pad, power_of_two(t)))
+    tiles = b * ceil_div(t, tile_t)
+    heads_each = ceil_div(h + h_kv, min(h + h_kv, ceil_div(PROGRAMS, max(tiles, 1))))
     if tiles:
-        _rotate[(tiles, triton.cdiv(h + h_kv, heads_each))](
-            q, k, turned_q, turned_k, positions,
-            t, start, h, h_kv, heads_each,
-            q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2),
+        _rotate[(tiles, ceil_div(h + h_kv, heads_each))](
+            q, k, turned_q, turned_k, cu_seqlens,
+            t, start, h, h_kv, heads_each, documents, halvings(documents), *q.stride()[:3], *k.stride()[:3],
             LOG2_RATIO=-2.0 * math.log2(theta) / head_dim, SIGN=sign, HALF=half, PAD=pad, TILE_T=tile_t,
-            PACKED=positions is not None, num_warps=4 if tile_t * pad >= 256 else 1,
+            PACKED=cu_seqlens is not None, num_warps=4 if tile_t * pad >= 256 else 1,
         )  # fmt: skip
     return turned_q, turned_k
 
 
-@triton.jit(do_not_specialize=["t", "start", "h", "h_kv", "heads_each"])
+@QuickLaunch
+@triton.jit(do_not_specialize=["t", "start", "h", "h_kv", "heads_each", "documents", "steps"])
 def _rotate(
-    q, k, turned_q, turned_k, positions,
-    t, start, h, h_kv, heads_each,
+    q, k, turned_q, turned_k, cu_seqlens,
+    t, start, h, h_kv, heads_each, documents, steps,
     q_batch, q_token, q_head, k_batch, k_token, k_head,
     LOG2_RATIO: tl.constexpr, SIGN: tl.constexpr, HALF: tl.constexpr, PAD: tl.constexpr, TILE_T: tl.constexpr,
     PACKED: tl.constexpr,
@@ -86,7 +88,7 @@ def _rotate(
     inside = (tokens < t)[:, None] & (pairs < HALF)[None, :]
     rows = tokens.to(tl.int64)
     if PACKED:
-        places = tl.load(positions + tokens, mask=tokens < t, other=0).to(tl.float64)
+        places = (tokens - tl.load(cu_seqlens + find_documents(cu_seqlens, documents, steps, tokens))).to(tl.float64)
     else:
         places = (start + rows).to(tl.float64)
     # theta^(-2 i / k) in turns a token. A constant, since a float that is an argument arrives in fp32.

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from subquad_kernels.documents import document_groups
 from subquad_kernels.segment_attention.definition import scale_of
 from subquad_kernels.segment_attention.summaries import Summaries
+from subquad_kernels.softmax_attention.sdpa_efficient import aligned_rows
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Arguments, Outputs
@@ -201,8 +202,7 @@ def _attend_backward(
         return found  # type: ignore[no-any-return]
     wide = mask.expand(q.shape[0], q.shape[1], -1, -1)
     seed = torch.zeros((), dtype=torch.int64, device=q.device)
-    padded = pad(lse, (0, -lse.shape[2] % 32), value=float("inf"))
     dq, dk, dv, _ = _aten._scaled_dot_product_efficient_attention_backward(
-        gradient, q, k, v, wide, out, padded, seed, seed, 0.0, [True, True, True, False], False, scale=factor
+        gradient, q, k, v, wide, out, aligned_rows(lse), seed, seed, 0.0, [True, True, True, False], False, scale=factor
     )
     return dq, dk, dv

@@ -4,8 +4,8 @@ Inside, time comes first and channels last ([t, p, n, c], p parallel sequences),
 contiguous run and every broadcast runs along channels. Exponentials, outer products and sums over n, c or t are taken
 for a chunk; the recurrence itself is one fused multiply-add per token, in place. Buffers hold one chunk and are used
 again, so that the work stays in cache. The forward keeps the state at each chunk's start; the backward computes the
-inside of a chunk again from it. Exponents are never positive, nothing is ever divided by a decay. README.md counts
-the passes.
+inside of a chunk again from it. Exponents are never positive, nothing is ever divided by a decay. A reversed scan is a
+scan of reversed tensors: a copy each, 1/n of the work (torch has no view of it). README.md counts the passes.
 """
 
 from __future__ import annotations
@@ -20,9 +20,12 @@ from torch.nn import functional as F
 
 from subquad_kernels.selective_scan.declaration import CHUNK
 from subquad_kernels.selective_scan.lanes import Lanes
+from subquad_kernels.selective_scan.turned import turned
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Argument, Arguments, Outputs
+
+_RESULTS = ("y", "final_state", "boundaries", "ungated")
 
 
 def forward(**arguments: Argument) -> Outputs:
@@ -30,13 +33,22 @@ def forward(**arguments: Argument) -> Outputs:
     values: Any = arguments
     if values["x"].shape[1] == 1 and values["cu_seqlens"] is None:
         return _one_token(values)
-    return _Scan(values).forward()
+    if not values["reversed"]:
+        return _Scan(values).forward()
+    results = dict(zip(_RESULTS, _Scan(turned(values, values["cu_seqlens"])).forward()))
+    return tuple(turned(results, values["cu_seqlens"]).values())
 
 
 def backward(arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
     """Gradients of every tensor argument, from the gradients of y and of final_state."""
+    given: Any = dict(arguments)
     _, _, boundaries, ungated = outputs
-    return _Scan(arguments).backward(boundaries, ungated, *gradients)
+    dy, dfinal = gradients
+    if not given["reversed"]:
+        return _Scan(given).backward(boundaries, ungated, dy, dfinal)
+    cu_seqlens = given["cu_seqlens"]
+    rest = turned({"ungated": ungated, "y": dy, "final_state": dfinal}, cu_seqlens)
+    return turned(_Scan(turned(given, cu_seqlens)).backward(boundaries, *rest.values()), cu_seqlens)
 
 
 def _one_token(values: Mapping[str, Any]) -> Outputs:

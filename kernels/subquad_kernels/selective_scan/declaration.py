@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from subquad_kernels.catalogue import Kernel, Operator, Tolerance
+from subquad_kernels.optional_packages import MAMBA, MAMBA_EXTENSIONS
 from subquad_kernels.workload import DeviceLimits, DType, Phase, Work, Workload
 
 _HERE = "subquad_kernels.selective_scan"
@@ -43,9 +44,13 @@ def work(workload: Workload) -> Work:
     )
 
 
-def _example(dtype: DType, phase: Phase = "forward", *, initial_state: bool = False, **shape: int) -> Workload:
+def _example(
+    dtype: DType, phase: Phase = "forward", *, initial_state: bool = False, reversed: bool = False, **shape: int
+) -> Workload:
     axes = {"b": 2, "t": 37, "c": 12, "n": 4} | shape
     options = {"softplus": True, "skip": True, "gate": True, "dt_bias": True, "initial_state": initial_state}
+    if reversed:
+        options["reversed"] = True
     return Workload(operator="selective_scan", shape=axes, dtype=dtype, phase=phase, options=options)
 
 
@@ -68,6 +73,7 @@ OPERATOR = Operator(
         _example("float32"),
         _example("float32", b=1, documents=4),
         _example("float32", initial_state=True),
+        _example("float32", b=1, documents=4, reversed=True),
         _example("float32", "decode", initial_state=True, t=1),
         _example("bfloat16"),
     ),
@@ -92,7 +98,28 @@ def _fused_supports(workload: Workload, limits: DeviceLimits) -> str | None:
     return None
 
 
+def _mamba_supports(workload: Workload, limits: DeviceLimits) -> str | None:
+    if workload.dtype == "float64":
+        return "computes in float32, not in float64"
+    if workload.shape["n"] > 256:
+        return f"has up to 256 states a channel, not {workload.shape['n']}"
+    if "documents" in workload.shape:
+        return "knows no documents"
+    if workload.options.get("reversed", False):
+        return "scans forward only"
+    if workload.options["dt_bias"] and not workload.options["softplus"]:
+        return "differentiates the final state through a step of zero, which a bias without softplus moves"
+    return "starts from zero: it has no initial state" if workload.options["initial_state"] else None
+
+
+def _mamba_step_supports(workload: Workload, limits: DeviceLimits) -> str | None:
+    if workload.phase != "decode" or workload.shape["t"] != 1 or "documents" in workload.shape:
+        return "makes one step of a decode, without a backward"
+    return "computes in float32, not in float64" if workload.dtype == "float64" else None
+
+
 _BOTH = frozenset({"cpu", "cuda"})
+_CUDA = frozenset({"cuda"})
 KERNELS = (
     Kernel(
         operator="selective_scan",
@@ -115,5 +142,25 @@ KERNELS = (
         supports=_fused_supports,
         devices=frozenset({"cuda"}),
         requires=("triton>=3.6",),
+    ),
+    Kernel(
+        operator="selective_scan",
+        name="mamba_scan",
+        implementation=f"{_HERE}.mamba:Scan",
+        supports=_mamba_supports,
+        devices=_CUDA,
+        requires=MAMBA,
+        extensions=MAMBA_EXTENSIONS,
+        first_calls_in_threads=False,
+    ),
+    Kernel(
+        operator="selective_scan",
+        name="mamba_step",
+        implementation=f"{_HERE}.mamba:STEP",
+        supports=_mamba_step_supports,
+        devices=_CUDA,
+        requires=MAMBA,
+        extensions=MAMBA_EXTENSIONS,
+        first_calls_in_threads=False,
     ),
 )

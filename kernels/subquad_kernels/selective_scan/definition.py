@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from subquad_kernels.documents import check_cu_seqlens
 from subquad_kernels.samples import draw_boundaries
 from subquad_kernels.selective_scan.declaration import CHUNK
-from subquad_kernels.torch_operator import ReferenceKernel
+from subquad_kernels.torch_operator import AutogradKernel
 from subquad_kernels.workload import Workload
 
 if TYPE_CHECKING:
@@ -32,8 +32,11 @@ def reference(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     softplus: bool,
+    reversed: bool,
 ) -> Outputs:
     """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t,   y_t = (C_t . h_t + D x_t) silu(z_t): one token after the other.
+
+    `reversed` begins at the last token: h_{t+1} in place of h_{t-1}.
 
     Shapes:  x, dt, z: b t c    A: c n    B, C: b t n    D, dt_bias: c    initial_state: q c n
              ->  y: b t c    final_state: q c n    boundaries: (t-1)//16 b n c    ungated: b t c or 0
@@ -50,29 +53,34 @@ def reference(
     num_states = b if cu_seqlens is None else len(bounds) - 1
     before = inputs.new_zeros(num_states, c, n) if initial_state is None else initial_state.to(exact)
 
-    outputs, final_states, boundaries = [], [], []
-    for document, (start, stop) in enumerate(pairwise(bounds)):
+    direction = -1 if reversed else 1
+    outputs: list[Tensor] = []
+    boundaries: list[Tensor] = []
+    final_states: list[Tensor] = []
+    for document, (start, stop) in list(enumerate(pairwise(bounds)))[::direction]:
         state = before if cu_seqlens is None else before[document : document + 1]
-        for token in range(start, stop):
-            if token and token % CHUNK == 0:
-                boundaries.append((state if token > start else torch.zeros_like(state)).transpose(1, 2))
+        tokens = range(start, stop)[::direction]
+        for token in tokens:
+            scanned = len(outputs)
+            if scanned and scanned % CHUNK == 0:
+                boundaries.append((state if token != tokens[0] else torch.zeros_like(state)).transpose(1, 2))
             decay = (step[:, token, :, None] * A).exp()
             write = einsum("bc,bn->bcn", step[:, token] * inputs[:, token], B[:, token])
             state = decay * state + write
             outputs.append(einsum("bcn,bn->bc", state, C[:, token]))
         final_states.append(state)
 
-    y = torch.stack(outputs, dim=1)
+    y = torch.stack(outputs[::direction], dim=1)
     if D is not None:
         y = y + D.to(exact) * inputs
     ungated = y if z is not None else y.new_empty(0)
     if z is not None:
         y = y * F.silu(z.to(exact))
     entering = torch.stack(boundaries) if boundaries else y.new_empty(0, b, n, c)
-    return y.to(x.dtype), torch.cat(final_states), entering, ungated
+    return y.to(x.dtype), torch.cat(final_states[::direction]), entering, ungated
 
 
-REFERENCE = ReferenceKernel(reference)
+REFERENCE = AutogradKernel(reference)
 
 
 def check(arguments: Arguments) -> None:
@@ -136,6 +144,8 @@ def workload_of(arguments: Arguments, phase: str) -> Workload:
         "dt_bias": arguments["dt_bias"] is not None,
         "initial_state": arguments["initial_state"] is not None,
     }
+    if arguments["reversed"]:  # left out where it is not, as in workloads that were recorded before it was known
+        options["reversed"] = True
     dtype: Any = str(x.dtype).removeprefix("torch.")
     return Workload(operator="selective_scan", shape=shape, dtype=dtype, phase=phase, options=options)  # type: ignore[arg-type]
 
@@ -176,4 +186,5 @@ def sample_inputs(workload: Workload, *, seed: int, device: str) -> dict[str, Ar
         "initial_state": draw(states, c, n).to(exact) if options["initial_state"] else None,
         "cu_seqlens": boundaries,
         "softplus": bool(options["softplus"]),
+        "reversed": bool(options.get("reversed", False)),
     }

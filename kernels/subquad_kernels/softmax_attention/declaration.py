@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from subquad_kernels.catalogue import Kernel, Operator, Tolerance
+from subquad_kernels.optional_packages import FLASH_ATTN, FLASH_ATTN_EXTENSIONS
 from subquad_kernels.workload import DeviceLimits, DType, Phase, Work, Workload
 
 _HERE = "subquad_kernels.softmax_attention"
@@ -146,6 +147,15 @@ def _windowed_supports(workload: Workload, limits: DeviceLimits) -> str | None:
     return None
 
 
+def _flash_attn_supports(workload: Workload, limits: DeviceLimits) -> str | None:
+    shape = workload.shape
+    if limits.capability is not None and limits.capability < (8, 0):
+        return "needs compute capability 8.0"
+    if "documents" in shape and shape["t"] == 1:
+        return "takes one packed token for one of every document"
+    return _flash_supports(workload, limits)
+
+
 _BOTH = frozenset({"cpu", "cuda"})
 _CUDA = frozenset({"cuda"})
 KERNELS = (
@@ -192,5 +202,14 @@ KERNELS = (
         implementation=f"{_HERE}.windowed",
         supports=_windowed_supports,
         devices=_BOTH,
+    ),
+    Kernel(
+        operator="softmax_attention",
+        name="flash_attn",
+        implementation=f"{_HERE}.flash_attn",
+        supports=_flash_attn_supports,
+        devices=_CUDA,
+        requires=FLASH_ATTN,
+        extensions=FLASH_ATTN_EXTENSIONS,
     ),
 )

@@ -9,7 +9,7 @@ from torch import Tensor, einsum
 
 from subquad_kernels.documents import check_cu_seqlens, document_ids
 from subquad_kernels.samples import draw_boundaries, draw_outliers
-from subquad_kernels.torch_operator import ReferenceKernel
+from subquad_kernels.torch_operator import AutogradKernel
 from subquad_kernels.workload import Workload
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def reference(
     return out.to(q.dtype), scores.logsumexp(dim=-1)
 
 
-REFERENCE = ReferenceKernel(reference)
+REFERENCE = AutogradKernel(reference)
 
 
 def scale_of(q: Tensor, scale: float | None) -> float:

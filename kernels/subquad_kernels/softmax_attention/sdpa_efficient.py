@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from subquad_kernels.softmax_attention.definition import scale_of
 
@@ -37,14 +36,25 @@ def backward(
     (out, lse), gradient = outputs, gradients[0]
     assert gradient is not None
     seed = torch.zeros((), dtype=torch.int64, device=q.device)
-    padded_lse = pad(lse, (0, -lse.shape[2] % LSE_ALIGNMENT), value=float("inf"))
     dq, dk, dv, _ = _aten._scaled_dot_product_efficient_attention_backward(
-        gradient.transpose(1, 2), *_heads_first(q, k, v), None, out.transpose(1, 2), padded_lse, seed, seed, 0.0,
+        gradient.transpose(1, 2), *_heads_first(q, k, v), None, out.transpose(1, 2), aligned_rows(lse), seed, seed, 0.0,
         [True, True, True, False], _is_causal(q, values["causal"]), scale=scale_of(q, values["scale"]),
     )  # fmt: skip
     groups = q.shape[2] // k.shape[2]
     summed = [gradient.transpose(1, 2).unflatten(2, (-1, groups)).sum(dim=3) for gradient in (dk, dv)]
     return {"q": dq.transpose(1, 2), "k": summed[0], "v": summed[1]}
+
+
+def aligned_rows(lse: Tensor) -> Tensor:
+    """A log-sum-exp as the backward wants it: rows that start at multiples of LSE_ALIGNMENT, filled with infinity.
+
+    Written to fresh memory: a length that needs no filling would keep whatever strides it comes with.
+    Shapes:  b h t  ->  b h (t and what is missing to a multiple)
+    """
+    b, h, t = lse.shape
+    rows = lse.new_full((b, h, t + -t % LSE_ALIGNMENT), float("inf"))
+    rows[:, :, :t] = lse
+    return rows
 
 
 def _is_causal(q: Tensor, causal: bool) -> bool:

@@ -1,0 +1,201 @@
+"""Judge estimators on rows they did not see: what choosing by them loses first, how far off they are last."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
+
+from subquad_cost_model.constant import ConstantEstimator
+from subquad_cost_model.estimator import Estimate, Estimator
+from subquad_cost_model.head import USUAL, Trees
+from subquad_cost_model.learned import LearnedEstimator
+from subquad_cost_model.measure import Timing
+from subquad_cost_model.measurements import Measurement
+from subquad_cost_model.metrics import (
+    Summary,
+    coverage,
+    error_factor,
+    interval_factor,
+    random_regret,
+    regret,
+    relative_errors,
+)
+from subquad_cost_model.roofline import RooflineEstimator
+from subquad_cost_model.splits import Split, shape_group, splits
+from subquad_cost_model.timed_rows import TimedRow, timed
+
+Fit = Callable[[Sequence[TimedRow]], Mapping[str, Estimator]]
+"""The estimators to compare, fitted to rows."""
+Cell = Mapping[str, int]
+"""The rivals for one shape, phase and dtype on one device: kernel to index of its row."""
+Choose = Callable[[Cell], int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """One way to choose on the judged rows of one split.
+
+    `regret` is over cells: a shape, phase and dtype on a device with rivals (`cells` of them); `time_regret` is the sum
+    of chosen over the sum of best seconds - 1. `error`, `covered` and `width` are over rows; None for selectors that
+    predict nothing. `answered` is the share of rows that the model did not leave to its fallback.
+    """
+
+    split: str
+    held_out: str
+    fitted: int
+    judged: int
+    cells: int
+    selector: str
+    regret: Summary | None = None
+    time_regret: float | None = None
+    error: Summary | None = None
+    error_factor: float | None = None
+    covered: float | None = None
+    width: float | None = None
+    answered: float | None = None
+
+
+def judge(rows: Sequence[TimedRow], split: Split, fit: Fit) -> list[Verdict]:
+    """The verdict on each estimator, on choosing at random, on the oracle, and on always taking one kernel.
+
+    Always-X is judged on the cells where X was measured: it has no answer elsewhere.
+    """
+    seen, asked = [rows[index] for index in split.fit], [rows[index] for index in split.judge]
+    cells = _cells(asked)
+    blank = Verdict(
+        split=split.name, held_out=split.held_out, fitted=len(seen), judged=len(asked), cells=len(cells), selector=""
+    )
+    verdicts = []
+    for name, estimator in fit(seen).items():
+        estimates = _estimates(estimator, asked)
+        predicted_s, measured_s = [estimate.seconds for estimate in estimates], [row.seconds for row in asked]
+        lost, time_lost = _choosing(cells, _fastest(predicted_s), asked)
+        verdicts.append(
+            replace(
+                blank,
+                selector=name,
+                regret=lost,
+                time_regret=time_lost,
+                error=Summary.of(relative_errors(predicted_s, measured_s)),
+                error_factor=error_factor(predicted_s, measured_s),
+                covered=coverage(estimates, measured_s),
+                width=interval_factor(estimates),
+                answered=sum(estimate.source == "model" for estimate in estimates) / len(estimates),
+            )
+        )
+    if not cells:
+        return verdicts
+    lost, time_lost = _choosing(cells, _fastest([row.seconds for row in asked]), asked)
+    verdicts.append(replace(blank, selector="oracle", regret=lost, time_regret=time_lost))
+    for kernel in sorted({kernel for cell in cells for kernel in cell}):
+        having = [cell for cell in cells if kernel in cell]
+        lost, time_lost = _choosing(having, itemgetter(kernel), asked)
+        verdicts.append(
+            replace(blank, selector=f"always {kernel}", cells=len(having), regret=lost, time_regret=time_lost)
+        )
+    drawn = [random_regret({kernel: asked[index].seconds for kernel, index in cell.items()}) for cell in cells]
+    return [*verdicts, replace(blank, selector="random", regret=Summary.of(drawn))]
+
+
+def evaluate(
+    rows: Sequence[TimedRow], protocols: Sequence[str], *, trees: Trees = USUAL, salt: str = ""
+) -> Iterator[Verdict]:
+    """The verdicts of the learned model, roofline and constant on every split of these protocols, as they come.
+
+    `learned` abstains where it would in use (the roofline answers); `learned, always` says what it would have said.
+    """
+
+    def fit(seen: Sequence[TimedRow]) -> dict[str, Estimator]:
+        learned = LearnedEstimator.fit(seen, trees=trees)
+        return {
+            "learned": learned,
+            "learned, always": replace(learned, abstains=False),
+            "roofline": RooflineEstimator(),
+            "constant": _constant(seen),
+        }
+
+    able = timed(rows)
+    for protocol in protocols:
+        for split in splits(able, protocol, salt=salt):
+            yield from judge(able, split, fit)
+
+
+def as_line(verdict: Verdict) -> str:
+    """One JSON line."""
+    return json.dumps(asdict(verdict), sort_keys=True)
+
+
+HEADER = (
+    "| split | held out | fitted / judged | selector | regret mean / p95 / max % (cells) "
+    "| error mean / median / p90 % | in 90 % interval (factor) | answered |\n|---|---|---|---|---|---|---|---|"
+)
+
+
+def as_markdown(verdict: Verdict) -> str:
+    """One line of the table that `HEADER` opens."""
+    lost, error = verdict.regret, verdict.error
+    cells = (
+        verdict.split,
+        verdict.held_out,
+        f"{verdict.fitted} / {verdict.judged}",
+        verdict.selector,
+        f"{_percent(lost.mean, lost.p95, lost.largest)} ({verdict.cells})" if lost else "",
+        _percent(error.mean, error.median, error.p90) if error else "",
+        f"{verdict.covered:.1%} ({verdict.width:.2f})" if verdict.covered is not None else "",
+        f"{verdict.answered:.0%}" if verdict.answered is not None else "",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _percent(*values: float) -> str:
+    return " / ".join(f"{100 * value:.3g}" for value in values)
+
+
+def _cells(rows: Sequence[TimedRow]) -> list[dict[str, int]]:
+    found: dict[tuple[str, ...], dict[str, int]] = defaultdict(dict)
+    for index, row in enumerate(rows):
+        key = row.device.name, shape_group(row.row), row.row.phase, row.row.dtype
+        found[key].setdefault(row.row.kernel, index)
+    return [cell for cell in found.values() if len(cell) > 1]
+
+
+def _choosing(cells: Sequence[Cell], choose: Choose, rows: Sequence[TimedRow]) -> tuple[Summary | None, float | None]:
+    """Regret over cells, and of all seconds together."""
+    if not cells:
+        return None, None
+    lost, chosen_s, best_s = [], 0.0, 0.0
+    for cell in cells:
+        measured_s = {kernel: rows[index].seconds for kernel, index in cell.items()}
+        chosen = rows[choose(cell)]
+        lost.append(regret(chosen.row.kernel, measured_s))
+        chosen_s += chosen.seconds
+        best_s += min(measured_s.values())
+    return Summary.of(lost), chosen_s / best_s - 1
+
+
+def _fastest(seconds: Sequence[float]) -> Choose:
+    return lambda cell: min(cell.values(), key=lambda index: seconds[index])
+
+
+def _estimates(estimator: Estimator, rows: Sequence[TimedRow]) -> list[Estimate]:
+    by_device: dict[str, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        by_device[row.device.name].append(index)
+    found: dict[int, Estimate] = {}
+    for indices in by_device.values():
+        device = rows[indices[0]].device
+        found |= dict(zip(indices, estimator.predict([rows[i].row for i in indices], device), strict=True))
+    return [found[index] for index in range(len(rows))]
+
+
+def _constant(rows: Sequence[TimedRow]) -> ConstantEstimator:
+    def measurement(row: TimedRow) -> Measurement:
+        low_s, high_s = row.low_s or math.nan, row.high_s or math.nan
+        timing = Timing(low_s=low_s, median_s=row.seconds, high_s=high_s, repeats=row.repeats or 1)
+        return Measurement.of(row.row, row.device, timing)
+
+    return ConstantEstimator.fit(measurement(row) for row in rows)

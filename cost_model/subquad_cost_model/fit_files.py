@@ -1,0 +1,161 @@
+"""A fitted model as files of text: trees, widths, a card, and a manifest that vouches for them.
+
+manifest.json       format, features' hash, versions, date; the sha256 of every other file
+heads.json          words, widths, reach of each head
+<head>.point.txt    trees for z, LightGBM's own text; <head>.spread.txt those for its spread
+card.md             what it was fitted to, how it was judged, where it is wrong
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import warnings
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from subquad_cost_model.estimator import Estimator
+from subquad_cost_model.features import Vocabulary, schema_hash
+from subquad_cost_model.head import Head
+from subquad_cost_model.learned import LearnedEstimator
+from subquad_cost_model.roofline import RooflineEstimator
+
+if TYPE_CHECKING:
+    import lightgbm
+
+FORMAT_VERSION = 1
+MANIFEST, HEADS, CARD = "manifest.json", "heads.json", "card.md"
+PEAK = "peak"
+
+
+class FitError(ValueError):
+    """The files hold no fit of this format, not all of it, or not what the manifest vouches for."""
+
+
+def shipped_fit() -> Path:
+    """The fit that comes with this package: to kernels of serving frameworks (its `card.md` says more)."""
+    return Path(__file__).parent / "fits" / "serving"
+
+
+def save_fit(estimator: LearnedEstimator, folder: Path, *, card: str) -> None:
+    """Write the fit; `card` says what it was fitted to and how it was judged.
+
+    The manifest comes last and all at once: a folder whose writing was cut off is refused.
+    """
+    import lightgbm
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    heads = {**estimator.heads, **({PEAK: estimator.peak} if estimator.peak else {})}
+    texts = {HEADS: json.dumps({name: _head_record(head) for name, head in heads.items()}, indent=1) + "\n", CARD: card}
+    for name, head in heads.items():
+        texts[f"{name}.point.txt"] = head.point.model_to_string()
+        texts[f"{name}.spread.txt"] = head.spread.model_to_string()
+    for name, text in texts.items():
+        (folder / name).write_bytes(text.encode())
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "features": schema_hash(),
+        "lightgbm": lightgbm.__version__,
+        "date": datetime.now(UTC).date().isoformat(),
+        "sha256": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in sorted(texts.items())},
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def load_fit(folder: Path) -> LearnedEstimator:
+    """Read a fit.  Raises: FitError with what is wrong; ModuleNotFoundError without lightgbm."""
+    import lightgbm
+
+    texts = _vouched(folder)
+    try:
+        records = json.loads(texts[HEADS])
+        heads = {
+            name: _head(record, *(_booster(lightgbm, texts[f"{name}.{part}.txt"]) for part in ("point", "spread")))
+            for name, record in records.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, lightgbm.basic.LightGBMError) as error:
+        raise FitError(f"{folder} is not a fit: {type(error).__name__}: {error}") from None
+    peak = heads.pop(PEAK, None)
+    return LearnedEstimator(heads=heads, peak=peak)
+
+
+def learned_or_roofline(folder: Path) -> Estimator:
+    """The fit in this folder; if it cannot be used, the roofline, with a warning and a note on each estimate."""
+    try:
+        return load_fit(folder)
+    except (FitError, ModuleNotFoundError) as error:
+        reason = f"the learned model is not used: {error}"
+        warnings.warn(reason, stacklevel=2)
+        return RooflineEstimator(name="roofline for learned", note=reason)
+
+
+def _vouched(folder: Path) -> dict[str, str]:
+    """The files' texts, each as the manifest says."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        version, features, sums = manifest["format_version"], manifest["features"], dict(manifest["sha256"])
+    except FileNotFoundError:
+        raise FitError(f"there is no fit in {folder} ({MANIFEST} is missing)") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise FitError(f"{folder / MANIFEST} is no manifest: {type(error).__name__}: {error}") from None
+    if version != FORMAT_VERSION:
+        raise FitError(f"{folder} has format version {version}; this package reads {FORMAT_VERSION}")
+    if features != schema_hash():
+        raise FitError(f"{folder} was fitted to other features ({features}; here {schema_hash()}): fit it again")
+    texts: dict[str, str] = {}
+    for name, expected in sums.items():
+        path = folder / name
+        content = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(content).hexdigest() != expected:
+            raise FitError(f"{path} is {'not what the manifest says' if path.is_file() else 'missing'}")
+        texts[name] = content.decode()
+    return texts
+
+
+def _booster(lightgbm: Any, text: str) -> lightgbm.Booster:
+    return lightgbm.Booster(model_str=text)
+
+
+def _head_record(head: Head) -> dict[str, Any]:
+    return {
+        "words": {name: list(words) for name, words in head.vocabulary.words.items()},
+        "level": head.level,
+        "seen_width": {name: _finite(width) for name, width in head.seen_width.items()},
+        "new_width": _finite(head.new_width),
+        "lowest": head.lowest,
+        "highest": head.highest,
+        "devices": list(head.devices),
+        "kinds": list(head.kinds),
+        "reach": head.reach,
+    }
+
+
+def _head(record: Mapping[str, Any], point: lightgbm.Booster, spread: lightgbm.Booster) -> Head:
+    return Head(
+        point=point,
+        spread=spread,
+        vocabulary=Vocabulary(record["words"]),
+        level=record["level"],
+        seen_width={name: _width(width) for name, width in record["seen_width"].items()},
+        new_width=_width(record["new_width"]),
+        lowest=record["lowest"],
+        highest=record["highest"],
+        devices=tuple(record["devices"]),
+        kinds=tuple(record["kinds"]),
+        reach={
+            kernel: {axis: (smallest, largest) for axis, (smallest, largest) in axes.items()}
+            for kernel, axes in record["reach"].items()
+        },
+    )
+
+
+def _finite(width: float) -> float | None:
+    return width if math.isfinite(width) else None
+
+
+def _width(width: float | None) -> float:
+    return math.inf if width is None else width

@@ -1,0 +1,236 @@
+"""The forward kernels of the fused scan: what a segment does to a state, and the scan itself."""
+
+# What Triton compiles has no Python types, and tuples that grow.
+# mypy: disable-error-code="no-untyped-def,assignment,misc,var-annotated"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from subquad_kernels.selective_scan.tiles import (
+    load_chunk,
+    load_marks,
+    load_vector,
+    parts_of_row,
+    parts_of_tile,
+    place_of_program,
+    restart,
+    row_of,
+    sigmoid,
+    states_at_edge,
+    step_and_slope,
+    store_sums,
+    through_segment,
+)
+from subquad_kernels.triton_launch import QuickLaunch
+
+
+@QuickLaunch
+@triton.jit(do_not_specialize=["t", "b", "segment_len"])
+def summarise(
+    x, dt, A, B, dt_bias, initial, marks, decays, writes, scratch,
+    t, c, b, segment_len, x_stride, dt_stride, B_stride,
+    N: tl.constexpr, PAD_N: tl.constexpr, TILE_C: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
+    SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, AHEAD: tl.constexpr, EVICT: tl.constexpr,
+    INITIAL: tl.constexpr, SUB: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """What a segment does to the state that enters it:  h -> decay h + write.  The first segment's h is in its write.
+
+    Shapes:  decays, writes: segments-1 b c n
+    """
+    PARTS: tl.constexpr = TILE_C // SUB
+    tile, sequence, segment = place_of_program(c, b, TILE_C)
+    channels = tile * TILE_C + tl.arange(0, TILE_C)
+    columns = tl.arange(0, PAD_N)
+    in_c, in_n = channels < c, columns < N
+    state_size = c * N
+    bias = load_vector(dt_bias, channels, in_c, BIAS)
+    rows = tl.arange(0, ROWS)[:, None]
+    local = tl.arange(0, TILE_C)[None, :]
+    steps_at = scratch + tl.program_id(0).to(tl.int64) * (CHUNK * (2 * TILE_C + PAD_N))
+    drives_at = steps_at + CHUNK * TILE_C
+    B_table = drives_at + CHUNK * TILE_C
+    begin = segment * segment_len
+    end = tl.minimum(begin + segment_len, t)
+
+    rates, offsets, within = parts_of_tile(A, tile, c, N, PAD_N, SUB, PARTS)
+    states = states_at_edge(initial, sequence * state_size, offsets, within, segment == 0, INITIAL and not PACKED)
+    age = tl.zeros([ROWS, TILE_C], tl.float32)  # the sum of steps
+    kept = begin >= 0  # no document starts in this segment
+    next_raws = load_chunk(dt, dt_stride, sequence, begin, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, True)
+    next_values = load_chunk(x, x_stride, sequence, begin, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, True)
+    next_map_rows = load_chunk(B, B_stride, sequence, begin, end, t, columns, in_n, CHUNK, ROWS, AHEAD, "", True)
+    for chunk_start in range(begin, end, CHUNK):
+        limit = end - chunk_start
+        # The loads of the next chunk are under way while this one is computed.
+        raws, values, map_rows = next_raws, next_values, next_map_rows
+        next_raws = load_chunk(
+            dt, dt_stride, sequence, chunk_start + CHUNK, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, True
+        )
+        next_values = load_chunk(
+            x, x_stride, sequence, chunk_start + CHUNK, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, True
+        )
+        next_map_rows = load_chunk(
+            B, B_stride, sequence, chunk_start + CHUNK, end, t, columns, in_n, CHUNK, ROWS, AHEAD, "", True
+        )
+        for i in tl.static_range(CHUNK // ROWS):
+            at = rows + i * ROWS
+            step, _ = step_and_slope(raws[i], bias[None, :], (at < limit) & in_c[None, :], SOFTPLUS)
+            age += step
+            tl.store(steps_at + (at * TILE_C + local), step)
+            tl.store(drives_at + (at * TILE_C + local), step * values[i].to(tl.float32))
+            tl.store(B_table + (at * PAD_N + columns[None, :]), map_rows[i].to(tl.float32))
+        tl.debug_barrier()
+        for group in range(CHUNK // GROUP):
+            base = group * GROUP
+            tags = load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
+            steps, drives, maps = (), (), ()
+            for i in tl.static_range(GROUP):
+                steps += (parts_of_row(steps_at, (base + i) * TILE_C, SUB, PARTS),)
+                drives += (parts_of_row(drives_at, (base + i) * TILE_C, SUB, PARTS),)
+                maps += (tl.load(B_table + (base + i) * PAD_N + columns),)
+            for i in tl.static_range(GROUP):
+                new = ()
+                for h in tl.static_range(PARTS):
+                    state = states[h]
+                    if PACKED:
+                        state = restart(state, tags[i], initial, state_size, offsets[h], within[h], INITIAL)
+                    factor = tl.exp2(steps[i][h][:, None] * rates[h])
+                    new += (factor * state + drives[i][h][:, None] * maps[i][None, :],)
+                states = new
+                if PACKED:
+                    kept = kept & ((tags[i] & 1) == 0)
+        tl.debug_barrier()
+    # The sum of the steps changes its layout through the scratch.
+    tl.store(steps_at + tl.arange(0, TILE_C), tl.sum(age, axis=0))
+    tl.debug_barrier()
+    ages = parts_of_row(steps_at, 0, SUB, PARTS)
+    summary = (segment * b + sequence) * state_size
+    for h in tl.static_range(PARTS):
+        decay = tl.exp2(ages[h][:, None] * rates[h])
+        if PACKED:
+            decay = tl.where(kept, decay, 0.0)
+        tl.store(decays + summary + offsets[h], decay, mask=within[h])
+        tl.store(writes + summary + offsets[h], states[h], mask=within[h])
+
+
+@QuickLaunch
+@triton.jit(do_not_specialize=["t", "b", "segments", "segment_len"])
+def scan(
+    x, dt, A, B, C, D, z, dt_bias, initial, marks, decays, writes, y, final, boundaries, ungated, scratch,
+    t, c, b, segments, segment_len, x_stride, dt_stride, B_stride, C_stride, z_stride,
+    N: tl.constexpr, PAD_N: tl.constexpr, TILE_C: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
+    SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, AHEAD: tl.constexpr, EVICT: tl.constexpr,
+    INITIAL: tl.constexpr, SKIP: tl.constexpr, GATE: tl.constexpr, SUB: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The scan of one segment, from the state that the segments before it leave."""
+    PARTS: tl.constexpr = TILE_C // SUB
+    tile, sequence, segment = place_of_program(c, b, TILE_C)
+    channels = tile * TILE_C + tl.arange(0, TILE_C)
+    columns = tl.arange(0, PAD_N)
+    in_c, in_n = channels < c, columns < N
+    state_size = c * N
+    bias = load_vector(dt_bias, channels, in_c, BIAS)
+    skip = load_vector(D, channels, in_c, SKIP)
+    rows = tl.arange(0, ROWS)[:, None]
+    local = tl.arange(0, TILE_C)[None, :]
+    slot = scratch + tl.program_id(0).to(tl.int64) * (CHUNK * (3 * TILE_C + 2 * PAD_N) + TILE_C * PAD_N)
+    steps_at = slot + TILE_C * PAD_N
+    drives_at = steps_at + CHUNK * TILE_C
+    totals_at = drives_at + CHUNK * TILE_C
+    B_table = totals_at + CHUNK * TILE_C
+    C_table = B_table + CHUNK * PAD_N
+    by_state = tl.arange(0, SUB)[:, None] * (PARTS * PAD_N) + columns[None, :]
+
+    rates, offsets, within = parts_of_tile(A, tile, c, N, PAD_N, SUB, PARTS)
+    states = states_at_edge(initial, sequence * state_size, offsets, within, segment == 0, INITIAL and not PACKED)
+    for earlier in range(segment):
+        states = through_segment(states, decays, writes, (earlier * b + sequence) * state_size, offsets, within)
+
+    begin = segment * segment_len
+    end = tl.minimum(begin + segment_len, t)
+    next_raws = load_chunk(dt, dt_stride, sequence, begin, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, True)
+    next_values = load_chunk(x, x_stride, sequence, begin, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, True)
+    next_map_rows = load_chunk(B, B_stride, sequence, begin, end, t, columns, in_n, CHUNK, ROWS, AHEAD, "", True)
+    next_read_rows = load_chunk(C, C_stride, sequence, begin, end, t, columns, in_n, CHUNK, ROWS, AHEAD, "", True)
+    for chunk_start in range(begin, end, CHUNK):
+        limit = end - chunk_start
+        raws, values, map_rows, read_rows = next_raws, next_values, next_map_rows, next_read_rows
+        next_raws = load_chunk(
+            dt, dt_stride, sequence, chunk_start + CHUNK, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, True
+        )
+        next_values = load_chunk(
+            x, x_stride, sequence, chunk_start + CHUNK, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, True
+        )
+        next_map_rows = load_chunk(
+            B, B_stride, sequence, chunk_start + CHUNK, end, t, columns, in_n, CHUNK, ROWS, AHEAD, "", True
+        )
+        next_read_rows = load_chunk(
+            C, C_stride, sequence, chunk_start + CHUNK, end, t, columns, in_n, CHUNK, ROWS, AHEAD, "", True
+        )
+        gates = load_chunk(z, z_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, GATE)
+        row = row_of(sequence, chunk_start, t, AHEAD)
+        y_at, ungated_at = y + row * c, ungated
+        if GATE:
+            ungated_at = ungated + row * c
+        for i in tl.static_range(CHUNK // ROWS):
+            at = rows + i * ROWS
+            step, _ = step_and_slope(raws[i], bias[None, :], (at < limit) & in_c[None, :], SOFTPLUS)
+            tl.store(steps_at + (at * TILE_C + local), step)
+            tl.store(drives_at + (at * TILE_C + local), step * values[i].to(tl.float32))
+            tl.store(B_table + (at * PAD_N + columns[None, :]), map_rows[i].to(tl.float32))
+            tl.store(C_table + (at * PAD_N + columns[None, :]), read_rows[i].to(tl.float32))
+        for h in tl.static_range(PARTS):
+            tl.store(slot + h * PAD_N + by_state, states[h])
+        tl.debug_barrier()
+
+        for group in range(CHUNK // GROUP):
+            base = group * GROUP
+            tags = load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
+            steps, drives, maps, reads = (), (), (), ()
+            for i in tl.static_range(GROUP):
+                steps += (parts_of_row(steps_at, (base + i) * TILE_C, SUB, PARTS),)
+                drives += (parts_of_row(drives_at, (base + i) * TILE_C, SUB, PARTS),)
+                maps += (tl.load(B_table + (base + i) * PAD_N + columns),)
+                reads += (tl.load(C_table + (base + i) * PAD_N + columns),)
+            sums = ()
+            for i in tl.static_range(GROUP):
+                new = ()
+                for h in tl.static_range(PARTS):
+                    state = states[h]
+                    if PACKED:
+                        state = restart(state, tags[i], initial, state_size, offsets[h], within[h], INITIAL)
+                    state = tl.exp2(steps[i][h][:, None] * rates[h]) * state + drives[i][h][:, None] * maps[i][None, :]
+                    new += (state,)
+                    sums += (tl.sum(state * reads[i][None, :], axis=1),)
+                    if PACKED and (tags[i] & 2) != 0:
+                        tl.store(final + (tags[i] >> 2).to(tl.int64) * state_size + offsets[h], state, mask=within[h])
+                states = new
+            store_sums(totals_at + base * TILE_C, sums, TILE_C, GROUP, SUB, PARTS, PAD_N)
+        tl.debug_barrier()
+
+        for i in tl.static_range(CHUNK // ROWS):
+            at = rows + i * ROWS
+            away = at * AHEAD
+            mask = (at < limit) & in_c[None, :]
+            total = tl.load(totals_at + (at * TILE_C + local)) + skip[None, :] * values[i].to(tl.float32)
+            if GATE:
+                tl.store(ungated_at + (away * c + channels[None, :]), total, mask=mask)
+                gate = gates[i].to(tl.float32)
+                total = total * gate * sigmoid(gate)
+            tl.store(y_at + (away * c + channels[None, :]), total.to(y.dtype.element_ty), mask=mask)
+        if chunk_start > 0:  # the state that entered, as boundaries lie: n c
+            boundary = tl.load(slot + (columns[:, None] + local * PAD_N))
+            if PACKED:
+                boundary = tl.where((tl.load(marks + chunk_start) & 1) != 0, 0.0, boundary)
+            place = ((chunk_start // CHUNK - 1) * b + sequence) * state_size
+            tl.store(
+                boundaries + place + (columns[:, None] * c + channels[None, :]),
+                boundary,
+                mask=in_n[:, None] & in_c[None, :],
+            )
+        tl.debug_barrier()
+    if not PACKED and segment == segments - 1:
+        for h in tl.static_range(PARTS):
+            tl.store(final + sequence * state_size + offsets[h], states[h], mask=within[h])

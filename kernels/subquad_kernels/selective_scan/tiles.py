@@ -1,0 +1,187 @@
+"""What the kernels of the fused scan share: where a program works, how it loads a chunk, steps, and sums that leave."""
+
+# What Triton compiles has no Python types, and tuples that grow.
+# mypy: disable-error-code="no-untyped-def,assignment,misc,var-annotated"
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+LN_2 = tl.constexpr(math.log(2))
+
+
+@triton.jit
+def row_of(sequence, token, t, AHEAD: tl.constexpr):
+    """The row of a token that is counted from where the scan of its sequence begins; the next is AHEAD rows on."""
+    return sequence * t + (token if AHEAD > 0 else t - 1 - token)
+
+
+@triton.jit
+def place_of_program(c, b, TILE_C: tl.constexpr):
+    """Tile, sequence (64 bits) and segment of this program; neighbours differ in the tile and share their B and C."""
+    program = tl.program_id(0)
+    tiles = tl.cdiv(c, TILE_C)
+    tile = program % tiles
+    sequence = ((program // tiles) % b).to(tl.int64)
+    return tile, sequence, program // (tiles * b)
+
+
+@triton.jit
+def load_vector(vector, columns, within, GIVEN: tl.constexpr):
+    """A tile of D or dt_bias in fp32, zeros where it is not given."""
+    tile = tl.zeros(columns.shape, tl.float32)
+    if GIVEN:
+        tile = tl.load(vector + columns, mask=within, other=0.0).to(tl.float32)
+    return tile
+
+
+@triton.jit
+def load_chunk(
+    table, stride, sequence, start, end, t, columns, within,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr, EVICT: tl.constexpr, GIVEN: tl.constexpr,
+):  # fmt: skip
+    """The rows of a chunk of tokens as tiles of ROWS, in their own type; zeros from token `end` on; () if not given."""
+    tiles = ()
+    if GIVEN:
+        near = table + row_of(sequence, start, t, AHEAD) * stride  # offsets from here fit 32 bits
+        for i in tl.static_range(CHUNK // ROWS):
+            at = tl.arange(0, ROWS)[:, None] + i * ROWS
+            mask = (start + at < end) & within[None, :]
+            offsets = at * AHEAD * stride + columns[None, :]
+            tiles += (tl.load(near + offsets, mask=mask, other=0.0, eviction_policy=EVICT),)
+    return tiles
+
+
+@triton.jit
+def parts_of_tile(A, tile, c, N: tl.constexpr, PAD_N: tl.constexpr, SUB: tl.constexpr, PARTS: tl.constexpr):
+    """A log2(e) of each part of a tile, where its states lie in a table of c by N, and which there are.  [SUB, PAD_N]
+
+    Part i holds the channels i, PARTS + i, ... of the tile.
+    """
+    rates, offsets, within = (), (), ()
+    columns = tl.arange(0, PAD_N)[None, :]
+    for i in tl.static_range(PARTS):
+        channels = (tile * (SUB * PARTS) + i + tl.arange(0, SUB) * PARTS)[:, None]
+        offsets += (channels * N + columns,)
+        within += ((channels < c) & (columns < N),)
+        rates += (tl.load(A + offsets[i], mask=within[i], other=0.0).to(tl.float32) * LOG2_E,)
+    return rates, offsets, within
+
+
+@triton.jit
+def states_at_edge(states, place, offsets, within, here, GIVEN: tl.constexpr):
+    """What a sequence begins (or, backward, ends) with: the given states where its edge is `here`, else zeros."""
+    found = ()
+    for i in tl.static_range(len(offsets)):
+        state = tl.zeros(offsets[i].shape, tl.float32)
+        if GIVEN and here:
+            state = tl.load(states + place + offsets[i], mask=within[i], other=0.0).to(tl.float32)
+        found += (state,)
+    return found
+
+
+@triton.jit
+def through_segment(states, decays, writes, place, offsets, within):
+    """What a segment does to states that enter it:  h -> decay h + write."""
+    found = ()
+    for i in tl.static_range(len(offsets)):
+        decay = tl.load(decays + place + offsets[i], mask=within[i], other=0.0)
+        found += (decay * states[i] + tl.load(writes + place + offsets[i], mask=within[i], other=0.0),)
+    return found
+
+
+@triton.jit
+def load_marks(marks, start, first, limit, GROUP: tl.constexpr, PACKED: tl.constexpr):
+    """The marks of GROUP tokens, counted from token `start` as rows are; empty when not packed."""
+    tags = ()
+    if PACKED:
+        for i in tl.static_range(GROUP):
+            tags += (tl.load(marks + start + first + i, mask=first + i < limit, other=0),)
+    return tags
+
+
+@triton.jit
+def _reciprocal(number):
+    """1 / number from 1 on, to 5e-7: a division spends four more instructions to be safe near the largest number."""
+    root = tl.rsqrt(number)
+    return root * root
+
+
+@triton.jit
+def step_and_slope(raw, bias, valid, SOFTPLUS: tl.constexpr):
+    """Step size and its derivative by `raw`, both with full relative precision however small; 0 past the end.
+
+    softplus(u) = max(u, 0) + log(1 + e),  e = exp(-|u|);  log(1 + e) = 2 artanh(s),  s = e / (2 + e) <= 1/3, of which
+    seven terms leave 2e-8. A token with step 0 changes no state.
+    """
+    step = raw.to(tl.float32) + bias
+    slope = tl.full(raw.shape, 1.0, tl.float32)
+    if SOFTPLUS:
+        e = tl.exp2(-tl.abs(step) * LOG2_E)
+        s = e * _reciprocal(2.0 + e)
+        q = s * s
+        series = 1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13))))))
+        slope = tl.where(step >= 0, 1.0, e) * _reciprocal(1.0 + e)
+        step = tl.maximum(step, 0.0) + 2.0 * s * series
+    return tl.where(valid, step, 0.0), tl.where(valid, slope, 0.0)
+
+
+@triton.jit
+def sigmoid(z):
+    return _reciprocal(1.0 + tl.exp2(-z * LOG2_E))
+
+
+@triton.jit
+def restart(state, tag, initial, state_size, offsets, within, INITIAL: tl.constexpr):
+    """The state before a document's first token: its initial state or zero; other tokens keep theirs.  [TILE_C, N]"""
+    if INITIAL:
+        if (tag & 1) != 0:
+            place = (tag >> 2).to(tl.int64) * state_size
+            state = tl.load(initial + place + offsets, mask=within, other=0.0).to(tl.float32)
+    else:
+        state = tl.where((tag & 1) != 0, 0.0, state)
+    return state
+
+
+@triton.jit
+def parts_of_row(table, place, SUB: tl.constexpr, PARTS: tl.constexpr):
+    """A row of the scratch as vectors of SUB channels: fewer elements than lanes load in the layout of their use.
+
+    Part i holds the channels i, PARTS + i, ...: what a lane has of the parts lies together, and is stored together.
+    """
+    found = ()
+    for i in tl.static_range(PARTS):
+        found += (tl.load(table + place + i + tl.arange(0, SUB) * PARTS),)
+    return found
+
+
+@triton.jit
+def store_sums(table, sums, stride, COUNT: tl.constexpr, SUB: tl.constexpr, PARTS: tl.constexpr, PAD_N: tl.constexpr):
+    """Sums over n of COUNT tokens, `sums` holding the parts of a token one after the other, into rows `stride` apart.
+
+    Up to four are laid side by side, and stored at once. Where they are neighbours in memory, they are laid in a tile
+    of states, of which the first columns are stored: a lane has all four, and none moves to another lane before.
+    """
+    WIDTH: tl.constexpr = min(4, PAD_N, COUNT * PARTS)
+    COLUMNS: tl.constexpr = PAD_N if PARTS >= WIDTH else WIDTH
+    column = tl.arange(0, COLUMNS)[None, :]
+    for k in tl.static_range(0, COUNT * PARTS, WIDTH):
+        tile = tl.broadcast_to(sums[k][:, None], [SUB, COLUMNS])
+        for j in tl.static_range(1, WIDTH):
+            tile = tl.where(column % WIDTH == j, sums[k + j][:, None], tile)
+        token, part = (k + column) // PARTS, (k + column) % PARTS
+        place = token * stride + part + tl.arange(0, SUB)[:, None] * PARTS
+        tl.store(table + place, tile, mask=tl.broadcast_to(column < WIDTH, [SUB, COLUMNS]))
+
+
+@triton.jit
+def store_sum_over_channels(place, tile, within):
+    """The sum of a tile over its channels, stored from the tile's layout.  Shapes:  tile: SUB N    within: N"""
+    total = tl.sum(tile, axis=0, keep_dims=True)
+    first = tl.arange(0, tile.shape[0])[:, None]
+    columns = tl.arange(0, tile.shape[1])[None, :]
+    tl.store(place + (first * 0 + columns), tl.broadcast_to(total, tile.shape), mask=(first == 0) & within[None, :])
