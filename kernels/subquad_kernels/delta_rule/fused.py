@@ -29,6 +29,7 @@ from subquad_kernels.delta_rule.declaration import CHUNK, num_chunks
 from subquad_kernels.tile_sizes import ceil_div, padded
 from subquad_kernels.triton_chunks import chunk_at, lay_out
 from subquad_kernels.triton_launch import QuickLaunch
+from subquad_kernels.triton_precision import fp32_products
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Argument, Arguments, Outputs
@@ -136,7 +137,7 @@ class _Call:
             "P": self.p,
             "CHUNK": CHUNK,
             "PACKED": self.bounds is not None,
-            "PRECISION": "tf32x3" if self.v.dtype == torch.float32 else "tf32",
+            "PRECISION": fp32_products(exact=self.v.dtype == torch.float32),
         }
 
     def forward(self) -> Outputs:
@@ -392,13 +393,16 @@ def _split(tile):
 
 
 @triton.jit
-def _product(left, right):
-    """[16, 16] times [16, 16], with the accuracy of fp32 (as `tf32x3`, without its care for infinities)."""
-    left_high, left_low = _split(left)
-    right_high, right_low = _split(right)
-    total = tl.dot(left_low, right_high, input_precision="tf32")
-    total = tl.dot(left_high, right_low, total, input_precision="tf32")
-    return tl.dot(left_high, right_high, total, input_precision="tf32")
+def _product(left, right, PRECISION: tl.constexpr):
+    """[16, 16] times [16, 16], with the accuracy of fp32; of TF32 as `tf32x3`, without its care for infinities."""
+    if PRECISION == "ieee":
+        return tl.dot(left, right, input_precision=PRECISION)
+    else:
+        left_high, left_low = _split(left)
+        right_high, right_low = _split(right)
+        total = tl.dot(left_low, right_high, input_precision="tf32")
+        total = tl.dot(left_high, right_low, total, input_precision="tf32")
+        return tl.dot(left_high, right_high, total, input_precision="tf32")
 
 
 @QuickLaunch
@@ -461,12 +465,14 @@ def _invert(
     a20 = _below(k, size, k_stride, sums[2], sums[0], gates[2], 2, 0, N, PAD_N, DECAY, PRECISION)
     a31 = _below(k, size, k_stride, sums[3], sums[1], gates[3], 3, 1, N, PAD_N, DECAY, PRECISION)
     a30 = _below(k, size, k_stride, sums[3], sums[0], gates[3], 3, 0, N, PAD_N, DECAY, PRECISION)
-    t10 = -_product(t11, _product(a10, t00))
-    t21 = -_product(t22, _product(a21, t11))
-    t32 = -_product(t33, _product(a32, t22))
-    t20 = -_product(t22, _product(a20, t00) + _product(a21, t10))
-    t31 = -_product(t33, _product(a31, t11) + _product(a32, t21))
-    t30 = -_product(t33, _product(a30, t00) + _product(a31, t10) + _product(a32, t20))
+    t10 = -_product(t11, _product(a10, t00, PRECISION), PRECISION)
+    t21 = -_product(t22, _product(a21, t11, PRECISION), PRECISION)
+    t32 = -_product(t33, _product(a32, t22, PRECISION), PRECISION)
+    t20 = -_product(t22, _product(a20, t00, PRECISION) + _product(a21, t10, PRECISION), PRECISION)
+    t31 = -_product(t33, _product(a31, t11, PRECISION) + _product(a32, t21, PRECISION), PRECISION)
+    t30 = -_product(
+        t33, _product(a30, t00, PRECISION) + _product(a31, t10, PRECISION) + _product(a32, t20, PRECISION), PRECISION
+    )
     inverse = (t00, t10, t11, t20, t21, t22, t30, t31, t32, t33)
 
     inverses += program.to(tl.int64) * (CHUNK * CHUNK)
