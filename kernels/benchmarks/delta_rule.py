@@ -159,7 +159,9 @@ def time_all(record: Record, over: Callable[[], bool]) -> None:
 def time_rivals(record: Record, over: Callable[[], bool]) -> None:
     """Last, as what tunes itself takes its time."""
     theirs = rival(record)
-    for row in record.rows.get("timings", ()) if theirs is not None else ():
+    if theirs is None:
+        return
+    for row in record.rows.get("timings", ()):
         if over():
             print("time is up: the rest of the rivals is not timed")
             return
