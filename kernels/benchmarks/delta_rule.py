@@ -5,8 +5,9 @@
 32,768 tokens of 16 heads (n = p = 64 or 128) in bfloat16, with decay and write gate. Device time is the sum of all
 kernels of a call under the profiler; `called` is the median of `triton.testing.do_bench` (L2 cleared between calls),
 host included; `parts` are the kernels of one forward and backward. A rival, `fla.ops.gated_delta_rule`, is timed
-beside it where it can be imported. With --tune, launches that differ from the package's own in one choice are timed,
-and the fastest of each choice is named; the package itself keeps what `fused.launch_of` says.
+afterwards where it can be imported. Nothing new begins after --limit-s seconds. With --tune, launches that differ from
+the package's own in one choice are timed, and the fastest of each choice is named; the package itself keeps what
+`fused.launch_of` says.
 """
 
 from __future__ import annotations
@@ -137,12 +138,12 @@ def time_rival(function: Callable[..., Any], call: Call) -> dict[str, Any]:
 
 
 def time_all(record: Record, over: Callable[[], bool]) -> None:
-    theirs = rival(record)
     for b, width in SHAPES:
         if over():
             print("time is up: the rest is not timed")
             return
         row: dict[str, Any] = {"b": b, "t": TOKENS // b, "n": width, "p": width}
+        record.add("timings", row)
         with surviving(row):
             call = Call(b, width)
             row["launch"] = asdict(fused.launch_of(width, 2))
@@ -150,12 +151,25 @@ def time_all(record: Record, over: Callable[[], bool]) -> None:
             row["parts"] = device_parts(call.both)
             row["both_ms"] = sum(row["parts"].values())
             row["forward_called_ms"], row["both_called_ms"] = call.as_called()
-            if theirs is not None:
-                row["fla"] = time_rival(theirs, call)
         print({name: round(value, 3) for name, value in row.items() if isinstance(value, (int, float))})
-        print("      fla:", row.get("fla", "absent"), row.get("failure", ""))
-        show_parts(row.get("parts", {}))
-        record.add("timings", row)
+        print("     ", row.get("failure", ""))
+        show_parts(row.get("parts", {}), most=12)
+
+
+def time_rivals(record: Record, over: Callable[[], bool]) -> None:
+    """Last, as what tunes itself takes its time."""
+    theirs = rival(record)
+    if theirs is None:
+        return
+    for row in record.rows.get("timings", ()):
+        if over():
+            print("time is up: the rest of the rivals is not timed")
+            return
+        found: dict[str, Any] = {}
+        with surviving(found):
+            found |= time_rival(theirs, Call(row["b"], row["n"]))
+        row["fla"] = found
+        print(f"b={row['b']} n={row['n']} fla:", found, flush=True)
 
 
 def tune(record: Record, over: Callable[[], bool]) -> None:
@@ -195,12 +209,15 @@ def main() -> None:
         for row in checks(OPERATOR, KERNEL, CHECKED, "cuda"):
             record.add("checks", row)
             show_check(row)
+            if limit.over():
+                print("time is up: the rest is not checked")
+                break
         time_all(record, limit.over)
+        time_rivals(record, limit.over)
         if options.tune:
             tune(record, limit.over)
     finally:
         record.save(options.out)
-
 
 
 if __name__ == "__main__":

@@ -132,7 +132,11 @@ def _number(before: str, text: str) -> int:
 
 def main(operator_name: str, kernel_name: str, targets: str, *flags: str) -> None:
     operator, kernel = CATALOGUE.operator(operator_name), CATALOGUE.kernel(operator_name, kernel_name)
-    compiled = Compiled(targets.split(","))
+    names = targets.split(",")
+    if any(TARGETS[name].backend == "hip" for name in names):
+        assert all(TARGETS[name].backend == "hip" for name in names), "the targets of one run are of one vendor"
+        torch.version.hip = "ahead of time"  # what launches ask for the vendor
+    compiled = Compiled(names)
     JITFunction.run = lambda jitted, *args, **named: compiled.launch(jitted, *args, **named)  # type: ignore[method-assign]
     hopper = DeviceLimits(kind="cuda", name="any", capability=(9, 0))
     for case in cases(operator, "--all" in flags):

@@ -111,20 +111,22 @@ def _anything(workload: Workload, limits: DeviceLimits) -> str | None:
     return None
 
 
-VERIFIED_WIDTHS = frozenset({64, 128})
-"""Widths at which the fused kernel agreed with the reference on an H100 (README, where it did not)."""
+VERIFIED_WIDTHS: dict[str, frozenset[int]] = {"bfloat16": frozenset({64, 128}), "float16": frozenset({64, 128})}
+"""By type, the widths of heads at which the fused kernel agreed with the reference on an H100 (README)."""
 
 
 def _fused_supports(workload: Workload, limits: DeviceLimits) -> str | None:
     shape, options = workload.shape, workload.options
-    if workload.dtype not in ("bfloat16", "float16"):
-        return f"computes in bfloat16 or float16, not {workload.dtype}"
     if options["low_rank"]:
         return "has no transition by remove and insert"
     if options["decay"] == "vector":
         return "takes one decay per head, not one per key channel"
-    if not {shape["n"], shape["p"]} <= VERIFIED_WIDTHS:
-        return f"is verified for heads of 64 and 128, not {shape['n']} and {shape['p']}"
+    widths = VERIFIED_WIDTHS.get(workload.dtype)
+    if widths is None:
+        return f"is verified in {' and '.join(VERIFIED_WIDTHS)}, not {workload.dtype}"
+    if not {shape["n"], shape["p"]} <= widths:
+        shown = " and ".join(map(str, sorted(widths)))
+        return f"is verified for heads of {shown} in {workload.dtype}, not {shape['n']} and {shape['p']}"
     if limits.capability is not None and limits.capability < (8, 0):
         return "needs compute capability 8.0"
     return None

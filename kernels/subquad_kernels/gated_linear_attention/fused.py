@@ -36,6 +36,7 @@ from subquad_kernels.gated_linear_attention.declaration import stretch_len
 from subquad_kernels.tile_sizes import ceil_div, padded
 from subquad_kernels.triton_chunks import chunk_at, lay_out
 from subquad_kernels.triton_launch import QuickLaunch
+from subquad_kernels.triton_precision import fp32_products
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Argument, Arguments, Outputs
@@ -270,7 +271,7 @@ def _constants_of(launch: Launch, n: int, p: int, dtype: torch.dtype, before: bo
         "PACKED": packed,
         # Float16 would overflow in states; a single TF32 product cuts factors off, and missed its tolerance.
         "PRODUCT": tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,
-        "PRECISION": "tf32x3" if dtype != torch.bfloat16 else "tf32",
+        "PRECISION": fp32_products(exact=dtype != torch.bfloat16),
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }
@@ -339,7 +340,7 @@ def _times(left, right, total, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _decays(ranges, g, PRODUCT: tl.constexpr):
+def _decays(ranges, g, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
     """exp of the log decays summed over each row's range: sums as exact as the products that decays take part in.
 
     An fp32 log decay is two bf16 numbers but for 2^-17 of it.  [CHUNK, CHUNK], [CHUNK, N]
@@ -347,7 +348,7 @@ def _decays(ranges, g, PRODUCT: tl.constexpr):
     if g.dtype != tl.float32:
         total = tl.dot(ranges.to(g.dtype), g)
     elif tl.float32 == PRODUCT:
-        total = tl.dot(ranges.to(tl.float32), g, input_precision="tf32x3")
+        total = tl.dot(ranges.to(tl.float32), g, input_precision=PRECISION)
     else:
         high = g.to(PRODUCT)
         total = tl.dot(ranges.to(PRODUCT), high)
@@ -423,9 +424,9 @@ def _summarise(
         row = _tile(rows_at, row_stride, base, tokens, n, N, CHUNK).to(tl.float32) * scale
         column = _tile_transposed(columns_at, column_stride, base, tokens, p, P, CHUNK)
         if REVERSE:
-            row *= _decays(_until(token, summed, BEFORE), log_decay, PRODUCT)
+            row *= _decays(_until(token, summed, BEFORE), log_decay, PRODUCT, PRECISION)
         else:
-            row *= _decays(summed > token, log_decay, PRODUCT)
+            row *= _decays(summed > token, log_decay, PRODUCT, PRECISION)
         within = tl.sum(log_decay.to(tl.float32), axis=0)
         state = _times(column, row, state * tl.exp2(within * _LOG2_E)[None, :], PRODUCT, PRECISION)
         total += within
@@ -510,16 +511,16 @@ def _read(
         key = _tile(k_at, k_stride, base, tokens, n, N, CHUNK).to(tl.float32)
         value = _tile(v_at, v_stride, base, tokens, p, P, CHUNK)
         value_transposed = _tile_transposed(v_at, v_stride, base, tokens, p, P, CHUNK)
-        into = query * _decays(_until(token, other, BEFORE), log_decay, PRODUCT)
+        into = query * _decays(_until(token, other, BEFORE), log_decay, PRODUCT, PRECISION)
         result = _times(into, tl.trans(state), tl.zeros([CHUNK, TILE_P], tl.float32), PRODUCT, PRECISION)
         scores = tl.where(token == other, tl.sum(query * own[None, :] * key, axis=1)[:, None], 0.0)
         for level in tl.range(0, LEVELS, disable_licm=True):
-            decay = _decays(_ranges(token, other, level, BEFORE), log_decay, PRODUCT)
+            decay = _decays(_ranges(token, other, level, BEFORE), log_decay, PRODUCT, PRECISION)
             met = _times(query * decay, tl.trans(key * decay), tl.zeros([CHUNK, CHUNK], tl.float32), PRODUCT, PRECISION)
             scores += tl.where(_meet(token, other, level), met, 0.0)
         result = _times(scores, value, result, PRODUCT, PRECISION)
         _keep(y_at, h * P, base, tokens, p, P, result, CHUNK)
-        out_of = key * _decays(other > token, log_decay, PRODUCT)
+        out_of = key * _decays(other > token, log_decay, PRODUCT, PRECISION)
         within = tl.exp2(tl.sum(log_decay.to(tl.float32), axis=0) * _LOG2_E)
         state = _times(value_transposed, out_of, state * within[None, :], PRODUCT, PRECISION)
     if (tokens > 0) & (not follows):
@@ -609,7 +610,7 @@ def _differentiate(
         log_decay = _tile(g_at, g_stride, base, tokens, n, N, CHUNK)
         key = _tile(k_at, k_stride, base, tokens, n, N, CHUNK).to(tl.float32)
         value_transposed = _tile_transposed(v_at, v_stride, base, tokens, p, P, CHUNK)
-        out_of = key * _decays(other > token, log_decay, PRODUCT)
+        out_of = key * _decays(other > token, log_decay, PRODUCT, PRECISION)
         within = tl.exp2(tl.sum(log_decay.to(tl.float32), axis=0) * _LOG2_E)
         state = _times(value_transposed, out_of, state * within[None, :], PRODUCT, PRECISION)
     # Other threads of the program read what these have written.
@@ -640,11 +641,11 @@ def _differentiate(
         entered = tl.load(slots + chunk * (PAD_P * TILE_N))
 
         # What crosses the chunk's ends: reads of the state before it, writes to the one after it, the decay between.
-        decay = _decays(_until(token, other, BEFORE), log_decay, PRODUCT)
+        decay = _decays(_until(token, other, BEFORE), log_decay, PRODUCT, PRECISION)
         into = query * decay
         query_grad = _times(pull, entered, nothing, PRODUCT, PRECISION) * decay
         decay_grad = _sums(_until(other, token, BEFORE), query * query_grad, nothing, PRODUCT, PRECISION)
-        decay = _decays(other > token, log_decay, PRODUCT)
+        decay = _decays(other > token, log_decay, PRODUCT, PRECISION)
         out_of = key * decay
         key_grad = _times(value, carried, nothing, PRODUCT, PRECISION) * decay
         decay_grad = _sums(token > other, key * key_grad, decay_grad, PRODUCT, PRECISION)
@@ -658,7 +659,7 @@ def _differentiate(
         score_grad_transposed = _times(value, tl.trans(pull), no_pairs, PRODUCT, PRECISION)
         scores_transposed = tl.where(token == other, tl.sum(query * own[None, :] * key, axis=1)[:, None], 0.0)
         for level in tl.range(0, LEVELS, disable_licm=True):
-            decay = _decays(_ranges(token, other, level, BEFORE), log_decay, PRODUCT)
+            decay = _decays(_ranges(token, other, level, BEFORE), log_decay, PRODUCT, PRECISION)
             queries, keys = query * decay, key * decay
             earlier_first = _meet(other, token, level)
             met = _times(keys, tl.trans(queries), no_pairs, PRODUCT, PRECISION)
