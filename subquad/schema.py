@@ -189,3 +189,17 @@ class BenchConfig:
     shapes: list[dict[str, int]] = field(default_factory=list)  # axes that differ from the series, such as {t: 4096}
     options: dict[str, Any] = field(default_factory=dict)  # the operator's own, such as {segment_len: 64}
     plot: bool = False
+
+
+@dataclass(kw_only=True)
+class MeasureConfig:
+    """What `measure` times, for how long, and where its rows go. Empty lists mean all of them."""
+
+    out: str = "measurements"  # folder of parquet files; a run goes on with what is there
+    budget_s: float = 540.0
+    target: str = "auto"
+    operators: list[str] = field(default_factory=list)
+    kernels: list[str] = field(default_factory=list)
+    layouts: int = 8  # of each operator: options, dtype, widths, heads, packed or not
+    shapes: int = 64  # of each layout: lengths, batches, documents
+    seed: int = 0

@@ -49,6 +49,11 @@ def fold(text: str, folds: int, salt: str = "") -> int:
     return int.from_bytes(digest, "big") % folds
 
 
+def is_held_out(row: CostRow, salt: str = "") -> bool:
+    """Whether S0 judges by rows of this shape: a model that will be judged by them must not have chosen them."""
+    return fold(shape_group(row), HELD_OUT, salt) == 0
+
+
 def splits(rows: Sequence[TimedRow], name: str, *, salt: str = "") -> Iterator[Split]:
     """The splits of one protocol; those that would leave either side empty are left out.
 
@@ -56,7 +61,7 @@ def splits(rows: Sequence[TimedRow], name: str, *, salt: str = "") -> Iterator[S
     devices, S6 the same with a few rows per kernel of the family given back.
     """
     if name == "S0":
-        yield from _by(rows, name, "one shape in five", lambda r: fold(shape_group(r.row), HELD_OUT, salt) == 0)
+        yield from _by(rows, name, "one shape in five", lambda r: is_held_out(r.row, salt))
     elif name == "S1":
         yield from _by(rows, name, "one head layout in five", lambda r: fold(head_layout(r.row), HELD_OUT, salt) == 0)
     elif name == "S2":

@@ -24,8 +24,8 @@ FORMAT_VERSION = 1
 _LIMITS: Mapping[str, Mapping[str, int]] = {
     # A reference loops over time on some operators; a GPU kernel must be tried beyond its largest tile.
     # Widths of heads and states stay as they are. Four documents are the least with an empty one and one of one token.
-    "cpu": {"b": 2, "t": 70, "c": 24, "documents": 4, "m": 9, "h": 2, "h_kv": 2},
-    "cuda": {"b": 2, "t": 300, "c": 96, "documents": 5, "m": 40, "h": 2, "h_kv": 2},
+    "cpu": {"b": 2, "t": 70, "c": 24, "documents": 4, "m": 9, "h": 2, "h_kv": 2, "h_k": 2},
+    "cuda": {"b": 2, "t": 300, "c": 96, "documents": 5, "m": 40, "h": 2, "h_kv": 2, "h_k": 2},
 }
 _SMALLEST = 1e-2
 """Below this largest reference value an error is absolute: a gradient may be zero but for rounding."""
@@ -46,8 +46,8 @@ def shape_class(workload: Workload, device_kind: str) -> Workload:
     """The small workload that stands for all of its kind: same dtype, options and widths, short and odd lengths."""
     limits = _LIMITS[device_kind]
     shape = {axis: min(length, limits.get(axis, length)) for axis, length in workload.shape.items()}
-    if "h_kv" in shape:
-        shape["h"] = shape["h_kv"] * (workload.shape["h"] // workload.shape["h_kv"])
+    for shared in {"h_kv", "h_k"} & set(shape):  # as many heads to a key head as there were
+        shape["h"] = shape[shared] * (workload.shape["h"] // workload.shape[shared])
     if "s" in shape:
         earlier = workload.shape["s"] - workload.shape["t"]
         shape["s"] = shape["t"] + min(earlier, limits["t"])

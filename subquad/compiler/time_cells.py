@@ -1,0 +1,233 @@
+"""Timing all kernels of one workload, as rows that keep failures as well as seconds."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from subquad.compiler.device_state import DeviceState
+from subquad.compiler.measure_kernels import Call, Effort, added_bytes, device_clock
+from subquad.compiler.target import Target
+from subquad.compiler.workload import cost_row, phases
+from subquad.errors import SubquadError
+from subquad_cost_model import CostRow, TimedRow, Timing, lower_bound_s, time_rivals
+from subquad_kernels.catalogue import Kernel, Operator
+from subquad_kernels.workload import Workload
+
+BRIEF = Effort(min_s=0.006, repeats=3, warm_up_s=0.0)
+"""Ten rows a second: three rounds of 6 ms or one call each. Medians of rounds are within a few percent."""
+LONGEST_CALL_S = 0.4
+"""Kernels expected to take longer are left out: one such row costs as much as twenty others."""
+CELL_BUDGET_S = 2.0
+DECODES = 20
+"""Calls in one CUDA graph, each with inputs of its own, so that each finds its state outside of the cache."""
+MOST_COPIED_BYTES = 4 << 30
+
+
+class DeviceLostError(SubquadError):
+    """A kernel broke the CUDA context of this process; `rows` say which."""
+
+    def __init__(self, rows: Sequence[TimedRow], reason: str) -> None:
+        names = ", ".join(f"{row.row.operator}/{row.row.kernel} {row.row.phase}" for row in rows)
+        super().__init__(
+            what=f"the device failed under {names}: {reason}",
+            where="measure",
+            mend="run the same command again: what was measured is kept, and this kernel is left out at this size",
+        )
+        self.rows = tuple(rows)
+
+
+@dataclass
+class _Rival:
+    kernel: Kernel
+    row: CostRow
+    call: Call | None = None
+    run: Callable[[], object] | None = None
+    calls: int = 1
+    timed: TimedRow | None = None
+
+
+class CellTimer:
+    """Times the kernels of one workload after another on a target, for one run."""
+
+    def __init__(self, target: Target, *, run_id: str, source: str = "subquad measure", effort: Effort = BRIEF) -> None:
+        assert target.local is not None
+        self.seconds: dict[str, float] = defaultdict(float)  # on the wall, by kernel
+        self.expected_too_slow: dict[str, int] = defaultdict(int)
+        self._target, self._device, self._effort = target, target.local, effort
+        self._cuda = self._device.startswith("cuda")
+        self._run_id, self._source = run_id, source
+        self._state = DeviceState(self._device)
+        self._pace: dict[tuple[str, str, str], list[tuple[float, float]]] = defaultdict(list)
+
+    def rows(self, operator: Operator, kernels: Sequence[Kernel], workload: Workload) -> list[TimedRow]:
+        """Rows of a workload's phases by every kernel that is not expected to take too long; failures are rows too.
+
+        Raises: DeviceLostError when nothing more can run in this process.
+        """
+        found: list[TimedRow] = []
+        with torch.no_grad():
+            try:
+                arguments = operator.torch_half.sample_inputs(workload, seed=0, device=self._device)
+            except torch.OutOfMemoryError:
+                rows = [cost_row(operator, kernel, part) for part in _parts(workload) for kernel in kernels]
+                return [self._failed(row, "oom") for row in rows]
+            for part in _parts(workload):
+                rivals = [_Rival(kernel, cost_row(operator, kernel, part)) for kernel in kernels]
+                rivals = [rival for rival in rivals if not self._too_slow(rival)]
+                for rival in rivals:
+                    with self._charged(rival.kernel):
+                        self._begin(rival, operator, part, arguments)
+                self._time([rival for rival in rivals if rival.timed is None])
+                found += [rival.timed for rival in rivals if rival.timed is not None]
+        return found
+
+    def failed(self, operator: Operator, kernel: Kernel, workload: Workload, error: float | None) -> list[TimedRow]:
+        """Rows of a kernel that declines the workload or raises, or whose results are off by this error."""
+        rows = [cost_row(operator, kernel, part) for part in _parts(workload)]
+        if error is None:
+            return [self._failed(row, "unsupported") for row in rows]
+        return [replace(self._failed(row, "wrong"), max_abs_error=error) for row in rows]
+
+    def _begin(self, rival: _Rival, operator: Operator, part: Workload, arguments: Mapping[str, Any]) -> None:
+        """Call it once, or capture it; what it raises becomes its row."""
+        try:
+            rival.call = Call.of(operator, rival.kernel, part, self._device, arguments)
+            rival.run = rival.call.run
+            rival.run()
+            self._wait()
+            if part.phase == "decode" and self._cuda:
+                self._capture(rival, operator, part)
+        except Exception as error:  # a stranger's kernel may raise anything
+            rival.timed = self._raised(rival, error)
+
+    def _capture(self, rival: _Rival, operator: Operator, part: Workload) -> None:
+        """Replace the call by a graph of many; what cannot be captured is timed as it is, and the row says so."""
+        assert rival.call is not None
+        copies = max(1, min(DECODES, MOST_COPIED_BYTES // max(1, rival.call.held_bytes)))
+        calls = [Call.of(operator, rival.kernel, part, self._device).run for _ in range(copies)]
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                kept = [calls[turn % copies]() for turn in range(DECODES)]
+        except RuntimeError:
+            self._wait()
+            return
+        graph.replay()
+        self._wait()
+
+        def replay() -> object:
+            graph.replay()
+            return calls, kept  # what the graph reads and writes lives as long as it does
+
+        rival.run, rival.calls = replay, DECODES
+
+    def _time(self, rivals: Sequence[_Rival]) -> None:
+        try:
+            self._time_together(rivals)
+        except torch.OutOfMemoryError:  # rivals that take turns hold their inputs at the same time
+            for rival in rivals:
+                try:
+                    torch.cuda.empty_cache()
+                    self._time_together([rival])
+                except Exception as error:
+                    rival.timed = self._raised(rival, error)
+        except Exception as error:  # it ran once: such a failure is the device's
+            raise DeviceLostError([self._failed(rival.row, "wrong") for rival in rivals], str(error)) from error
+
+    def _time_together(self, rivals: Sequence[_Rival]) -> None:
+        if not rivals:
+            return
+        runs = {rival.kernel.name: rival.run for rival in rivals if rival.run is not None}
+        started = time.perf_counter()
+        self._state.start()
+        timings = time_rivals(
+            runs,
+            clock=device_clock(self._device),
+            min_s=self._effort.min_s,
+            repeats=self._effort.repeats,
+            warm_up_s=self._effort.warm_up_s,
+            budget_s=CELL_BUDGET_S,
+        )
+        state = self._state.stop()
+        for rival in rivals:
+            assert rival.call is not None
+            timing = _each(timings[rival.kernel.name], rival.calls)
+            peak = rival.call.held_bytes + added_bytes(rival.call.run, self._device) if self._cuda else None
+            rival.timed = self._ok(rival, timing, peak, state)
+            pace = self._pace[rival.kernel.key, rival.row.phase, rival.row.dtype]
+            pace.append((lower_bound_s(rival.row, self._target.device), timing.median_s))
+        spent = time.perf_counter() - started
+        total = sum(timings[rival.kernel.name].median_s for rival in rivals)
+        for rival in rivals:
+            share = timings[rival.kernel.name].median_s / total
+            self.seconds[rival.kernel.key] += spent * (0.5 / len(rivals) + 0.5 * share)
+
+    def _too_slow(self, rival: _Rival) -> bool:
+        """By the measured row whose bound is nearest: both scale alike."""
+        pace = self._pace[rival.kernel.key, rival.row.phase, rival.row.dtype]
+        if not pace:
+            return False
+        bound_s = lower_bound_s(rival.row, self._target.device)
+        near_s, seconds = min(pace, key=lambda known: abs(math.log(known[0] / bound_s)))
+        too_slow = seconds * bound_s / near_s > LONGEST_CALL_S
+        self.expected_too_slow[rival.kernel.key] += too_slow
+        return too_slow
+
+    def _ok(self, rival: _Rival, timing: Timing, peak: int | None, state: Mapping[str, Any]) -> TimedRow:
+        return replace(
+            self._failed(rival.row, "unsupported"),
+            status="ok",
+            median_s=timing.median_s,
+            low_s=timing.low_s,
+            high_s=timing.high_s,
+            peak_bytes=peak,
+            warm_ups=3,
+            repeats=timing.repeats,
+            cold_cache=self._cuda,
+            cuda_graph=rival.calls > 1,
+            **state,
+        )
+
+    def _raised(self, rival: _Rival, error: Exception) -> TimedRow:
+        """The row of a kernel that cannot run at this size."""
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+            return self._failed(rival.row, "oom")
+        try:
+            self._wait()
+        except RuntimeError as lost:
+            raise DeviceLostError([self._failed(rival.row, "wrong")], str(error).splitlines()[0]) from lost
+        return self._failed(rival.row, "unsupported")
+
+    def _failed(self, row: CostRow, status: Any) -> TimedRow:
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        return TimedRow(
+            row=row, device=self._target.device, status=status, date=date, run_id=self._run_id, source=self._source
+        )
+
+    @contextmanager
+    def _charged(self, kernel: Kernel) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[kernel.key] += time.perf_counter() - started
+
+    def _wait(self) -> None:
+        if self._cuda:
+            torch.cuda.synchronize()
+
+
+def _parts(workload: Workload) -> tuple[Workload, ...]:
+    return phases(workload, workload.phase != "decode")
+
+
+def _each(timing: Timing, calls: int) -> Timing:
+    return replace(timing, low_s=timing.low_s / calls, median_s=timing.median_s / calls, high_s=timing.high_s / calls)
