@@ -132,6 +132,19 @@ def _fused_supports(workload: Workload, limits: DeviceLimits) -> str | None:
     return None
 
 
+def _fused_diagonal_supports(workload: Workload, limits: DeviceLimits) -> str | None:
+    shape, options = workload.shape, workload.options
+    if not options["low_rank"] and options["decay"] != "vector":
+        return "is for decays per key channel and transitions by remove and insert: fused takes the rest"
+    if workload.dtype == "float64":
+        return "computes in float32, not in float64"
+    if max(shape["n"], shape["p"]) > 256:
+        return f"holds states of up to 256 x 256, not {shape['n']} x {shape['p']}"
+    if limits.capability is not None and limits.capability < (8, 0):
+        return "needs compute capability 8.0"
+    return None
+
+
 def _fla_supports(workload: Workload, limits: DeviceLimits) -> str | None:
     if workload.shape["n"] > 256:
         return f"holds up to 256 rows of a state, not {workload.shape['n']}"
@@ -170,6 +183,15 @@ KERNELS = (
         implementation=f"{_HERE}.fused",
         supports=_fused_supports,
         devices=frozenset({"cuda"}),
+        requires=("triton>=3.6",),
+    ),
+    # A candidate, which no default names: interpreted and compiled ahead of time, not yet tried on a GPU (README).
+    Kernel(
+        operator="delta_rule",
+        name="fused_diagonal",
+        implementation=f"{_HERE}.fused_diagonal",
+        supports=_fused_diagonal_supports,
+        devices=_CUDA,
         requires=("triton>=3.6",),
     ),
     Kernel(

@@ -1,0 +1,232 @@
+"""What decays per key channel do inside a chunk: to tokens that meet, to states that enter and leave, to gradients.
+
+Everything else the diagonal kernel does (`fused_diagonal.py`) is free of decays: it multiplies what `relate` writes.
+Chunks lie one after the other, each with 64 rows; those past a sequence's end are zeros.
+"""
+
+# What Triton compiles has no Python types, and tuples that grow.
+# mypy: disable-error-code="no-untyped-def,assignment,misc,var-annotated"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from subquad_kernels.delta_rule.inverse import BLOCK, invert_below, invert_diagonal, store_inverse
+from subquad_kernels.delta_rule.tiles import chunk_of, load, store
+from subquad_kernels.triton_decays import decays, meet, ranges, sums, until
+from subquad_kernels.triton_launch import QuickLaunch
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LEAST = tl.constexpr(-111.0)
+"""A log decay whose exp2 is 0 in fp32; smaller ones count as this, so that sums stay finite."""
+
+
+@triton.jit
+def _log_decays(log_decay, first, head, heads, in_t, keys, N: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr):
+    """A chunk's log decays, one per head repeated for every channel; zeros outside.  [CHUNK, TILE_N]"""
+    span, in_n = tl.arange(0, CHUNK), keys < N
+    if VECTOR:
+        found = load(log_decay + (first * heads + head) * N, span, heads * N, keys, in_t, in_n).to(tl.float32)
+    else:
+        row = tl.load(log_decay + (first + span) * heads + head, mask=in_t, other=0.0).to(tl.float32)
+        found = tl.where(in_n[None, :], row[:, None], 0.0)
+    return tl.maximum(found, _LEAST)
+
+
+@triton.jit
+def _gates(gate, first, head, heads, in_t, CHUNK: tl.constexpr, GATE: tl.constexpr):
+    """A chunk's write gates, 1 where there are none, 0 past its end.  [CHUNK]"""
+    found = tl.where(in_t, 1.0, 0.0)
+    if GATE:
+        found = tl.load(gate + (first + tl.arange(0, CHUNK)) * heads + head, mask=in_t, other=0.0).to(tl.float32)
+    return found
+
+
+@QuickLaunch
+@triton.jit(do_not_specialize=["t", "chunks", "heads"])
+def relate(
+    q, reader, written, log_decay, gate, table, scores, pairs, entering, reading, leaving, kept, gates,
+    t, chunks, heads, group, reader_group, written_group, q_stride, reader_stride, written_stride,
+    N: tl.constexpr, PAD_N: tl.constexpr, TILE_N: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr,
+    PACKED: tl.constexpr, VECTOR: tl.constexpr, GATE: tl.constexpr, FREE: tl.constexpr, SYSTEM: tl.constexpr,
+    PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores of a chunk's queries and readers with what is written, and each as the chunk's ends see them.
+
+    A reader is `remove`, before the token's own decay (FREE), or -beta k, after it. SYSTEM: what is written is what
+    the system solves for; then `pairs` is A, of fp32, and queries, readers and what is kept of a state are stored too.
+    Shapes:  scores, pairs: chunks h 64 64    entering, reading, leaving: chunks h 64 n    kept: chunks h n
+             gates: chunks h 64
+    """
+    program = tl.program_id(0)
+    head, chunk = program % heads, program // heads
+    first, size = chunk_of(table, chunk, t, chunks, CHUNK, PACKED)
+    span = tl.arange(0, CHUNK)
+    token, other, in_t, every = span[:, None], span[None, :], span < size, span < CHUNK
+    place = program.to(tl.int64) * CHUNK
+    q += first * q_stride + head // group * N
+    reader += first * reader_stride + head // reader_group * N
+    written += first * written_stride + head // written_group * N
+    beta = _gates(gate, first, head, heads, in_t, CHUNK, GATE)
+    if SYSTEM:
+        tl.store(gates + place + span, beta)
+
+    score = tl.zeros([CHUNK, CHUNK], tl.float32)
+    pair = tl.zeros([CHUNK, CHUNK], tl.float32)
+    for start in tl.range(0, PAD_N, TILE_N, num_stages=1):
+        keys = start + tl.arange(0, TILE_N)
+        in_n = keys < N
+        g = _log_decays(log_decay, first, head, heads, in_t, keys, N, CHUNK, VECTOR)
+        query = load(q, span, q_stride, keys, in_t, in_n).to(tl.float32)
+        read = load(reader, span, reader_stride, keys, in_t, in_n).to(tl.float32)
+        key = load(written, span, written_stride, keys, in_t, in_n).to(tl.float32)
+        score += tl.where(token == other, tl.sum(query * key, axis=1)[:, None], 0.0)
+        for level in tl.range(0, LEVELS, disable_licm=True):
+            after = decays(ranges(token, other, level, False), g, PRODUCT, PRECISION)
+            before = decays(ranges(token, other, level, True), g, PRODUCT, PRECISION) if FREE else after
+            keyed = (key * after).to(PRODUCT)
+            met = tl.dot((query * after).to(PRODUCT), tl.trans(keyed), input_precision=PRECISION)
+            score += tl.where(meet(token, other, level), met, 0.0)
+            met = tl.dot((read * before).to(PRODUCT), tl.trans(keyed), input_precision=PRECISION)
+            pair += tl.where(meet(token, other, level), met, 0.0)
+        rest = decays(other > token, g, PRODUCT, PRECISION)
+        store(leaving + place * N, span, N, keys, every, in_n, key * rest)
+        if SYSTEM:
+            after = decays(until(token, other, False), g, PRODUCT, PRECISION)
+            store(entering + place * N, span, N, keys, every, in_n, query * after)
+            before = decays(until(token, other, True), g, PRODUCT, PRECISION) if FREE else after * -beta[:, None]
+            store(reading + place * N, span, N, keys, every, in_n, read * before)
+            within = tl.exp2(tl.sum(g, axis=0) * _LOG2_E)
+            tl.store(kept + program.to(tl.int64) * N + keys, within, mask=in_n)
+    if SYSTEM:
+        pair = -pair if FREE else pair * beta[:, None]
+    square = place * CHUNK + token * CHUNK + other
+    tl.store(scores + square, score.to(scores.dtype.element_ty))
+    tl.store(pairs + square, pair.to(pairs.dtype.element_ty))
+
+
+@QuickLaunch
+@triton.jit(do_not_specialize=["count"])
+def invert(systems, inverses, count, CHUNK: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr):
+    """T = (I + A)^-1 of every chunk and head, by one warp.
+
+    Shapes:  systems: count 64 64    inverses: terms count 64 64
+    """
+    program = tl.program_id(0).to(tl.int64)
+    rows = tl.arange(0, BLOCK)
+    systems += program * (CHUNK * CHUNK) + rows[:, None] * CHUNK + rows[None, :]
+    turned = systems - rows[:, None] * (CHUNK - 1) + rows[None, :] * (CHUNK - 1)
+    row: tl.constexpr = BLOCK * CHUNK
+    step: tl.constexpr = row + BLOCK
+    diagonal = invert_diagonal(
+        tl.load(turned), tl.load(turned + step), tl.load(turned + 2 * step), tl.load(turned + 3 * step)
+    )
+    inverse = invert_below(
+        diagonal,
+        tl.load(systems + row), tl.load(systems + row + step), tl.load(systems + row + 2 * step),
+        tl.load(systems + 2 * row), tl.load(systems + 2 * row + step),
+        tl.load(systems + 3 * row), PRECISION,
+    )  # fmt: skip
+    store_inverse(inverses + program * (CHUNK * CHUNK), count.to(tl.int64) * (CHUNK * CHUNK), inverse, CHUNK, TERMS)
+
+
+@QuickLaunch
+@triton.jit(do_not_specialize=["t", "chunks", "heads"])
+def differentiate(
+    q, reader, written, log_decay, gate, table, dscores, dpairs, dentering, dreading, dleaving, dkept,
+    dq_before, dreader_before, ddecay_before, dq, dreader, dwritten, ddecay, dgate,
+    t, chunks, heads, group, reader_group, written_group, q_stride, reader_stride, written_stride,
+    N: tl.constexpr, PAD_N: tl.constexpr, TILE_N: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr,
+    PACKED: tl.constexpr, VECTOR: tl.constexpr, GATE: tl.constexpr, FREE: tl.constexpr, SYSTEM: tl.constexpr,
+    PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a chunk's queries, readers, what is written and log decays, from those of all `relate` wrote.
+
+    `dpairs` is that of readers with what is written. Where the reader is -beta k, its gradient joins that of the key
+    written, and `dgate` is added to. Without SYSTEM queries, readers and decays have gradients already, `.._before`.
+    An exponent's gradient is the product's with its factor: positive sums of ranges, nothing cancels.
+    """
+    program = tl.program_id(0)
+    head, chunk = program % heads, program // heads
+    first, size = chunk_of(table, chunk, t, chunks, CHUNK, PACKED)
+    span = tl.arange(0, CHUNK)
+    token, other, in_t = span[:, None], span[None, :], span < size
+    place = program.to(tl.int64) * CHUNK
+    own = (first * heads + head) * N
+    q += first * q_stride + head // group * N
+    reader += first * reader_stride + head // reader_group * N
+    written += first * written_stride + head // written_group * N
+    beta = _gates(gate, first, head, heads, in_t, CHUNK, GATE)
+    square, turned = place * CHUNK + token * CHUNK + other, place * CHUNK + other * CHUNK + token
+    dbeta = tl.zeros([CHUNK], tl.float32)
+    for start in tl.range(0, PAD_N, TILE_N, num_stages=1):
+        keys = start + tl.arange(0, TILE_N)
+        in_n = keys < N
+        nothing = tl.zeros([CHUNK, TILE_N], tl.float32)
+        g = _log_decays(log_decay, first, head, heads, in_t, keys, N, CHUNK, VECTOR)
+        query = load(q, span, q_stride, keys, in_t, in_n).to(tl.float32)
+        raw = load(reader, span, reader_stride, keys, in_t, in_n).to(tl.float32)
+        read = raw if FREE else raw * -beta[:, None]
+        key = load(written, span, written_stride, keys, in_t, in_n).to(tl.float32)
+
+        # What crosses the chunk's ends.
+        rest = decays(other > token, g, PRODUCT, PRECISION)
+        key_grad = load(dleaving + place * N, span, N, keys, in_t, in_n).to(tl.float32) * rest
+        if SYSTEM:
+            after = decays(until(token, other, False), g, PRODUCT, PRECISION)
+            query_grad = load(dentering + place * N, span, N, keys, in_t, in_n).to(tl.float32) * after
+            before = decays(until(token, other, True), g, PRODUCT, PRECISION) if FREE else after
+            read_grad = load(dreading + place * N, span, N, keys, in_t, in_n).to(tl.float32) * before
+            within = tl.exp2(tl.sum(g, axis=0) * _LOG2_E)
+            within *= tl.load(dkept + program.to(tl.int64) * N + keys, mask=in_n, other=0.0)
+            decay_grad = nothing + within[None, :]
+            decay_grad = sums(until(other, token, False), query * query_grad, decay_grad, PRODUCT, PRECISION)
+            decay_grad = sums(until(other, token, FREE), read * read_grad, decay_grad, PRODUCT, PRECISION)
+        else:
+            query_grad = load(dq_before + own, span, heads * N, keys, in_t, in_n)
+            read_grad = load(dreader_before + own, span, heads * N, keys, in_t, in_n)
+            decay_grad = load(ddecay_before + own, span, heads * N, keys, in_t, in_n)
+        decay_grad = sums(token > other, key * key_grad, decay_grad, PRODUCT, PRECISION)
+
+        # Tokens that meet: rows that read, then rows that were written.
+        for level in tl.range(0, LEVELS, disable_licm=True):
+            after = decays(ranges(token, other, level, False), g, PRODUCT, PRECISION)
+            before = decays(ranges(token, other, level, True), g, PRODUCT, PRECISION) if FREE else after
+            keyed = (key * after).to(PRODUCT)
+            later = meet(token, other, level)
+            pull = tl.load(dscores + square, mask=later, other=0.0).to(PRODUCT)
+            query_part = tl.dot(pull, keyed, input_precision=PRECISION) * after
+            pull = tl.load(dpairs + square, mask=later, other=0.0).to(PRODUCT)
+            read_part = tl.dot(pull, keyed, input_precision=PRECISION) * before
+            earlier = meet(other, token, level)
+            pull = tl.load(dscores + turned, mask=earlier, other=0.0).to(PRODUCT)
+            key_part = tl.dot(pull, (query * after).to(PRODUCT), input_precision=PRECISION)
+            pull = tl.load(dpairs + turned, mask=earlier, other=0.0).to(PRODUCT)
+            key_part = tl.dot(pull, (read * before).to(PRODUCT), key_part, input_precision=PRECISION) * after
+            query_grad += query_part
+            read_grad += read_part
+            key_grad += key_part
+            terms = query * query_part + key * key_part
+            if FREE:
+                removed = ranges(other, token, level, True)
+                decay_grad = sums(removed, read * read_part, decay_grad, PRODUCT, PRECISION)
+            else:
+                terms += read * read_part
+            decay_grad = sums(ranges(other, token, level, False), terms, decay_grad, PRODUCT, PRECISION)
+
+        # A token and itself.
+        pull = tl.load(dscores + place * CHUNK + span * (CHUNK + 1)).to(tl.float32)[:, None]
+        query_grad += pull * key
+        key_grad += pull * query
+        if FREE:
+            store(dreader + own, span, heads * N, keys, in_t, in_n, read_grad)
+        else:
+            dbeta -= tl.sum(raw * read_grad, axis=1)
+            key_grad -= beta[:, None] * read_grad
+        store(dq + own, span, heads * N, keys, in_t, in_n, query_grad)
+        store(dwritten + own, span, heads * N, keys, in_t, in_n, key_grad)
+        store(ddecay + own, span, heads * N, keys, in_t, in_n, decay_grad)
+    if GATE and not FREE:
+        at = dgate + (first + span) * heads + head
+        tl.store(at, tl.load(at, mask=in_t, other=0.0) + dbeta, mask=in_t)
