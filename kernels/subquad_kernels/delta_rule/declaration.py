@@ -97,6 +97,7 @@ OPERATOR = Operator(
         _example("float32", b=1, documents=4),
         _example("float32", decay="none", initial_state=True),
         _example("float32", decay="vector", initial_state=True, free=True),
+        _example("float32", b=1, decay="vector", documents=4),
         _example("float32", "decode", initial_state=True, t=1),
         _example("bfloat16"),
     ),

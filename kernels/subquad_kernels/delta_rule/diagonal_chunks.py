@@ -14,24 +14,58 @@ import triton.language as tl
 
 from subquad_kernels.delta_rule.inverse import BLOCK, invert_below, invert_diagonal, store_inverse
 from subquad_kernels.delta_rule.tiles import chunk_of, load, store
-from subquad_kernels.triton_decays import decays, meet, ranges, sums, until
+from subquad_kernels.triton_decays import meet, ranges, until
+from subquad_kernels.triton_decays import sums as summed
 from subquad_kernels.triton_launch import QuickLaunch
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
-_LEAST = tl.constexpr(-111.0)
-"""A log decay whose exp2 is 0 in fp32; smaller ones count as this, so that sums stay finite."""
+
+
+@QuickLaunch
+@triton.jit(do_not_specialize=["t", "chunks", "heads"])
+def accumulate(
+    log_decay, table, sums, t, chunks, heads,
+    N: tl.constexpr, TILE_N: tl.constexpr, CHUNK: tl.constexpr, PACKED: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Sums of log2 decays up to each token of its chunk; one decay per head is repeated for every channel.
+
+    Shapes:  sums: chunks h 64 n
+    """
+    tiles: tl.constexpr = (N + TILE_N - 1) // TILE_N
+    program = tl.program_id(0)
+    tile, head, chunk = program % tiles, program // tiles % heads, program // (tiles * heads)
+    first, size = chunk_of(table, chunk, t, chunks, CHUNK, PACKED)
+    span, keys = tl.arange(0, CHUNK), tile * TILE_N + tl.arange(0, TILE_N)
+    in_t, in_n = span < size, keys < N
+    if VECTOR:
+        found = load(log_decay + (first * heads + head) * N, span, heads * N, keys, in_t, in_n)
+    else:
+        row = tl.load(log_decay + (first + span) * heads + head, mask=in_t, other=0.0)
+        found = tl.where(in_n[None, :], row[:, None], 0.0)
+    # Below -160 exp2 is 0 in fp32: sums stay finite.
+    found = tl.maximum(found.to(sums.dtype.element_ty) * _LOG2_E, -160.0)
+    place = (chunk.to(tl.int64) * heads + head) * (CHUNK * N)
+    store(sums + place, span, N, keys, span < CHUNK, in_n, tl.cumsum(found, 0))
 
 
 @triton.jit
-def _log_decays(log_decay, first, head, heads, in_t, keys, N: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr):
-    """A chunk's log decays, one per head repeated for every channel; zeros outside.  [CHUNK, TILE_N]"""
-    span, in_n = tl.arange(0, CHUNK), keys < N
-    if VECTOR:
-        found = load(log_decay + (first * heads + head) * N, span, heads * N, keys, in_t, in_n).to(tl.float32)
-    else:
-        row = tl.load(log_decay + (first + span) * heads + head, mask=in_t, other=0.0).to(tl.float32)
-        found = tl.where(in_n[None, :], row[:, None], 0.0)
-    return tl.maximum(found, _LEAST)
+def _sums(sums, rows, keys, N: tl.constexpr):
+    """The sums up to these rows of a chunk, 0 before the first.  [rows, keys]"""
+    inside = (rows >= 0)[:, None] & (keys < N)[None, :]
+    return tl.load(sums + rows[:, None] * N + keys[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _between(sums, own, span, keys, level, N: tl.constexpr):
+    """The decay between a token, up to which the sums are `own`, and the end of the first of its pair of blocks."""
+    ends = _sums(sums, (((span >> level) | 1) << level) - 1, keys, N)
+    return _power(-tl.abs(own - ends))
+
+
+@triton.jit
+def _power(exponent):
+    """2 to a sum of log2 decays or a difference of two, which has fp64 where inputs are fp32."""
+    return tl.exp2(exponent.to(tl.float32))
 
 
 @triton.jit
@@ -46,10 +80,10 @@ def _gates(gate, first, head, heads, in_t, CHUNK: tl.constexpr, GATE: tl.constex
 @QuickLaunch
 @triton.jit(do_not_specialize=["t", "chunks", "heads"])
 def relate(
-    q, reader, written, log_decay, gate, table, scores, pairs, entering, reading, leaving, kept, gates,
+    q, reader, written, sums, gate, table, scores, pairs, entering, reading, leaving, kept, gates,
     t, chunks, heads, group, reader_group, written_group, q_stride, reader_stride, written_stride,
     N: tl.constexpr, PAD_N: tl.constexpr, TILE_N: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr,
-    PACKED: tl.constexpr, VECTOR: tl.constexpr, GATE: tl.constexpr, FREE: tl.constexpr, SYSTEM: tl.constexpr,
+    PACKED: tl.constexpr, GATE: tl.constexpr, FREE: tl.constexpr, SYSTEM: tl.constexpr,
     PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores of a chunk's queries and readers with what is written, and each as the chunk's ends see them.
@@ -68,6 +102,7 @@ def relate(
     q += first * q_stride + head // group * N
     reader += first * reader_stride + head // reader_group * N
     written += first * written_stride + head // written_group * N
+    sums += place * N
     beta = _gates(gate, first, head, heads, in_t, CHUNK, GATE)
     if SYSTEM:
         tl.store(gates + place + span, beta)
@@ -77,33 +112,34 @@ def relate(
     for start in tl.range(0, PAD_N, TILE_N, num_stages=1):
         keys = start + tl.arange(0, TILE_N)
         in_n = keys < N
-        g = _log_decays(log_decay, first, head, heads, in_t, keys, N, CHUNK, VECTOR)
+        upto = _sums(sums, span, keys, N)
+        short = _sums(sums, span - 1, keys, N) if FREE else upto
         query = load(q, span, q_stride, keys, in_t, in_n).to(tl.float32)
         read = load(reader, span, reader_stride, keys, in_t, in_n).to(tl.float32)
         key = load(written, span, written_stride, keys, in_t, in_n).to(tl.float32)
         score += tl.where(token == other, tl.sum(query * key, axis=1)[:, None], 0.0)
         for level in tl.range(0, LEVELS, disable_licm=True):
-            after = decays(ranges(token, other, level, False), g, PRODUCT, PRECISION)
-            before = decays(ranges(token, other, level, True), g, PRODUCT, PRECISION) if FREE else after
+            after = _between(sums, upto, span, keys, level, N)
+            before = _between(sums, short, span, keys, level, N) if FREE else after
             keyed = (key * after).to(PRODUCT)
             met = tl.dot((query * after).to(PRODUCT), tl.trans(keyed), input_precision=PRECISION)
             score += tl.where(meet(token, other, level), met, 0.0)
             met = tl.dot((read * before).to(PRODUCT), tl.trans(keyed), input_precision=PRECISION)
             pair += tl.where(meet(token, other, level), met, 0.0)
-        rest = decays(other > token, g, PRODUCT, PRECISION)
+        rest = _power(tl.load(sums + (CHUNK - 1) * N + keys, mask=in_n, other=0.0)[None, :] - upto)
         store(leaving + place * N, span, N, keys, every, in_n, key * rest)
         if SYSTEM:
-            after = decays(until(token, other, False), g, PRODUCT, PRECISION)
+            after = _power(upto)
             store(entering + place * N, span, N, keys, every, in_n, query * after)
-            before = decays(until(token, other, True), g, PRODUCT, PRECISION) if FREE else after * -beta[:, None]
+            before = _power(short) if FREE else after * -beta[:, None]
             store(reading + place * N, span, N, keys, every, in_n, read * before)
-            within = tl.exp2(tl.sum(g, axis=0) * _LOG2_E)
+            within = _power(tl.load(sums + (CHUNK - 1) * N + keys, mask=in_n, other=0.0))
             tl.store(kept + program.to(tl.int64) * N + keys, within, mask=in_n)
     if SYSTEM:
         pair = -pair if FREE else pair * beta[:, None]
-    square = place * CHUNK + token * CHUNK + other
-    tl.store(scores + square, score.to(scores.dtype.element_ty))
-    tl.store(pairs + square, pair.to(pairs.dtype.element_ty))
+    square = token * CHUNK + other
+    tl.store(scores + place * CHUNK + square, score.to(scores.dtype.element_ty))
+    tl.store(pairs + place * CHUNK + square, pair.to(pairs.dtype.element_ty))
 
 
 @QuickLaunch
@@ -134,11 +170,11 @@ def invert(systems, inverses, count, CHUNK: tl.constexpr, TERMS: tl.constexpr, P
 @QuickLaunch
 @triton.jit(do_not_specialize=["t", "chunks", "heads"])
 def differentiate(
-    q, reader, written, log_decay, gate, table, dscores, dpairs, dentering, dreading, dleaving, dkept,
+    q, reader, written, sums, gate, table, dscores, dpairs, dentering, dreading, dleaving, dkept,
     dq_before, dreader_before, ddecay_before, dq, dreader, dwritten, ddecay, dgate,
     t, chunks, heads, group, reader_group, written_group, q_stride, reader_stride, written_stride,
     N: tl.constexpr, PAD_N: tl.constexpr, TILE_N: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr,
-    PACKED: tl.constexpr, VECTOR: tl.constexpr, GATE: tl.constexpr, FREE: tl.constexpr, SYSTEM: tl.constexpr,
+    PACKED: tl.constexpr, GATE: tl.constexpr, FREE: tl.constexpr, SYSTEM: tl.constexpr,
     PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a chunk's queries, readers, what is written and log decays, from those of all `relate` wrote.
@@ -157,42 +193,46 @@ def differentiate(
     q += first * q_stride + head // group * N
     reader += first * reader_stride + head // reader_group * N
     written += first * written_stride + head // written_group * N
+    sums += place * N
     beta = _gates(gate, first, head, heads, in_t, CHUNK, GATE)
-    square, turned = place * CHUNK + token * CHUNK + other, place * CHUNK + other * CHUNK + token
+    dscores += place * CHUNK
+    dpairs += place * CHUNK
+    square, turned = token * CHUNK + other, other * CHUNK + token
     dbeta = tl.zeros([CHUNK], tl.float32)
     for start in tl.range(0, PAD_N, TILE_N, num_stages=1):
         keys = start + tl.arange(0, TILE_N)
         in_n = keys < N
         nothing = tl.zeros([CHUNK, TILE_N], tl.float32)
-        g = _log_decays(log_decay, first, head, heads, in_t, keys, N, CHUNK, VECTOR)
+        upto = _sums(sums, span, keys, N)
+        short = _sums(sums, span - 1, keys, N) if FREE else upto
         query = load(q, span, q_stride, keys, in_t, in_n).to(tl.float32)
         raw = load(reader, span, reader_stride, keys, in_t, in_n).to(tl.float32)
         read = raw if FREE else raw * -beta[:, None]
         key = load(written, span, written_stride, keys, in_t, in_n).to(tl.float32)
 
         # What crosses the chunk's ends.
-        rest = decays(other > token, g, PRODUCT, PRECISION)
+        rest = _power(tl.load(sums + (CHUNK - 1) * N + keys, mask=in_n, other=0.0)[None, :] - upto)
         key_grad = load(dleaving + place * N, span, N, keys, in_t, in_n).to(tl.float32) * rest
         if SYSTEM:
-            after = decays(until(token, other, False), g, PRODUCT, PRECISION)
+            after = _power(upto)
             query_grad = load(dentering + place * N, span, N, keys, in_t, in_n).to(tl.float32) * after
-            before = decays(until(token, other, True), g, PRODUCT, PRECISION) if FREE else after
+            before = _power(short)
             read_grad = load(dreading + place * N, span, N, keys, in_t, in_n).to(tl.float32) * before
-            within = tl.exp2(tl.sum(g, axis=0) * _LOG2_E)
+            within = _power(tl.load(sums + (CHUNK - 1) * N + keys, mask=in_n, other=0.0))
             within *= tl.load(dkept + program.to(tl.int64) * N + keys, mask=in_n, other=0.0)
             decay_grad = nothing + within[None, :]
-            decay_grad = sums(until(other, token, False), query * query_grad, decay_grad, PRODUCT, PRECISION)
-            decay_grad = sums(until(other, token, FREE), read * read_grad, decay_grad, PRODUCT, PRECISION)
+            decay_grad = summed(until(other, token, False), query * query_grad, decay_grad, PRODUCT, PRECISION)
+            decay_grad = summed(until(other, token, FREE), read * read_grad, decay_grad, PRODUCT, PRECISION)
         else:
             query_grad = load(dq_before + own, span, heads * N, keys, in_t, in_n)
             read_grad = load(dreader_before + own, span, heads * N, keys, in_t, in_n)
             decay_grad = load(ddecay_before + own, span, heads * N, keys, in_t, in_n)
-        decay_grad = sums(token > other, key * key_grad, decay_grad, PRODUCT, PRECISION)
+        decay_grad = summed(token > other, key * key_grad, decay_grad, PRODUCT, PRECISION)
 
         # Tokens that meet: rows that read, then rows that were written.
         for level in tl.range(0, LEVELS, disable_licm=True):
-            after = decays(ranges(token, other, level, False), g, PRODUCT, PRECISION)
-            before = decays(ranges(token, other, level, True), g, PRODUCT, PRECISION) if FREE else after
+            after = _between(sums, upto, span, keys, level, N)
+            before = _between(sums, short, span, keys, level, N) if FREE else after
             keyed = (key * after).to(PRODUCT)
             later = meet(token, other, level)
             pull = tl.load(dscores + square, mask=later, other=0.0).to(PRODUCT)
@@ -210,13 +250,13 @@ def differentiate(
             terms = query * query_part + key * key_part
             if FREE:
                 removed = ranges(other, token, level, True)
-                decay_grad = sums(removed, read * read_part, decay_grad, PRODUCT, PRECISION)
+                decay_grad = summed(removed, read * read_part, decay_grad, PRODUCT, PRECISION)
             else:
                 terms += read * read_part
-            decay_grad = sums(ranges(other, token, level, False), terms, decay_grad, PRODUCT, PRECISION)
+            decay_grad = summed(ranges(other, token, level, False), terms, decay_grad, PRODUCT, PRECISION)
 
         # A token and itself.
-        pull = tl.load(dscores + place * CHUNK + span * (CHUNK + 1)).to(tl.float32)[:, None]
+        pull = tl.load(dscores + span * (CHUNK + 1)).to(tl.float32)[:, None]
         query_grad += pull * key
         key_grad += pull * query
         if FREE:

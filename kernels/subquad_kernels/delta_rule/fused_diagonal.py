@@ -103,11 +103,13 @@ class _Written:
 class _Chunks:
     """A call without its decays.
 
-    Shapes:  entering, reading: chunks h 64 n    kept: chunks h n    gates: chunks h 64    inverse: terms chunks h 64 64
+    Shapes:  sums, entering, reading: chunks h 64 n    kept: chunks h n    gates: chunks h 64
+             inverse: terms chunks h 64 64
     """
 
     solved: _Written
     given: _Written | None
+    sums: Tensor
     entering: Tensor
     reading: Tensor
     kept: Tensor
@@ -157,7 +159,6 @@ class _Call:
             "CHUNK": CHUNK,
             "LEVELS": CHUNK.bit_length() - 1,
             "PACKED": self.bounds is not None,
-            "VECTOR": self.decays == 2,
             "GATE": self.gate is not None,
             "FREE": self.free,
             "PRODUCT": _PRODUCTS[self.v.dtype],
@@ -213,6 +214,13 @@ class _Call:
         chunks, h, n = self.chunks, self.h, self.n
         entering, reading = (self._new(chunks, h, CHUNK, n) for _ in range(2))
         kept, gates = (self._new(chunks, h, size, dtype=torch.float32) for size in (n, CHUNK))
+        # Sums in fp64 where inputs are fp32: small decays beside large ones would lose digits that the rest has.
+        sums = self._new(chunks, h, CHUNK, n, dtype=torch.float64 if self.v.dtype == torch.float32 else torch.float32)
+        tile_n = min(32, padded(n))
+        diagonal_chunks.accumulate[(chunks * h * ceil_div(n, tile_n),)](
+            self.log_decay, self.table, sums, *self.sizes,
+            N=n, TILE_N=tile_n, CHUNK=CHUNK, PACKED=self.bounds is not None, VECTOR=self.decays == 2, num_warps=4,
+        )  # fmt: skip
         group = h // self.h_k
         reader_group = 1 if self.free else group
 
@@ -221,7 +229,7 @@ class _Call:
             pairs = self._new(chunks, h, CHUNK, CHUNK, dtype=torch.float32 if system else None)
             leaving = self._new(chunks, h, CHUNK, n)
             diagonal_chunks.relate[(chunks * h,)](
-                self.q, self.remove, keys, self.log_decay, self.gate, self.table,
+                self.q, self.remove, keys, sums, self.gate, self.table,
                 scores, pairs, entering, reading, leaving, kept, gates, *self.sizes, group, reader_group, written_group,
                 self.q.stride(0), self.remove.stride(0), keys.stride(0),
                 SYSTEM=system, num_warps=self.launch.relate_warps, **self._decayed(self.launch.tile_n),
@@ -234,7 +242,7 @@ class _Call:
         diagonal_chunks.invert[(chunks * h,)](
             solved.pairs, inverse, chunks * h, CHUNK=CHUNK, TERMS=self.terms, PRECISION=self.precision, num_warps=1
         )
-        return _Chunks(solved, given, entering, reading, kept, gates, inverse)
+        return _Chunks(solved, given, sums, entering, reading, kept, gates, inverse)
 
     def backward(
         self, writes: Tensor, boundaries: Tensor, dy: Tensor | None, dfinal: Tensor | None
@@ -290,7 +298,7 @@ class _Call:
             dwritten = self._new(b, t, h, n, dtype=torch.float32 if written.group > 1 else None)
             ddecay = self._new(b, t, h, n, dtype=torch.float32)
             diagonal_chunks.differentiate[grid](
-                self.q, self.remove, written.keys, self.log_decay, self.gate, self.table,
+                self.q, self.remove, written.keys, chunks.sums, self.gate, self.table,
                 dscores, dpairs, dentering, dreading, dleaving, dkept, *before, dq, dremove, dwritten, ddecay, dgate,
                 *self.sizes, h // self.h_k, 1 if self.free else h // self.h_k, written.group,
                 self.q.stride(0), self.remove.stride(0), written.keys.stride(0), SYSTEM=system,
