@@ -187,7 +187,7 @@ def differentiate(
     head, chunk = program % heads, program // heads
     first, size = chunk_of(table, chunk, t, chunks, CHUNK, PACKED)
     span = tl.arange(0, CHUNK)
-    token, other, in_t = span[:, None], span[None, :], span < size
+    token, other, in_t, every = span[:, None], span[None, :], span < size, span < CHUNK
     place = program.to(tl.int64) * CHUNK
     own = (first * heads + head) * N
     q += first * q_stride + head // group * N
@@ -202,69 +202,70 @@ def differentiate(
     for start in tl.range(0, PAD_N, TILE_N, num_stages=1):
         keys = start + tl.arange(0, TILE_N)
         in_n = keys < N
-        nothing = tl.zeros([CHUNK, TILE_N], tl.float32)
         upto = _sums(sums, span, keys, N)
         short = _sums(sums, span - 1, keys, N) if FREE else upto
         query = load(q, span, q_stride, keys, in_t, in_n).to(tl.float32)
-        raw = load(reader, span, reader_stride, keys, in_t, in_n).to(tl.float32)
-        read = raw if FREE else raw * -beta[:, None]
         key = load(written, span, written_stride, keys, in_t, in_n).to(tl.float32)
+        if FREE:
+            read = load(reader, span, reader_stride, keys, in_t, in_n).to(tl.float32)
+        else:
+            read = key * -beta[:, None]
 
-        # What crosses the chunk's ends.
-        rest = _power(tl.load(sums + (CHUNK - 1) * N + keys, mask=in_n, other=0.0)[None, :] - upto)
-        key_grad = load(dleaving + place * N, span, N, keys, in_t, in_n).to(tl.float32) * rest
+        # What reads: the state that enters, and earlier tokens.
         if SYSTEM:
-            after = _power(upto)
-            query_grad = load(dentering + place * N, span, N, keys, in_t, in_n).to(tl.float32) * after
-            before = _power(short)
-            read_grad = load(dreading + place * N, span, N, keys, in_t, in_n).to(tl.float32) * before
+            query_grad = load(dentering + place * N, span, N, keys, every, in_n).to(tl.float32) * _power(upto)
+            read_grad = load(dreading + place * N, span, N, keys, every, in_n).to(tl.float32) * _power(short)
             within = _power(tl.load(sums + (CHUNK - 1) * N + keys, mask=in_n, other=0.0))
             within *= tl.load(dkept + program.to(tl.int64) * N + keys, mask=in_n, other=0.0)
-            decay_grad = nothing + within[None, :]
+            decay_grad = tl.zeros([CHUNK, TILE_N], tl.float32) + within[None, :]
             decay_grad = summed(until(other, token, False), query * query_grad, decay_grad, PRODUCT, PRECISION)
             decay_grad = summed(until(other, token, FREE), read * read_grad, decay_grad, PRODUCT, PRECISION)
         else:
             query_grad = load(dq_before + own, span, heads * N, keys, in_t, in_n)
             read_grad = load(dreader_before + own, span, heads * N, keys, in_t, in_n)
             decay_grad = load(ddecay_before + own, span, heads * N, keys, in_t, in_n)
-        decay_grad = summed(token > other, key * key_grad, decay_grad, PRODUCT, PRECISION)
-
-        # Tokens that meet: rows that read, then rows that were written.
+        itself = tl.load(dscores + span * (CHUNK + 1)).to(tl.float32)[:, None]
+        query_grad += itself * key
         for level in tl.range(0, LEVELS, disable_licm=True):
             after = _between(sums, upto, span, keys, level, N)
             before = _between(sums, short, span, keys, level, N) if FREE else after
             keyed = (key * after).to(PRODUCT)
             later = meet(token, other, level)
             pull = tl.load(dscores + square, mask=later, other=0.0).to(PRODUCT)
-            query_part = tl.dot(pull, keyed, input_precision=PRECISION) * after
+            part = tl.dot(pull, keyed, input_precision=PRECISION) * after
+            query_grad += part
+            terms = query * part
             pull = tl.load(dpairs + square, mask=later, other=0.0).to(PRODUCT)
-            read_part = tl.dot(pull, keyed, input_precision=PRECISION) * before
-            earlier = meet(other, token, level)
-            pull = tl.load(dscores + turned, mask=earlier, other=0.0).to(PRODUCT)
-            key_part = tl.dot(pull, (query * after).to(PRODUCT), input_precision=PRECISION)
-            pull = tl.load(dpairs + turned, mask=earlier, other=0.0).to(PRODUCT)
-            key_part = tl.dot(pull, (read * before).to(PRODUCT), key_part, input_precision=PRECISION) * after
-            query_grad += query_part
-            read_grad += read_part
-            key_grad += key_part
-            terms = query * query_part + key * key_part
+            part = tl.dot(pull, keyed, input_precision=PRECISION) * before
+            read_grad += part
             if FREE:
                 removed = ranges(other, token, level, True)
-                decay_grad = summed(removed, read * read_part, decay_grad, PRODUCT, PRECISION)
+                decay_grad = summed(removed, read * part, decay_grad, PRODUCT, PRECISION)
             else:
-                terms += read * read_part
+                terms += read * part
             decay_grad = summed(ranges(other, token, level, False), terms, decay_grad, PRODUCT, PRECISION)
-
-        # A token and itself.
-        pull = tl.load(dscores + span * (CHUNK + 1)).to(tl.float32)[:, None]
-        query_grad += pull * key
-        key_grad += pull * query
+        store(dq + own, span, heads * N, keys, in_t, in_n, query_grad)
         if FREE:
             store(dreader + own, span, heads * N, keys, in_t, in_n, read_grad)
-        else:
-            dbeta -= tl.sum(raw * read_grad, axis=1)
+
+        # What was written: for the state that leaves, and for later tokens.
+        rest = _power(tl.load(sums + (CHUNK - 1) * N + keys, mask=in_n, other=0.0)[None, :] - upto)
+        key_grad = load(dleaving + place * N, span, N, keys, every, in_n).to(tl.float32) * rest
+        decay_grad = summed(token > other, key * key_grad, decay_grad, PRODUCT, PRECISION)
+        key_grad += itself * query
+        if not FREE:
+            dbeta -= tl.sum(key * read_grad, axis=1)
             key_grad -= beta[:, None] * read_grad
-        store(dq + own, span, heads * N, keys, in_t, in_n, query_grad)
+        for level in tl.range(0, LEVELS, disable_licm=True):
+            after = _between(sums, upto, span, keys, level, N)
+            before = _between(sums, short, span, keys, level, N) if FREE else after
+            earlier = meet(other, token, level)
+            pull = tl.load(dscores + turned, mask=earlier, other=0.0).to(PRODUCT)
+            part = tl.dot(pull, (query * after).to(PRODUCT), input_precision=PRECISION)
+            pull = tl.load(dpairs + turned, mask=earlier, other=0.0).to(PRODUCT)
+            part = tl.dot(pull, (read * before).to(PRODUCT), part, input_precision=PRECISION) * after
+            key_grad += part
+            decay_grad = summed(ranges(other, token, level, False), key * part, decay_grad, PRODUCT, PRECISION)
         store(dwritten + own, span, heads * N, keys, in_t, in_n, key_grad)
         store(ddecay + own, span, heads * N, keys, in_t, in_n, decay_grad)
     if GATE and not FREE:

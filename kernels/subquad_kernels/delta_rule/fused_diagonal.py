@@ -47,9 +47,9 @@ class Launch:
     """
 
     tile_n: int = 64
-    relate_warps: int = 4
-    differentiate_tile_n: int = 32
-    differentiate_warps: int = 4
+    relate_warps: int = 8
+    differentiate_tile_n: int = 16
+    differentiate_warps: int = 8
     scan_tile_p: int = 64
     scan_warps: int = 4
     scan_stages: int = 2
