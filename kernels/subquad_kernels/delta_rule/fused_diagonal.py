@@ -66,7 +66,9 @@ def launch_of(n: int, element_bytes: int) -> Launch:
             tile_n=32, scan_tile_p=64 if n <= 64 else 32 if n <= 128 else 16, scan_stages=1, tile_p=32,
             warps=8 if n > 128 else 4,
         )  # fmt: skip
-    return Launch(scan_warps=8, scan_stages=1, warps=8) if wide else Launch()
+    if wide:
+        return Launch(scan_tile_p=64 if n <= 128 else 32, scan_warps=8, scan_stages=1, warps=8)
+    return Launch()
 
 
 def forward(launch: Launch | None = None, **arguments: Argument) -> Outputs:
