@@ -97,6 +97,7 @@ OPERATOR = Operator(
         _example("float32", b=1, documents=4),
         _example("float32", decay="none", initial_state=True),
         _example("float32", decay="vector", initial_state=True, free=True),
+        _example("float32", b=1, decay="vector", documents=4),
         _example("float32", "decode", initial_state=True, t=1),
         _example("bfloat16"),
     ),
@@ -127,6 +128,19 @@ def _fused_supports(workload: Workload, limits: DeviceLimits) -> str | None:
     if not {shape["n"], shape["p"]} <= widths:
         shown = " and ".join(map(str, sorted(widths)))
         return f"is verified for heads of {shown} in {workload.dtype}, not {shape['n']} and {shape['p']}"
+    if limits.capability is not None and limits.capability < (8, 0):
+        return "needs compute capability 8.0"
+    return None
+
+
+def _fused_diagonal_supports(workload: Workload, limits: DeviceLimits) -> str | None:
+    shape, options = workload.shape, workload.options
+    if not options["low_rank"] and options["decay"] != "vector":
+        return "is for decays per key channel and transitions by remove and insert: fused takes the rest"
+    if workload.dtype == "float64":
+        return "computes in float32, not in float64"
+    if max(shape["n"], shape["p"]) > 256:
+        return f"holds states of up to 256 x 256, not {shape['n']} x {shape['p']}"
     if limits.capability is not None and limits.capability < (8, 0):
         return "needs compute capability 8.0"
     return None
@@ -170,6 +184,15 @@ KERNELS = (
         implementation=f"{_HERE}.fused",
         supports=_fused_supports,
         devices=frozenset({"cuda"}),
+        requires=("triton>=3.6",),
+    ),
+    # A candidate, which no default names: interpreted and compiled ahead of time, not yet tried on a GPU (README).
+    Kernel(
+        operator="delta_rule",
+        name="fused_diagonal",
+        implementation=f"{_HERE}.fused_diagonal",
+        supports=_fused_diagonal_supports,
+        devices=_CUDA,
         requires=("triton>=3.6",),
     ),
     Kernel(

@@ -26,8 +26,20 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad_kernels.delta_rule.declaration import CHUNK, num_chunks
+from subquad_kernels.delta_rule.inverse import BLOCK, invert_below, invert_diagonal, store_inverse
+from subquad_kernels.delta_rule.tiles import (
+    chunk_of,
+    fetch,
+    fetch_transposed,
+    load,
+    load_transposed,
+    rows_of,
+    sequence_of,
+    store,
+    store_transposed,
+)
 from subquad_kernels.tile_sizes import ceil_div, padded
-from subquad_kernels.triton_chunks import chunk_at, lay_out
+from subquad_kernels.triton_chunks import lay_out
 from subquad_kernels.triton_launch import QuickLaunch
 from subquad_kernels.triton_precision import fp32_products
 
@@ -35,7 +47,6 @@ if TYPE_CHECKING:
     from subquad_kernels.catalogue import Argument, Arguments, Outputs
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
-_BLOCK = tl.constexpr(16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +120,7 @@ class _Call:
             raise TypeError("delta_rule/fused takes one decay per head and no remove or insert: use kernel='chunked'")
         self.b, self.t, self.h, self.p = v.shape
         self.h_k, self.n = values["k"].shape[2:]
-        self.q, self.k, self.v = (_rows(values[name]) for name in ("q", "k", "v"))
+        self.q, self.k, self.v = (rows_of(values[name]) for name in ("q", "k", "v"))
         self.log_decay, self.gate, self.initial = (
             None if values[name] is None else values[name].contiguous()
             for name in ("log_decay", "write_gate", "initial_state")
@@ -260,65 +271,6 @@ class _Call:
         }
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """The tokens of all sequences as rows; a view where a slice of a wider tensor allows it.
-
-    Shapes:  b t h n  ->  b*t h*n
-    """
-    if tensor.stride(3) != 1 or tensor.stride(2) != tensor.shape[3]:
-        tensor = tensor.contiguous()
-    return tensor.reshape(tensor.shape[0] * tensor.shape[1], -1)
-
-
-@triton.jit
-def _chunk(table, chunk, t, chunks, CHUNK: tl.constexpr, PACKED: tl.constexpr):
-    """First row (64 bits) and number of tokens of a chunk."""
-    if PACKED:
-        first, size, _, _, _ = chunk_at(table, chunk)
-    else:
-        start = chunk % chunks * CHUNK
-        first = (chunk // chunks).to(tl.int64) * t + start
-        size = tl.minimum(t - start, CHUNK)
-    return first, size
-
-
-@triton.jit
-def _load(tensor, rows, stride, columns, in_rows, in_columns):
-    """A tile [rows, columns] in its own type, zeros outside."""
-    at = tensor + rows[:, None] * stride + columns[None, :]
-    return tl.load(at, mask=in_rows[:, None] & in_columns[None, :], other=0.0)
-
-
-@triton.jit
-def _load_transposed(tensor, rows, stride, columns, in_rows, in_columns):
-    """The same tile as [columns, rows]."""
-    at = tensor + rows[None, :] * stride + columns[:, None]
-    return tl.load(at, mask=in_columns[:, None] & in_rows[None, :], other=0.0)
-
-
-@triton.jit
-def _fetch(tensor, rows, stride, columns, in_columns):
-    """A tile of rows that all exist: a loop's last chunk repeats its last token instead of being masked."""
-    return tl.load(tensor + rows[:, None] * stride + columns[None, :], mask=in_columns[None, :], other=0.0)
-
-
-@triton.jit
-def _fetch_transposed(tensor, rows, stride, columns, in_columns):
-    return tl.load(tensor + rows[None, :] * stride + columns[:, None], mask=in_columns[:, None], other=0.0)
-
-
-@triton.jit
-def _store_transposed(tensor, rows, stride, columns, in_rows, in_columns, tile):
-    at = tensor + rows[None, :] * stride + columns[:, None]
-    tl.store(at, tile.to(tensor.dtype.element_ty), mask=in_columns[:, None] & in_rows[None, :])
-
-
-@triton.jit
-def _store(tensor, rows, stride, columns, in_rows, in_columns, tile):
-    at = tensor + rows[:, None] * stride + columns[None, :]
-    tl.store(at, tile.to(tensor.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
-
-
 @triton.jit
 def _power(exponent):
     """2 to a sum of log2 decays or a difference of two, which has fp64 where inputs are fp32."""
@@ -345,14 +297,14 @@ def _decayed(tile, later, earlier, shown, DECAY: tl.constexpr):
 def _inner(k, size, stride, ROW: tl.constexpr, COLUMN: tl.constexpr, N: tl.constexpr, PAD_N: tl.constexpr,
            PRECISION: tl.constexpr):  # fmt: skip
     """K_r K_c^T of two blocks of 16 tokens of a chunk."""
-    left_rows, right_rows = tl.arange(0, _BLOCK) + ROW * _BLOCK, tl.arange(0, _BLOCK) + COLUMN * _BLOCK
+    left_rows, right_rows = tl.arange(0, BLOCK) + ROW * BLOCK, tl.arange(0, BLOCK) + COLUMN * BLOCK
     # 128 bytes of a row at a time: four blocks of that are what one warp can keep in registers.
     TILE_N: tl.constexpr = min(PAD_N, 128 // (k.dtype.element_ty.primitive_bitwidth // 8))
-    product = tl.zeros([_BLOCK, _BLOCK], tl.float32)
+    product = tl.zeros([BLOCK, BLOCK], tl.float32)
     for n in tl.range(0, PAD_N, TILE_N, num_stages=1):
         columns = n + tl.arange(0, TILE_N)
-        left = _load(k, left_rows, stride, columns, left_rows < size, columns < N)
-        right = _load_transposed(k, right_rows, stride, columns, right_rows < size, columns < N)
+        left = load(k, left_rows, stride, columns, left_rows < size, columns < N)
+        right = load_transposed(k, right_rows, stride, columns, right_rows < size, columns < N)
         product = tl.dot(left, right, product, input_precision=PRECISION)
     return product
 
@@ -371,38 +323,9 @@ def _below(k, size, stride, later, earlier, gates, ROW: tl.constexpr, COLUMN: tl
 def _diagonal(k, size, stride, sums, gates, ROW: tl.constexpr, N: tl.constexpr, PAD_N: tl.constexpr,
               DECAY: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """A_rr^T, strictly upper triangular."""
-    rows = tl.arange(0, _BLOCK)
+    rows = tl.arange(0, BLOCK)
     product = _inner(k, size, stride, ROW, ROW, N, PAD_N, PRECISION) * gates[None, :]
     return _decayed(product, sums[None, :], sums[:, None], rows[:, None] < rows[None, :], DECAY)
-
-
-@triton.jit
-def _substitute(inverse, transposed, row):
-    """Row `row` of (I + A)^-1 from the rows before it:  T_row = e_row - sum_j A_row,j T_j."""
-    rows = tl.arange(0, _BLOCK)
-    coefficients = tl.sum(tl.where(rows[None, :] == row, transposed, 0.0), axis=1)
-    update = tl.sum(coefficients[:, None] * inverse, axis=0)
-    return tl.where(rows[:, None] == row, inverse - update[None, :], inverse)
-
-
-@triton.jit
-def _split(tile):
-    """The leading 11 bits of fp32 values, which tf32 holds, and the rest."""
-    high = (tile.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-    return high, tile - high
-
-
-@triton.jit
-def _product(left, right, PRECISION: tl.constexpr):
-    """[16, 16] times [16, 16], with the accuracy of fp32; of TF32 as `tf32x3`, without its care for infinities."""
-    if PRECISION == "ieee":
-        return tl.dot(left, right, input_precision=PRECISION)
-    else:
-        left_high, left_low = _split(left)
-        right_high, right_low = _split(right)
-        total = tl.dot(left_low, right_high, input_precision="tf32")
-        total = tl.dot(left_high, right_low, total, input_precision="tf32")
-        return tl.dot(left_high, right_high, total, input_precision="tf32")
 
 
 @QuickLaunch
@@ -416,8 +339,8 @@ def _invert(
     """T = (I + A)^-1 of a chunk and head, in blocks of 16: substitution on the diagonal, products below it."""
     program = tl.program_id(0)
     head, chunk = program % heads, program // heads
-    first, size = _chunk(table, chunk, t, chunks, CHUNK, PACKED)
-    rows = tl.arange(0, _BLOCK)
+    first, size = chunk_of(table, chunk, t, chunks, CHUNK, PACKED)
+    rows = tl.arange(0, BLOCK)
     k += first * k_stride + head // group * N
 
     # What the kernels to come need of decays and gates: see `_Call._invert`.
@@ -426,9 +349,9 @@ def _invert(
     plane = slots.to(tl.int64) * heads * CHUNK
     sums, gates, total = (), (), 0.0
     for r in tl.static_range(4):
-        within = rows + r * _BLOCK < size
-        at = (first + rows + r * _BLOCK) * heads + head
-        decay = tl.zeros([_BLOCK], exact)
+        within = rows + r * BLOCK < size
+        at = (first + rows + r * BLOCK) * heads + head
+        decay = tl.zeros([BLOCK], exact)
         if DECAY:
             decay = tl.load(log_decay + at, mask=within, other=0.0).to(exact) * _LOG2_E
             decay = tl.maximum(decay, -160.0)  # where exp2 is 0: sums stay finite
@@ -438,68 +361,29 @@ def _invert(
         sums += (total + tl.cumsum(decay, 0),)
         gates += (beta,)
         total += tl.sum(decay, 0)
-        tl.store(vectors + r * _BLOCK, sums[r])
-        tl.store(vectors + plane + r * _BLOCK, beta.to(exact))
+        tl.store(vectors + r * BLOCK, sums[r])
+        tl.store(vectors + plane + r * BLOCK, beta.to(exact))
     if DECAY:
         for r in tl.static_range(4):
-            within = rows + r * _BLOCK < size
+            within = rows + r * BLOCK < size
             here, rest = tl.where(within, _power(sums[r]), 0.0), tl.where(within, _power(total - sums[r]), 0.0)
-            tl.store(vectors + 2 * plane + r * _BLOCK, here.to(exact))
-            tl.store(vectors + 3 * plane + r * _BLOCK, rest.to(exact))
+            tl.store(vectors + 2 * plane + r * BLOCK, here.to(exact))
+            tl.store(vectors + 3 * plane + r * BLOCK, rest.to(exact))
 
-    t00 = tl.where(rows[:, None] == rows[None, :], 1.0, 0.0)
-    t11, t22, t33 = t00, t00, t00
     a00 = _diagonal(k, size, k_stride, sums[0], gates[0], 0, N, PAD_N, DECAY, PRECISION)
     a11 = _diagonal(k, size, k_stride, sums[1], gates[1], 1, N, PAD_N, DECAY, PRECISION)
     a22 = _diagonal(k, size, k_stride, sums[2], gates[2], 2, N, PAD_N, DECAY, PRECISION)
     a33 = _diagonal(k, size, k_stride, sums[3], gates[3], 3, N, PAD_N, DECAY, PRECISION)
-    for row in range(1, _BLOCK):
-        t00 = _substitute(t00, a00, row)
-        t11 = _substitute(t11, a11, row)
-        t22 = _substitute(t22, a22, row)
-        t33 = _substitute(t33, a33, row)
-
+    diagonal = invert_diagonal(a00, a11, a22, a33)
     a10 = _below(k, size, k_stride, sums[1], sums[0], gates[1], 1, 0, N, PAD_N, DECAY, PRECISION)
     a21 = _below(k, size, k_stride, sums[2], sums[1], gates[2], 2, 1, N, PAD_N, DECAY, PRECISION)
     a32 = _below(k, size, k_stride, sums[3], sums[2], gates[3], 3, 2, N, PAD_N, DECAY, PRECISION)
     a20 = _below(k, size, k_stride, sums[2], sums[0], gates[2], 2, 0, N, PAD_N, DECAY, PRECISION)
     a31 = _below(k, size, k_stride, sums[3], sums[1], gates[3], 3, 1, N, PAD_N, DECAY, PRECISION)
     a30 = _below(k, size, k_stride, sums[3], sums[0], gates[3], 3, 0, N, PAD_N, DECAY, PRECISION)
-    t10 = -_product(t11, _product(a10, t00, PRECISION), PRECISION)
-    t21 = -_product(t22, _product(a21, t11, PRECISION), PRECISION)
-    t32 = -_product(t33, _product(a32, t22, PRECISION), PRECISION)
-    t20 = -_product(t22, _product(a20, t00, PRECISION) + _product(a21, t10, PRECISION), PRECISION)
-    t31 = -_product(t33, _product(a31, t11, PRECISION) + _product(a32, t21, PRECISION), PRECISION)
-    t30 = -_product(
-        t33, _product(a30, t00, PRECISION) + _product(a31, t10, PRECISION) + _product(a32, t20, PRECISION), PRECISION
-    )
-    inverse = (t00, t10, t11, t20, t21, t22, t30, t31, t32, t33)
-
+    inverse = invert_below(diagonal, a10, a21, a32, a20, a31, a30, PRECISION)
     inverses += program.to(tl.int64) * (CHUNK * CHUNK)
-    for r in tl.static_range(4):
-        for c in tl.static_range(4):
-            at = inverses + (rows + r * _BLOCK)[:, None] * CHUNK + (rows + c * _BLOCK)[None, :]
-            rest = inverse[r * (r + 1) // 2 + c] if c <= r else tl.zeros([_BLOCK, _BLOCK], tl.float32)
-            for term in tl.static_range(TERMS):
-                leading = rest.to(inverses.dtype.element_ty)
-                tl.store(at + term * plane * CHUNK, leading)
-                rest -= leading.to(tl.float32)
-
-
-@triton.jit
-def _sequence(bounds, offsets, program, heads, tiles, t, chunks, PACKED: tl.constexpr):
-    """Which state a scan's program holds, its sequence's first row and number of tokens, and its first chunk."""
-    sequence = (program // (tiles * heads)).to(tl.int64)
-    if PACKED:
-        start = tl.load(bounds + sequence)
-        first = start.to(tl.int64)
-        length = tl.load(bounds + sequence + 1) - start
-        chunk = tl.load(offsets + sequence).to(tl.int64)
-    else:
-        first = sequence * t
-        length = t
-        chunk = sequence * chunks
-    return sequence, first, length, chunk
+    store_inverse(inverses, plane * CHUNK, inverse, CHUNK, TERMS)
 
 
 @QuickLaunch
@@ -515,7 +399,7 @@ def _scan(
     tiles: tl.constexpr = (P + TILE_P - 1) // TILE_P
     program = tl.program_id(0)
     tile, head = program % tiles, program // tiles % heads
-    sequence, first, length, chunk = _sequence(bounds, offsets, program, heads, tiles, t, chunks, PACKED)
+    sequence, first, length, chunk = sequence_of(bounds, offsets, program, heads, tiles, t, chunks, PACKED)
     values, keys = tile * TILE_P + tl.arange(0, TILE_P), tl.arange(0, PAD_N)
     in_p, in_n = values < P, keys < N
     span = tl.arange(0, CHUNK)
@@ -541,9 +425,9 @@ def _scan(
     for c in tl.range(0, tl.cdiv(length, CHUNK), num_stages=STAGES):
         size = tl.minimum(length - c * CHUNK, CHUNK)
         rows, in_t = tl.minimum(span, size - 1), span < size
-        _store(boundaries + c * boundary_step, values, N, keys, in_p, in_n, state)
-        key = _fetch(k + c * key_step, rows, k_stride, keys, in_n)
-        value = _fetch_transposed(v + c * value_step, rows, v_stride, values, in_p)
+        store(boundaries + c * boundary_step, values, N, keys, in_p, in_n, state)
+        key = fetch(k + c * key_step, rows, k_stride, keys, in_n)
+        value = fetch_transposed(v + c * value_step, rows, v_stride, values, in_p)
         inverse = tl.load(inverses + c * inverse_step + square)
         # Tokens past the end repeat the last one with a closed gate.
         gate = tl.load(gates + c * vector_step + span).to(tl.float32)
@@ -557,7 +441,7 @@ def _scan(
         if TERMS == 2:
             inverse = tl.load(inverses + plane * CHUNK + c * inverse_step + square)
             write = tl.dot(fresh, tl.trans(inverse), write, input_precision=PRECISION)
-        _store_transposed(writes + c * write_step, span, heads * P, values, in_t, in_p, write)
+        store_transposed(writes + c * write_step, span, heads * P, values, in_t, in_p, write)
         if DECAY:
             write *= tl.load(gates + 2 * plane + c * vector_step + span).to(tl.float32)[None, :]
         state += tl.dot(write.to(dtype), key, input_precision=PRECISION)
@@ -576,16 +460,16 @@ def _read(
     tiles: tl.constexpr = (P + TILE_P - 1) // TILE_P
     program = tl.program_id(0)
     tile, head, chunk = program % tiles, program // tiles % heads, program // (tiles * heads)
-    first, size = _chunk(table, chunk, t, chunks, CHUNK, PACKED)
+    first, size = chunk_of(table, chunk, t, chunks, CHUNK, PACKED)
     span, keys, values = tl.arange(0, CHUNK), tl.arange(0, PAD_N), tile * TILE_P + tl.arange(0, TILE_P)
     in_t, in_n, in_p = span < size, keys < N, values < P
     dtype: tl.constexpr = k.dtype.element_ty
-    query = _load(q + first * q_stride + head // group * N, span, q_stride, keys, in_t, in_n)
-    key = _load_transposed(k + first * k_stride + head // group * N, span, k_stride, keys, in_t, in_n)
+    query = load(q + first * q_stride + head // group * N, span, q_stride, keys, in_t, in_n)
+    key = load_transposed(k + first * k_stride + head // group * N, span, k_stride, keys, in_t, in_n)
     place = (first * heads + head) * P
-    write = _load(writes + place, span, heads * P, values, in_t, in_p)
+    write = load(writes + place, span, heads * P, values, in_t, in_p)
     saved = boundaries + (chunk.to(tl.int64) * heads + head) * (P * N)
-    state = _load_transposed(saved, values, N, keys, in_p, in_n)
+    state = load_transposed(saved, values, N, keys, in_p, in_n)
     sums = tl.load(vectors + (chunk.to(tl.int64) * heads + head) * CHUNK + span)
 
     result = _scale_rows(tl.dot(query, state, input_precision=PRECISION), sums, DECAY)
@@ -593,7 +477,7 @@ def _read(
     shown = (span[:, None] >= span[None, :]) & in_t[:, None]
     scores = _decayed(scores, sums[:, None], sums[None, :], shown, DECAY)
     result += tl.dot(scores.to(dtype), write, input_precision=PRECISION)
-    _store(y + place, span, heads * P, values, in_t, in_p, result * scale)
+    store(y + place, span, heads * P, values, in_t, in_p, result * scale)
 
 
 @QuickLaunch
@@ -608,19 +492,19 @@ def _read_back(
     tiles: tl.constexpr = (P + TILE_P - 1) // TILE_P
     program = tl.program_id(0)
     tile, head, chunk = program % tiles, program // tiles % heads, program // (tiles * heads)
-    first, size = _chunk(table, chunk, t, chunks, CHUNK, PACKED)
+    first, size = chunk_of(table, chunk, t, chunks, CHUNK, PACKED)
     span, keys, values = tl.arange(0, CHUNK), tl.arange(0, PAD_N), tile * TILE_P + tl.arange(0, TILE_P)
     in_t, in_n, in_p = span < size, keys < N, values < P
     dtype: tl.constexpr = k.dtype.element_ty
-    query = _load_transposed(q + first * q_stride + head // group * N, span, q_stride, keys, in_t, in_n)
-    key = _load(k + first * k_stride + head // group * N, span, k_stride, keys, in_t, in_n)
+    query = load_transposed(q + first * q_stride + head // group * N, span, q_stride, keys, in_t, in_n)
+    key = load(k + first * k_stride + head // group * N, span, k_stride, keys, in_t, in_n)
     place = (first * heads + head) * P
-    pull = _load(dy + place, span, heads * P, values, in_t, in_p)
+    pull = load(dy + place, span, heads * P, values, in_t, in_p)
     sums = tl.load(vectors + (chunk.to(tl.int64) * heads + head) * CHUNK + span)
     scores = tl.dot(key, query, input_precision=PRECISION)
     shown = (span[:, None] <= span[None, :]) & in_t[None, :]
     scores = _decayed(scores, sums[None, :], sums[:, None], shown, DECAY) * scale
-    _store(
+    store(
         dwrites + place, span, heads * P, values, in_t, in_p,
         tl.dot(scores.to(dtype), pull.to(dtype), input_precision=PRECISION),
     )  # fmt: skip
@@ -639,7 +523,7 @@ def _scan_back(
     tiles: tl.constexpr = (P + TILE_P - 1) // TILE_P
     program = tl.program_id(0)
     tile, head = program % tiles, program // tiles % heads
-    sequence, first, length, chunk = _sequence(bounds, offsets, program, heads, tiles, t, chunks, PACKED)
+    sequence, first, length, chunk = sequence_of(bounds, offsets, program, heads, tiles, t, chunks, PACKED)
     values, keys = tile * TILE_P + tl.arange(0, TILE_P), tl.arange(0, PAD_N)
     in_p, in_n = values < P, keys < N
     span = tl.arange(0, CHUNK)
@@ -667,11 +551,11 @@ def _scan_back(
         c = steps - 1 - back
         size = tl.minimum(length - c * CHUNK, CHUNK)
         rows, in_t = tl.minimum(span, size - 1), span < size
-        _store(dstates + c * state_step, values, N, keys, in_p, in_n, dstate)
-        query = _fetch(q + c * query_step, rows, q_stride, keys, in_n)
-        key = _fetch(k + c * key_step, rows, k_stride, keys, in_n)
-        pull = _fetch_transposed(dy + c * value_step, rows, heads * P, values, in_p)
-        dwrite = _fetch_transposed(dwrites + c * value_step, rows, heads * P, values, in_p)
+        store(dstates + c * state_step, values, N, keys, in_p, in_n, dstate)
+        query = fetch(q + c * query_step, rows, q_stride, keys, in_n)
+        key = fetch(k + c * key_step, rows, k_stride, keys, in_n)
+        pull = fetch_transposed(dy + c * value_step, rows, heads * P, values, in_p)
+        dwrite = fetch_transposed(dwrites + c * value_step, rows, heads * P, values, in_p)
         inverse = tl.load(inverses + c * inverse_step + square)
         # Tokens past the end repeat the last one with factors 0.
         gate = tl.load(gates + c * vector_step + span).to(tl.float32)
@@ -688,7 +572,7 @@ def _scan_back(
         if TERMS == 2:
             inverse = tl.load(inverses + plane * CHUNK + c * inverse_step + square)
             dfresh = tl.dot(reached, inverse, dfresh, input_precision=PRECISION)
-        _store_transposed(dwrites + c * value_step, span, heads * P, values, in_t, in_p, dfresh)
+        store_transposed(dwrites + c * value_step, span, heads * P, values, in_t, in_p, dfresh)
         dstate *= kept
         pull = (pull.to(tl.float32) * (here * scale)[None, :]).to(dtype)
         dstate += tl.dot(pull, query, input_precision=PRECISION)
@@ -708,7 +592,7 @@ def _differentiate_query(
     """dq = scale ( e^b (dy S^T) + (dy U^T e^(b_i - b_j)) K ); `ddecay` is left holding q . dq."""
     program = tl.program_id(0)
     head, chunk = program % heads, program // heads
-    first, size = _chunk(table, chunk, t, chunks, CHUNK, PACKED)
+    first, size = chunk_of(table, chunk, t, chunks, CHUNK, PACKED)
     span, keys = tl.arange(0, CHUNK), tl.arange(0, PAD_N)
     in_t, in_n = span < size, keys < N
     dtype: tl.constexpr = k.dtype.element_ty
@@ -723,19 +607,19 @@ def _differentiate_query(
     for start in tl.range(0, PAD_P, TILE_P, num_stages=1):
         values = start + tl.arange(0, TILE_P)
         in_p = values < P
-        pull = _load(dy, span, row_stride, values, in_t, in_p).to(dtype)
-        write = _load_transposed(writes, span, row_stride, values, in_t, in_p)
-        state = _load(boundaries, values, N, keys, in_p, in_n)
+        pull = load(dy, span, row_stride, values, in_t, in_p).to(dtype)
+        write = load_transposed(writes, span, row_stride, values, in_t, in_p)
+        state = load(boundaries, values, N, keys, in_p, in_n)
         scores = tl.dot(pull, write, scores, input_precision=PRECISION)
         total = tl.dot(pull, state, total, input_precision=PRECISION)
     shown = (span[:, None] >= span[None, :]) & in_t[:, None]
     scores = _decayed(scores, sums[:, None], sums[None, :], shown, DECAY)
     total = _scale_rows(total, sums, DECAY)
-    key = _load(k + first * k_stride + head // group * N, span, k_stride, keys, in_t, in_n)
+    key = load(k + first * k_stride + head // group * N, span, k_stride, keys, in_t, in_n)
     total = tl.dot(scores.to(dtype), key, total, input_precision=PRECISION) * scale
-    _store(dq + (first * heads + head) * N, span, heads * N, keys, in_t, in_n, total)
+    store(dq + (first * heads + head) * N, span, heads * N, keys, in_t, in_n, total)
     if DECAY:
-        query = _load(q + first * q_stride + head // group * N, span, q_stride, keys, in_t, in_n)
+        query = load(q + first * q_stride + head // group * N, span, q_stride, keys, in_t, in_n)
         tl.store(ddecay + (first + span) * heads + head, tl.sum(total * query.to(tl.float32), axis=1), mask=in_t)
 
 
@@ -750,7 +634,7 @@ def _differentiate_read(
     """What the key reads itself, beta (E K - e^b (dR S^T)), and its value and gate; adds k . read to `ddecay`."""
     program = tl.program_id(0)
     head, chunk = program % heads, program // heads
-    first, size = _chunk(table, chunk, t, chunks, CHUNK, PACKED)
+    first, size = chunk_of(table, chunk, t, chunks, CHUNK, PACKED)
     span, keys = tl.arange(0, CHUNK), tl.arange(0, PAD_N)
     in_t, in_n = span < size, keys < N
     dtype: tl.constexpr = k.dtype.element_ty
@@ -768,21 +652,21 @@ def _differentiate_read(
     for start in tl.range(0, PAD_P, TILE_P, num_stages=1):
         values = start + tl.arange(0, TILE_P)
         in_p = values < P
-        fresh = _load(dfresh, span, row_stride, values, in_t, in_p)
-        write = _load_transposed(writes, span, row_stride, values, in_t, in_p)
-        state = _load(boundaries, values, N, keys, in_p, in_n)
+        fresh = load(dfresh, span, row_stride, values, in_t, in_p)
+        write = load_transposed(writes, span, row_stride, values, in_t, in_p)
+        state = load(boundaries, values, N, keys, in_p, in_n)
         scores = tl.dot(fresh, write, scores, input_precision=PRECISION)
         total = tl.dot(fresh, state, total, input_precision=PRECISION)
         if GATE:
-            value = _load(v + first * v_stride + head * P, span, v_stride, values, in_t, in_p)
+            value = load(v + first * v_stride + head * P, span, v_stride, values, in_t, in_p)
             dbeta += tl.sum(fresh.to(tl.float32) * value.to(tl.float32), axis=1)
-        _store(dv, span, row_stride, values, in_t, in_p, fresh.to(tl.float32) * gate[:, None])
+        store(dv, span, row_stride, values, in_t, in_p, fresh.to(tl.float32) * gate[:, None])
     shown = (span[:, None] > span[None, :]) & in_t[:, None]
     scores = _decayed(scores, sums[:, None], sums[None, :], shown, DECAY)
     total = _scale_rows(total, sums, DECAY)
-    key = _load(k + first * k_stride + head // group * N, span, k_stride, keys, in_t, in_n)
+    key = load(k + first * k_stride + head // group * N, span, k_stride, keys, in_t, in_n)
     total = -tl.dot(scores.to(dtype), key, total, input_precision=PRECISION)
-    _store(read + (first * heads + head) * N, span, heads * N, keys, in_t, in_n, total * gate[:, None])
+    store(read + (first * heads + head) * N, span, heads * N, keys, in_t, in_n, total * gate[:, None])
     at = (first + span) * heads + head
     if GATE or DECAY:
         along = tl.sum(total * key.to(tl.float32), axis=1)
@@ -807,7 +691,7 @@ def _differentiate_written(
     """
     program = tl.program_id(0)
     head, chunk = program % heads, program // heads
-    first, size = _chunk(table, chunk, t, chunks, CHUNK, PACKED)
+    first, size = chunk_of(table, chunk, t, chunks, CHUNK, PACKED)
     span, keys = tl.arange(0, CHUNK), tl.arange(0, PAD_N)
     in_t, in_n = span < size, keys < N
     dtype: tl.constexpr = k.dtype.element_ty
@@ -827,31 +711,31 @@ def _differentiate_written(
     for start in tl.range(0, PAD_P, TILE_P, num_stages=1):
         values = start + tl.arange(0, TILE_P)
         in_p = values < P
-        write = _load(writes, span, row_stride, values, in_t, in_p)
-        pull = _load_transposed(dy, span, row_stride, values, in_t, in_p).to(dtype)
-        fresh = _load_transposed(dfresh, span, row_stride, values, in_t, in_p)
-        dstate = _load(dstates + state_at, values, N, keys, in_p, in_n)
+        write = load(writes, span, row_stride, values, in_t, in_p)
+        pull = load_transposed(dy, span, row_stride, values, in_t, in_p).to(dtype)
+        fresh = load_transposed(dfresh, span, row_stride, values, in_t, in_p)
+        dstate = load(dstates + state_at, values, N, keys, in_p, in_n)
         by_query = tl.dot(write, pull, by_query, input_precision=PRECISION)
         by_key = tl.dot(write, fresh, by_key, input_precision=PRECISION)
         total = tl.dot(write, dstate, total, input_precision=PRECISION)
         if DECAY:
-            state = _load(boundaries + state_at, values, N, keys, in_p, in_n)
+            state = load(boundaries + state_at, values, N, keys, in_p, in_n)
             kept_state += tl.sum(state.to(tl.float32) * dstate.to(tl.float32))
-    key = _load(k + first * k_stride + head // group * N, span, k_stride, keys, in_t, in_n)
+    key = load(k + first * k_stride + head // group * N, span, k_stride, keys, in_t, in_n)
     dlast = 0.0
     if DECAY:
         total *= _power(tl.where(in_t, last - sums, 0.0))[:, None]
         dlast = tl.sum(total * key.to(tl.float32)) + _power(last) * kept_state
     later = (span[:, None] <= span[None, :]) & in_t[None, :]
     by_query = _decayed(by_query, sums[None, :], sums[:, None], later, DECAY) * scale
-    query = _load(q + first * q_stride + head // group * N, span, q_stride, keys, in_t, in_n)
+    query = load(q + first * q_stride + head // group * N, span, q_stride, keys, in_t, in_n)
     total = tl.dot(by_query.to(dtype), query, total, input_precision=PRECISION)
     later = (span[:, None] < span[None, :]) & in_t[None, :]
     by_key = _decayed(by_key, sums[None, :], sums[:, None], later, DECAY) * -gate[None, :]
     total = tl.dot(by_key.to(dtype), key, total, input_precision=PRECISION)
     place = (first * heads + head) * N
-    reads = _load(read + place, span, heads * N, keys, in_t, in_n)
-    _store(dk + place, span, heads * N, keys, in_t, in_n, reads + total)
+    reads = load(read + place, span, heads * N, keys, in_t, in_n)
+    store(dk + place, span, heads * N, keys, in_t, in_n, reads + total)
     if DECAY:
         at = (first + span) * heads + head
         dsums = tl.load(ddecay + at, mask=in_t, other=0.0) - tl.sum(total * key.to(tl.float32), axis=1)
