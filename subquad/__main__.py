@@ -25,6 +25,7 @@ VERBS: Mapping[str, str] = MappingProxyType(
         "explain": "show which kernel each operator would get, and why: explain model=scout_mamba target=h100",
         "bench": "time an operator's kernels as lengths grow: bench operator=segment_attention",
         "measure": "time kernels over a pool of shapes into a table that models are fitted to: measure budget_s=540",
+        "calibrate": "correct the cost model by a few rows of this device: calibrate budget_s=120",
         "warmup": "compile, check and measure what a run will call: warmup model=scout_mamba",
         "generate": 'continue a text: generate run=RUN_DIR prompt="def "',
         "proxy": "measure what other mixers would lose in a run's layers: proxy run=RUN_DIR candidates=[window]",

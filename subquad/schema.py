@@ -203,3 +203,14 @@ class MeasureConfig:
     layouts: int = 8  # of each operator: options, dtype, widths, heads, packed or not
     shapes: int = 64  # of each layout: lengths, batches, documents
     seed: int = 0
+
+
+@dataclass(kw_only=True)
+class CalibrateConfig:
+    """How long `calibrate` measures this device, and which model it corrects."""
+
+    budget_s: float = 120.0
+    target: str = "auto"
+    fit: str = "auto"  # a folder of `subquad_cost_model fit`; auto: the shipped one on CUDA; roofline: none
+    operators: list[str] = field(default_factory=list)  # [] means all
+    seed: int = 0

@@ -1,6 +1,7 @@
 """Predict how long an operator takes on a device, with intervals: rows of numbers in, seconds and bytes out."""
 
 from subquad_cost_model.bound import lower_bound_s
+from subquad_cost_model.calibration import CalibratedEstimator
 from subquad_cost_model.constant import ConstantEstimator
 from subquad_cost_model.device import Device
 from subquad_cost_model.devices import UnknownDeviceError, load_device, shipped_devices
@@ -13,12 +14,14 @@ from subquad_cost_model.measured import MeasuredEstimator
 from subquad_cost_model.measurements import Measurement, MeasurementStore
 from subquad_cost_model.metrics import coverage, error_factor, regret
 from subquad_cost_model.probe import probe_device
+from subquad_cost_model.profile_files import ProfileError, load_profile, profile_or_source, save_profile
 from subquad_cost_model.roofline import Efficiency, RooflineEstimator
 from subquad_cost_model.rows import CostRow
 from subquad_cost_model.timed_rows import TimedRow, TimedRowsError, read_timed_rows, timed, write_timed_rows
 from subquad_cost_model.undecided import Decision, decide
 
 __all__ = [
+    "CalibratedEstimator",
     "Clock",
     "ConstantEstimator",
     "CostRow",
@@ -32,6 +35,7 @@ __all__ = [
     "MeasuredEstimator",
     "Measurement",
     "MeasurementStore",
+    "ProfileError",
     "RooflineEstimator",
     "TimedRow",
     "TimedRowsError",
@@ -44,11 +48,14 @@ __all__ = [
     "learned_or_roofline",
     "load_device",
     "load_fit",
+    "load_profile",
     "lower_bound_s",
     "probe_device",
+    "profile_or_source",
     "read_timed_rows",
     "regret",
     "save_fit",
+    "save_profile",
     "shipped_devices",
     "shipped_fit",
     "time_callable",

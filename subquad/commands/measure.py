@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -39,7 +40,7 @@ def run(arguments: list[str]) -> int:
     from subquad.registry import load_registry
 
     load_registry()  # fills the catalogue
-    _check_names(request)
+    check_names("measure", operators=request.operators, kernels=request.kernels)
     target = require_local(resolve_target(request.target), request.target, verb="measure")
     plan = Plan(
         operators=tuple(request.operators),
@@ -88,17 +89,18 @@ def measure_config(arguments: list[str]) -> MeasureConfig:
     return request
 
 
-def _check_names(request: MeasureConfig) -> None:
+def check_names(verb: str, **named: Sequence[str]) -> None:
+    """Refuse names that no operator, or no kernel, has.  Raises: NotFoundError."""
     from subquad_kernels.catalogue import CATALOGUE
 
     operators = [operator.name for operator in CATALOGUE]
     kernels = [kernel for name in operators for kernel in CATALOGUE.kernels(name)]
     known = {"operators": operators, "kernels": [name for kernel in kernels for name in (kernel.name, kernel.key)]}
-    for key, names in (("operators", request.operators), ("kernels", request.kernels)):
+    for key, names in named.items():
         for name in names:
             if name not in known[key]:
                 raise NotFoundError(
                     what=f"no {key[:-1]} is called '{name}'",
-                    where=f"measure.{key}",
+                    where=f"{verb}.{key}",
                     mend=f"{suggestion(name, known[key])}`python -m subquad plugins` lists them",
                 )

@@ -85,7 +85,9 @@ def layouts(operator: Operator, kind: str, count: int, *, seed: int = 0) -> list
         )
         packed = packable and not decode and draw.random() < PACKED
         size = (1, 2 * ranges.t[0], 2) if packed else (2, ranges.t[0], 0)
-        found.setdefault(layout.key, _sized(layout, *size))
+        smallest = _sized(layout, *size)
+        # Channels are free within a layout, as lengths are.
+        found.setdefault(replace(smallest, shape=dict(smallest.shape) | {"c": 0}).key, smallest)
     return list(found.values())
 
 

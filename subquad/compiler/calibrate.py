@@ -1,0 +1,133 @@
+"""Calibrating the cost model to this device: a few rows of every kernel, a correction, and what it is worth."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from subquad.cache import user_cache
+from subquad.compiler.sample_kernels import Plan, SampleRun
+from subquad.compiler.target import Target
+from subquad.errors import ConfigError
+from subquad_cost_model import (
+    CalibratedEstimator,
+    Device,
+    Estimator,
+    FitError,
+    LearnedEstimator,
+    RooflineEstimator,
+    TimedRow,
+    error_factor,
+    load_device,
+    load_fit,
+    regret,
+    save_profile,
+    shipped_devices,
+    shipped_fit,
+    timed,
+)
+from subquad_cost_model.metrics import coverage
+from subquad_cost_model.splits import is_held_out, shape_group
+
+LAYOUTS, SHAPES = 4, 32
+"""Of each operator and of each layout: few layouts, as each is checked and compiled."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worth:
+    """How an estimator does on rows that it did not see: mean regret of its choices over `cells` with rivals, error as
+    a factor, and the share of rows inside its intervals."""
+
+    rows: int
+    cells: int
+    regret: float | None
+    error_factor: float
+    covered: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What was found out; `before` and `after` are None where no held-out shape was measured."""
+
+    calibrated: CalibratedEstimator
+    fitted: int
+    before: Worth | None
+    after: Worth | None
+    path: Path | None
+
+
+def source_model(fit: str, kind: str) -> tuple[Estimator, tuple[Device, ...]]:
+    """The model to correct, and the shipped devices that it was fitted to.
+
+    `auto` is the fit that comes with the cost model if it was fitted to this kind of device, else the roofline.
+    Raises: ConfigError.
+    """
+    if fit == "roofline" or (fit == "auto" and (kind != "cuda" or find_spec("lightgbm") is None)):
+        return RooflineEstimator(), ()
+    try:
+        learned = load_fit(shipped_fit() if fit == "auto" else Path(fit))
+    except (FitError, ModuleNotFoundError) as error:
+        raise ConfigError(what=str(error), where="calibrate.fit", mend="fit=roofline corrects the bound") from None
+    return learned, _devices_of(learned)
+
+
+def profile_path(device: Device) -> Path | None:
+    """The file of this device under its versions; None where nothing can be cached."""
+    folder = user_cache("profiles")
+    words = [device.name, *(f"{name} {version}" for name, version in sorted(device.versions.items()))]
+    return None if folder is None else folder / f"{re.sub(r'[^A-Za-z0-9.]+', '_', '-'.join(words))}.json"
+
+
+def calibrate(
+    target: Target, source: Estimator, beside: Sequence[Device], folder: Path, *, budget_s: float,
+    operators: Sequence[str] = (), seed: int = 0,
+) -> Calibration:  # fmt: skip
+    """Measure for `budget_s`, correct the source by what is not held out, judge both by what is, keep the profile.
+
+    Rows of earlier calibrations in the folder are used as well; a second one goes on where the first stopped.
+    """
+    plan = Plan(operators=tuple(operators), layouts=LAYOUTS, shapes=SHAPES, seed=seed)
+    sampling = SampleRun(target, folder, plan, budget_s=budget_s)
+    sampling.run()
+    rows = timed(sampling.rows)
+    fitted = [row for row in rows if not is_held_out(row.row)]
+    judged = [row for row in rows if is_held_out(row.row)]
+    calibrated = CalibratedEstimator.fit(fitted, target.device, source, beside=beside)
+    before, after = (worth(estimator, judged) if judged else None for estimator in (source, calibrated))
+    path = profile_path(target.device)
+    if path is not None:
+        figures = {"before": before and asdict(before), "after": after and asdict(after)}
+        save_profile(path, calibrated, [row.row for row in fitted], figures)
+    return Calibration(calibrated=calibrated, fitted=len(fitted), before=before, after=after, path=path)
+
+
+def worth(estimator: Estimator, rows: Sequence[TimedRow]) -> Worth:
+    """Judge an estimator by timed rows of one device."""
+    estimates = estimator.predict([row.row for row in rows], rows[0].device)
+    measured_s = [row.seconds for row in rows]
+    cells: dict[tuple[str, ...], dict[str, tuple[float, float]]] = defaultdict(dict)
+    for row, estimate in zip(rows, estimates, strict=True):
+        key = shape_group(row.row), row.row.phase, row.row.dtype
+        cells[key][row.row.kernel] = estimate.seconds, row.seconds
+    lost = [_lost(rivals) for rivals in cells.values() if len(rivals) > 1]
+    return Worth(
+        rows=len(rows),
+        cells=len(lost),
+        regret=sum(lost) / len(lost) if lost else None,
+        error_factor=error_factor([estimate.seconds for estimate in estimates], measured_s),
+        covered=coverage(estimates, measured_s),
+    )
+
+
+def _lost(rivals: Mapping[str, tuple[float, float]]) -> float:
+    chosen = min(rivals, key=lambda name: rivals[name][0])
+    return regret(chosen, {name: measured_s for name, (_, measured_s) in rivals.items()})
+
+
+def _devices_of(learned: LearnedEstimator) -> tuple[Device, ...]:
+    names = {name for head in learned.heads.values() for name in head.devices}
+    return tuple(device for device in map(load_device, shipped_devices()) if device.name in names)

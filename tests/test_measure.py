@@ -1,0 +1,333 @@
+"""measure: a pool drawn from declarations, timed for a stated time, into a table that another run goes on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from subquad.__main__ import main
+from subquad.commands.measure import measure_config
+from subquad.compiler import prepare_kernels, time_cells
+from subquad.compiler.prepare_kernels import Job, prepare
+from subquad.compiler.sample_kernels import Plan, SampleRun, by_kernel
+from subquad.compiler.shape_pool import RANGES, halvings, layouts, shapes
+from subquad.compiler.target import Target, resolve_target
+from subquad.compiler.time_cells import CellTimer, DeviceLostError
+from subquad.compiler.workload import cost_row
+from subquad.errors import ConfigError, NotFoundError
+from subquad_cost_model import TimedRow, read_timed_rows, timed
+from subquad_kernels.builtin import CATALOGUE, OPERATORS
+from subquad_kernels.catalogue import Kernel, Operator
+from subquad_kernels.self_check import shape_class
+from subquad_kernels.workload import Workload
+
+ROTARY, DELTA, SEGMENTS = (CATALOGUE.operator(name) for name in ("rotary", "delta_rule", "segment_attention"))
+
+
+@pytest.fixture(scope="session")
+def target() -> Target:
+    return resolve_target("cpu")
+
+
+def small(**given: Any) -> Plan:
+    return Plan(**{"operators": ("rotary", "causal_conv"), "layouts": 3, "shapes": 3, **given})
+
+
+# --- the pool -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_every_shape_of_a_pool_is_one_that_the_operator_can_count_and_check(operator: Operator, kind: str) -> None:
+    ranges = RANGES[kind]
+    drawn = [workload for layout in layouts(operator, kind, 8) for workload in shapes(layout, kind, 16)]
+    assert len({workload.key for workload in drawn}) == len(drawn) > 25
+    for workload in drawn:
+        assert operator.work(workload).bytes_moved > 0
+        assert workload.dtype in operator.tolerances
+        length = workload.shape["s"] if "s" in workload.shape else workload.shape["t"]
+        assert workload.phase == "decode" or ranges.t[0] <= length <= ranges.t[1]
+        assert workload.shape["b"] * workload.shape["t"] <= max(ranges.most_tokens, 2 * ranges.t[1])
+        assert workload.shape["b"] == 1 or "documents" not in workload.shape
+        small = shape_class(workload, kind).shape
+        assert small["t"] <= 300
+        assert all(small["h"] % small[axis] == 0 for axis in ("h_kv", "h_k") if axis in small)
+    assert any(workload.phase == "decode" for workload in drawn)
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
+def test_arguments_of_the_pool_fit_the_operator(operator: Operator) -> None:
+    for layout in layouts(operator, "cpu", 6):
+        for workload in shapes(layout, "cpu", 3):
+            arguments = operator.torch_half.sample_inputs(workload, seed=0, device="cpu")
+            operator.torch_half.check(arguments)
+            described = operator.torch_half.workload_of(arguments, workload.phase)
+            assert described.key == workload.key
+
+
+def test_shapes_of_a_layout_share_what_kernels_are_compiled_and_checked_for() -> None:
+    for operator in OPERATORS:
+        for layout in layouts(operator, "cuda", 8):
+            for workload in shapes(layout, "cuda", 8):
+                assert (workload.dtype, workload.options, workload.phase) == (
+                    layout.dtype, layout.options, layout.phase,
+                )  # fmt: skip
+                assert ("documents" in workload.shape) == ("documents" in layout.shape)
+                for axis in ("h", "h_kv", "h_k", "k", "v", "n", "p", "w"):
+                    assert workload.shape.get(axis) == layout.shape.get(axis)
+                assert workload.shape.get("c", 0) % 16 == 0
+
+
+def test_a_seed_decides_the_pool() -> None:
+    first, again, other = (layouts(DELTA, "cuda", 8, seed=seed) for seed in (1, 1, 2))
+    assert [layout.key for layout in first] == [layout.key for layout in again] != [layout.key for layout in other]
+
+
+def test_every_set_of_options_that_examples_declare_is_in_the_pool() -> None:
+    drawn = {str(layout.options["decay"]) for layout in layouts(DELTA, "cuda", 8)}
+    assert drawn == {"none", "scalar", "vector"}
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
+def test_work_of_a_halving_is_no_more_than_the_whole(operator: Operator) -> None:
+    for layout in layouts(operator, "cuda", 8):
+        for workload in shapes(layout, "cuda", 6):
+            whole = operator.work(workload)
+            for half in halvings(workload):
+                changed = {a for a in workload.shape if half.shape[a] != workload.shape[a]}
+                assert changed
+                assert all(2 * half.shape[axis] == workload.shape[axis] for axis in changed)
+                part = operator.work(half)
+                assert part.matmul_flops <= whole.matmul_flops
+                assert part.vector_flops <= whole.vector_flops
+                assert part.bytes_moved <= whole.bytes_moved
+
+
+# --- the loop -----------------------------------------------------------------------
+
+
+def test_rows_are_timed_and_read_back(target: Target, tmp_path: Path) -> None:
+    run = SampleRun(target, tmp_path, small(layouts=4, shapes=2), budget_s=60)
+    new = run.run()
+    again = read_timed_rows(tmp_path)
+    assert again == new
+    rows = timed(new)
+    assert {row.row.phase for row in rows} == {"forward", "backward", "decode"}
+    assert {row.row.kernel for row in rows} >= {"tables", "taps", "conv1d"}
+    assert "reference" not in {row.row.kernel for row in rows}
+    assert len({row.row.key for row in rows}) == len(rows)
+    for row in rows:
+        assert row.row.kernel_version
+        assert row.source == "subquad measure"
+        assert row.run_id
+        assert row.repeats
+        assert row.cold_cache is False
+    assert [path.name for path in tmp_path.iterdir()] == [f"run-{rows[0].run_id}.parquet"]
+
+
+def test_a_second_run_measures_only_what_is_missing(target: Target, tmp_path: Path) -> None:
+    SampleRun(target, tmp_path, small(shapes=2), budget_s=60).run()
+    first = {row.row.key for row in read_timed_rows(tmp_path)}
+    second = SampleRun(target, tmp_path, small(shapes=4), budget_s=60).run()
+    assert second
+    assert first.isdisjoint(row.row.key for row in second)
+    assert SampleRun(target, tmp_path, small(shapes=4), budget_s=60).run() == []
+
+
+def test_rows_of_other_versions_are_no_reason_to_leave_anything_out(target: Target, tmp_path: Path) -> None:
+    SampleRun(target, tmp_path, small(), budget_s=60).run()
+    updated = replace(target, device=replace(target.device, versions={"torch": "99"}))
+    assert SampleRun(updated, tmp_path, small(), budget_s=60).run()
+
+
+def test_the_budget_ends_a_run(target: Target, tmp_path: Path) -> None:
+    run = SampleRun(target, tmp_path, Plan(layouts=6, shapes=64), budget_s=3)
+    run.run()
+    assert -3 < run.left_s <= 0
+
+
+class Planted:
+    """A kernel that does what a test wants, in the place of another."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+
+    @staticmethod
+    def backward(*_: Any) -> dict[str, Any]:
+        return {}
+
+
+def planted(forward: Callable[..., Any]) -> Kernel:
+    kernel = replace(CATALOGUE.kernel("rotary", "tables"), name="planted")
+    kernel.__dict__["torch_half"] = Planted(forward)
+    return kernel
+
+
+def timer(target: Target) -> CellTimer:
+    return CellTimer(target, run_id="test")
+
+
+def decode() -> Workload:
+    return next(layout for layout in layouts(ROTARY, "cpu", 8) if layout.phase == "decode")
+
+
+def test_a_kernel_that_raises_is_a_row_and_its_rivals_are_timed(target: Target) -> None:
+    def raising(**_: Any) -> Any:
+        raise ZeroDivisionError("not today")
+
+    rows = timer(target).rows(ROTARY, [planted(raising), CATALOGUE.kernel("rotary", "tables")], decode())
+    assert [(row.row.kernel, row.status) for row in rows] == [("planted", "unsupported"), ("tables", "ok")]
+
+
+def test_a_kernel_without_memory_is_a_row(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+    def hungry(**_: Any) -> Any:
+        raise torch.OutOfMemoryError("too much")
+
+    (row,) = timer(target).rows(ROTARY, [planted(hungry)], decode())
+    assert (row.status, row.median_s) == ("oom", None)
+
+
+def test_a_kernel_that_breaks_the_device_ends_the_run_and_is_known_by_the_next(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaking(**_: Any) -> Any:
+        monkeypatch.setattr(CellTimer, "_wait", _broken)
+        raise RuntimeError("an illegal memory access was encountered")
+
+    with pytest.raises(DeviceLostError, match="illegal memory") as caught:
+        timer(target).rows(ROTARY, [planted(breaking)], decode())
+    assert [(row.row.kernel, row.status) for row in caught.value.rows] == [("planted", "wrong")]
+    assert "again" in str(caught.value)
+
+
+def _broken(self: CellTimer) -> None:
+    raise RuntimeError("an illegal memory access was encountered")
+
+
+def test_kernels_that_would_take_too_long_are_left_out(target: Target) -> None:
+    layout = next(layout for layout in layouts(ROTARY, "cpu", 8) if layout.phase == "forward")
+    kernels = [CATALOGUE.kernel("rotary", "tables")]
+    timing = timer(target)
+    (forward, backward) = timing.rows(ROTARY, kernels, layout)
+    slow = time_cells.LONGEST_CALL_S / forward.seconds
+    larger = replace(layout, shape=dict(layout.shape) | {"t": round(layout.shape["t"] * slow * 4)})
+    assert timing.rows(ROTARY, kernels, larger) == []
+    assert timing.expected_too_slow == {"rotary/tables": 2}
+    assert backward.status == "ok"
+
+
+def test_wrong_results_are_a_row_with_their_error_and_never_timed(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = CATALOGUE.kernel("rotary", "tables")
+
+    def wrong(**arguments: Any) -> Any:
+        return tuple(1.5 * out for out in right.torch_half.forward(**arguments))
+
+    kernel = replace(right, name="wrong", implementation="subquad_kernels.rotary.tables")
+    kernel.__dict__["torch_half"] = SimpleNamespace(forward=wrong, backward=right.torch_half.backward)
+    monkeypatch.setitem(CATALOGUE._kernels["rotary"], "wrong", kernel)
+    new = SampleRun(target, tmp_path, small(operators=("rotary",)), budget_s=60).run()
+    rows = [row for row in new if row.row.kernel == "wrong"]
+    assert {row.status for row in rows} == {"wrong"}
+    assert all(row.max_abs_error is not None and row.max_abs_error > 0.3 for row in rows)
+    assert by_kernel(new)["rotary/tables"]["ok"] > 0
+
+
+def test_a_device_that_is_lost_leaves_what_was_measured(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure, calls = CellTimer.rows, []
+
+    def breaking(self: CellTimer, operator: Operator, kernels: Sequence[Kernel], workload: Workload) -> list[TimedRow]:
+        calls.append(workload)
+        if len(calls) == 3:
+            raise DeviceLostError(self.failed(operator, kernels[0], workload, 1.0), "an illegal memory access")
+        return measure(self, operator, kernels, workload)
+
+    monkeypatch.setattr(CellTimer, "rows", breaking)
+    with pytest.raises(DeviceLostError):
+        SampleRun(target, tmp_path, small(), budget_s=60).run()
+    kept = read_timed_rows(tmp_path)
+    assert "wrong" in {row.status for row in kept}
+    lost = cost_row(CATALOGUE.operator(calls[2].operator), CATALOGUE.kernels(calls[2].operator)[1], calls[2]).key
+    SampleRun(target, tmp_path, small(), budget_s=60).run()
+    assert calls.count(calls[2]) == 1, lost
+
+
+# --- preparing ----------------------------------------------------------------------
+
+
+def test_processes_check_what_this_one_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = [Job("rotary", "tables", layout) for layout in layouts(ROTARY, "cpu", 3)]
+    here = list(prepare(jobs, "cpu", budget_s=60, processes=0))
+    there = list(prepare(jobs, "cpu", budget_s=120, processes=1))
+    assert [done.job for done in here] == jobs
+    assert {done.job.layout.key for done in there} == {job.layout.key for job in jobs}
+    assert all(done.failure is None and done.known for done in here + there)
+
+
+def test_no_job_is_begun_when_the_budget_is_spent() -> None:
+    jobs = [Job("rotary", "tables", layout) for layout in layouts(ROTARY, "cpu", 3)]
+    assert list(prepare(jobs, "cpu", budget_s=-1, processes=0)) == []
+
+
+def test_a_process_that_an_earlier_kernel_broke_finds_nothing_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_kernels, "_works", lambda device: False)
+    (done,) = prepare([Job("rotary", "tables", layouts(ROTARY, "cpu", 1)[0])], "cpu", budget_s=60, processes=0)
+    assert done.failure
+    assert not done.known
+
+
+# --- the verb -----------------------------------------------------------------------
+
+
+def test_the_verb_writes_a_table_that_a_model_can_be_fitted_to(tmp_path: Path) -> None:
+    environment = {**os.environ, "SUBQUAD_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    arguments = ["operators=[rotary,causal_conv]", "layouts=4", "shapes=10", "budget_s=30", f"out={tmp_path / 'rows'}"]
+    found = subprocess.run(
+        [sys.executable, "-m", "subquad", "measure", *arguments],
+        capture_output=True, text=True, env=environment, check=True, timeout=200,
+    )  # fmt: skip
+    assert "rotary/tables" in found.stdout
+    assert "new timings in" in found.stdout
+    fitted = subprocess.run(
+        [sys.executable, "-m", "subquad_cost_model", "fit", str(tmp_path / "rows"), str(tmp_path / "fit"),
+         "--rounds", "20"],
+        capture_output=True, text=True, env=environment, check=True, timeout=200,
+    )  # fmt: skip
+    assert "heads" in fitted.stdout
+    manifest = json.loads((tmp_path / "fit" / "manifest.json").read_text())
+    assert "forward.point.txt" in manifest["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("operators=[rotray]", "did you mean 'rotary'"),
+        ("kernels=[tabels]", "did you mean 'tables'"),
+        ("budget_s=0", "use more than 0"),
+        ("bugdet_s=3", "did you mean 'budget_s'"),
+        ("operators=[a", "write lists"),
+    ],
+)
+def test_mistakes_are_said_in_the_users_words(argument: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["measure", argument]) != 0
+    assert said in capsys.readouterr().err
+
+
+def test_one_name_needs_no_list() -> None:
+    assert measure_config(["operators=rotary"]).operators == ["rotary"]
+    assert issubclass(ConfigError, Exception) and issubclass(NotFoundError, Exception)
