@@ -5,7 +5,14 @@ from subquad_cost_model.constant import ConstantEstimator
 from subquad_cost_model.device import Device
 from subquad_cost_model.devices import UnknownDeviceError, load_device, shipped_devices
 from subquad_cost_model.estimator import Estimate, Estimator
-from subquad_cost_model.fit_files import FitError, learned_or_roofline, load_fit, save_fit, shipped_fit
+from subquad_cost_model.fit_files import (
+    FitError,
+    learned_or_roofline,
+    load_fit,
+    newest_fit,
+    save_fit,
+    shipped_fit,
+)
 from subquad_cost_model.head import Trees
 from subquad_cost_model.learned import LearnedEstimator
 from subquad_cost_model.measure import Clock, Timing, time_callable, time_rivals
@@ -45,6 +52,7 @@ __all__ = [
     "load_device",
     "load_fit",
     "lower_bound_s",
+    "newest_fit",
     "probe_device",
     "read_timed_rows",
     "regret",

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subquad.cache import user_cache
+from subquad.compiler.estimators import measurement_record
 from subquad.compiler.target import Target
 from subquad.compiler.workload import cost_row
-from subquad_cost_model import Clock, Measurement, MeasurementStore, time_rivals
+from subquad_cost_model import Clock, Measurement, time_rivals
 from subquad_kernels.catalogue import Kernel, Operator
 from subquad_kernels.workload import Workload
 
@@ -43,8 +43,7 @@ class Measurer:
     """Measures rivals while a budget (seconds, all measurements together) lasts."""
 
     def __init__(self, target: Target, budget_s: float, effort: Effort = QUICK) -> None:
-        folder = user_cache("measurements")
-        self.store = MeasurementStore(None if folder is None else folder / "kernels.jsonl")
+        self.store = measurement_record()
         self.spent_s = 0.0
         self._target, self._budget_s, self._effort = target, budget_s, effort
 

@@ -14,11 +14,16 @@ from subquad.errors import ConfigError
 from subquad_cost_model import Estimate
 
 FORMAT_VERSION = 1
+SOURCES = ("measured", "model", "bound", "constant")
+"""Where figures come from, most trusted first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """Seconds of one call of a kernel, with an interval; `source` is bound, model, measured or constant."""
+    """Seconds of one call of a kernel, with an interval; `source` is bound, model, measured or constant.
+
+    `note` says why a better source did not answer.
+    """
 
     kernel: str
     seconds: float
@@ -26,19 +31,20 @@ class Figure:
     high_s: float
     peak_bytes: int
     source: str
+    note: str = ""
 
     @classmethod
     def of(cls, kernel: str, estimates: Iterable[Estimate]) -> Figure:
-        """The sum over a call's phases; measured only if every phase was."""
+        """The sum over a call's phases; its source is the weakest of theirs."""
         parts = list(estimates)
-        sources = {part.source for part in parts}
         return cls(
             kernel=kernel,
             seconds=sum(part.seconds for part in parts),
             low_s=sum(part.low_s for part in parts),
             high_s=sum(part.high_s for part in parts),
             peak_bytes=max(part.peak_bytes for part in parts),
-            source=sources.pop() if len(sources) == 1 else "bound",
+            source=max((part.source for part in parts), key=SOURCES.index),
+            note="; ".join(dict.fromkeys(part.note for part in parts if part.note)),
         )
 
 

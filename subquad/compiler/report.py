@@ -113,10 +113,20 @@ def _node_lines(equal: list[NodeChoice]) -> list[str]:
         mark = "*" if figure.kernel == first.chosen else " "
         lines.append(f"         {mark} {figure.kernel:<16} {_figure(figure)}")
     lines.append(f"  why      {first.reason}")
+    lines += [f"  note     {', '.join(kernels)}: {note}" for note, kernels in _notes(first).items()]
     if first.declined:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in first.declined.items())
         lines.append(f"  not      {reasons}")
     return [*lines, ""]
+
+
+def _notes(choice: NodeChoice) -> dict[str, list[str]]:
+    """Why a better source did not answer, and of which kernels."""
+    notes: dict[str, list[str]] = {}
+    for figure in choice.figures:
+        if figure.note:
+            notes.setdefault(figure.note, []).append(figure.kernel)
+    return notes
 
 
 def _figure(figure: Figure) -> str:
