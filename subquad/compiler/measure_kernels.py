@@ -93,6 +93,7 @@ class Measurer:
 class Call:
     """One call of a kernel without autograd: its forward, or its backward alone; `held_bytes` are those of its inputs.
 
+    Results are laid out as the operator hands them on, so that a kernel of another layout is charged its conversion.
     Rivals may share the arguments: kernels do not write them.
     """
 
@@ -111,15 +112,33 @@ class Call:
         """The call that the workload describes, on these arguments or on samples."""
         if arguments is None:
             arguments = operator.torch_half.sample_inputs(workload, seed=0, device=device)
-        forward = partial(kernel.torch_half.forward, **arguments)
+        forward = partial(_forward, kernel, arguments)
         if workload.phase != "backward":
             return cls(forward, _bytes_of(arguments.values()))
-        outputs = tuple(output.contiguous() for output in forward())
+        outputs = forward()
         gradients: tuple[Tensor | None, ...] = tuple(
             torch.randn_like(output) for output in outputs[: len(operator.outputs)]
         )
         held = _bytes_of([*arguments.values(), *outputs, *gradients])
-        return cls(partial(kernel.torch_half.backward, arguments, outputs, gradients), held)
+        return cls(partial(_backward, kernel, arguments, outputs, gradients), held)
+
+
+def _forward(kernel: Kernel, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    return tuple(output.contiguous() for output in kernel.torch_half.forward(**arguments))
+
+
+def _backward(
+    kernel: Kernel,
+    arguments: Mapping[str, Any],
+    outputs: tuple[Tensor, ...],
+    gradients: tuple[Tensor | None, ...],
+) -> dict[str, Tensor]:
+    found = kernel.torch_half.backward(arguments, outputs, gradients)
+    return {
+        name: gradient.to(arguments[name].dtype).contiguous()
+        for name, gradient in found.items()
+        if gradient is not None and arguments[name] is not None
+    }
 
 
 def added_bytes(run: Callable[[], object], device: str) -> int:
