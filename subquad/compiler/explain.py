@@ -11,6 +11,7 @@ from subquad.compiler.choose import Chooser
 from subquad.compiler.options import CompileOptions
 from subquad.compiler.pipeline import capture_model, make_plan
 from subquad.compiler.plan import Plan
+from subquad.compiler.predict_step import predict_step
 from subquad.compiler.report import format_plan
 from subquad.compiler.run_shapes import is_packed, sized_model, training_example
 from subquad.compiler.target import Target, resolve_target
@@ -28,7 +29,8 @@ def explained_plan(config: RunConfig) -> Plan:
     target = resolve_target(config.target)
     chooser = Chooser(target, CompileOptions.of_run(config))
     config, assignment = with_mixers(config, target, chooser=chooser)
-    return replace(plan_of_shapes(config, target, chooser), assignment=assignment)
+    plan = plan_of_shapes(config, target, chooser)
+    return replace(plan, assignment=assignment, prediction=predict_step(config, target, plan))
 
 
 def plan_of_shapes(config: RunConfig, target: Target, chooser: Chooser) -> Plan:

@@ -97,6 +97,31 @@ class Uncaptured:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepPrediction:
+    """What one optimizer step of the run is expected to take on one device; None where it cannot be told (`notes`).
+
+    `parts` are seconds by kind of work and add up to `seconds`, unless the host needs longer (`host_s` for `calls`).
+    `memory` are bytes by use, not all held at once; `peak_bytes` is the most. `budgets` are the limits of `budget`.
+    """
+
+    seconds: float | None
+    low_s: float | None
+    high_s: float | None
+    parts: Mapping[str, float]
+    calls: int
+    host_s: float
+    peak_bytes: int | None
+    memory: Mapping[str, int]
+    budgets: Mapping[str, float]
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of_json(cls, content: Mapping[str, Any]) -> StepPrediction:
+        """What `dataclasses.asdict` and JSON made of one.  Raises: TypeError, KeyError."""
+        return cls(**{**content, "notes": tuple(content["notes"])})
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Per operator node the chosen kernel, for one target, with the evidence.
 
@@ -112,6 +137,7 @@ class Plan:
     uncaptured: tuple[Uncaptured, ...] = ()
     notes: tuple[str, ...] = field(default=())
     assignment: Assignment | None = None  # how the `auto` layers of the schedule were filled
+    prediction: StepPrediction | None = None  # of a whole training step
 
     @property
     def kernel_versions(self) -> Mapping[str, str]:
@@ -156,7 +182,7 @@ class Plan:
                 for choice in content.pop("choices")
             )
             uncaptured = tuple(Uncaptured(**entry) for entry in content.pop("uncaptured"))
-            assignment = content.pop("assignment", None)
+            assignment, prediction = content.pop("assignment", None), content.pop("prediction", None)
             notes, schedule = tuple(content.pop("notes")), tuple(content.pop("schedule"))
             return cls(
                 choices=choices,
@@ -164,6 +190,7 @@ class Plan:
                 notes=notes,
                 schedule=schedule,
                 assignment=None if assignment is None else Assignment.of_json(assignment),
+                prediction=None if prediction is None else StepPrediction.of_json(prediction),
                 **content,
             )
         except OSError as error:

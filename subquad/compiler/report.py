@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from subquad.compiler.assignment import Assignment
-from subquad.compiler.plan import Figure, NodeChoice, Plan
+from subquad.compiler.plan import Figure, NodeChoice, Plan, StepPrediction
 
 
 def format_plan(plan: Plan) -> str:
@@ -23,6 +23,8 @@ def format_plan(plan: Plan) -> str:
     for equal in _groups(plan):
         lines += _node_lines(equal)
     lines.append(f"total {_seconds(plan.seconds)} for all operators ({_sources(plan)})")
+    if plan.prediction is not None:
+        lines += prediction_lines(plan.prediction)
     if plan.origin == "data sheet":
         lines.append("these figures are bounds from a data sheet, not measurements: no kernel can be faster")
     idle = sum(not choice.used for choice in plan.choices)
@@ -65,6 +67,31 @@ def assignment_lines(assignment: Assignment) -> list[str]:
     if assignment.declined:
         lines.append("  not      " + "; ".join(f"{key}: {reason}" for key, reason in assignment.declined.items()))
     return lines
+
+
+def prediction_lines(step: StepPrediction) -> list[str]:
+    """A training step's predicted seconds and memory, part by part, against the budgets."""
+    lines = []
+    if step.seconds is not None and step.low_s is not None and step.high_s is not None:
+        parts = ", ".join(f"{name} {_seconds(part_s)}" for name, part_s in step.parts.items())
+        lines.append(
+            f"step  {_seconds(step.seconds)} predicted [{_seconds(step.low_s)} .. {_seconds(step.high_s)}]: {parts}"
+        )
+        if step.host_s > sum(step.parts.values()):
+            lines.append(f"      the host is the slower: {step.calls} calls need about {_seconds(step.host_s)}")
+        if (limit := step.budgets.get("latency_s")) is not None:
+            blocks_s = sum(step.parts[name] for name in ("operators", "matrix products", "elementwise"))
+            lines.append(f"      of all blocks {_against(blocks_s, limit, _seconds)} (budget.latency_s)")
+    if step.peak_bytes is not None:
+        parts = ", ".join(f"{name} {_bytes(size)}" for name, size in step.memory.items())
+        lines.append(f"peak  {_bytes(step.peak_bytes)} predicted: {parts}")
+        if (limit := step.budgets.get("memory_bytes")) is not None:
+            lines.append(f"      {_against(step.peak_bytes, limit, _bytes)} (budget.memory_bytes)")
+    return [*lines, *(f"      {note}" for note in step.notes)]
+
+
+def _against(value: float, limit: float, shown: Callable[[float], str]) -> str:
+    return f"{shown(value)} of {shown(limit)}{', over it' if value > limit else ''}"
 
 
 def choice_table(plan: Plan) -> list[tuple[str, str, str, str, str]]:
@@ -113,11 +140,23 @@ def _node_lines(equal: list[NodeChoice]) -> list[str]:
         mark = "*" if figure.kernel == first.chosen else " "
         lines.append(f"         {mark} {figure.kernel:<16} {_figure(figure)}")
     lines.append(f"  why      {first.reason}")
+    lines += _regret(first)
     lines += [f"  note     {', '.join(kernels)}: {note}" for note, kernels in _notes(first).items()]
     if first.declined:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in first.declined.items())
         lines.append(f"  not      {reasons}")
     return [*lines, ""]
+
+
+def _regret(choice: NodeChoice) -> list[str]:
+    """How much longer the choice takes than the fastest, where rivals were measured beside it."""
+    measured = [figure for figure in choice.figures if figure.source == "measured"]
+    chosen = choice.figure
+    if len(measured) < 2 or chosen is None or chosen.source != "measured":
+        return []
+    best = min(measured, key=lambda figure: figure.seconds)
+    lost = chosen.seconds / best.seconds - 1
+    return [f"  regret   {lost:.1%}, {best.kernel} is the fastest of {len(measured)} measured"]
 
 
 def _notes(choice: NodeChoice) -> dict[str, list[str]]:
