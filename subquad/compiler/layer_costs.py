@@ -75,7 +75,7 @@ def _layer_costs(
     with FakeTensorMode():
         built = build_model(candidates)
         counted = [
-            (*memory_bytes(block, example, checkpointing), _carry_bytes(block, example)) for block in _blocks(built)
+            (*block_memory_bytes(block, example, checkpointing), _carry_bytes(block, example)) for block in _blocks(built)
         ]
     # Outside of the fake world: choosing runs kernels to check them.
     plan = make_plan(built, capture_model(built), example, target, chooser)
@@ -203,7 +203,7 @@ def _workspace_bytes(plan: Plan, layer: int) -> int:
     return max((figure.peak_bytes for figure in figures), default=0)
 
 
-def memory_bytes(block: Block, example: Example, checkpointing: bool, *, state: bool = True) -> tuple[int, int]:
+def block_memory_bytes(block: Block, example: Example, checkpointing: bool, *, state: bool = True) -> tuple[int, int]:
     """What stays during a step, and what comes and goes with the block; call it under a FakeTensorMode.
 
     Stays: parameters with their training state (unless `state` is False), and what one forward keeps for the backward;

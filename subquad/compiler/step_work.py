@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
 from subquad.compiler.example import Example
-from subquad.compiler.layer_costs import memory_bytes, model_of
+from subquad.compiler.layer_costs import block_memory_bytes, model_of
 from subquad.compiler.workload import autocast
 from subquad.model.block import Block
 from subquad.model.build import build_model, full_schedule
@@ -75,7 +75,7 @@ def step_work(model: ModelConfig, example: Example, *, kind: str, checkpointing:
         operator_calls = kept = passing = parameters = 0
         for key, block in zip(keys, _blocks(built)):
             counted = _counted(lambda: _run_block(block, model.d_model, example, checkpointing))  # noqa: B023
-            stays, comes = memory_bytes(block, example, checkpointing, state=False)
+            stays, comes = block_memory_bytes(block, example, checkpointing, state=False)
             own = sum(parameter.numel() for parameter in block.parameters())
             for call, times in counted.calls.items():
                 blocks[call] += schedule[key] * times
@@ -120,7 +120,8 @@ class _Counter(TorchDispatchMode):
 
 
 def _counted(run: Callable[[], None]) -> _Counter:
-    with _Counter() as counter:
+    counter = _Counter()
+    with counter:
         run()
     return counter
 
