@@ -75,7 +75,8 @@ def _layer_costs(
     with FakeTensorMode():
         built = build_model(candidates)
         counted = [
-            (*block_memory_bytes(block, example, checkpointing), _carry_bytes(block, example)) for block in _blocks(built)
+            (*block_memory_bytes(block, example, checkpointing), _carry_bytes(block, example))
+            for block in _blocks(built)
         ]
     # Outside of the fake world: choosing runs kernels to check them.
     plan = make_plan(built, capture_model(built), example, target, chooser)

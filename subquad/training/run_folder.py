@@ -37,6 +37,10 @@ class RunFolder:
         return self.path / "plan.json"
 
     @property
+    def prediction(self) -> Path:
+        return self.path / "prediction.json"
+
+    @property
     def environment(self) -> Path:
         return self.path / "environment.json"
 
