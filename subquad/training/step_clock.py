@@ -108,12 +108,12 @@ def comparison(predicted: StepPrediction | None, measured: MeasuredStep) -> dict
 
 def _figures(predicted: StepPrediction | None, measured: MeasuredStep) -> dict[str, float]:
     """What a tracker shows."""
-    figures = {
+    figures: dict[str, float | None] = {
         "step/measured_s": measured.seconds,
-        "step/predicted_s": predicted and predicted.seconds,
         "step/measured_peak_bytes": measured.peak_bytes,
-        "step/predicted_peak_bytes": predicted and predicted.peak_bytes,
     }
+    if predicted is not None:
+        figures |= {"step/predicted_s": predicted.seconds, "step/predicted_peak_bytes": predicted.peak_bytes}
     return {name: float(value) for name, value in figures.items() if value is not None}
 
 
