@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 from subquad.compiler.assign_mixers import with_mixers
+from subquad.compiler.html_report import write_html
 from subquad.compiler.options import CompileOptions
 from subquad.compiler.plan import Plan
 from subquad.compiler.predict_step import predict_step
@@ -118,6 +119,7 @@ def _started(config: RunConfig) -> _Prepared:
     run_folder.create(folder)
     run_folder.write_config(folder, config)
     plan.save(folder.plan)
+    write_html(plan, target_of(config), CompileOptions.of_run(config), folder.page)
     run_folder.write_json(folder.data, {"fingerprint": data.fingerprint})
     run_folder.write_json(folder.environment, environment_record(device_of(config)))
     save_tokenizer(data.tokenizer, folder.path)

@@ -24,7 +24,8 @@ def write_report(folder: RunFolder, *, unigram_bits_per_byte: float | None, over
     lines += ["## Predicted and measured", "", *_prediction(folder), ""]
     lines += ["## Environment", "", *_environment(environment), ""]
     lines += ["## Again", "", "```", _command(folder, environment, overrides), "```", ""]
-    lines += ["The resolved configuration is `config.yaml`, every kernel choice with its rivals is in `plan.json`.", ""]
+    lines += ["The resolved configuration is `config.yaml`, every kernel choice with its rivals is in `plan.json`,"]
+    lines += ["rooflines and the choice at other lengths and batches in `report.html`.", ""]
     write_text(folder.report, "\n".join(lines))
 
 

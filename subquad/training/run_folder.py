@@ -61,6 +61,10 @@ class RunFolder:
         return self.path / "report.md"
 
     @property
+    def page(self) -> Path:
+        return self.path / "report.html"
+
+    @property
     def loss_curve(self) -> Path:
         return self.path / "loss.png"
 
