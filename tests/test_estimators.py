@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from subquad.compiler import estimators
+from subquad.compiler.choose import Chooser
 from subquad.compiler.estimators import estimator_for
 from subquad.compiler.explain import explain, explained_plan
 from subquad.compiler.options import CompileOptions
@@ -43,16 +44,19 @@ EFFICIENCIES = {"sdpa_flash": 0.2, "sdpa_efficient": 0.1, "sdpa_cudnn": 0.7}
 SMALL = Trees(rounds=60, spread_rounds=20)
 
 
-def attention_row(kernel: str, phase: str, b: int, t: int, h: int) -> CostRow:
-    operator = CATALOGUE.operator("softmax_attention")
-    workload: Workload = Workload(
+def attention_workload(phase: str, b: int, t: int, h: int) -> Workload:
+    return Workload(
         operator="softmax_attention",
         shape={"b": b, "t": t, "s": t, "h": h, "h_kv": h, "k": 64, "v": 64},
         dtype="bfloat16",
         phase=phase,  # type: ignore[arg-type]
         options={"causal": True, "window": 0},
     )
-    return cost_row(operator, CATALOGUE.kernel("softmax_attention", kernel), workload)
+
+
+def attention_row(kernel: str, phase: str, b: int, t: int, h: int) -> CostRow:
+    operator = CATALOGUE.operator("softmax_attention")
+    return cost_row(operator, CATALOGUE.kernel("softmax_attention", kernel), attention_workload(phase, b, t, h))
 
 
 def planted(efficiencies: dict[str, float], *, seed: int) -> list[TimedRow]:
@@ -133,6 +137,24 @@ def test_another_fit_chooses_another_kernel(fit: Path, tmp_path: Path) -> None:
     assert {choice.chosen for choice in plan.choices if choice.used and choice.operator == "softmax_attention"} == {
         "sdpa_efficient"
     }
+
+
+def test_forward_and_backward_are_weighed_together_when_training(tmp_path: Path) -> None:
+    # The fastest forward has the slowest backward: it wins where there is no gradient, and loses where there is one.
+    truth = {
+        "forward": {"sdpa_flash": 0.3, "sdpa_efficient": 0.1, "sdpa_cudnn": 0.9},
+        "backward": {"sdpa_flash": 0.1, "sdpa_efficient": 0.8, "sdpa_cudnn": 0.05},
+    }
+    rows = [row for phase, efficiencies in truth.items() for row in planted(efficiencies, seed=13)
+            if row.row.phase == phase]  # fmt: skip
+    save_fit(LearnedEstimator.fit(rows, trees=SMALL), tmp_path, card="planted")
+    operator = CATALOGUE.operator("softmax_attention")
+    workload = attention_workload("forward", 4, 1024, 4)
+    chooser = Chooser(
+        H100, CompileOptions(estimator="learned", fit=str(tmp_path), deny=("flex_attention", "flash_attn"))
+    )
+    trained, asked = (chooser.choose(operator, workload, training=training, used=True) for training in (True, False))
+    assert (asked.kernel, trained.kernel) == ("sdpa_cudnn", "sdpa_efficient")
 
 
 def test_where_the_fit_abstains_the_bound_answers_and_explain_says_why(fit: Path) -> None:
