@@ -23,7 +23,7 @@ from subquad_cost_model import CostRow, Efficiency, RooflineEstimator
 
 PRODUCTS = Efficiency(worst=0.05, typical=0.8, best=2.0)
 """The matrix products of a 430M model took 114 ms where the data sheet's peak allows 85, which is 0.75 of it
-(tools/results/scout_mamba_430m_2k_compiled_h100_2026-11-24.json); of a probe's rate, which is below the data sheet's, it
+(tools/results/scout_mamba_430m_2k_compiled_h100_2026-11-24.json); of a probe's rate, below the sheet's, it
 is taken to be a little more. `tools/check_prediction.py` holds this and what follows against real steps."""
 STREAMS = Efficiency(worst=0.05, typical=0.8, best=2.0)
 """There AdamW moved 40 bytes per parameter in 6.6 ms, 0.8 of the data sheet's bandwidth."""
