@@ -94,7 +94,8 @@ class CheckpointConfig:
 class CompilerConfig:
     """How kernels are chosen: estimator, whether measuring is allowed, and its budget in seconds."""
 
-    estimator: str = "measured"  # measured | roofline | constant
+    estimator: str = "measured"  # measured | learned | roofline | constant
+    fit: str | None = None  # folder of a fitted cost model; null: the newest that is shipped
     measure: bool = True
     measure_budget_s: float = 30.0
 

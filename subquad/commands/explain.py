@@ -3,18 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 
 from subquad.commands.hydra_verb import run_with_hydra
+from subquad.errors import ConfigError
 from subquad.schema import RunConfig
+
+HTML = "html="
+"""Names a file for the report as a page; it is no key of a run, and Hydra does not see it."""
 
 
 def run(arguments: list[str]) -> int:
-    """Explain once per configuration that Hydra composes from the arguments."""
-    return run_with_hydra("explain", arguments, explain_job)
+    """Explain once per configuration that Hydra composes from the arguments.  Raises: ConfigError."""
+    page = _page(arguments)
+    composed = [argument for argument in arguments if not argument.startswith(HTML)]
+    return run_with_hydra("explain", composed, explain_job if page is None else partial(explain_job, html=page))
 
 
-def explain_job(config: RunConfig, overrides: Sequence[str]) -> None:
+def explain_job(config: RunConfig, overrides: Sequence[str], html: Path | None = None) -> None:
     """One job: torch is first imported here."""
     from subquad.compiler.explain import explain
 
-    print(explain(config))
+    print(explain(config, html))
+    if html is not None:
+        print(f"page: {html}")
+
+
+def _page(arguments: Sequence[str]) -> Path | None:
+    """The file that is asked for, checked before anything is chosen."""
+    named = [argument.removeprefix(HTML) for argument in arguments if argument.startswith(HTML)]
+    if not named:
+        return None
+    path = Path(named[-1]).expanduser().absolute()
+    if not named[-1] or path.is_dir() or not path.parent.is_dir():
+        raise ConfigError(
+            what=f"'{named[-1]}' is no file that can be written",
+            where="html",
+            mend="name one in a folder that is there",
+        )
+    if "--multirun" in arguments or "-m" in arguments:
+        raise ConfigError(
+            what="the jobs of a sweep would write one file", where="html", mend="leave it out, or explain one at a time"
+        )
+    return path
