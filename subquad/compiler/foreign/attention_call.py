@@ -45,7 +45,7 @@ class AttentionCall:
     """Softmax attention of one module, by mask: `chosen` maps (causal, window) to a kernel.
 
     `__call__` answers None, and the module goes on as it was written, for everything else: dropout, padding and other
-    masks, types and widths that no kernel was checked for, sharded and transformed tensors, and while `enabled` is False.
+    masks, types and widths that no kernel was checked for, sharded or transformed tensors, and when not `enabled`.
     A mask's values are read when it is first seen, which waits for the device; under torch.compile they cannot be.
     """
 
