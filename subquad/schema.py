@@ -189,3 +189,13 @@ class BenchConfig:
     shapes: list[dict[str, int]] = field(default_factory=list)  # axes that differ from the series, such as {t: 4096}
     options: dict[str, Any] = field(default_factory=dict)  # the operator's own, such as {segment_len: 64}
     plot: bool = False
+
+
+@dataclass(kw_only=True)
+class ForeignConfig:
+    """The model that `explain module=` looks at; null leaves the choice to the model."""
+
+    module: str = "???"  # package.module:factory, which returns a model, or a model and the inputs of a call
+    example: str | None = None  # package.module:function, which returns the inputs; null: the factory's, dummy_inputs
+    target: str | None = None  # null: the device of the model
+    measure: bool = True  # time candidates whose estimates overlap, where the target is at hand
