@@ -63,7 +63,9 @@ def gradients(model: nn.Module, run: Callable[[nn.Module], object]) -> dict[str,
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same(before: nn.Module, after: nn.Module, run: Callable[[nn.Module], object], tolerance: float = 1e-5) -> None:
+def assert_same(
+    before: nn.Module, after: nn.Module, run: Callable[[nn.Module], object], tolerance: float = 1e-5
+) -> None:
     """Outputs and all gradients of two models agree, and both with the first one in float64."""
     exact = copy.deepcopy(before).double()
     with torch.no_grad():

@@ -123,13 +123,12 @@ def test_padding_is_what_it_was_also_where_a_whole_sequence_is_padding() -> None
 
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"kdim": 16, "vdim": 16}, {"batch_first": False}], ids=str)
 def test_multihead_attention_equals_its_equation(options: dict[str, Any]) -> None:
-    x = torch.randn(2, T, 16)
+    x, batch_first = torch.randn(2, T, 16), options.get("batch_first", True)
+    given = x if batch_first else x.transpose(0, 1).contiguous()
     hidden = ~torch.ones(T, T, dtype=torch.bool).tril()
-    before, after, _ = compiled(Mixing(**options), {"x": x, "attn_mask": hidden})
-    assert calls_in(lambda: after(x if options.get("batch_first", True) else x.transpose(0, 1), attn_mask=hidden))
-    given = x if options.get("batch_first", True) else x.transpose(0, 1).contiguous()
-    t = given.shape[1] if options.get("batch_first", True) else given.shape[0]
-    assert_same(before, after, lambda some: some(given.to(next(some.parameters()).dtype), attn_mask=hidden[:t, :t]))
+    before, after, _ = compiled(Mixing(**options), {"x": given, "attn_mask": hidden})
+    assert calls_in(lambda: after(given, attn_mask=hidden)) == [(True, 0)]
+    assert_same(before, after, lambda some: some(given.to(next(some.parameters()).dtype), attn_mask=hidden))
 
     # By the equation, in float64, from the parameters alone.
     held = {name: value.double() for name, value in before.attention.state_dict().items()}
@@ -141,9 +140,8 @@ def test_multihead_attention_equals_its_equation(options: dict[str, Any]) -> Non
     scores = (q @ k.transpose(-1, -2) * 8**-0.5).masked_fill(hidden, float("-inf"))
     expected = F.linear((scores.softmax(-1) @ v).transpose(1, 2).flatten(2), held["out_proj.weight"],
                         held.get("out_proj.bias"))  # fmt: skip
-    found = after(given, attn_mask=hidden[:t, :t])
-    found = found if options.get("batch_first", True) else found.transpose(0, 1)
-    assert (found - expected).abs().max() < 1e-5
+    found = after(given, attn_mask=hidden)
+    assert ((found if batch_first else found.transpose(0, 1)) - expected).abs().max() < 1e-5
 
 
 def test_cross_attention_of_more_keys_than_queries_runs_a_kernel() -> None:
@@ -274,7 +272,7 @@ def test_a_compiled_model_learns_as_the_original_does() -> None:
             loss = (some(x, mask=causal_mask()) - wanted).square().mean()
             loss.backward()
             optimizer.step()
-            history.append(float(loss))
+            history.append(loss.item())
         losses.append(history)
     assert losses[1][-1] < losses[1][0]
     assert torch.tensor(losses[0]).allclose(torch.tensor(losses[1]), atol=1e-4)
@@ -329,7 +327,7 @@ def test_compiling_again_finds_the_model_as_it_was_written() -> None:
 
 def test_a_plan_is_followed_and_one_of_another_model_is_refused(tmp_path: Any) -> None:
     x = torch.randn(2, T, 16)
-    before, after, plan = compiled(Fused(), (x,), options=CompileOptions(
+    before, _, plan = compiled(Fused(), (x,), options=CompileOptions(
         measure=False, pins={"softmax_attention": "reference"}))  # fmt: skip
     plan.save(tmp_path / "plan.json")
     loaded = Plan.load(tmp_path / "plan.json")
@@ -396,10 +394,11 @@ def test_an_instance_whose_forward_somebody_replaced_is_left_alone() -> None:
     assert "replaced its forward" in plan.uncaptured[0].reason
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch, about its own kernel
 def test_a_transform_of_torch_func_runs_the_model_as_written() -> None:
     x = torch.randn(2, T, 16)
     before, after, _ = compiled(Fused(), x)
-    old, new = (torch.func.vmap(lambda row, some=some: some(row[None]).sum())(x) for some in (before, after))
+    old, new = (torch.func.vmap(lambda row, some=some: some(row[None]))(x) for some in (before, after))
     assert torch.allclose(old, new, atol=1e-5)
 
 

@@ -110,7 +110,7 @@ def capture_program(model: nn.Module, call: Call) -> Program:
 
     Raises: ConfigError when the model cannot be traced, with the tracer's reason.
     """
-    with _capturing(), no_look_at_mask_values(), torch.enable_grad():
+    with _capturing(), no_autocast_cache(), no_look_at_mask_values(), torch.enable_grad():
         try:
             exported = torch.export.export(_Tensors(model), (call.args, dict(call.kwargs)), strict=False)
         except Exception as error:  # tracing runs a stranger's code on fake tensors; it may raise anything
@@ -139,6 +139,17 @@ def capture_program(model: nn.Module, call: Call) -> Program:
         inputs={name: name.removeprefix("kwargs_") for name in user_inputs},
         trained=trained,
     )
+
+
+@contextmanager
+def no_autocast_cache() -> Iterator[None]:
+    """Keep autocast from remembering weights that it cast for us: the caller's own calls want theirs with gradients."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 @contextmanager

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from subquad.compiler.foreign.capture import Call
+from subquad.compiler.foreign.capture import Call, no_autocast_cache
 
 _SEED = 0
 
 
 def outputs_in_eval(model: nn.Module, call: Call) -> list[Tensor]:
     """The floating-point tensors of a call's output, in eval mode and without gradients; modes and generators stay."""
-    with _in_eval(model), torch.random.fork_rng(), torch.no_grad():
+    with _in_eval(model), no_autocast_cache(), torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(_SEED)
         output = model(*call.args, **call.kwargs)
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -28,6 +29,8 @@ def adapt(module: nn.Module, attention: Mapping[str, AttentionFunction]) -> Mapp
 
 
 def _forward(module: nn.Module, attention: AttentionFunction, *args: Any, **kwargs: Any) -> Any:
+    if torch.compiler.is_compiling():  # dynamo cannot trace every function below such a mode
+        return forward_as_written(module)(*args, **kwargs)
     with _Answered(attention):
         return forward_as_written(module)(*args, **kwargs)
 
