@@ -102,19 +102,15 @@ def test_a_model_runs_kernels_and_says_the_same(
 def test_padding_is_what_it_was_in_every_row(build: Callable[..., nn.Module], written: str) -> None:
     inputs = {"input_ids": tokens(), "attention_mask": left_padded()}
     before, after, plan = compiled(build(written), inputs)
-    layers = [note for note in plan.notes if note.startswith("layer")]
-    # A window's mask beside padding is not understood, and declined by name.
-    assert plan.uncaptured or all("attention_mask" in note for note in layers)
-    if build is mistral:
-        assert all("its mask hides" in entry.reason for entry in plan.uncaptured)
+    assert not plan.uncaptured
+    assert ["padding run as written (mask from attention_mask)" in note for note in plan.notes] == [True]
     assert calls_in(lambda: run_with(inputs)(after)) == []
     for old, new in zip(tensors(run_with(inputs)(before)), tensors(run_with(inputs)(after))):
         assert torch.equal(old.isnan(), new.isnan())
         assert torch.equal(old.nan_to_num(), new.nan_to_num())
-    if build is not mistral:
-        whole = {"input_ids": inputs["input_ids"], "attention_mask": torch.ones(2, T, dtype=torch.long)}
-        assert len(calls_in(lambda: run_with(whole)(after))) == 2
-        assert_same(before, after, run_with(whole))
+    whole = {"input_ids": inputs["input_ids"], "attention_mask": torch.ones(2, T, dtype=torch.long)}
+    assert len(calls_in(lambda: run_with(whole)(after))) == 2
+    assert_same(before, after, run_with(whole))
 
 
 @pytest.mark.parametrize("written", ["sdpa", "eager"])
