@@ -65,5 +65,5 @@ def test_a_foreign_model_compiles_as_the_example_says(tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLES / "04_compile_your_own_model.py")]
     result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert "rewritten by torch_encoder_layer" in result.stdout
+    assert "ms as written" in result.stdout  # whichever way is faster here
     assert "outputs differ by" in result.stdout

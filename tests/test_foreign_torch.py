@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from subquad import AdapterSpec, ConfigError, compile_model
-from subquad.compiler.foreign import rewrite, torch_private
+from subquad.compiler.foreign import compile_foreign, faster, rewrite, torch_private
 from subquad.compiler.foreign.analysis import analyse
 from subquad.compiler.foreign.capture import Call
 from subquad.compiler.foreign.compile_foreign import attention_calls
@@ -379,6 +379,44 @@ def test_a_wrong_adapter_is_found_out_and_undone(monkeypatch: pytest.MonkeyPatch
     assert "undone" in plan.uncaptured[0].reason
     assert not plan.choices
     assert torch.equal(before(x), after(x))
+
+
+@pytest.mark.parametrize("rewritten_s", [0.9, 1.1])
+def test_a_rewrite_that_is_slower_than_the_model_as_written_is_undone(
+    rewritten_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def timed(model: nn.Module, call: Call, functions: Any, *, gradients: bool, budget_s: float) -> faster.BothWays:
+        assert gradients  # the model is in training mode, without dropout
+        return faster.BothWays(written_s=1.0, rewritten_s=rewritten_s)
+
+    monkeypatch.setattr(compile_foreign, "time_both_ways", timed)
+    x = torch.randn(2, T, 16)
+    before, after, plan = compiled(Fused(), x, options=CompileOptions(measure_budget_s=1.0))
+    if rewritten_s < 1:
+        assert calls_in(lambda: after(x)) == [(False, 0)]
+        assert plan.notes[-1].startswith("a call takes 1e+03 ms as written, 900 ms rewritten (with gradients)")
+    else:
+        assert calls_in(lambda: after(x)) == []
+        assert not plan.choices
+        assert "undone: a call takes" in plan.uncaptured[0].reason
+        assert torch.equal(before(x), after(x))
+
+
+def test_timing_a_model_both_ways_leaves_it_as_it_was() -> None:
+    x = torch.randn(2, T, 16)
+    _, after, _ = compiled(encoder(dropout=0.2).train(), (x,))
+    functions = attention_calls(after).values()
+    kept = {name: value.clone() for name, value in after.state_dict().items()}
+    torch.manual_seed(3)
+    generator = torch.get_rng_state()
+    both = faster.time_both_ways(after, Call((x,), {}), functions, gradients=True, budget_s=0.3)
+    assert 0 < both.written_s < 1
+    assert 0 < both.rewritten_s < 1
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(module.training for module in after.modules())
+    assert all(parameter.grad is None for parameter in after.parameters())
+    assert all(torch.equal(value, kept[name]) for name, value in after.state_dict().items())
+    assert functions and all(function.enabled for function in functions)
 
 
 def test_an_outer_module_is_asked_before_its_parts_and_any_module_last() -> None:

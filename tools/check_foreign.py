@@ -74,8 +74,11 @@ def checked(build: Callable[[], Built], training: bool) -> dict[str, Any]:
     before = [tensor.clone() for tensor in step()]
     started = time.perf_counter()
     _, plan = compile_model(model, inputs, options=CompileOptions(measure_budget_s=MEASURE_S))
+    undone = [entry.reason for entry in plan.uncaptured if "undone" in entry.reason]
     compiled_s = time.perf_counter() - started
     calls = list(attention_calls(model).values())
+    for call in calls:
+        call.enabled = True  # whether its rewrite was undone or not
     after = [tensor.clone() for tensor in step()]
 
     def switched(enabled: bool) -> float:
@@ -89,7 +92,7 @@ def checked(build: Callable[[], Built], training: bool) -> dict[str, Any]:
     written, rewritten = (statistics.median(times) for times in zip(*rounds))
     return {
         "kernels": sorted({choice.kernel for choice in plan.choices}),
-        "declined": sorted({entry.reason for entry in plan.uncaptured}),
+        "declined": sorted({entry.reason for entry in plan.uncaptured}), "undone": bool(undone),
         "notes": list(plan.notes), "compiled_s": round(compiled_s, 2), "as_written_ms": round(written, 3),
         "rewritten_ms": round(rewritten, 3), "ratio": round(rewritten / written, 3),
         "spread_ms": [round(max(times) - min(times), 3) for times in zip(*rounds)],

@@ -15,6 +15,7 @@ from subquad.compiler.choose import Chooser
 from subquad.compiler.foreign.analysis import OPERATOR, Owner, analyse
 from subquad.compiler.foreign.attention_call import AttentionCall, Chosen
 from subquad.compiler.foreign.capture import Call
+from subquad.compiler.foreign.faster import time_both_ways
 from subquad.compiler.foreign.rewrite import adapt_owners
 from subquad.compiler.foreign.same_outputs import difference, outputs_in_eval
 from subquad.compiler.options import CompileOptions
@@ -40,18 +41,19 @@ def compile_foreign(
 ) -> tuple[nn.Module, Plan]:
     """Let the model's softmax attention run chosen kernels; return the same model and the plan.
 
-    Only identical rewrites: the function stays, up to rounding. What is not understood stays as written, and the plan
-    says why (`uncaptured`). The plan is for the mode (training or not) that the model is in. Without `target` it is
-    for the device of the model.
+    Only identical rewrites: the function stays, up to rounding. What is not understood, or turns out slower than it
+    was, stays as written, and the plan says why (`uncaptured`). The plan is for the mode (training or not) that the
+    model is in; without `target` it is for the device of the model.
     Raises: ConfigError when the model cannot be captured, the plan is for another model, or the budget cannot be met.
     """
     _check_budget(budget)
     registry = load_registry()
     call = Call.of(example_inputs)
     where = target if isinstance(target, Target) else resolve_target(target or _device(model, call))
-    owners = analyse(model, call, registry)
+    owners, options = analyse(model, call, registry), options or CompileOptions()
+    follows = plan is not None
     if plan is None:
-        plan = _make_plan(model, owners, where, Chooser(where, options or CompileOptions()))
+        plan = _make_plan(model, owners, where, Chooser(where, options))
     elif list(plan.schedule) != [owner.path for owner in owners]:
         raise ConfigError(
             what=f"the plan is for attention in {', '.join(plan.schedule) or 'nothing'}",
@@ -63,14 +65,34 @@ def compile_foreign(
     before = outputs_in_eval(model, call) if calls else []
     adapted, declined = adapt_owners(model, calls, registry)
     plan = _without(plan, owners, declined)
+    notes = [*plan.notes, *_notes(owners, adapted)]
     if adapted:
+        undo = None
         found, allowed = difference(before, outputs_in_eval(model, call)), _allowed(owners, adapted)
         if not found <= allowed:
+            undo = f"its rewrite was undone: outputs of the model differed by {found:.1e}, {allowed:.1e} is allowed"
+        elif not follows and _can_time(owners, adapted, options, where, _device(model, call)):
+            gradients = any(choice.phases[-1] == "backward" for choice in plan.choices)
+            both = time_both_ways(
+                model, call, calls.values(), gradients=gradients, budget_s=options.measure_budget_s
+            )
+            notes.append(f"{both}{' (with gradients)' if gradients else ''}")
+            if both.rewritten_s > both.written_s:
+                undo = f"its rewrite was undone: {both}"
+        if undo is not None:
             for function in calls.values():
                 function.enabled = False
-            reason = f"its rewrite was undone: outputs of the model differed by {found:.1e}, {allowed:.1e} is allowed"
-            return model, _without(plan, owners, dict.fromkeys(adapted, reason))
-    return model, replace(plan, notes=(*plan.notes, *_notes(owners, adapted)))
+            return model, _without(plan, owners, dict.fromkeys(adapted, undo))
+    return model, replace(plan, notes=tuple(notes))
+
+
+def _can_time(
+    owners: list[Owner], adapted: Mapping[str, str], options: CompileOptions, target: Target, device: str
+) -> bool:
+    """Whether timing is asked for, the target is where the model is, and kernels run on the example at all."""
+    runs = any(owner.path in adapted and not owner.first.mask.padding for owner in owners)
+    here = target.local is not None and target.kind == torch.device(device).type
+    return runs and here and options.measure and options.estimator == "measured"
 
 
 def attention_calls(model: nn.Module) -> dict[str, AttentionCall]:

@@ -16,7 +16,7 @@ _SEED = 0
 
 def outputs_in_eval(model: nn.Module, call: Call) -> list[Tensor]:
     """The floating-point tensors of a call's output, in eval mode and without gradients; modes and generators stay."""
-    with _in_eval(model), no_autocast_cache(), torch.random.fork_rng(), torch.no_grad():
+    with in_eval(model), no_autocast_cache(), torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(_SEED)
         output = model(*call.args, **call.kwargs)
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
@@ -39,7 +39,8 @@ def difference(before: list[Tensor], after: list[Tensor]) -> float:
 
 
 @contextmanager
-def _in_eval(model: nn.Module) -> Iterator[None]:
+def in_eval(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode; afterwards each is in its own mode again."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
