@@ -77,7 +77,7 @@ def compile_foreign(
                 model, call, calls.values(), gradients=gradients, budget_s=options.measure_budget_s
             )
             notes.append(f"{both}{' (with gradients)' if gradients else ''}")
-            if both.rewritten_s > both.written_s:
+            if not both.gains:
                 undo = f"its rewrite was undone: {both}"
         if undo is not None:
             for function in calls.values():
