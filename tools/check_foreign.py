@@ -1,4 +1,4 @@
-"""Whether foreign models gain by compile_model, and stay the same: python tools/check_foreign.py OUT.json.
+"""Whether foreign models gain by compile_model, and stay the same: python tools/check_foreign.py OUT.json [b=1 t=1024 width=128].
 
 Models of Hugging Face (where transformers is installed), of timm (where it is) and of torch's own modules, random
 weights, at sizes that a GPU feels; on a CPU smaller ones. For each: the plan's choices, what was declined, seconds of
@@ -182,4 +182,8 @@ CASES: dict[str, Callable[[], Built]] = {
 
 
 if __name__ == "__main__":
+    sizes = {"b": B, "t": T, "width": WIDTH} | {
+        key: int(value) for key, _, value in (argument.partition("=") for argument in sys.argv[2:])
+    }
+    B, T, WIDTH = sizes["b"], sizes["t"], sizes["width"]
     main(Path(sys.argv[1]))
