@@ -1,11 +1,11 @@
 """Whether foreign models gain by compile_model and stay the same: python tools/check_foreign.py OUT.json [t=1024 ...].
 
-Sizes are b, t and width. Models of Hugging Face (where transformers is installed), of timm (where it is) and of torch's own modules, random
-weights, at sizes that a GPU feels; on a CPU smaller ones. For each: the plan's choices, what was declined, seconds of
-compiling, and milliseconds of a step as written and rewritten, interleaved, the median of seven: eval without gradients
-and, in training mode without dropout, forward and backward. `difference` is the largest of outputs and of gradients,
-relative to the largest value. One model that fails does not stop the others. Record the hardware beside whatever is
-quoted.
+Sizes are b, t and width. Models of Hugging Face (where transformers is installed), of timm (where it is) and of
+torch's own modules, random weights, at sizes that a GPU feels; on a CPU smaller ones. For each: the plan's choices,
+what was declined, seconds of compiling, and milliseconds of a step as written and rewritten, interleaved, the median
+of seven: eval without gradients and, in training mode without dropout, forward and backward. `difference` is the
+largest of outputs and of gradients, relative to the largest value. One model that fails does not stop the others.
+Record the hardware beside whatever is quoted.
 """
 
 from __future__ import annotations
