@@ -41,7 +41,9 @@ def test_every_room_has_a_readme_of_one_screen(room: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [found for found in commands(README) if found[0] in ("train", "explain", "warmup")], ids=str
+    "arguments",
+    [found for found in commands(README) if found[0] in ("train", "explain", "warmup") and "module=" not in found[1]],
+    ids=str,
 )
 def test_the_readmes_recipes_compose(arguments: list[str]) -> None:
     no_keys = ("resume=", "html=")
@@ -71,6 +73,19 @@ def test_every_key_of_a_budget_stands_in_the_readme_of_the_compiler() -> None:
 def test_every_estimator_stands_in_the_readme_of_the_compiler() -> None:
     table = COMPILER.partition("| `compiler.estimator` |")[2].partition("\n\n")[0]
     assert tuple(re.findall(r"^\| `(\w+)` \|", table, flags=re.M)) == ESTIMATORS
+
+
+def test_every_key_of_explain_module_stands_in_the_readme_of_the_compiler() -> None:
+    keys = [field.name for field in dataclasses.fields(schema.ForeignConfig)]
+    table = COMPILER.partition("| key of `explain module=` |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, flags=re.M) == keys
+
+
+def test_every_adapter_of_ours_stands_in_the_readme_of_the_compiler() -> None:
+    named = re.findall(r"^\| `(\w+)` \|", COMPILER.partition("| adapter |")[2].partition("\n\n")[0], flags=re.M)
+    registry = load_registry()
+    ours = [name for name, spec in registry.adapters.items() if registry.origins[spec].name == "builtin"]
+    assert named == ours
 
 
 def test_every_proxy_stands_in_the_readme_of_the_compiler() -> None:
