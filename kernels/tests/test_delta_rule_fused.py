@@ -259,9 +259,10 @@ def test_what_it_cannot_compute_is_declined_with_a_reason() -> None:
     kernel = CATALOGUE.kernel("delta_rule", "fused")
     h100 = DeviceLimits(kind="cuda", name="H100", capability=(9, 0))
     assert kernel.supports(workload(9, dtype="bfloat16", n=64, p=128), h100) is None
-    assert "not float32" in str(kernel.supports(workload(9, n=64, p=64), h100))
+    assert kernel.supports(workload(9, n=24, p=40), h100) is None
     assert "float64" in str(kernel.supports(workload(9, dtype="float64"), h100))
-    assert "bfloat16, not 24 and 40" in str(kernel.supports(workload(9, dtype="bfloat16", n=24, p=40), h100))
+    assert "wrong gradients in bfloat16" in str(kernel.supports(workload(9, dtype="bfloat16", n=32, p=64), h100))
+    assert "256 x 256" in str(kernel.supports(workload(9, n=64, p=300), h100))
     case = workload(9, dtype="bfloat16", n=64, p=64)
     assert "per head" in str(kernel.supports(workload(9, dtype="bfloat16", decay="vector"), h100))
     free = replace(case, options=case.options | {"low_rank": True})
@@ -274,10 +275,13 @@ def test_what_it_cannot_compute_is_declined_with_a_reason() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize(
     ("shape", "options"),
     [
+        (dict(b=1, t=300, h=4, n=48, p=48, h_k=2), {}),
+        (dict(b=1, t=300, h=4, n=64, p=16, h_k=2), {}),
+        (dict(b=1, t=300, h=4, n=256, p=256, h_k=2), {}),
         (dict(b=2, t=700, h=3, n=64, p=64, h_k=3), {}),
         (dict(b=2, t=333, h=4, n=128, p=128, h_k=2), dict(state=False)),
         (dict(b=1, t=700, h=2, n=64, p=128, h_k=1, documents=9), {}),

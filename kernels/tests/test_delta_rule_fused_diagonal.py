@@ -234,8 +234,20 @@ def test_what_it_cannot_compute_is_declined_with_a_reason() -> None:
         fused_diagonal.forward(**sample(workload(2, free=True, dtype="float64")))
 
 
-def test_no_default_names_it_until_it_has_been_tried_on_a_gpu() -> None:
-    assert all("fused_diagonal" not in names for names in OPERATOR.defaults.values())
+def test_the_defaults_on_cuda_take_each_transition_to_the_kernel_that_computes_it() -> None:
+    h100 = DeviceLimits(kind="cuda", name="H100", capability=(9, 0))
+    for decay, free, expected in (
+        ("scalar", False, "fused"),
+        ("vector", False, "fused_diagonal"),
+        ("none", True, "fused_diagonal"),
+    ):
+        case = workload(9, free=free, decay=decay, dtype="bfloat16", n=64, p=64)
+        names = [
+            name
+            for name in OPERATOR.defaults["cuda"]
+            if CATALOGUE.kernel("delta_rule", name).supports(case, h100) is None
+        ]
+        assert names == [expected, "chunked"]
 
 
 @pytest.mark.gpu
