@@ -7,8 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from subquad.compiler.compile_model import compile_model
     from subquad.compiler.example import Example
-    from subquad.compiler.pipeline import compile_model
     from subquad.compose import load_config
     from subquad.contracts import (
         AdapterSpec,
@@ -42,7 +42,7 @@ _HOMES = {
     "PassSpec": "contracts",
     "ConfigError": "errors", "DataError": "errors", "NotFoundError": "errors", "PluginError": "errors",
     "ResumeError": "errors", "RunError": "errors", "SubquadError": "errors",
-    "build_model": "model.build", "compile_model": "compiler.pipeline", "hookimpl": "hookspecs",
+    "build_model": "model.build", "compile_model": "compiler.compile_model", "hookimpl": "hookspecs",
     "load_config": "compose", "Example": "compiler.example", "train": "training.fit",
 }  # fmt: skip
 

@@ -37,7 +37,9 @@ VERBS: Mapping[str, str] = MappingProxyType(
 )
 USAGE, FAILED, INTERRUPTED = 2, 1, 130
 """Exit codes: the call was wrong; the run failed; Ctrl-C (128 + SIGINT)."""
-EXTRAS: Mapping[str, str] = MappingProxyType({"lightning": "train", "wandb": "train", "matplotlib": "plot"})
+EXTRAS: Mapping[str, str] = MappingProxyType(
+    {"lightning": "train", "wandb": "train", "matplotlib": "plot", "transformers": "hf"}
+)
 """Modules that an extra of the distribution installs."""
 REQUIRED = frozenset(
     {"torch", "hydra", "omegaconf", "yaml", "pluggy", "packaging", "platformdirs", "filelock", "rich", "numpy",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.fx import GraphModule
 
-CONTRACT_VERSION = "1.0"
+CONTRACT_VERSION = "1.1"
 """Grows by minor numbers when something is added, by major ones when something a plugin relies on is removed."""
 
 Carry: TypeAlias = "tuple[Tensor | int, ...]"
@@ -127,17 +127,48 @@ class PassSpec:
     run: str
 
 
-class Adapter(Protocol):
-    """Turns a foreign module into one that calls our operators; the module keeps its parameters."""
+class AttentionFunction(Protocol):
+    """Softmax attention by the kernels that were chosen for one module; what an adapter lets that module call."""
 
-    def __call__(self, module: torch.nn.Module) -> torch.nn.Module:
-        """The rewritten module."""
+    @property
+    def written(self) -> Literal["sdpa", "softmax"]:
+        """How the module writes its attention: one call of scaled_dot_product_attention, or products and a softmax."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        scale: float | None = None,
+        dropout_p: float = 0.0,
+    ) -> Tensor | None:
+        """What scaled_dot_product_attention gives for these arguments, or None: the module must go on as written.
+
+        Shapes:  q: b h t k    k: b h_kv s k    v: b h_kv s v    mask: broadcasts to b h t s  ->  b h t v
+        """
+
+
+class Adapter(Protocol):
+    """Lets a foreign module compute attention by kernels; it keeps its class, parameters and state_dict keys."""
+
+    def __call__(
+        self, module: torch.nn.Module, attention: Mapping[str, AttentionFunction]
+    ) -> Mapping[str, str]:
+        """Let submodules (by path below `module`, "" for itself) call their functions; return why not, by path."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterSpec:
-    """Declares an adapter for a foreign module class, named `package.module:Class`; `build` names an `Adapter`."""
+    """Declares an adapter for a foreign module class and its subclasses, named `package.module:Class`.
+
+    `build` names an `Adapter`. Classes are compared by name: nothing is imported to look.
+    `distinct_heads`: it hands over keys and values before the model repeats them for its queries.
+    """
 
     name: str
     module_class: str
     build: str
+    distinct_heads: bool = False

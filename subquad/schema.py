@@ -94,7 +94,8 @@ class CheckpointConfig:
 class CompilerConfig:
     """How kernels are chosen: estimator, whether measuring is allowed, and its budget in seconds."""
 
-    estimator: str = "measured"  # measured | roofline | constant
+    estimator: str = "measured"  # measured | learned | roofline | constant
+    fit: str | None = None  # folder of a fitted cost model; null: the newest that is shipped
     measure: bool = True
     measure_budget_s: float = 30.0
 
@@ -214,3 +215,13 @@ class CalibrateConfig:
     fit: str = "auto"  # a folder of `subquad_cost_model fit`; auto: the shipped one on CUDA; roofline: none
     operators: list[str] = field(default_factory=list)  # [] means all
     seed: int = 0
+
+
+@dataclass(kw_only=True)
+class ForeignConfig:
+    """The model that `explain module=` looks at; null leaves the choice to the model."""
+
+    module: str = "???"  # package.module:factory, which returns a model, or a model and the inputs of a call
+    example: str | None = None  # package.module:function, which returns the inputs; null: the factory's, dummy_inputs
+    target: str | None = None  # null: the device of the model
+    measure: bool = True  # time candidates whose estimates overlap, where the target is at hand

@@ -161,6 +161,25 @@ def test_rivals_share_their_arguments_and_a_call_holds_what_it_reads() -> None:
     assert set(backward.run()) >= {"x", "dt", "A"}  # type: ignore[call-overload]
 
 
+@pytest.mark.parametrize("key", ["causal_conv/conv1d", "linear_attention/chunked", "selective_scan/chunked"])
+def test_a_kernel_of_another_layout_is_timed_with_the_copies_that_the_operator_makes(key: str) -> None:
+    name, kernel_name = key.split("/")
+    operator, kernel = CATALOGUE.operator(name), CATALOGUE.kernel(name, kernel_name)
+    example = operator.examples[0]
+    arguments = operator.torch_half.sample_inputs(example, seed=3, device="cpu")
+    raw = kernel.torch_half.forward(**arguments)
+    laid_out: Any = Call.of(operator, kernel, example, "cpu", arguments).run()
+    pulled: Any = Call.of(operator, kernel, replace(example, phase="backward"), "cpu", arguments).run()
+    copied = [output for output in raw if not output.is_contiguous()]
+    assert copied or key == "selective_scan/chunked"  # whose gradients alone are laid otherwise
+    for output, as_handed_on in zip(raw, laid_out, strict=True):
+        assert as_handed_on.is_contiguous()
+        torch.testing.assert_close(as_handed_on, output, rtol=0, atol=0)
+    for given, gradient in pulled.items():
+        assert gradient.is_contiguous()
+        assert gradient.dtype == arguments[given].dtype
+
+
 # --- the command ----------------------------------------------------------------------
 
 

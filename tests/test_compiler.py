@@ -312,7 +312,7 @@ def test_a_kernel_that_fails_beyond_the_size_of_its_check_is_left_out_and_named(
 
 def test_without_measuring_the_default_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     add_kernel(monkeypatch, "sleepy", Slow)
-    monkeypatch.setattr("subquad.compiler.measure_kernels.user_cache", lambda name: None)  # nothing known from before
+    monkeypatch.setattr("subquad.compiler.estimators.user_cache", lambda name: None)  # nothing known from before
     choice = next(choice for choice in segment_choices(segment_plan(measure=False)))
     assert choice.chosen == "compacted"
     assert "nothing was measured" in choice.reason
@@ -348,7 +348,8 @@ def test_results_are_equal_under_any_choice_of_kernels() -> None:
         ({"pins": {"segment_atention": "compacted"}}, "did you mean 'segment_attention'"),
         ({"pins": {"segment_attention": "compact"}}, "did you mean 'compacted'"),
         ({"deny": ("compactd",)}, "did you mean 'compacted'"),
-        ({"estimator": "oracle"}, "measured, roofline, constant"),
+        ({"estimator": "oracle"}, "measured, learned, roofline, constant"),
+        ({"estimator": "roofline", "fit": "folder"}, "leave fit out"),
         ({"measure_budget_s": 0.0}, "above 0"),
     ],
 )

@@ -12,7 +12,7 @@ import torch
 
 from subquad import Example, build_model, compile_model, hookspecs, load_config, schema
 from subquad.__main__ import VERBS
-from subquad.compiler.options import CompileOptions
+from subquad.compiler.options import ESTIMATORS, CompileOptions
 from subquad.compiler.pipeline import compiled_graphs
 from subquad.compiler.quality.measure import PROXIES
 from subquad.component_config import defaults_of
@@ -41,10 +41,13 @@ def test_every_room_has_a_readme_of_one_screen(room: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [found for found in commands(README) if found[0] in ("train", "explain", "warmup")], ids=str
+    "arguments",
+    [found for found in commands(README) if found[0] in ("train", "explain", "warmup") and "module=" not in found[1]],
+    ids=str,
 )
 def test_the_readmes_recipes_compose(arguments: list[str]) -> None:
-    overrides = [argument for argument in arguments[1:] if "=" in argument and not argument.startswith("resume=")]
+    no_keys = ("resume=", "html=")
+    overrides = [argument for argument in arguments[1:] if "=" in argument and not argument.startswith(no_keys)]
     if "--multirun" in arguments:
         overrides = [re.sub(r"^(model=)(\w+),.*", r"\1\2", override) for override in overrides]
     assert load_config(overrides).model.num_layers > 0
@@ -65,6 +68,24 @@ def test_every_key_of_a_budget_stands_in_the_readme_of_the_compiler() -> None:
     keys = [field.name for field in dataclasses.fields(schema.BudgetConfig)]
     rows = re.findall(r"^\| (`.+?`) \|", COMPILER.partition("| key of `budget` |")[2].partition("\n\n")[0], flags=re.M)
     assert re.findall(r"`(\w+)`", " ".join(rows)) == keys
+
+
+def test_every_estimator_stands_in_the_readme_of_the_compiler() -> None:
+    table = COMPILER.partition("| `compiler.estimator` |")[2].partition("\n\n")[0]
+    assert tuple(re.findall(r"^\| `(\w+)` \|", table, flags=re.M)) == ESTIMATORS
+
+
+def test_every_key_of_explain_module_stands_in_the_readme_of_the_compiler() -> None:
+    keys = [field.name for field in dataclasses.fields(schema.ForeignConfig)]
+    table = COMPILER.partition("| key of `explain module=` |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, flags=re.M) == keys
+
+
+def test_every_adapter_of_ours_stands_in_the_readme_of_the_compiler() -> None:
+    named = re.findall(r"^\| `(\w+)` \|", COMPILER.partition("| adapter |")[2].partition("\n\n")[0], flags=re.M)
+    registry = load_registry()
+    ours = [name for name, spec in registry.adapters.items() if registry.origins[spec].name == "builtin"]
+    assert named == ours
 
 
 def test_every_proxy_stands_in_the_readme_of_the_compiler() -> None:

@@ -58,3 +58,12 @@ def test_the_example_plugins_own_tests_pass(gated_conv_path: Path, tmp_path: Pat
     arguments = ["pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tests)]
     result = run(arguments, gated_conv_path, tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_a_foreign_model_compiles_as_the_example_says(tmp_path: Path) -> None:
+    environment = os.environ | {"SUBQUAD_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(EXAMPLES / "04_compile_your_own_model.py")]
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "ms as written" in result.stdout  # whichever way is faster here
+    assert "outputs differ by" in result.stdout

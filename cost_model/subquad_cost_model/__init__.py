@@ -6,7 +6,14 @@ from subquad_cost_model.constant import ConstantEstimator
 from subquad_cost_model.device import Device
 from subquad_cost_model.devices import UnknownDeviceError, load_device, shipped_devices
 from subquad_cost_model.estimator import Estimate, Estimator
-from subquad_cost_model.fit_files import FitError, learned_or_roofline, load_fit, save_fit, shipped_fit
+from subquad_cost_model.fit_files import (
+    FitError,
+    learned_or_roofline,
+    load_fit,
+    newest_fit,
+    save_fit,
+    shipped_fit,
+)
 from subquad_cost_model.head import Trees
 from subquad_cost_model.learned import LearnedEstimator
 from subquad_cost_model.measure import Clock, Timing, time_callable, time_rivals
@@ -50,6 +57,7 @@ __all__ = [
     "load_fit",
     "load_profile",
     "lower_bound_s",
+    "newest_fit",
     "probe_device",
     "profile_or_source",
     "read_timed_rows",

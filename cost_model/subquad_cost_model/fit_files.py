@@ -13,10 +13,12 @@ import json
 import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from subquad_cost_model.envelope import Smaller
 from subquad_cost_model.estimator import Estimator
 from subquad_cost_model.features import Vocabulary, schema_hash
 from subquad_cost_model.head import Head
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 MANIFEST, HEADS, CARD = "manifest.json", "heads.json", "card.md"
 PEAK = "peak"
+FITS = Path(__file__).parent / "fits"
 
 
 class FitError(ValueError):
@@ -37,7 +40,20 @@ class FitError(ValueError):
 
 def shipped_fit() -> Path:
     """The fit that comes with this package: to kernels of serving frameworks (its `card.md` says more)."""
-    return Path(__file__).parent / "fits" / "serving"
+    return FITS / "serving"
+
+
+def newest_fit(name: str) -> Path | None:
+    """The shipped fit `name` or `name-...` of the latest date; None where there is none."""
+    dated = []
+    for folder in (FITS / name, *FITS.glob(f"{name}-*")):
+        if (folder / MANIFEST).is_file():
+            try:
+                date = str(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["date"])
+            except (ValueError, KeyError, TypeError):
+                date = ""  # whoever loads it says what is wrong
+            dated.append((date, folder))
+    return max(dated)[1] if dated else None
 
 
 def save_fit(estimator: LearnedEstimator, folder: Path, *, card: str) -> None:
@@ -83,10 +99,13 @@ def load_fit(folder: Path) -> LearnedEstimator:
     return LearnedEstimator(heads=heads, peak=peak)
 
 
-def learned_or_roofline(folder: Path) -> Estimator:
-    """The fit in this folder; if it cannot be used, the roofline, with a warning and a note on each estimate."""
+def learned_or_roofline(folder: Path, *, smaller: Smaller | None = None) -> Estimator:
+    """The fit in this folder; if it cannot be used, the roofline, with a warning and a note on each estimate.
+
+    `smaller` is that of `LearnedEstimator`, which no file holds.
+    """
     try:
-        return load_fit(folder)
+        return replace(load_fit(folder), smaller=smaller)
     except (FitError, ModuleNotFoundError) as error:
         reason = f"the learned model is not used: {error}"
         warnings.warn(reason, stacklevel=2)
@@ -100,6 +119,8 @@ def _vouched(folder: Path) -> dict[str, str]:
         version, features, sums = manifest["format_version"], manifest["features"], dict(manifest["sha256"])
     except FileNotFoundError:
         raise FitError(f"there is no fit in {folder} ({MANIFEST} is missing)") from None
+    except OSError as error:
+        raise FitError(f"there is no fit in {folder} ({error.strerror})") from None
     except (ValueError, KeyError, TypeError) as error:
         raise FitError(f"{folder / MANIFEST} is no manifest: {type(error).__name__}: {error}") from None
     if version != FORMAT_VERSION:

@@ -38,7 +38,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 TYPES = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64",
+    torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32",
+    torch.int64: "i64",
 }  # fmt: skip
 SIZES = {"t": 300, "s": 300, "k": 64, "v": 64, "c": 96, "n": 16}
 """Widths of models instead of those of the operators' examples, which are for quick checks."""
@@ -132,7 +133,11 @@ def _number(before: str, text: str) -> int:
 
 def main(operator_name: str, kernel_name: str, targets: str, *flags: str) -> None:
     operator, kernel = CATALOGUE.operator(operator_name), CATALOGUE.kernel(operator_name, kernel_name)
-    compiled = Compiled(targets.split(","))
+    names = targets.split(",")
+    if any(TARGETS[name].backend == "hip" for name in names):
+        assert all(TARGETS[name].backend == "hip" for name in names), "the targets of one run are of one vendor"
+        torch.version.hip = "ahead of time"  # what launches ask for the vendor
+    compiled = Compiled(names)
     JITFunction.run = lambda jitted, *args, **named: compiled.launch(jitted, *args, **named)  # type: ignore[method-assign]
     hopper = DeviceLimits(kind="cuda", name="any", capability=(9, 0))
     for case in cases(operator, "--all" in flags):

@@ -92,6 +92,14 @@ def test_outputs_and_all_gradients_equal_the_reference_at_the_edges_of_a_chunk(t
     assert_exact(sample(workload(t)))
 
 
+@pytest.mark.parametrize("full", [True, False], ids=["all tensors", "required tensors"])
+@pytest.mark.parametrize(("b", "c", "n"), [(3, 70, 16), (2, 5, 3), (1, 1, 1)])
+def test_one_token_has_a_kernel_of_its_own(b: int, c: int, n: int, full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs at the edge of c, states that are no power of two; nothing walks."""
+    monkeypatch.setattr(fused, "scan", None)
+    assert_exact(sample(workload(1, b=b, c=c, n=n, full=full)))
+
+
 def test_optional_tensors_may_be_absent() -> None:
     assert_exact(sample(workload(7, full=False, softplus=False)))
 

@@ -8,21 +8,14 @@ from dataclasses import dataclass
 
 from subquad.cache import user_cache
 from subquad.compiler.compile_ahead import compile_ahead
+from subquad.compiler.estimators import estimator_for
 from subquad.compiler.measure_kernels import Measurer
 from subquad.compiler.options import CompileOptions
 from subquad.compiler.plan import Figure
 from subquad.compiler.target import Target
 from subquad.compiler.workload import cost_row, phases
 from subquad.errors import ConfigError
-from subquad_cost_model import (
-    ConstantEstimator,
-    Decision,
-    Estimate,
-    Estimator,
-    MeasuredEstimator,
-    RooflineEstimator,
-    decide,
-)
+from subquad_cost_model import Decision, Estimate, decide
 from subquad_kernels.catalogue import CATALOGUE, Kernel, Operator
 from subquad_kernels.first_calls import FirstCall
 from subquad_kernels.kernel_table import Row, format_table
@@ -59,6 +52,7 @@ class Chooser:
         folder = user_cache("verdicts")
         self._verdicts = VerdictStore(None if folder is None else folder / "verdicts.jsonl")
         self._measurer = Measurer(target, options.measure_budget_s)
+        self._estimator = estimator_for(target, options, self._measurer.store)
         self._known: dict[tuple[str, bool, bool], Choice] = {}
 
     @property
@@ -210,17 +204,9 @@ class Chooser:
                 del candidates[name]
                 declined[name] = f"failed at this size: {reason}"
 
-    def _estimator(self) -> Estimator:
-        if self._options.estimator == "constant":
-            return ConstantEstimator.fit(self._measurer.store)
-        roofline = RooflineEstimator()
-        if self._options.estimator == "roofline":
-            return roofline
-        return MeasuredEstimator(self._measurer.store, roofline)
-
     def _estimates(self, operator: Operator, kernel: Kernel, workloads: tuple[Workload, ...]) -> list[Estimate]:
         rows = [cost_row(operator, kernel, workload) for workload in workloads]
-        return self._estimator().predict(rows, self._target.device)
+        return self._estimator.predict(rows, self._target.device)
 
     def _total(self, operator: Operator, kernel: Kernel, workloads: tuple[Workload, ...]) -> Estimate:
         figure = Figure.of(kernel.name, self._estimates(operator, kernel, workloads))
@@ -230,6 +216,7 @@ class Chooser:
             high_s=figure.high_s,
             peak_bytes=figure.peak_bytes,
             source=figure.source,  # type: ignore[arg-type]
+            note=figure.note,
         )
 
 

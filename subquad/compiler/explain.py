@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from subquad.compiler.assign_mixers import with_mixers
 from subquad.compiler.choose import Chooser
+from subquad.compiler.html_report import write_html
 from subquad.compiler.options import CompileOptions
 from subquad.compiler.pipeline import capture_model, make_plan
 from subquad.compiler.plan import Plan
+from subquad.compiler.predict_step import predict_step
 from subquad.compiler.report import format_plan
 from subquad.compiler.run_shapes import is_packed, sized_model, training_example
 from subquad.compiler.target import Target, resolve_target
+from subquad.errors import ConfigError
 from subquad.model.build import build_model
 from subquad.schema import RunConfig
 
 
-def explain(config: RunConfig) -> str:
-    """The report of the plan that training with this configuration would follow."""
-    return format_plan(explained_plan(config))
+def explain(config: RunConfig, html: Path | None = None) -> str:
+    """The report of the plan that training with this configuration would follow; as a page in the file `html` too.
+
+    Raises: ConfigError when that file cannot be written.
+    """
+    plan = explained_plan(config)
+    if html is not None:
+        try:
+            write_html(plan, resolve_target(config.target), CompileOptions.of_run(config), html)
+        except OSError as error:
+            raise ConfigError(
+                what=f"{html} cannot be written ({error.strerror})", where="html", mend="name another file"
+            ) from None
+    return format_plan(plan)
 
 
 def explained_plan(config: RunConfig) -> Plan:
@@ -28,7 +43,8 @@ def explained_plan(config: RunConfig) -> Plan:
     target = resolve_target(config.target)
     chooser = Chooser(target, CompileOptions.of_run(config))
     config, assignment = with_mixers(config, target, chooser=chooser)
-    return replace(plan_of_shapes(config, target, chooser), assignment=assignment)
+    plan = plan_of_shapes(config, target, chooser)
+    return replace(plan, assignment=assignment, prediction=predict_step(config, target, plan))
 
 
 def plan_of_shapes(config: RunConfig, target: Target, chooser: Chooser) -> Plan:

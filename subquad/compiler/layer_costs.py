@@ -75,7 +75,8 @@ def _layer_costs(
     with FakeTensorMode():
         built = build_model(candidates)
         counted = [
-            (*_memory_bytes(block, example, checkpointing), _carry_bytes(block, example)) for block in _blocks(built)
+            (*block_memory_bytes(block, example, checkpointing), _carry_bytes(block, example))
+            for block in _blocks(built)
         ]
     # Outside of the fake world: choosing runs kernels to check them.
     plan = make_plan(built, capture_model(built), example, target, chooser)
@@ -203,22 +204,22 @@ def _workspace_bytes(plan: Plan, layer: int) -> int:
     return max((figure.peak_bytes for figure in figures), default=0)
 
 
-def _memory_bytes(block: Block, example: Example, checkpointing: bool) -> tuple[int, int]:
-    """What stays during a step, and what comes and goes with the block.
+def block_memory_bytes(block: Block, example: Example, checkpointing: bool, *, state: bool = True) -> tuple[int, int]:
+    """What stays during a step, and what comes and goes with the block; call it under a FakeTensorMode.
 
-    Stays: parameters with their training state, and what one forward keeps for the backward; with checkpointing the
-    block's input alone stays, and the rest comes and goes.
+    Stays: parameters with their training state (unless `state` is False), and what one forward keeps for the backward;
+    with checkpointing the block's input alone stays, and the rest comes and goes.
     """
     parameters = sum(parameter.numel() for parameter in block.parameters())
     if not example.training:
-        return 4 * parameters, 0
+        return 4 * parameters * state, 0
     b, t = example.tokens_shape
     x = torch.empty(b, t, block.norm.normalized_shape[0], requires_grad=True)
     with autocast(torch.device("cpu"), example.dtype):
         kept = saved_bytes(block, lambda: block(x))
     if checkpointing:
-        return BYTES_PER_PARAMETER * parameters + x.numel() * x.element_size(), kept
-    return BYTES_PER_PARAMETER * parameters + kept, 0
+        return BYTES_PER_PARAMETER * parameters * state + x.numel() * x.element_size(), kept
+    return BYTES_PER_PARAMETER * parameters * state + kept, 0
 
 
 def saved_bytes(block: nn.Module, forward: Callable[[], object]) -> int:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subquad.cache import user_cache
+from subquad.compiler.estimators import measurement_record
 from subquad.compiler.target import Target
 from subquad.compiler.workload import cost_row
-from subquad_cost_model import Clock, Measurement, MeasurementStore, time_rivals
+from subquad_cost_model import Clock, Measurement, time_rivals
 from subquad_kernels.catalogue import Kernel, Operator
 from subquad_kernels.workload import Workload
 
@@ -43,8 +43,7 @@ class Measurer:
     """Measures rivals while a budget (seconds, all measurements together) lasts."""
 
     def __init__(self, target: Target, budget_s: float, effort: Effort = QUICK) -> None:
-        folder = user_cache("measurements")
-        self.store = MeasurementStore(None if folder is None else folder / "kernels.jsonl")
+        self.store = measurement_record()
         self.spent_s = 0.0
         self._target, self._budget_s, self._effort = target, budget_s, effort
 
@@ -94,6 +93,7 @@ class Measurer:
 class Call:
     """One call of a kernel without autograd: its forward, or its backward alone; `held_bytes` are those of its inputs.
 
+    Results are laid out as the operator hands them on, so that a kernel of another layout is charged its conversion.
     Rivals may share the arguments: kernels do not write them.
     """
 
@@ -112,15 +112,33 @@ class Call:
         """The call that the workload describes, on these arguments or on samples."""
         if arguments is None:
             arguments = operator.torch_half.sample_inputs(workload, seed=0, device=device)
-        forward = partial(kernel.torch_half.forward, **arguments)
+        forward = partial(_forward, kernel, arguments)
         if workload.phase != "backward":
             return cls(forward, _bytes_of(arguments.values()))
-        outputs = tuple(output.contiguous() for output in forward())
+        outputs = forward()
         gradients: tuple[Tensor | None, ...] = tuple(
             torch.randn_like(output) for output in outputs[: len(operator.outputs)]
         )
         held = _bytes_of([*arguments.values(), *outputs, *gradients])
-        return cls(partial(kernel.torch_half.backward, arguments, outputs, gradients), held)
+        return cls(partial(_backward, kernel, arguments, outputs, gradients), held)
+
+
+def _forward(kernel: Kernel, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    return tuple(output.contiguous() for output in kernel.torch_half.forward(**arguments))
+
+
+def _backward(
+    kernel: Kernel,
+    arguments: Mapping[str, Any],
+    outputs: tuple[Tensor, ...],
+    gradients: tuple[Tensor | None, ...],
+) -> dict[str, Tensor]:
+    found = kernel.torch_half.backward(arguments, outputs, gradients)
+    return {
+        name: gradient.to(arguments[name].dtype).contiguous()
+        for name, gradient in found.items()
+        if gradient is not None and arguments[name] is not None
+    }
 
 
 def added_bytes(run: Callable[[], object], device: str) -> int:

@@ -9,14 +9,18 @@ from subquad.errors import ConfigError, NotFoundError, suggestion
 from subquad.schema import RunConfig
 from subquad_kernels.catalogue import CATALOGUE
 
-ESTIMATORS = ("measured", "roofline", "constant")
+ESTIMATORS = ("measured", "learned", "roofline", "constant")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompileOptions:
-    """`pins` maps an operator to the one kernel it must run; `deny` lists kernels, as NAME or operator/NAME."""
+    """`pins` maps an operator to the one kernel it must run; `deny` lists kernels, as NAME or operator/NAME.
+
+    `fit` is the folder of a fitted cost model; None: the newest that is shipped for our kernels.
+    """
 
     estimator: str = "measured"
+    fit: str | None = None
     measure: bool = True
     measure_budget_s: float = 30.0
     pins: Mapping[str, str] = field(default_factory=dict)
@@ -28,6 +32,12 @@ class CompileOptions:
                 what=f"no estimator is called '{self.estimator}'",
                 where="compiler.estimator",
                 mend=f"{suggestion(self.estimator, ESTIMATORS)}there are {', '.join(ESTIMATORS)}",
+            )
+        if self.fit is not None and self.estimator not in ("measured", "learned"):
+            raise ConfigError(
+                what=f"a fit is named, and the estimator '{self.estimator}' asks none",
+                where="compiler.fit",
+                mend="use compiler.estimator=learned or measured, or leave fit out",
             )
         if self.measure_budget_s <= 0:
             raise ConfigError(
@@ -54,6 +64,7 @@ class CompileOptions:
         """What a run's configuration asks for."""
         return cls(
             estimator=config.compiler.estimator,
+            fit=config.compiler.fit,
             measure=config.compiler.measure,
             measure_budget_s=config.compiler.measure_budget_s,
             pins=dict(config.kernel),

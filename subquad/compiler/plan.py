@@ -14,11 +14,16 @@ from subquad.errors import ConfigError
 from subquad_cost_model import Estimate
 
 FORMAT_VERSION = 1
+SOURCES = ("measured", "model", "bound", "constant")
+"""Where figures come from, most trusted first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """Seconds of one call of a kernel, with an interval; `source` is bound, model, measured or constant."""
+    """Seconds of one call of a kernel, with an interval; `source` is bound, model, measured or constant.
+
+    `note` says why a better source did not answer.
+    """
 
     kernel: str
     seconds: float
@@ -26,19 +31,20 @@ class Figure:
     high_s: float
     peak_bytes: int
     source: str
+    note: str = ""
 
     @classmethod
     def of(cls, kernel: str, estimates: Iterable[Estimate]) -> Figure:
-        """The sum over a call's phases; measured only if every phase was."""
+        """The sum over a call's phases; its source is the weakest of theirs."""
         parts = list(estimates)
-        sources = {part.source for part in parts}
         return cls(
             kernel=kernel,
             seconds=sum(part.seconds for part in parts),
             low_s=sum(part.low_s for part in parts),
             high_s=sum(part.high_s for part in parts),
             peak_bytes=max(part.peak_bytes for part in parts),
-            source=sources.pop() if len(sources) == 1 else "bound",
+            source=max((part.source for part in parts), key=SOURCES.index),
+            note="; ".join(dict.fromkeys(part.note for part in parts if part.note)),
         )
 
 
@@ -91,6 +97,31 @@ class Uncaptured:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepPrediction:
+    """What one optimizer step of the run is expected to take on one device; None where it cannot be told (`notes`).
+
+    `parts` are seconds by kind of work and add up to `seconds`, unless the host needs longer (`host_s` for `calls`).
+    `memory` are bytes by use, not all held at once; `peak_bytes` is the most. `budgets` are the limits of `budget`.
+    """
+
+    seconds: float | None
+    low_s: float | None
+    high_s: float | None
+    parts: Mapping[str, float]
+    calls: int
+    host_s: float
+    peak_bytes: int | None
+    memory: Mapping[str, int]
+    budgets: Mapping[str, float]
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of_json(cls, content: Mapping[str, Any]) -> StepPrediction:
+        """What `dataclasses.asdict` and JSON made of one.  Raises: TypeError, KeyError."""
+        return cls(**{**content, "notes": tuple(content["notes"])})
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Per operator node the chosen kernel, for one target, with the evidence.
 
@@ -106,6 +137,7 @@ class Plan:
     uncaptured: tuple[Uncaptured, ...] = ()
     notes: tuple[str, ...] = field(default=())
     assignment: Assignment | None = None  # how the `auto` layers of the schedule were filled
+    prediction: StepPrediction | None = None  # of a whole training step
 
     @property
     def kernel_versions(self) -> Mapping[str, str]:
@@ -150,7 +182,7 @@ class Plan:
                 for choice in content.pop("choices")
             )
             uncaptured = tuple(Uncaptured(**entry) for entry in content.pop("uncaptured"))
-            assignment = content.pop("assignment", None)
+            assignment, prediction = content.pop("assignment", None), content.pop("prediction", None)
             notes, schedule = tuple(content.pop("notes")), tuple(content.pop("schedule"))
             return cls(
                 choices=choices,
@@ -158,6 +190,7 @@ class Plan:
                 notes=notes,
                 schedule=schedule,
                 assignment=None if assignment is None else Assignment.of_json(assignment),
+                prediction=None if prediction is None else StepPrediction.of_json(prediction),
                 **content,
             )
         except OSError as error:

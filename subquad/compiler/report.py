@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from subquad.compiler.assignment import Assignment
-from subquad.compiler.plan import Figure, NodeChoice, Plan
+from subquad.compiler.plan import Figure, NodeChoice, Plan, StepPrediction
 
 
 def format_plan(plan: Plan) -> str:
@@ -22,7 +22,9 @@ def format_plan(plan: Plan) -> str:
         lines += [*assignment_lines(plan.assignment), ""]
     for equal in _groups(plan):
         lines += _node_lines(equal)
-    lines.append(f"total {_seconds(plan.seconds)} for all operators ({_sources(plan)})")
+    lines.append(f"total {seconds_text(plan.seconds)} for all operators ({_sources(plan)})")
+    if plan.prediction is not None:
+        lines += prediction_lines(plan.prediction)
     if plan.origin == "data sheet":
         lines.append("these figures are bounds from a data sheet, not measurements: no kernel can be faster")
     idle = sum(not choice.used for choice in plan.choices)
@@ -41,13 +43,13 @@ def assignment_lines(assignment: Assignment) -> list[str]:
     lines.append(f"  quality  {assignment.quality}")
     for key, cost in assignment.candidates.items():
         layers = [layer for layer, chosen in enumerate(assignment.schedule) if chosen == key]
-        figures = f"{_seconds(cost.charged_s):>10} {cost.source:<9} {_bytes(cost.memory_bytes):>11} memory"
+        figures = f"{seconds_text(cost.charged_s):>10} {cost.source:<9} {bytes_text(cost.memory_bytes):>11} memory"
         lines.append(
-            f"         {'*' if layers else ' '} {key:<18} {figures} {_bytes(cost.carry_bytes):>11} carry"
+            f"         {'*' if layers else ' '} {key:<18} {figures} {bytes_text(cost.carry_bytes):>11} carry"
             + (f"   layer {','.join(map(str, layers))}" if layers else "")
         )
     for name, total in assignment.totals.items():
-        shown = _seconds if name.endswith("_s") else _bytes
+        shown = seconds_text if name.endswith("_s") else bytes_text
         limit = assignment.budgets.get(name)
         lines.append(f"  {name:<13} {shown(total)}" + ("" if limit is None else f" of {shown(limit)}"))
     proof = "no schedule within the budgets has less" if assignment.proven else "the search ran out of time"
@@ -67,13 +69,37 @@ def assignment_lines(assignment: Assignment) -> list[str]:
     return lines
 
 
+def prediction_lines(step: StepPrediction) -> list[str]:
+    """A training step's predicted seconds and memory, part by part, against the budgets."""
+    lines = []
+    if step.seconds is not None and step.low_s is not None and step.high_s is not None:
+        parts = ", ".join(f"{name} {seconds_text(part_s)}" for name, part_s in step.parts.items())
+        interval = f"[{seconds_text(step.low_s)} .. {seconds_text(step.high_s)}]"
+        lines.append(f"step  {seconds_text(step.seconds)} predicted {interval}: {parts}")
+        if step.host_s > sum(step.parts.values()):
+            lines.append(f"      the host is the slower: {step.calls} calls need about {seconds_text(step.host_s)}")
+        if (limit := step.budgets.get("latency_s")) is not None:
+            blocks_s = sum(step.parts[name] for name in ("operators", "matrix products", "elementwise"))
+            lines.append(f"      of all blocks {_against(blocks_s, limit, seconds_text)} (budget.latency_s)")
+    if step.peak_bytes is not None:
+        parts = ", ".join(f"{name} {bytes_text(size)}" for name, size in step.memory.items())
+        lines.append(f"peak  {bytes_text(step.peak_bytes)} predicted: {parts}")
+        if (limit := step.budgets.get("memory_bytes")) is not None:
+            lines.append(f"      {_against(step.peak_bytes, limit, bytes_text)} (budget.memory_bytes)")
+    return [*lines, *(f"      {note}" for note in step.notes)]
+
+
+def _against(value: float, limit: float, shown: Callable[[float], str]) -> str:
+    return f"{shown(value)} of {shown(limit)}{', over it' if value > limit else ''}"
+
+
 def choice_table(plan: Plan) -> list[tuple[str, str, str, str, str]]:
     """Rows for a report: layers, operator, kernel, seconds with their source, why."""
     rows = []
     for equal in _groups(plan):
         first = equal[0]
         figure = first.figure
-        seconds = "" if figure is None else f"{_seconds(figure.seconds)} ({figure.source})"
+        seconds = "" if figure is None else f"{seconds_text(figure.seconds)} ({figure.source})"
         rows.append((_layers(equal), f"{first.operator} in {first.mixer}", first.chosen, seconds, first.reason))
     return rows
 
@@ -113,24 +139,48 @@ def _node_lines(equal: list[NodeChoice]) -> list[str]:
         mark = "*" if figure.kernel == first.chosen else " "
         lines.append(f"         {mark} {figure.kernel:<16} {_figure(figure)}")
     lines.append(f"  why      {first.reason}")
+    lines += _regret(first)
+    lines += [f"  note     {', '.join(kernels)}: {note}" for note, kernels in _notes(first).items()]
     if first.declined:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in first.declined.items())
         lines.append(f"  not      {reasons}")
     return [*lines, ""]
 
 
+def _regret(choice: NodeChoice) -> list[str]:
+    """How much longer the choice takes than the fastest, where rivals were measured beside it."""
+    measured = [figure for figure in choice.figures if figure.source == "measured"]
+    chosen = choice.figure
+    if len(measured) < 2 or chosen is None or chosen.source != "measured":
+        return []
+    best = min(measured, key=lambda figure: figure.seconds)
+    lost = chosen.seconds / best.seconds - 1
+    return [f"  regret   {lost:.1%}, {best.kernel} is the fastest of {len(measured)} measured"]
+
+
+def _notes(choice: NodeChoice) -> dict[str, list[str]]:
+    """Why a better source did not answer, and of which kernels."""
+    notes: dict[str, list[str]] = {}
+    for figure in choice.figures:
+        if figure.note:
+            notes.setdefault(figure.note, []).append(figure.kernel)
+    return notes
+
+
 def _figure(figure: Figure) -> str:
-    interval = f"[{_seconds(figure.low_s)} .. {_seconds(figure.high_s)}]"
-    return f"{_seconds(figure.seconds):>10}  {interval:<26} {figure.source}"
+    interval = f"[{seconds_text(figure.low_s)} .. {seconds_text(figure.high_s)}]"
+    return f"{seconds_text(figure.seconds):>10}  {interval:<26} {figure.source}"
 
 
-def _seconds(seconds: float) -> str:
+def seconds_text(seconds: float) -> str:
+    """Seconds as people say them."""
     if seconds >= 1:
         return f"{seconds:.2f} s"
     return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} us"
 
 
-def _bytes(size: float) -> str:
+def bytes_text(size: float) -> str:
+    """Bytes in the largest unit that leaves a whole number before the point."""
     for unit, width in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if size >= width:
             return f"{size / width:.2f} {unit}"

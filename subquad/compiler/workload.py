@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from subquad.compiler.capture import operator_of
 from subquad.compiler.example import Example, Method
 from subquad_cost_model import CostRow
-from subquad_kernels.catalogue import Kernel, Operator
+from subquad_kernels.catalogue import CATALOGUE, Kernel, Operator
 from subquad_kernels.torch_operator import named_arguments
 from subquad_kernels.workload import Phase, Workload
 
@@ -109,3 +109,32 @@ def cost_row(operator: Operator, kernel: Kernel, workload: Workload) -> CostRow:
         saved_bytes=work.saved_bytes,
         kernel_version=kernel.version,
     )
+
+
+GROWING = (("b",), ("t", "s", "m"), ("h", "h_k", "h_kv"), ("c",))
+"""Axes along which work grows, those in one group together: as many queries as keys, key heads that share a group."""
+
+
+def halved_rows(row: CostRow) -> Sequence[CostRow]:
+    """The rows with batch, tokens, heads or channels halved, where these are even, with their work counted anew.
+
+    Lengths of 1 stay: a decoded token halves its cache alone. Packed documents stay as many.
+    """
+    operator, kernel = CATALOGUE.operator(row.operator), CATALOGUE.kernel(row.operator, row.kernel)
+    found = []
+    for group in GROWING:
+        long = {axis: row.shape[axis] for axis in group if row.shape.get(axis, 0) > 1}
+        if not long or any(size % 2 for size in long.values()):
+            continue
+        shape = {**row.shape, **{axis: size // 2 for axis, size in long.items()}}
+        if "t" in long and shape["t"] < shape.get("documents", 0):
+            continue
+        workload: Workload = Workload(
+            operator=row.operator,
+            shape=shape,
+            dtype=row.dtype,  # type: ignore[arg-type]
+            phase=row.phase,  # type: ignore[arg-type]
+            options=row.options,
+        )
+        found.append(replace(cost_row(operator, kernel, workload), kernel_version=row.kernel_version))
+    return found

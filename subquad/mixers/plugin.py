@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from subquad.contracts import ComponentSpec, MixerSpec
+from subquad.compiler.foreign.declarations import ADAPTERS
+from subquad.contracts import AdapterSpec, ComponentSpec, MixerSpec
 from subquad.hookspecs import hookimpl
 from subquad.mixers.declarations import MIXERS
 from subquad.training.optimizer_declarations import OPTIMIZERS
@@ -31,6 +32,11 @@ def subquad_provide_config_packages() -> Iterable[str]:
 @hookimpl
 def subquad_provide_mixers() -> Iterable[MixerSpec]:
     return MIXERS
+
+
+@hookimpl
+def subquad_provide_adapters() -> Iterable[AdapterSpec]:
+    return ADAPTERS
 
 
 @hookimpl

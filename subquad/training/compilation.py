@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -55,7 +56,7 @@ def compile_for_generation(model: LanguageModel, config: RunConfig) -> None:
     Nothing is measured, so that the first token comes soon; what the run forbids stays forbidden.
     """
     example = Example(tokens_shape=(1, config.model.context_len), decoding=True)
-    options = CompileOptions(estimator=config.compiler.estimator, measure=False, deny=tuple(config.deny))
+    options = replace(CompileOptions.of_run(config), measure=False, pins={})
     compile_model(model, example, target=target_of(config), options=options)
 
 

@@ -17,8 +17,10 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 from subquad.compiler.assign_mixers import with_mixers
+from subquad.compiler.html_report import write_html
 from subquad.compiler.options import CompileOptions
 from subquad.compiler.plan import Plan
+from subquad.compiler.predict_step import predict_step
 from subquad.errors import ConfigError, ResumeError, suggestion
 from subquad.model.build import build_model
 from subquad.model.language_model import LanguageModel
@@ -36,6 +38,7 @@ from subquad.training.recorder import Recorder
 from subquad.training.report import write_report
 from subquad.training.resume import check_same_data, resumed_config
 from subquad.training.run_folder import RunFolder
+from subquad.training.step_clock import StepClock
 from subquad.training.stopping import Interrupts, StopAfterStep
 from subquad.training.tokenizer import save_tokenizer
 from subquad.training.tracking import NoTracker, build_tracker, check_tracking
@@ -110,10 +113,13 @@ def _started(config: RunConfig) -> _Prepared:
     config, assignment = with_mixers(config, target_of(config), followed)
     data, model, config = _built(config)
     model, plan = compiled(model, config, followed, packed=data.source.packed)
-    plan = replace(plan, assignment=assignment or plan.assignment)
+    plan = replace(
+        plan, assignment=assignment or plan.assignment, prediction=predict_step(config, target_of(config), plan)
+    )
     run_folder.create(folder)
     run_folder.write_config(folder, config)
     plan.save(folder.plan)
+    write_html(plan, target_of(config), CompileOptions.of_run(config), folder.page)
     run_folder.write_json(folder.data, {"fingerprint": data.fingerprint})
     run_folder.write_json(folder.environment, environment_record(device_of(config)))
     save_tokenizer(data.tokenizer, folder.path)
@@ -222,6 +228,8 @@ def _fit(prepared: _Prepared, ranks: Ranks) -> TrainResult:
     recorder = Recorder(folder, tracker, rank=ranks.rank, resumed_at=resumed_at, spent_s=spent_s)
     interrupts = Interrupts()
     callbacks: list[L.Callback] = [recorder, StopAfterStep(interrupts, recorder)]
+    if ranks.rank == 0:
+        callbacks.append(StepClock(folder, tracker, prepared.plan.prediction))
     if config.trainer.progress_bar and ranks.rank == 0:
         callbacks.append(ProgressBar(recorder, resumed_at or 0))
     exit_code = 1

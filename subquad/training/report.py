@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from subquad.compiler.plan import Plan
-from subquad.compiler.report import choice_table, failures
+from subquad.compiler.report import bytes_text, choice_table, failures, seconds_text
 from subquad.training.metrics import read_metrics
 from subquad.training.run_folder import RunFolder, read_config, read_json, write_text
 
@@ -21,9 +21,11 @@ def write_report(folder: RunFolder, *, unigram_bits_per_byte: float | None, over
     lines = [f"# {config.model.name}", "", *_outcome(rows, unigram_bits_per_byte), ""]
     lines += ["![loss over steps](loss.png)", ""]
     lines += ["## Kernels", "", *_kernels(Plan.load(folder.plan)), ""]
+    lines += ["## Predicted and measured", "", *_prediction(folder), ""]
     lines += ["## Environment", "", *_environment(environment), ""]
     lines += ["## Again", "", "```", _command(folder, environment, overrides), "```", ""]
-    lines += ["The resolved configuration is `config.yaml`, every kernel choice with its rivals is in `plan.json`.", ""]
+    lines += ["The resolved configuration is `config.yaml`, every kernel choice with its rivals is in `plan.json`,"]
+    lines += ["rooflines and the choice at other lengths and batches in `report.html`.", ""]
     write_text(folder.report, "\n".join(lines))
 
 
@@ -53,6 +55,23 @@ def _kernels(plan: Plan) -> list[str]:
     notes += [f"not chosen: {failure}" for failure in failures(plan)]
     head = ["| layers | operator | kernel | one call, forward and backward | why |", "|---|---|---|---|---|"]
     return [f"For {plan.target} ({plan.origin}).", "", *head, *rows, *(["", *notes] if notes else [])]
+
+
+def _prediction(folder: RunFolder) -> list[str]:
+    """A step and its memory, part by part as predicted, and as they were found."""
+    if not folder.prediction.exists():
+        return ["No step was timed."]
+    record = read_json(folder.prediction)
+    predicted, measured, ratio = record["predicted"] or {}, record["measured"], record["ratio"]
+    lines = ["| | predicted | measured | measured / predicted |", "|---|---|---|---|"]
+    for name, key, shown in (("step", "seconds", seconds_text), ("peak memory", "peak_bytes", bytes_text)):
+        cells = ["" if value is None else shown(value) for value in (predicted.get(key), measured[key])]
+        lines.append(f"| {name} | {' | '.join(cells)} | {f'{ratio[key]:.2f}' if key in ratio else ''} |")
+    lines += [f"| {part} | {seconds_text(value)} | | |" for part, value in predicted.get("parts", {}).items()]
+    lines += [f"| {use} | {bytes_text(size)} | | |" for use, size in predicted.get("memory", {}).items()]
+    spread = f"{seconds_text(measured['low_s'])} to {seconds_text(measured['high_s'])}"
+    told = f"Measured: the median of {measured['steps']} steps ({spread}) after {measured['skipped']} others."
+    return [*lines, "", told, *(f"Predicted: {note}." for note in predicted.get("notes", ()))]
 
 
 def _environment(environment: dict[str, Any]) -> list[str]:

@@ -37,6 +37,10 @@ class RunFolder:
         return self.path / "plan.json"
 
     @property
+    def prediction(self) -> Path:
+        return self.path / "prediction.json"
+
+    @property
     def environment(self) -> Path:
         return self.path / "environment.json"
 
@@ -55,6 +59,10 @@ class RunFolder:
     @property
     def report(self) -> Path:
         return self.path / "report.md"
+
+    @property
+    def page(self) -> Path:
+        return self.path / "report.html"
 
     @property
     def loss_curve(self) -> Path:

@@ -3,7 +3,8 @@
 Forward, chunks of 64 tokens:  `_invert` solves each chunk's triangular system, T = (I + A)^-1;  `_scan` walks the
 chunks of a sequence with the state in registers, U = T beta (V - e^b K S) and S <- e^b_C S + (e^(b_C - b) K)^T U;
 `_read` forms y. Backward:  `_invert` again, `_read_back` (the gradient of U by y), `_scan_back` from the last chunk to
-the first (the gradient of states), `_differentiate` (the rest).
+the first (the gradient of states), then three kernels for the gradients by query, by what the key reads and by what it
+writes, each with few products at once: a kernel of all of them went wrong in float32 (README.md).
 The scans hold transposed states [TILE_P, N]: a state and what was computed from it are left operands of products,
 which stay in registers; right operands come from memory. Exponents are masked differences of sums inside a chunk,
 never positive. No atomics: the same bits every time. README.md derives the equations.
@@ -25,15 +26,27 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad_kernels.delta_rule.declaration import CHUNK, num_chunks
+from subquad_kernels.delta_rule.inverse import BLOCK, invert_below, invert_diagonal, store_inverse
+from subquad_kernels.delta_rule.tiles import (
+    chunk_of,
+    fetch,
+    fetch_transposed,
+    load,
+    load_transposed,
+    rows_of,
+    sequence_of,
+    store,
+    store_transposed,
+)
 from subquad_kernels.tile_sizes import ceil_div, padded
-from subquad_kernels.triton_chunks import chunk_at, lay_out
+from subquad_kernels.triton_chunks import lay_out
 from subquad_kernels.triton_launch import QuickLaunch
+from subquad_kernels.triton_precision import fp32_products
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Argument, Arguments, Outputs
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
-_BLOCK = tl.constexpr(16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,16 +71,22 @@ class Launch:
 
 
 def launch_of(n: int, element_bytes: int) -> Launch:
-    """Sizes by key width and type: what a chunk's tiles leave of 227 KiB of shared memory and 255 registers a lane."""
+    """Sizes by key width and type: what a chunk's tiles leave of 227 KiB of shared memory and 255 registers a lane.
+
+    In float32 a program is one warp group wherever a row of keys fits: eight warps on the 64 rows of a chunk compute
+    some products twice, in two layouts.
+    """
     wide = n > 64
     if element_bytes == 4:
         return Launch(
-            scan_stages=1 if wide else 2,
+            scan_tile_p=64 if n <= 64 else 32 if n <= 128 else 16,
+            scan_stages=1,
             scan_back_stages=1,
-            scan_warps=8,
             differentiate_tile_p=32 if wide else 64,
-            differentiate_warps=8,
+            differentiate_warps=8 if n > 128 else 4,
         )
+    if n > 128:
+        return Launch(scan_warps=8, scan_stages=2, scan_back_stages=1, differentiate_warps=8)
     if wide:
         return Launch(scan_warps=8, differentiate_warps=8)
     return Launch()
@@ -101,7 +120,7 @@ class _Call:
             raise TypeError("delta_rule/fused takes one decay per head and no remove or insert: use kernel='chunked'")
         self.b, self.t, self.h, self.p = v.shape
         self.h_k, self.n = values["k"].shape[2:]
-        self.q, self.k, self.v = (_rows(values[name]) for name in ("q", "k", "v"))
+        self.q, self.k, self.v = (rows_of(values[name]) for name in ("q", "k", "v"))
         self.log_decay, self.gate, self.initial = (
             None if values[name] is None else values[name].contiguous()
             for name in ("log_decay", "write_gate", "initial_state")
@@ -112,6 +131,7 @@ class _Call:
         self.launch = launch or launch_of(self.n, v.element_size())
         self.tokens = self.b * self.t
         self.chunks = num_chunks(self.b, self.t, self.documents) or self.b
+        self._terms = 1 if v.dtype == torch.float32 else 2
         self.table, self.offsets = (None, None) if self.bounds is None else lay_out(self.bounds, self.chunks, CHUNK)
 
     def _new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -128,7 +148,7 @@ class _Call:
             "P": self.p,
             "CHUNK": CHUNK,
             "PACKED": self.bounds is not None,
-            "PRECISION": "tf32x3" if self.v.dtype == torch.float32 else "tf32",
+            "PRECISION": fp32_products(exact=self.v.dtype == torch.float32),
         }
 
     def forward(self) -> Outputs:
@@ -153,8 +173,8 @@ class _Call:
         _scan[(states * h * ceil_div(p, tile_p),)](
             self.k, self.v, inverse, vectors, self.initial, self.bounds, self.offsets, final, writes, boundaries,
             *self._sizes(), self.k.stride(0), self.v.stride(0),
-            TILE_P=tile_p, INITIAL=self.initial is not None, STAGES=launch.scan_stages, num_warps=launch.scan_warps,
-            **constants,
+            TILE_P=tile_p, INITIAL=self.initial is not None, TERMS=self._terms, STAGES=launch.scan_stages,
+            num_warps=launch.scan_warps, **constants,
         )  # fmt: skip
         tile_p = min(launch.read_tile_p, padded(p))
         _read[(self.chunks * h * ceil_div(p, tile_p),)](
@@ -165,19 +185,21 @@ class _Call:
         return y, final, writes, boundaries
 
     def _invert(self) -> tuple[Tensor, Tensor]:
-        """Vectors of each chunk, and T.  Shapes:  4 chunks h 64, chunks h 64 64
+        """Vectors of each chunk, and T.  Shapes:  4 chunks h 64, terms chunks h 64 64
 
+        Half types hold T as the sum of two terms: U = T R cancels where gates reach 2 and keys repeat, and what one
+        term of 8 bits rounds away is then as large as half of what y may be off by.
         The vectors: sums of log2 decays b, write gates, e^b, and e^(b_C - b), all but the first 0 past a chunk's end.
         """
         # Sums in fp64 where inputs are fp32: small decays beside large ones would lose digits that the rest has.
         exact = torch.float64 if self.v.dtype == torch.float32 else torch.float32
         vectors = self._new(4, self.chunks, self.h, CHUNK, dtype=exact)
-        inverse = self._new(self.chunks, self.h, CHUNK, CHUNK)
+        inverse = self._new(self._terms, self.chunks, self.h, CHUNK, CHUNK)
         _invert[(self.chunks * self.h,)](
             self.k, self.log_decay, self.gate, self.table, vectors, inverse,
             *self._sizes(), self.k.stride(0),
-            DECAY=self.log_decay is not None, GATE=self.gate is not None, num_warps=self.launch.invert_warps,
-            **self._constants(),
+            DECAY=self.log_decay is not None, GATE=self.gate is not None, TERMS=self._terms,
+            num_warps=self.launch.invert_warps, **self._constants(),
         )  # fmt: skip
         return vectors, inverse
 
@@ -209,20 +231,33 @@ class _Call:
         _scan_back[(states * h * ceil_div(p, tile_p),)](
             self.q, self.k, dy, inverse, dwrites, vectors, dfinal, self.bounds, self.offsets, dinitial, dstates,
             *self._sizes(), self.q.stride(0), self.k.stride(0), self.scale,
-            TILE_P=tile_p, FINAL=dfinal is not None, STAGES=launch.scan_back_stages, num_warps=launch.scan_warps,
-            **constants,
+            TILE_P=tile_p, FINAL=dfinal is not None, TERMS=self._terms, STAGES=launch.scan_back_stages,
+            num_warps=launch.scan_warps, **constants,
         )  # fmt: skip
         shared = torch.float32 if h != self.h_k else None
         dq, dk = (self._new(b, t, h, n, dtype=shared) for _ in range(2))
         dv = self._new(b, t, h, p)
         ddecay = self._new(b, t, h, dtype=torch.float32) if decayed else None
         dgate = self._new(b, t, h, dtype=torch.float32) if gated else None
-        _differentiate[(self.chunks * h,)](
-            self.q, self.k, self.v, dy, writes, dwrites, boundaries, dstates, vectors, self.table,
-            dq, dk, dv, ddecay, dgate,
-            *self._sizes(), self.q.stride(0), self.k.stride(0), self.v.stride(0), self.scale,
-            PAD_P=padded(p), TILE_P=min(launch.differentiate_tile_p, padded(p)), GATE=gated,
-            num_warps=launch.differentiate_warps, **constants,
+        # The gradient by decays is summed from kernel to kernel; `read` is the key's part as what reads.
+        read = self._new(b, t, h, n, dtype=torch.float32)
+        grid, sizes = (self.chunks * h,), self._sizes()
+        constants |= {
+            "PAD_P": padded(p),
+            "TILE_P": min(launch.differentiate_tile_p, padded(p)),
+            "num_warps": launch.differentiate_warps,
+        }
+        _differentiate_query[grid](
+            self.q, self.k, dy, writes, boundaries, vectors, self.table, dq, ddecay,
+            *sizes, self.q.stride(0), self.k.stride(0), self.scale, **constants,
+        )  # fmt: skip
+        _differentiate_read[grid](
+            self.k, self.v, writes, dwrites, boundaries, vectors, self.table, read, dv, ddecay, dgate,
+            *sizes, self.k.stride(0), self.v.stride(0), GATE=gated, **constants,
+        )  # fmt: skip
+        _differentiate_written[grid](
+            self.q, self.k, dy, writes, dwrites, boundaries, dstates, vectors, self.table, read, dk, ddecay,
+            *sizes, self.q.stride(0), self.k.stride(0), self.scale, **constants,
         )  # fmt: skip
         if shared is not None:
             dq, dk = (part.view(b, t, self.h_k, -1, n).sum(3) for part in (dq, dk))
@@ -234,65 +269,6 @@ class _Call:
             "write_gate": dgate,
             "initial_state": None if self.initial is None else dinitial,
         }
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """The tokens of all sequences as rows; a view where a slice of a wider tensor allows it.
-
-    Shapes:  b t h n  ->  b*t h*n
-    """
-    if tensor.stride(3) != 1 or tensor.stride(2) != tensor.shape[3]:
-        tensor = tensor.contiguous()
-    return tensor.reshape(tensor.shape[0] * tensor.shape[1], -1)
-
-
-@triton.jit
-def _chunk(table, chunk, t, chunks, CHUNK: tl.constexpr, PACKED: tl.constexpr):
-    """First row (64 bits) and number of tokens of a chunk."""
-    if PACKED:
-        first, size, _, _, _ = chunk_at(table, chunk)
-    else:
-        start = chunk % chunks * CHUNK
-        first = (chunk // chunks).to(tl.int64) * t + start
-        size = tl.minimum(t - start, CHUNK)
-    return first, size
-
-
-@triton.jit
-def _load(tensor, rows, stride, columns, in_rows, in_columns):
-    """A tile [rows, columns] in its own type, zeros outside."""
-    at = tensor + rows[:, None] * stride + columns[None, :]
-    return tl.load(at, mask=in_rows[:, None] & in_columns[None, :], other=0.0)
-
-
-@triton.jit
-def _load_transposed(tensor, rows, stride, columns, in_rows, in_columns):
-    """The same tile as [columns, rows]."""
-    at = tensor + rows[None, :] * stride + columns[:, None]
-    return tl.load(at, mask=in_columns[:, None] & in_rows[None, :], other=0.0)
-
-
-@triton.jit
-def _fetch(tensor, rows, stride, columns, in_columns):
-    """A tile of rows that all exist: a loop's last chunk repeats its last token instead of being masked."""
-    return tl.load(tensor + rows[:, None] * stride + columns[None, :], mask=in_columns[None, :], other=0.0)
-
-
-@triton.jit
-def _fetch_transposed(tensor, rows, stride, columns, in_columns):
-    return tl.load(tensor + rows[None, :] * stride + columns[:, None], mask=in_columns[:, None], other=0.0)
-
-
-@triton.jit
-def _store_transposed(tensor, rows, stride, columns, in_rows, in_columns, tile):
-    at = tensor + rows[None, :] * stride + columns[:, None]
-    tl.store(at, tile.to(tensor.dtype.element_ty), mask=in_columns[:, None] & in_rows[None, :])
-
-
-@triton.jit
-def _store(tensor, rows, stride, columns, in_rows, in_columns, tile):
-    at = tensor + rows[:, None] * stride + columns[None, :]
-    tl.store(at, tile.to(tensor.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
 
 
 @triton.jit
@@ -321,14 +297,14 @@ def _decayed(tile, later, earlier, shown, DECAY: tl.constexpr):
 def _inner(k, size, stride, ROW: tl.constexpr, COLUMN: tl.constexpr, N: tl.constexpr, PAD_N: tl.constexpr,
            PRECISION: tl.constexpr):  # fmt: skip
     """K_r K_c^T of two blocks of 16 tokens of a chunk."""
-    left_rows, right_rows = tl.arange(0, _BLOCK) + ROW * _BLOCK, tl.arange(0, _BLOCK) + COLUMN * _BLOCK
+    left_rows, right_rows = tl.arange(0, BLOCK) + ROW * BLOCK, tl.arange(0, BLOCK) + COLUMN * BLOCK
     # 128 bytes of a row at a time: four blocks of that are what one warp can keep in registers.
     TILE_N: tl.constexpr = min(PAD_N, 128 // (k.dtype.element_ty.primitive_bitwidth // 8))
-    product = tl.zeros([_BLOCK, _BLOCK], tl.float32)
+    product = tl.zeros([BLOCK, BLOCK], tl.float32)
     for n in tl.range(0, PAD_N, TILE_N, num_stages=1):
         columns = n + tl.arange(0, TILE_N)
-        left = _load(k, left_rows, stride, columns, left_rows < size, columns < N)
-        right = _load_transposed(k, right_rows, stride, columns, right_rows < size, columns < N)
+        left = load(k, left_rows, stride, columns, left_rows < size, columns < N)
+        right = load_transposed(k, right_rows, stride, columns, right_rows < size, columns < N)
         product = tl.dot(left, right, product, input_precision=PRECISION)
     return product
 
@@ -347,35 +323,9 @@ def _below(k, size, stride, later, earlier, gates, ROW: tl.constexpr, COLUMN: tl
 def _diagonal(k, size, stride, sums, gates, ROW: tl.constexpr, N: tl.constexpr, PAD_N: tl.constexpr,
               DECAY: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """A_rr^T, strictly upper triangular."""
-    rows = tl.arange(0, _BLOCK)
+    rows = tl.arange(0, BLOCK)
     product = _inner(k, size, stride, ROW, ROW, N, PAD_N, PRECISION) * gates[None, :]
     return _decayed(product, sums[None, :], sums[:, None], rows[:, None] < rows[None, :], DECAY)
-
-
-@triton.jit
-def _substitute(inverse, transposed, row):
-    """Row `row` of (I + A)^-1 from the rows before it:  T_row = e_row - sum_j A_row,j T_j."""
-    rows = tl.arange(0, _BLOCK)
-    coefficients = tl.sum(tl.where(rows[None, :] == row, transposed, 0.0), axis=1)
-    update = tl.sum(coefficients[:, None] * inverse, axis=0)
-    return tl.where(rows[:, None] == row, inverse - update[None, :], inverse)
-
-
-@triton.jit
-def _split(tile):
-    """The leading 11 bits of fp32 values, which tf32 holds, and the rest."""
-    high = (tile.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-    return high, tile - high
-
-
-@triton.jit
-def _product(left, right):
-    """[16, 16] times [16, 16], with the accuracy of fp32 (as `tf32x3`, without its care for infinities)."""
-    left_high, left_low = _split(left)
-    right_high, right_low = _split(right)
-    total = tl.dot(left_low, right_high, input_precision="tf32")
-    total = tl.dot(left_high, right_low, total, input_precision="tf32")
-    return tl.dot(left_high, right_high, total, input_precision="tf32")
 
 
 @QuickLaunch
@@ -384,13 +334,13 @@ def _invert(
     k, log_decay, gate, table, vectors, inverses,
     slots, t, chunks, heads, group, k_stride,
     N: tl.constexpr, PAD_N: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr, PACKED: tl.constexpr,
-    DECAY: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
+    DECAY: tl.constexpr, GATE: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """T = (I + A)^-1 of a chunk and head, in blocks of 16: substitution on the diagonal, products below it."""
     program = tl.program_id(0)
     head, chunk = program % heads, program // heads
-    first, size = _chunk(table, chunk, t, chunks, CHUNK, PACKED)
-    rows = tl.arange(0, _BLOCK)
+    first, size = chunk_of(table, chunk, t, chunks, CHUNK, PACKED)
+    rows = tl.arange(0, BLOCK)
     k += first * k_stride + head // group * N
 
     # What the kernels to come need of decays and gates: see `_Call._invert`.
@@ -399,9 +349,9 @@ def _invert(
     plane = slots.to(tl.int64) * heads * CHUNK
     sums, gates, total = (), (), 0.0
     for r in tl.static_range(4):
-        within = rows + r * _BLOCK < size
-        at = (first + rows + r * _BLOCK) * heads + head
-        decay = tl.zeros([_BLOCK], exact)
+        within = rows + r * BLOCK < size
+        at = (first + rows + r * BLOCK) * heads + head
+        decay = tl.zeros([BLOCK], exact)
         if DECAY:
             decay = tl.load(log_decay + at, mask=within, other=0.0).to(exact) * _LOG2_E
             decay = tl.maximum(decay, -160.0)  # where exp2 is 0: sums stay finite
@@ -411,65 +361,29 @@ def _invert(
         sums += (total + tl.cumsum(decay, 0),)
         gates += (beta,)
         total += tl.sum(decay, 0)
-        tl.store(vectors + r * _BLOCK, sums[r])
-        tl.store(vectors + plane + r * _BLOCK, beta.to(exact))
+        tl.store(vectors + r * BLOCK, sums[r])
+        tl.store(vectors + plane + r * BLOCK, beta.to(exact))
     if DECAY:
         for r in tl.static_range(4):
-            within = rows + r * _BLOCK < size
+            within = rows + r * BLOCK < size
             here, rest = tl.where(within, _power(sums[r]), 0.0), tl.where(within, _power(total - sums[r]), 0.0)
-            tl.store(vectors + 2 * plane + r * _BLOCK, here.to(exact))
-            tl.store(vectors + 3 * plane + r * _BLOCK, rest.to(exact))
+            tl.store(vectors + 2 * plane + r * BLOCK, here.to(exact))
+            tl.store(vectors + 3 * plane + r * BLOCK, rest.to(exact))
 
-    t00 = tl.where(rows[:, None] == rows[None, :], 1.0, 0.0)
-    t11, t22, t33 = t00, t00, t00
     a00 = _diagonal(k, size, k_stride, sums[0], gates[0], 0, N, PAD_N, DECAY, PRECISION)
     a11 = _diagonal(k, size, k_stride, sums[1], gates[1], 1, N, PAD_N, DECAY, PRECISION)
     a22 = _diagonal(k, size, k_stride, sums[2], gates[2], 2, N, PAD_N, DECAY, PRECISION)
     a33 = _diagonal(k, size, k_stride, sums[3], gates[3], 3, N, PAD_N, DECAY, PRECISION)
-    for row in range(1, _BLOCK):
-        t00 = _substitute(t00, a00, row)
-        t11 = _substitute(t11, a11, row)
-        t22 = _substitute(t22, a22, row)
-        t33 = _substitute(t33, a33, row)
-
+    diagonal = invert_diagonal(a00, a11, a22, a33)
     a10 = _below(k, size, k_stride, sums[1], sums[0], gates[1], 1, 0, N, PAD_N, DECAY, PRECISION)
     a21 = _below(k, size, k_stride, sums[2], sums[1], gates[2], 2, 1, N, PAD_N, DECAY, PRECISION)
     a32 = _below(k, size, k_stride, sums[3], sums[2], gates[3], 3, 2, N, PAD_N, DECAY, PRECISION)
     a20 = _below(k, size, k_stride, sums[2], sums[0], gates[2], 2, 0, N, PAD_N, DECAY, PRECISION)
     a31 = _below(k, size, k_stride, sums[3], sums[1], gates[3], 3, 1, N, PAD_N, DECAY, PRECISION)
     a30 = _below(k, size, k_stride, sums[3], sums[0], gates[3], 3, 0, N, PAD_N, DECAY, PRECISION)
-    t10 = -_product(t11, _product(a10, t00))
-    t21 = -_product(t22, _product(a21, t11))
-    t32 = -_product(t33, _product(a32, t22))
-    t20 = -_product(t22, _product(a20, t00) + _product(a21, t10))
-    t31 = -_product(t33, _product(a31, t11) + _product(a32, t21))
-    t30 = -_product(t33, _product(a30, t00) + _product(a31, t10) + _product(a32, t20))
-    inverse = (t00, t10, t11, t20, t21, t22, t30, t31, t32, t33)
-
+    inverse = invert_below(diagonal, a10, a21, a32, a20, a31, a30, PRECISION)
     inverses += program.to(tl.int64) * (CHUNK * CHUNK)
-    for r in tl.static_range(4):
-        for c in tl.static_range(4):
-            at = inverses + (rows + r * _BLOCK)[:, None] * CHUNK + (rows + c * _BLOCK)[None, :]
-            if c <= r:
-                tl.store(at, inverse[r * (r + 1) // 2 + c].to(inverses.dtype.element_ty))
-            else:
-                tl.store(at, tl.zeros([_BLOCK, _BLOCK], inverses.dtype.element_ty))
-
-
-@triton.jit
-def _sequence(bounds, offsets, program, heads, tiles, t, chunks, PACKED: tl.constexpr):
-    """Which state a scan's program holds, its sequence's first row and number of tokens, and its first chunk."""
-    sequence = (program // (tiles * heads)).to(tl.int64)
-    if PACKED:
-        start = tl.load(bounds + sequence)
-        first = start.to(tl.int64)
-        length = tl.load(bounds + sequence + 1) - start
-        chunk = tl.load(offsets + sequence).to(tl.int64)
-    else:
-        first = sequence * t
-        length = t
-        chunk = sequence * chunks
-    return sequence, first, length, chunk
+    store_inverse(inverses, plane * CHUNK, inverse, CHUNK, TERMS)
 
 
 @QuickLaunch
@@ -478,16 +392,18 @@ def _scan(
     k, v, inverses, vectors, initial, bounds, offsets, final, writes, boundaries,
     slots, t, chunks, heads, group, k_stride, v_stride,
     N: tl.constexpr, PAD_N: tl.constexpr, P: tl.constexpr, TILE_P: tl.constexpr, CHUNK: tl.constexpr,
-    PACKED: tl.constexpr, DECAY: tl.constexpr, INITIAL: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, DECAY: tl.constexpr, INITIAL: tl.constexpr, TERMS: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Walk the chunks of a sequence: U of each, the state that enters it, and the last state."""
     tiles: tl.constexpr = (P + TILE_P - 1) // TILE_P
     program = tl.program_id(0)
     tile, head = program % tiles, program // tiles % heads
-    sequence, first, length, chunk = _sequence(bounds, offsets, program, heads, tiles, t, chunks, PACKED)
+    sequence, first, length, chunk = sequence_of(bounds, offsets, program, heads, tiles, t, chunks, PACKED)
     values, keys = tile * TILE_P + tl.arange(0, TILE_P), tl.arange(0, PAD_N)
     in_p, in_n = values < P, keys < N
     span = tl.arange(0, CHUNK)
+    square = span[:, None] * CHUNK + span[None, :]
     within = in_p[:, None] & in_n[None, :]
     place = (sequence * heads + head) * (N * P) + keys[None, :] * P + values[:, None]
     dtype: tl.constexpr = k.dtype.element_ty
@@ -509,10 +425,10 @@ def _scan(
     for c in tl.range(0, tl.cdiv(length, CHUNK), num_stages=STAGES):
         size = tl.minimum(length - c * CHUNK, CHUNK)
         rows, in_t = tl.minimum(span, size - 1), span < size
-        _store(boundaries + c * boundary_step, values, N, keys, in_p, in_n, state)
-        key = _fetch(k + c * key_step, rows, k_stride, keys, in_n)
-        value = _fetch_transposed(v + c * value_step, rows, v_stride, values, in_p)
-        inverse = tl.load(inverses + c * inverse_step + span[:, None] * CHUNK + span[None, :])
+        store(boundaries + c * boundary_step, values, N, keys, in_p, in_n, state)
+        key = fetch(k + c * key_step, rows, k_stride, keys, in_n)
+        value = fetch_transposed(v + c * value_step, rows, v_stride, values, in_p)
+        inverse = tl.load(inverses + c * inverse_step + square)
         # Tokens past the end repeat the last one with a closed gate.
         gate = tl.load(gates + c * vector_step + span).to(tl.float32)
         known = tl.dot(state.to(dtype), tl.trans(key), input_precision=PRECISION)
@@ -520,9 +436,12 @@ def _scan(
             here = gates + plane + c * vector_step
             known *= tl.load(here + span).to(tl.float32)[None, :]
             state *= tl.load(here + size - 1).to(tl.float32)
-        fresh = (value.to(tl.float32) - known) * gate[None, :]
-        write = tl.dot(fresh.to(dtype), tl.trans(inverse), input_precision=PRECISION)
-        _store_transposed(writes + c * write_step, span, heads * P, values, in_t, in_p, write)
+        fresh = ((value.to(tl.float32) - known) * gate[None, :]).to(dtype)
+        write = tl.dot(fresh, tl.trans(inverse), input_precision=PRECISION)
+        if TERMS == 2:
+            inverse = tl.load(inverses + plane * CHUNK + c * inverse_step + square)
+            write = tl.dot(fresh, tl.trans(inverse), write, input_precision=PRECISION)
+        store_transposed(writes + c * write_step, span, heads * P, values, in_t, in_p, write)
         if DECAY:
             write *= tl.load(gates + 2 * plane + c * vector_step + span).to(tl.float32)[None, :]
         state += tl.dot(write.to(dtype), key, input_precision=PRECISION)
@@ -541,16 +460,16 @@ def _read(
     tiles: tl.constexpr = (P + TILE_P - 1) // TILE_P
     program = tl.program_id(0)
     tile, head, chunk = program % tiles, program // tiles % heads, program // (tiles * heads)
-    first, size = _chunk(table, chunk, t, chunks, CHUNK, PACKED)
+    first, size = chunk_of(table, chunk, t, chunks, CHUNK, PACKED)
     span, keys, values = tl.arange(0, CHUNK), tl.arange(0, PAD_N), tile * TILE_P + tl.arange(0, TILE_P)
     in_t, in_n, in_p = span < size, keys < N, values < P
     dtype: tl.constexpr = k.dtype.element_ty
-    query = _load(q + first * q_stride + head // group * N, span, q_stride, keys, in_t, in_n)
-    key = _load_transposed(k + first * k_stride + head // group * N, span, k_stride, keys, in_t, in_n)
+    query = load(q + first * q_stride + head // group * N, span, q_stride, keys, in_t, in_n)
+    key = load_transposed(k + first * k_stride + head // group * N, span, k_stride, keys, in_t, in_n)
     place = (first * heads + head) * P
-    write = _load(writes + place, span, heads * P, values, in_t, in_p)
+    write = load(writes + place, span, heads * P, values, in_t, in_p)
     saved = boundaries + (chunk.to(tl.int64) * heads + head) * (P * N)
-    state = _load_transposed(saved, values, N, keys, in_p, in_n)
+    state = load_transposed(saved, values, N, keys, in_p, in_n)
     sums = tl.load(vectors + (chunk.to(tl.int64) * heads + head) * CHUNK + span)
 
     result = _scale_rows(tl.dot(query, state, input_precision=PRECISION), sums, DECAY)
@@ -558,7 +477,7 @@ def _read(
     shown = (span[:, None] >= span[None, :]) & in_t[:, None]
     scores = _decayed(scores, sums[:, None], sums[None, :], shown, DECAY)
     result += tl.dot(scores.to(dtype), write, input_precision=PRECISION)
-    _store(y + place, span, heads * P, values, in_t, in_p, result * scale)
+    store(y + place, span, heads * P, values, in_t, in_p, result * scale)
 
 
 @QuickLaunch
@@ -573,19 +492,19 @@ def _read_back(
     tiles: tl.constexpr = (P + TILE_P - 1) // TILE_P
     program = tl.program_id(0)
     tile, head, chunk = program % tiles, program // tiles % heads, program // (tiles * heads)
-    first, size = _chunk(table, chunk, t, chunks, CHUNK, PACKED)
+    first, size = chunk_of(table, chunk, t, chunks, CHUNK, PACKED)
     span, keys, values = tl.arange(0, CHUNK), tl.arange(0, PAD_N), tile * TILE_P + tl.arange(0, TILE_P)
     in_t, in_n, in_p = span < size, keys < N, values < P
     dtype: tl.constexpr = k.dtype.element_ty
-    query = _load_transposed(q + first * q_stride + head // group * N, span, q_stride, keys, in_t, in_n)
-    key = _load(k + first * k_stride + head // group * N, span, k_stride, keys, in_t, in_n)
+    query = load_transposed(q + first * q_stride + head // group * N, span, q_stride, keys, in_t, in_n)
+    key = load(k + first * k_stride + head // group * N, span, k_stride, keys, in_t, in_n)
     place = (first * heads + head) * P
-    pull = _load(dy + place, span, heads * P, values, in_t, in_p)
+    pull = load(dy + place, span, heads * P, values, in_t, in_p)
     sums = tl.load(vectors + (chunk.to(tl.int64) * heads + head) * CHUNK + span)
     scores = tl.dot(key, query, input_precision=PRECISION)
     shown = (span[:, None] <= span[None, :]) & in_t[None, :]
     scores = _decayed(scores, sums[None, :], sums[:, None], shown, DECAY) * scale
-    _store(
+    store(
         dwrites + place, span, heads * P, values, in_t, in_p,
         tl.dot(scores.to(dtype), pull.to(dtype), input_precision=PRECISION),
     )  # fmt: skip
@@ -597,16 +516,18 @@ def _scan_back(
     q, k, dy, inverses, dwrites, vectors, dfinal, bounds, offsets, dinitial, dstates,
     slots, t, chunks, heads, group, q_stride, k_stride, scale,
     N: tl.constexpr, PAD_N: tl.constexpr, P: tl.constexpr, TILE_P: tl.constexpr, CHUNK: tl.constexpr,
-    PACKED: tl.constexpr, DECAY: tl.constexpr, FINAL: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, DECAY: tl.constexpr, FINAL: tl.constexpr, TERMS: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Walk the chunks from last to first; `dwrites` holds dU by y and is left holding dR = T^T dU."""
     tiles: tl.constexpr = (P + TILE_P - 1) // TILE_P
     program = tl.program_id(0)
     tile, head = program % tiles, program // tiles % heads
-    sequence, first, length, chunk = _sequence(bounds, offsets, program, heads, tiles, t, chunks, PACKED)
+    sequence, first, length, chunk = sequence_of(bounds, offsets, program, heads, tiles, t, chunks, PACKED)
     values, keys = tile * TILE_P + tl.arange(0, TILE_P), tl.arange(0, PAD_N)
     in_p, in_n = values < P, keys < N
     span = tl.arange(0, CHUNK)
+    square = span[:, None] * CHUNK + span[None, :]
     within = in_p[:, None] & in_n[None, :]
     place = (sequence * heads + head) * (N * P) + keys[None, :] * P + values[:, None]
     dtype: tl.constexpr = k.dtype.element_ty
@@ -630,12 +551,12 @@ def _scan_back(
         c = steps - 1 - back
         size = tl.minimum(length - c * CHUNK, CHUNK)
         rows, in_t = tl.minimum(span, size - 1), span < size
-        _store(dstates + c * state_step, values, N, keys, in_p, in_n, dstate)
-        query = _fetch(q + c * query_step, rows, q_stride, keys, in_n)
-        key = _fetch(k + c * key_step, rows, k_stride, keys, in_n)
-        pull = _fetch_transposed(dy + c * value_step, rows, heads * P, values, in_p)
-        dwrite = _fetch_transposed(dwrites + c * value_step, rows, heads * P, values, in_p)
-        inverse = tl.load(inverses + c * inverse_step + span[:, None] * CHUNK + span[None, :])
+        store(dstates + c * state_step, values, N, keys, in_p, in_n, dstate)
+        query = fetch(q + c * query_step, rows, q_stride, keys, in_n)
+        key = fetch(k + c * key_step, rows, k_stride, keys, in_n)
+        pull = fetch_transposed(dy + c * value_step, rows, heads * P, values, in_p)
+        dwrite = fetch_transposed(dwrites + c * value_step, rows, heads * P, values, in_p)
+        inverse = tl.load(inverses + c * inverse_step + square)
         # Tokens past the end repeat the last one with factors 0.
         gate = tl.load(gates + c * vector_step + span).to(tl.float32)
         here = tl.where(in_t, 1.0, 0.0)
@@ -646,8 +567,12 @@ def _scan_back(
             rest = tl.load(at + plane + span).to(tl.float32)
         reached = tl.dot(dstate.to(dtype), tl.trans(key), input_precision=PRECISION) * rest[None, :]
         # T has unit rows for tokens past the end: what they hold stays theirs, and is not stored.
-        dfresh = tl.dot((dwrite.to(tl.float32) + reached).to(dtype), inverse, input_precision=PRECISION)
-        _store_transposed(dwrites + c * value_step, span, heads * P, values, in_t, in_p, dfresh)
+        reached = (dwrite.to(tl.float32) + reached).to(dtype)
+        dfresh = tl.dot(reached, inverse, input_precision=PRECISION)
+        if TERMS == 2:
+            inverse = tl.load(inverses + plane * CHUNK + c * inverse_step + square)
+            dfresh = tl.dot(reached, inverse, dfresh, input_precision=PRECISION)
+        store_transposed(dwrites + c * value_step, span, heads * P, values, in_t, in_p, dfresh)
         dstate *= kept
         pull = (pull.to(tl.float32) * (here * scale)[None, :]).to(dtype)
         dstate += tl.dot(pull, query, input_precision=PRECISION)
@@ -658,120 +583,162 @@ def _scan_back(
 
 @QuickLaunch
 @triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
-def _differentiate(
-    q, k, v, dy, writes, dfresh, boundaries, dstates, vectors, table,
-    dq, dk, dv, ddecay, dgate,
-    slots, t, chunks, heads, group, q_stride, k_stride, v_stride, scale,
+def _differentiate_query(
+    q, k, dy, writes, boundaries, vectors, table, dq, ddecay,
+    slots, t, chunks, heads, group, q_stride, k_stride, scale,
     N: tl.constexpr, PAD_N: tl.constexpr, P: tl.constexpr, PAD_P: tl.constexpr, TILE_P: tl.constexpr,
-    CHUNK: tl.constexpr, PACKED: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, PACKED: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a chunk's tokens: four passes over the values, each with one score matrix and one sum over keys.
-
-    A token's key acts in two roles: `read` by the token itself (with its gate), `written` for the tokens after it.
-    The decay up to a token multiplies what it reads and divides what it wrote, so that its gradient is
-    q . dq + beta k . read - k . written.
-    """
+    """dq = scale ( e^b (dy S^T) + (dy U^T e^(b_i - b_j)) K ); `ddecay` is left holding q . dq."""
     program = tl.program_id(0)
     head, chunk = program % heads, program // heads
-    first, size = _chunk(table, chunk, t, chunks, CHUNK, PACKED)
+    first, size = chunk_of(table, chunk, t, chunks, CHUNK, PACKED)
     span, keys = tl.arange(0, CHUNK), tl.arange(0, PAD_N)
     in_t, in_n = span < size, keys < N
     dtype: tl.constexpr = k.dtype.element_ty
-    key_at, value_at = head // group * N, (first * heads + head) * P
-    query = _load(q + first * q_stride + key_at, span, q_stride, keys, in_t, in_n)
-    key = _load(k + first * k_stride + key_at, span, k_stride, keys, in_t, in_n)
-    at = vectors + (chunk.to(tl.int64) * heads + head) * CHUNK
-    sums = tl.load(at + span)
-    last = tl.load(at + CHUNK - 1)
-    gate = tl.load(at + slots.to(tl.int64) * heads * CHUNK + span).to(tl.float32)
-    state_at = (chunk.to(tl.int64) * heads + head) * (P * N)
     row_stride = heads * P
-    dq += (first * heads + head) * N
-    dk += (first * heads + head) * N
-    dy += value_at
-    writes += value_at
-    dfresh += value_at
+    dy += (first * heads + head) * P
+    writes += (first * heads + head) * P
+    boundaries += (chunk.to(tl.int64) * heads + head) * (P * N)
+    sums = tl.load(vectors + (chunk.to(tl.int64) * heads + head) * CHUNK + span)
 
-    # What the query reads.
     scores = tl.zeros([CHUNK, CHUNK], tl.float32)
     total = tl.zeros([CHUNK, PAD_N], tl.float32)
     for start in tl.range(0, PAD_P, TILE_P, num_stages=1):
         values = start + tl.arange(0, TILE_P)
         in_p = values < P
-        pull = _load(dy, span, row_stride, values, in_t, in_p).to(dtype)
-        write = _load_transposed(writes, span, row_stride, values, in_t, in_p)
-        state = _load(boundaries + state_at, values, N, keys, in_p, in_n)
+        pull = load(dy, span, row_stride, values, in_t, in_p).to(dtype)
+        write = load_transposed(writes, span, row_stride, values, in_t, in_p)
+        state = load(boundaries, values, N, keys, in_p, in_n)
         scores = tl.dot(pull, write, scores, input_precision=PRECISION)
         total = tl.dot(pull, state, total, input_precision=PRECISION)
     shown = (span[:, None] >= span[None, :]) & in_t[:, None]
     scores = _decayed(scores, sums[:, None], sums[None, :], shown, DECAY)
     total = _scale_rows(total, sums, DECAY)
+    key = load(k + first * k_stride + head // group * N, span, k_stride, keys, in_t, in_n)
     total = tl.dot(scores.to(dtype), key, total, input_precision=PRECISION) * scale
-    _store(dq, span, heads * N, keys, in_t, in_n, total)
-    dsums = tl.sum(total * query.to(tl.float32), axis=1)
-
-    # What the key wrote, for the states and queries to come.
-    scores = tl.zeros([CHUNK, CHUNK], tl.float32)
-    written = tl.zeros([CHUNK, PAD_N], tl.float32)
-    kept_state = 0.0
-    for start in tl.range(0, PAD_P, TILE_P, num_stages=1):
-        values = start + tl.arange(0, TILE_P)
-        in_p = values < P
-        pull = _load_transposed(dy, span, row_stride, values, in_t, in_p).to(dtype)
-        write = _load(writes, span, row_stride, values, in_t, in_p)
-        dstate = _load(dstates + state_at, values, N, keys, in_p, in_n)
-        scores = tl.dot(write, pull, scores, input_precision=PRECISION)
-        written = tl.dot(write, dstate, written, input_precision=PRECISION)
-        if DECAY:
-            state = _load(boundaries + state_at, values, N, keys, in_p, in_n)
-            kept_state += tl.sum(state.to(tl.float32) * dstate.to(tl.float32))
-    dlast = 0.0
+    store(dq + (first * heads + head) * N, span, heads * N, keys, in_t, in_n, total)
     if DECAY:
-        written *= _power(tl.where(in_t, last - sums, 0.0))[:, None]
-        dlast = tl.sum(written * key.to(tl.float32)) + _power(last) * kept_state
-    shown = (span[:, None] <= span[None, :]) & in_t[None, :]
-    scores = _decayed(scores, sums[None, :], sums[:, None], shown, DECAY) * scale
-    written = tl.dot(scores.to(dtype), query, written, input_precision=PRECISION)
+        query = load(q + first * q_stride + head // group * N, span, q_stride, keys, in_t, in_n)
+        tl.store(ddecay + (first + span) * heads + head, tl.sum(total * query.to(tl.float32), axis=1), mask=in_t)
 
-    # What it wrote, for the keys to come.
-    scores = tl.zeros([CHUNK, CHUNK], tl.float32)
-    for start in tl.range(0, PAD_P, TILE_P, num_stages=1):
-        values = start + tl.arange(0, TILE_P)
-        in_p = values < P
-        write = _load(writes, span, row_stride, values, in_t, in_p)
-        fresh = _load_transposed(dfresh, span, row_stride, values, in_t, in_p)
-        scores = tl.dot(write, fresh, scores, input_precision=PRECISION)
-    shown = (span[:, None] < span[None, :]) & in_t[None, :]
-    scores = _decayed(scores, sums[None, :], sums[:, None], shown, DECAY) * -gate[None, :]
-    written = tl.dot(scores.to(dtype), key, written, input_precision=PRECISION)
 
-    # What it read itself, and its value.
+@QuickLaunch
+@triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
+def _differentiate_read(
+    k, v, writes, dfresh, boundaries, vectors, table, read, dv, ddecay, dgate,
+    slots, t, chunks, heads, group, k_stride, v_stride,
+    N: tl.constexpr, PAD_N: tl.constexpr, P: tl.constexpr, PAD_P: tl.constexpr, TILE_P: tl.constexpr,
+    CHUNK: tl.constexpr, PACKED: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What the key reads itself, beta (E K - e^b (dR S^T)), and its value and gate; adds k . read to `ddecay`."""
+    program = tl.program_id(0)
+    head, chunk = program % heads, program // heads
+    first, size = chunk_of(table, chunk, t, chunks, CHUNK, PACKED)
+    span, keys = tl.arange(0, CHUNK), tl.arange(0, PAD_N)
+    in_t, in_n = span < size, keys < N
+    dtype: tl.constexpr = k.dtype.element_ty
+    row_stride = heads * P
+    dv += (first * heads + head) * P
+    writes += (first * heads + head) * P
+    dfresh += (first * heads + head) * P
+    boundaries += (chunk.to(tl.int64) * heads + head) * (P * N)
+    at = vectors + (chunk.to(tl.int64) * heads + head) * CHUNK + span
+    sums, gate = tl.load(at), tl.load(at + slots.to(tl.int64) * heads * CHUNK).to(tl.float32)
+
     scores = tl.zeros([CHUNK, CHUNK], tl.float32)
-    read = tl.zeros([CHUNK, PAD_N], tl.float32)
+    total = tl.zeros([CHUNK, PAD_N], tl.float32)
     dbeta = tl.zeros([CHUNK], tl.float32)
     for start in tl.range(0, PAD_P, TILE_P, num_stages=1):
         values = start + tl.arange(0, TILE_P)
         in_p = values < P
-        fresh = _load(dfresh, span, row_stride, values, in_t, in_p)
-        write = _load_transposed(writes, span, row_stride, values, in_t, in_p)
-        state = _load(boundaries + state_at, values, N, keys, in_p, in_n)
+        fresh = load(dfresh, span, row_stride, values, in_t, in_p)
+        write = load_transposed(writes, span, row_stride, values, in_t, in_p)
+        state = load(boundaries, values, N, keys, in_p, in_n)
         scores = tl.dot(fresh, write, scores, input_precision=PRECISION)
-        read = tl.dot(fresh, state, read, input_precision=PRECISION)
+        total = tl.dot(fresh, state, total, input_precision=PRECISION)
         if GATE:
-            value = _load(v + first * v_stride + head * P, span, v_stride, values, in_t, in_p)
+            value = load(v + first * v_stride + head * P, span, v_stride, values, in_t, in_p)
             dbeta += tl.sum(fresh.to(tl.float32) * value.to(tl.float32), axis=1)
-        _store(dv + value_at, span, row_stride, values, in_t, in_p, fresh.to(tl.float32) * gate[:, None])
+        store(dv, span, row_stride, values, in_t, in_p, fresh.to(tl.float32) * gate[:, None])
     shown = (span[:, None] > span[None, :]) & in_t[:, None]
     scores = _decayed(scores, sums[:, None], sums[None, :], shown, DECAY)
-    read = _scale_rows(read, sums, DECAY)
-    read = -tl.dot(scores.to(dtype), key, read, input_precision=PRECISION)
-    along = tl.sum(read * key.to(tl.float32), axis=1)
-    _store(dk, span, heads * N, keys, in_t, in_n, read * gate[:, None] + written)
+    total = _scale_rows(total, sums, DECAY)
+    key = load(k + first * k_stride + head // group * N, span, k_stride, keys, in_t, in_n)
+    total = -tl.dot(scores.to(dtype), key, total, input_precision=PRECISION)
+    store(read + (first * heads + head) * N, span, heads * N, keys, in_t, in_n, total * gate[:, None])
     at = (first + span) * heads + head
-    if GATE:
-        tl.store(dgate + at, dbeta + along, mask=in_t)
+    if GATE or DECAY:
+        along = tl.sum(total * key.to(tl.float32), axis=1)
+        if GATE:
+            tl.store(dgate + at, dbeta + along, mask=in_t)
+        if DECAY:
+            tl.store(ddecay + at, tl.load(ddecay + at, mask=in_t, other=0.0) + gate * along, mask=in_t)
+
+
+@QuickLaunch
+@triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
+def _differentiate_written(
+    q, k, dy, writes, dfresh, boundaries, dstates, vectors, table, read, dk, ddecay,
+    slots, t, chunks, heads, group, q_stride, k_stride, scale,
+    N: tl.constexpr, PAD_N: tl.constexpr, P: tl.constexpr, PAD_P: tl.constexpr, TILE_P: tl.constexpr,
+    CHUNK: tl.constexpr, PACKED: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What the key is as written, for states, queries and keys to come; dk, and the decays' sums made gradients.
+
+    The decay up to a token multiplies what it reads and divides what it wrote, so that its gradient is
+    q . dq + beta k . read - k . written.
+    """
+    program = tl.program_id(0)
+    head, chunk = program % heads, program // heads
+    first, size = chunk_of(table, chunk, t, chunks, CHUNK, PACKED)
+    span, keys = tl.arange(0, CHUNK), tl.arange(0, PAD_N)
+    in_t, in_n = span < size, keys < N
+    dtype: tl.constexpr = k.dtype.element_ty
+    row_stride = heads * P
+    dy += (first * heads + head) * P
+    writes += (first * heads + head) * P
+    dfresh += (first * heads + head) * P
+    state_at = (chunk.to(tl.int64) * heads + head) * (P * N)
+    at = vectors + (chunk.to(tl.int64) * heads + head) * CHUNK
+    sums, last = tl.load(at + span), tl.load(at + CHUNK - 1)
+    gate = tl.load(at + slots.to(tl.int64) * heads * CHUNK + span).to(tl.float32)
+
+    by_query = tl.zeros([CHUNK, CHUNK], tl.float32)
+    by_key = tl.zeros([CHUNK, CHUNK], tl.float32)
+    total = tl.zeros([CHUNK, PAD_N], tl.float32)
+    kept_state = 0.0
+    for start in tl.range(0, PAD_P, TILE_P, num_stages=1):
+        values = start + tl.arange(0, TILE_P)
+        in_p = values < P
+        write = load(writes, span, row_stride, values, in_t, in_p)
+        pull = load_transposed(dy, span, row_stride, values, in_t, in_p).to(dtype)
+        fresh = load_transposed(dfresh, span, row_stride, values, in_t, in_p)
+        dstate = load(dstates + state_at, values, N, keys, in_p, in_n)
+        by_query = tl.dot(write, pull, by_query, input_precision=PRECISION)
+        by_key = tl.dot(write, fresh, by_key, input_precision=PRECISION)
+        total = tl.dot(write, dstate, total, input_precision=PRECISION)
+        if DECAY:
+            state = load(boundaries + state_at, values, N, keys, in_p, in_n)
+            kept_state += tl.sum(state.to(tl.float32) * dstate.to(tl.float32))
+    key = load(k + first * k_stride + head // group * N, span, k_stride, keys, in_t, in_n)
+    dlast = 0.0
     if DECAY:
-        dsums += gate * along - tl.sum(written * key.to(tl.float32), axis=1)
+        total *= _power(tl.where(in_t, last - sums, 0.0))[:, None]
+        dlast = tl.sum(total * key.to(tl.float32)) + _power(last) * kept_state
+    later = (span[:, None] <= span[None, :]) & in_t[None, :]
+    by_query = _decayed(by_query, sums[None, :], sums[:, None], later, DECAY) * scale
+    query = load(q + first * q_stride + head // group * N, span, q_stride, keys, in_t, in_n)
+    total = tl.dot(by_query.to(dtype), query, total, input_precision=PRECISION)
+    later = (span[:, None] < span[None, :]) & in_t[None, :]
+    by_key = _decayed(by_key, sums[None, :], sums[:, None], later, DECAY) * -gate[None, :]
+    total = tl.dot(by_key.to(dtype), key, total, input_precision=PRECISION)
+    place = (first * heads + head) * N
+    reads = load(read + place, span, heads * N, keys, in_t, in_n)
+    store(dk + place, span, heads * N, keys, in_t, in_n, reads + total)
+    if DECAY:
+        at = (first + span) * heads + head
+        dsums = tl.load(ddecay + at, mask=in_t, other=0.0) - tl.sum(total * key.to(tl.float32), axis=1)
         dsums += tl.where(span == size - 1, dlast, 0.0)
         tl.store(ddecay + at, tl.cumsum(dsums, 0, reverse=True), mask=in_t)
 

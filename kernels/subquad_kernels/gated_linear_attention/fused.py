@@ -35,7 +35,9 @@ from torch import Tensor
 from subquad_kernels.gated_linear_attention.declaration import stretch_len
 from subquad_kernels.tile_sizes import ceil_div, padded
 from subquad_kernels.triton_chunks import chunk_at, lay_out
+from subquad_kernels.triton_decays import decays, meet, ranges, sums, until
 from subquad_kernels.triton_launch import QuickLaunch
+from subquad_kernels.triton_precision import fp32_products
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Argument, Arguments, Outputs
@@ -270,7 +272,7 @@ def _constants_of(launch: Launch, n: int, p: int, dtype: torch.dtype, before: bo
         "PACKED": packed,
         # Float16 would overflow in states; a single TF32 product cuts factors off, and missed its tolerance.
         "PRODUCT": tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,
-        "PRECISION": "tf32x3" if dtype != torch.bfloat16 else "tf32",
+        "PRECISION": fp32_products(exact=dtype != torch.bfloat16),
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }
@@ -338,52 +340,6 @@ def _times(left, right, total, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
     return tl.dot(left.to(PRODUCT), right.to(PRODUCT), total, input_precision=PRECISION)
 
 
-@triton.jit
-def _decays(ranges, g, PRODUCT: tl.constexpr):
-    """exp of the log decays summed over each row's range: sums as exact as the products that decays take part in.
-
-    An fp32 log decay is two bf16 numbers but for 2^-17 of it.  [CHUNK, CHUNK], [CHUNK, N]
-    """
-    if g.dtype != tl.float32:
-        total = tl.dot(ranges.to(g.dtype), g)
-    elif tl.float32 == PRODUCT:
-        total = tl.dot(ranges.to(tl.float32), g, input_precision="tf32x3")
-    else:
-        high = g.to(PRODUCT)
-        total = tl.dot(ranges.to(PRODUCT), high)
-        total = tl.dot(ranges.to(PRODUCT), (g - high.to(tl.float32)).to(PRODUCT), total)
-    return tl.exp2(total * _LOG2_E)
-
-
-@triton.jit
-def _sums(ranges, terms, total, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
-    """Terms summed over each row's range, added to total.  [CHUNK, CHUNK], [CHUNK, N]"""
-    return tl.dot(ranges.to(PRODUCT), terms.to(PRODUCT), total, input_precision=PRECISION)
-
-
-@triton.jit
-def _until(token, summed, BEFORE: tl.constexpr):
-    """The log decays between the chunk's start and a token's read: the token's own is among them unless BEFORE."""
-    if BEFORE:
-        return summed < token
-    else:
-        return summed <= token
-
-
-@triton.jit
-def _ranges(token, summed, level, BEFORE: tl.constexpr):
-    """What to sum in blocks of 2^level: up to a token of a second block of a pair, after a token of a first one."""
-    later = ((token >> level) & 1) != 0
-    inside = (token >> level) == (summed >> level)
-    return inside & tl.where(later, _until(token, summed, BEFORE), summed > token)
-
-
-@triton.jit
-def _meet(later, earlier, level):
-    """Pairs of tokens in the second and the first block of a pair of blocks of 2^level."""
-    return (((later >> level) & 1) != 0) & ((later >> level) == (earlier >> level) + 1)
-
-
 @QuickLaunch
 @triton.jit(do_not_specialize=["t", "each", "stretch"])
 def _summarise(
@@ -423,9 +379,9 @@ def _summarise(
         row = _tile(rows_at, row_stride, base, tokens, n, N, CHUNK).to(tl.float32) * scale
         column = _tile_transposed(columns_at, column_stride, base, tokens, p, P, CHUNK)
         if REVERSE:
-            row *= _decays(_until(token, summed, BEFORE), log_decay, PRODUCT)
+            row *= decays(until(token, summed, BEFORE), log_decay, PRODUCT, PRECISION)
         else:
-            row *= _decays(summed > token, log_decay, PRODUCT)
+            row *= decays(summed > token, log_decay, PRODUCT, PRECISION)
         within = tl.sum(log_decay.to(tl.float32), axis=0)
         state = _times(column, row, state * tl.exp2(within * _LOG2_E)[None, :], PRODUCT, PRECISION)
         total += within
@@ -510,16 +466,16 @@ def _read(
         key = _tile(k_at, k_stride, base, tokens, n, N, CHUNK).to(tl.float32)
         value = _tile(v_at, v_stride, base, tokens, p, P, CHUNK)
         value_transposed = _tile_transposed(v_at, v_stride, base, tokens, p, P, CHUNK)
-        into = query * _decays(_until(token, other, BEFORE), log_decay, PRODUCT)
+        into = query * decays(until(token, other, BEFORE), log_decay, PRODUCT, PRECISION)
         result = _times(into, tl.trans(state), tl.zeros([CHUNK, TILE_P], tl.float32), PRODUCT, PRECISION)
         scores = tl.where(token == other, tl.sum(query * own[None, :] * key, axis=1)[:, None], 0.0)
         for level in tl.range(0, LEVELS, disable_licm=True):
-            decay = _decays(_ranges(token, other, level, BEFORE), log_decay, PRODUCT)
+            decay = decays(ranges(token, other, level, BEFORE), log_decay, PRODUCT, PRECISION)
             met = _times(query * decay, tl.trans(key * decay), tl.zeros([CHUNK, CHUNK], tl.float32), PRODUCT, PRECISION)
-            scores += tl.where(_meet(token, other, level), met, 0.0)
+            scores += tl.where(meet(token, other, level), met, 0.0)
         result = _times(scores, value, result, PRODUCT, PRECISION)
         _keep(y_at, h * P, base, tokens, p, P, result, CHUNK)
-        out_of = key * _decays(other > token, log_decay, PRODUCT)
+        out_of = key * decays(other > token, log_decay, PRODUCT, PRECISION)
         within = tl.exp2(tl.sum(log_decay.to(tl.float32), axis=0) * _LOG2_E)
         state = _times(value_transposed, out_of, state * within[None, :], PRODUCT, PRECISION)
     if (tokens > 0) & (not follows):
@@ -609,7 +565,7 @@ def _differentiate(
         log_decay = _tile(g_at, g_stride, base, tokens, n, N, CHUNK)
         key = _tile(k_at, k_stride, base, tokens, n, N, CHUNK).to(tl.float32)
         value_transposed = _tile_transposed(v_at, v_stride, base, tokens, p, P, CHUNK)
-        out_of = key * _decays(other > token, log_decay, PRODUCT)
+        out_of = key * decays(other > token, log_decay, PRODUCT, PRECISION)
         within = tl.exp2(tl.sum(log_decay.to(tl.float32), axis=0) * _LOG2_E)
         state = _times(value_transposed, out_of, state * within[None, :], PRODUCT, PRECISION)
     # Other threads of the program read what these have written.
@@ -640,14 +596,14 @@ def _differentiate(
         entered = tl.load(slots + chunk * (PAD_P * TILE_N))
 
         # What crosses the chunk's ends: reads of the state before it, writes to the one after it, the decay between.
-        decay = _decays(_until(token, other, BEFORE), log_decay, PRODUCT)
+        decay = decays(until(token, other, BEFORE), log_decay, PRODUCT, PRECISION)
         into = query * decay
         query_grad = _times(pull, entered, nothing, PRODUCT, PRECISION) * decay
-        decay_grad = _sums(_until(other, token, BEFORE), query * query_grad, nothing, PRODUCT, PRECISION)
-        decay = _decays(other > token, log_decay, PRODUCT)
+        decay_grad = sums(until(other, token, BEFORE), query * query_grad, nothing, PRODUCT, PRECISION)
+        decay = decays(other > token, log_decay, PRODUCT, PRECISION)
         out_of = key * decay
         key_grad = _times(value, carried, nothing, PRODUCT, PRECISION) * decay
-        decay_grad = _sums(token > other, key * key_grad, decay_grad, PRODUCT, PRECISION)
+        decay_grad = sums(token > other, key * key_grad, decay_grad, PRODUCT, PRECISION)
         within = tl.exp2(tl.sum(log_decay.to(tl.float32), axis=0) * _LOG2_E)
         decay_grad += (within * tl.sum(entered.to(tl.float32) * carried, axis=0))[None, :]
         value_grad = _times(out_of, tl.trans(carried), tl.zeros([CHUNK, PAD_P], tl.float32), PRODUCT, PRECISION)
@@ -658,19 +614,19 @@ def _differentiate(
         score_grad_transposed = _times(value, tl.trans(pull), no_pairs, PRODUCT, PRECISION)
         scores_transposed = tl.where(token == other, tl.sum(query * own[None, :] * key, axis=1)[:, None], 0.0)
         for level in tl.range(0, LEVELS, disable_licm=True):
-            decay = _decays(_ranges(token, other, level, BEFORE), log_decay, PRODUCT)
+            decay = decays(ranges(token, other, level, BEFORE), log_decay, PRODUCT, PRECISION)
             queries, keys = query * decay, key * decay
-            earlier_first = _meet(other, token, level)
+            earlier_first = meet(other, token, level)
             met = _times(keys, tl.trans(queries), no_pairs, PRODUCT, PRECISION)
             scores_transposed += tl.where(earlier_first, met, 0.0)
-            met = tl.where(_meet(token, other, level), score_grad, 0.0)
+            met = tl.where(meet(token, other, level), score_grad, 0.0)
             queries_grad = _times(met, keys, nothing, PRODUCT, PRECISION) * decay
             met = tl.where(earlier_first, score_grad_transposed, 0.0)
             keys_grad = _times(met, queries, nothing, PRODUCT, PRECISION) * decay
             query_grad += queries_grad
             key_grad += keys_grad
             terms = query * queries_grad + key * keys_grad
-            decay_grad = _sums(_ranges(other, token, level, BEFORE), terms, decay_grad, PRODUCT, PRECISION)
+            decay_grad = sums(ranges(other, token, level, BEFORE), terms, decay_grad, PRODUCT, PRECISION)
         value_grad = _times(scores_transposed, pull, value_grad, PRODUCT, PRECISION)
 
         # A token and itself.

@@ -31,6 +31,7 @@ from subquad_kernels.linear_attention.declaration import CHUNK, chunk_slots, seg
 from subquad_kernels.tile_sizes import ceil_div, padded
 from subquad_kernels.triton_chunks import chunk_at, lay_out, taken
 from subquad_kernels.triton_launch import QuickLaunch
+from subquad_kernels.triton_precision import fp32_products
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Argument, Arguments, Outputs
@@ -262,7 +263,7 @@ def _constants_of(
         "DECAY": decay,
         "GATE": gated,
         "PACKED": packed,
-        "PRECISION": "tf32x3" if dtype == torch.float32 else "ieee",
+        "PRECISION": fp32_products() if dtype == torch.float32 else "ieee",
         "STAGES": launch.num_stages,
         "num_warps": launch.num_warps,
     } | ({} if launch.registers is None else {"maxnreg": launch.registers})

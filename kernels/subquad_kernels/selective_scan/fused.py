@@ -9,7 +9,7 @@ of the second kernel starts by composing the segments before its own. The backwa
 to first, computes the states inside a chunk again from the saved one, and cuts time in the same way. Sums over
 channels and over sequences are written as one partial sum a program, and added afterwards: no atomics, the same bits
 every time.
-README.md has the equations and the reasons for the sizes.
+One token has a kernel of its own. README.md has the equations and the reasons for the sizes.
 """
 
 # What Triton compiles has no Python types, and tuples that grow.
@@ -30,6 +30,7 @@ from torch import Tensor
 from subquad_kernels.selective_scan.declaration import CHUNK
 from subquad_kernels.selective_scan.fused_backward import differentiate, summarise_gradients
 from subquad_kernels.selective_scan.fused_forward import scan, summarise
+from subquad_kernels.selective_scan.fused_step import step_one
 from subquad_kernels.selective_scan.tiles import row_of
 from subquad_kernels.tile_sizes import ceil_div, power_of_two
 from subquad_kernels.triton_documents import find_documents, halvings
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 _MARKS = 128
 """Tokens that one program of `_mark` marks."""
+_STEP_STATES = 1024
+"""Numbers of the state that a program of `step_one` takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +84,8 @@ def launch_of(n: int, *, backward: bool) -> Launch:
 def forward(launch: Launch | None = None, **arguments: Argument) -> Outputs:
     """y, final_state and the residuals."""
     call = _Call(arguments)
+    if call.t == 1 and call.marks is None:
+        return call.step()
     return call.forward(launch or launch_of(call.n, backward=False))
 
 
@@ -181,6 +186,21 @@ class _Call:
             SKIP=self.D is not None, GATE=self.z is not None, **constants,
         )  # fmt: skip
         return y, final, boundaries, ungated
+
+    def step(self) -> Outputs:
+        """One token a sequence: as `forward`, by programs that read a part of the state once."""
+        pad = power_of_two(self.n)
+        tile = max(1, min(_STEP_STATES // pad, power_of_two(self.c)))
+        y = torch.empty(self.b, 1, self.c, dtype=self.x.dtype, device=self.x.device)
+        ungated = self._new(0) if self.z is None else self._new(self.b, 1, self.c)
+        final = self._new(self.b, self.c, self.n)
+        step_one[(self.b * ceil_div(self.c, tile),)](
+            self.x, self.dt, self.A, self.B, self.C, self.D, self.z, self.dt_bias, self.initial, y, final, ungated,
+            self.c, self.x.stride(0), self.dt.stride(0), self.B.stride(0), self.C.stride(0), _stride(self.z),
+            N=self.n, PAD_N=pad, TILE_C=tile, SOFTPLUS=self.softplus, BIAS=self.dt_bias is not None,
+            INITIAL=self.initial is not None, SKIP=self.D is not None, GATE=self.z is not None, num_warps=4,
+        )  # fmt: skip
+        return y, final, self._new(0, self.b, self.n, self.c), ungated
 
     def backward(
         self, launch: Launch, boundaries: Tensor, ungated: Tensor, dy: Tensor | None, dfinal: Tensor | None

@@ -1,0 +1,70 @@
+"""Which estimator answers for a target: the sources in the order of their trust, each falling back to the next.
+
+    constant                        every kernel costs the same
+    roofline                        bounds
+    learned     fit  -> roofline    the fit abstains outside of what it saw
+    measured    record -> fit -> roofline
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import lru_cache
+from pathlib import Path
+
+from subquad.cache import user_cache
+from subquad.compiler.options import CompileOptions
+from subquad.compiler.target import Target
+from subquad.compiler.workload import halved_rows
+from subquad_cost_model import (
+    ConstantEstimator,
+    Estimator,
+    MeasuredEstimator,
+    MeasurementStore,
+    RooflineEstimator,
+    learned_or_roofline,
+    newest_fit,
+)
+
+OWN_FIT = "operators"
+"""The name under which fits to timings of our own kernels are shipped."""
+
+
+def estimator_for(target: Target, options: CompileOptions, record: MeasurementStore | None = None) -> Estimator:
+    """The estimator that `options` ask for on a target; `record` holds what was measured (None: the user's).
+
+    A fit that is asked for and cannot be used costs one warning, and a note on every estimate.
+    """
+    if options.estimator == "roofline":
+        return RooflineEstimator()
+    record = measurement_record() if record is None else record
+    if options.estimator == "constant":
+        return ConstantEstimator.fit(record)
+    if options.estimator == "learned":
+        return _modelled(target, options)
+    return MeasuredEstimator(record, _modelled(target, options))
+
+
+def measurement_record() -> MeasurementStore:
+    """What was measured on this machine so far; in memory alone where the cache cannot be written."""
+    folder = user_cache("measurements")
+    return MeasurementStore(None if folder is None else folder / "kernels.jsonl")
+
+
+def _modelled(target: Target, options: CompileOptions) -> Estimator:
+    """What answers where nothing was measured: a profile of this very device would stand before the fit."""
+    folder = newest_fit(OWN_FIT) if options.fit is None else Path(options.fit).expanduser().absolute()
+    if folder is not None:
+        manifest = folder / "manifest.json"
+        return _fitted(folder, manifest.stat().st_mtime_ns if manifest.is_file() else None)
+    if options.estimator == "learned":
+        reason = "the learned model is not used: no fit of these kernels is shipped, and compiler.fit names none"
+        warnings.warn(reason, stacklevel=3)
+        return RooflineEstimator(name="roofline for learned", note=reason)
+    return RooflineEstimator()
+
+
+@lru_cache(maxsize=4)
+def _fitted(folder: Path, written_ns: int | None) -> Estimator:
+    """The fit of a folder, read once for as long as it is not written anew."""
+    return learned_or_roofline(folder, smaller=halved_rows)

@@ -1,0 +1,1 @@
+"""Models that we did not write: found in a captured graph, rewritten at the modules that own the attention."""

@@ -1,0 +1,168 @@
+"""What a training step computes beside its operators: every aten call of a step on shapes alone, with its work.
+
+A block of each kind is counted once, forward and backward, and so are embedding, final norm, head and loss.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
+
+from subquad.compiler.example import Example
+from subquad.compiler.layer_costs import block_memory_bytes, model_of
+from subquad.compiler.workload import autocast
+from subquad.model.block import Block
+from subquad.model.build import build_model, full_schedule
+from subquad.model.language_model import LanguageModel
+from subquad.schema import ModelConfig
+
+ALLOCATES = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
+"""Calls of aten that compute nothing; so do its views."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of aten: FLOPs of a matrix product (0: none), and what it reads and writes."""
+
+    matmul_flops: int
+    bytes_moved: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepWork:
+    """One micro-batch: calls inside all blocks and outside of them, how often operators run, and memory.
+
+    `state_bytes` are weights, gradients and optimizer state; `kept_bytes` what the forward keeps for the backward;
+    `passing_bytes` the most that comes and goes with one block.
+    """
+
+    blocks: Counter[Call]
+    outside: Counter[Call]
+    operator_calls: int
+    parameters: int
+    kept_bytes: int
+    passing_bytes: int
+
+    @property
+    def calls(self) -> int:
+        """Calls of aten that launch something."""
+        return self.blocks.total() + self.outside.total()
+
+
+def step_work(model: ModelConfig, example: Example, *, kind: str, checkpointing: bool) -> StepWork:
+    """Count a step of a model whose sizes are filled in, on a `kind` of device (`cpu` or `cuda`).
+
+    Raises: whatever a mixer raises that cannot run on shapes.
+    """
+    schedule = Counter(full_schedule(model))
+    keys = list(schedule)
+    with FakeTensorMode():
+        built = build_model(model_of(model, keys))
+        if kind == "cuda":
+            _fuse_norms(built)
+        blocks: Counter[Call] = Counter()
+        operator_calls = kept = passing = parameters = 0
+        for key, block in zip(keys, _blocks(built)):
+            counted = _counted(lambda: _run_block(block, model.d_model, example, checkpointing))  # noqa: B023
+            stays, comes = block_memory_bytes(block, example, checkpointing, state=False)
+            own = sum(parameter.numel() for parameter in block.parameters())
+            for call, times in counted.calls.items():
+                blocks[call] += schedule[key] * times
+            operator_calls += schedule[key] * counted.operator_calls
+            kept += schedule[key] * stays
+            passing = max(passing, comes)
+            parameters += schedule[key] * own
+        shell = built
+        shell.blocks = nn.ModuleList()
+        parameters += sum(parameter.numel() for parameter in shell.parameters())
+        outside = _counted(lambda: _run_outside(shell, example))
+    return StepWork(
+        blocks=blocks,
+        outside=outside.calls,
+        operator_calls=operator_calls,
+        parameters=parameters,
+        kept_bytes=kept,
+        passing_bytes=passing,
+    )
+
+
+class _Counter(TorchDispatchMode):
+    """Notes every call of aten, and how often operators of ours run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[Call] = Counter()
+        self.operator_calls = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "subquad":
+            self.operator_calls += 1
+        elif func.namespace == "aten" and func.overloadpacket.__name__ not in ALLOCATES and not _is_view(func):
+            formula = flop_registry.get(func.overloadpacket)
+            flops = 0 if formula is None else int(formula(*args, **(kwargs or {}), out_val=result))
+            moved = sum(_bytes_of(leaf) for leaf in tree_leaves((args, kwargs, result)))
+            self.calls[Call(flops, moved)] += 1
+        return result
+
+
+def _counted(run: Callable[[], None]) -> _Counter:
+    counter = _Counter()
+    with counter:
+        run()
+    return counter
+
+
+def _is_view(func: Any) -> bool:
+    aliases = [returned.alias_info for returned in func._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in aliases)
+
+
+def _bytes_of(leaf: object) -> int:
+    """What is read or written of a tensor: all of it, or what it expands."""
+    return min(leaf.nbytes, leaf.untyped_storage().nbytes()) if isinstance(leaf, Tensor) else 0
+
+
+def _fuse_norms(model: nn.Module) -> None:
+    """CUDA computes an RMS norm in one kernel each way; on shapes it falls apart, where a layer norm does not."""
+    for module in model.modules():
+        if isinstance(module, nn.RMSNorm):
+            module.forward = lambda x, of=module: F.layer_norm(x, of.normalized_shape, of.weight)  # type: ignore[method-assign, assignment, misc]
+
+
+def _run_block(block: Block, d_model: int, example: Example, checkpointing: bool) -> None:
+    b, t = example.tokens_shape
+    x = torch.empty((1, b * t, d_model) if example.packed else (b, t, d_model), requires_grad=example.training)
+    bounds = torch.empty((example.documents or b) + 1, dtype=torch.int32) if example.packed else None
+    with torch.set_grad_enabled(example.training), autocast(torch.device("cpu"), example.dtype):
+        y = checkpoint(block, x, bounds, use_reentrant=False) if checkpointing else block(x, bounds)
+    if example.training:
+        torch.autograd.backward(y, torch.empty_like(y))
+
+
+def _run_outside(shell: LanguageModel, example: Example) -> None:
+    """Embedding, final norm, head, and the mean cross entropy of training."""
+    tokens = torch.empty(example.tokens_shape, dtype=torch.int64)
+    with torch.set_grad_enabled(example.training), autocast(torch.device("cpu"), example.dtype):
+        logits = shell(tokens)
+        if example.training:
+            nats = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="sum")
+    if example.training:
+        (nats / tokens.numel()).backward()
+
+
+def _blocks(model: nn.Module) -> list[Block]:
+    return list(model.blocks)  # type: ignore[arg-type, call-overload, no-any-return]

@@ -1,0 +1,138 @@
+"""Whether a training step takes what was predicted: python tools/check_prediction.py OUT.json [key=value ...].
+
+The arguments are those of `subquad train` and join each of CASES. Every case is compiled as a run would be, its step is
+predicted (seconds and peak memory, part by part), and then taken on random tokens: the median of twenty steps after
+five, the peak of allocated memory, and on CUDA the device time of its kernels by kind of work. Ratios are measured over
+predicted; `host_call_s` is what is left of a step per call, where the device waits for the host. One case that fails
+does not stop the others. Record the hardware beside whatever is quoted.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from profile_step import group_of
+from torch.profiler import ProfilerActivity, profile
+
+from subquad import load_config
+from subquad.compiler.predict_step import predict_step
+from subquad.compiler.run_shapes import is_packed
+from subquad.model.build import build_model
+from subquad.training.compilation import compiled, device_of, target_of, uses_bfloat16
+from subquad.training.module import summed_cross_entropy
+from subquad.training.optimizers import build_optimizer
+from subquad.training.step_clock import SKIPPED_STEPS, TIMED_STEPS
+
+LARGE = ("trainer.batch_size=4", "trainer.seq_len=2048")
+CASES = {
+    "small": ("model=scout_mamba",),
+    "small transformer": ("model=transformer",),
+    "430M": ("model=scout_mamba_430m", *LARGE),
+    "430M checkpointed": ("model=scout_mamba_430m", *LARGE, "trainer.activation_checkpointing=true"),
+    "430M, one long row": ("model=scout_mamba_430m", "trainer.batch_size=1", "trainer.seq_len=8192"),
+    "470M with windows": ("model=scout_swa_470m", *LARGE),
+}
+
+
+def main(out: Path, overrides: list[str]) -> None:
+    results: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "overrides": overrides,
+    }
+    for name, case in CASES.items():
+        try:
+            results[name] = checked([*case, "compiler.measure_budget_s=3", *overrides])
+        except Exception as error:  # one that fails does not stop the others
+            results[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+        print(name, json.dumps(results[name].get("ratio", results[name])), flush=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def checked(overrides: list[str]) -> dict[str, Any]:
+    """Predicted and measured figures of one case."""
+    config = load_config(overrides)
+    config.model.vocab_size = config.model.vocab_size or 256
+    config.model.context_len = config.model.context_len or config.trainer.seq_len
+    device, packed = device_of(config), is_packed(config)
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, device=device)
+    model.activation_checkpointing = config.trainer.activation_checkpointing
+    model, plan = compiled(model, config, None, packed=packed)
+    predicted = predict_step(config, target_of(config), plan)
+    optimizer = build_optimizer(config.optimizer, model.parameter_groups)
+    b, t = config.trainer.batch_size, config.trainer.seq_len
+    tokens = torch.randint(config.model.vocab_size, (b, t), device=device)
+    bounds = torch.arange(0, b * t + 1, t, dtype=torch.int32, device=device) if packed else None
+
+    def step() -> None:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bfloat16(config)):
+            nats, count = summed_cross_entropy(model(tokens, bounds), tokens)
+        (nats / count).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.trainer.gradient_clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(SKIPPED_STEPS):
+        step()
+    seconds, peak_bytes = _timed(step, device)
+    measured: dict[str, Any] = {"seconds": seconds, "peak_bytes": peak_bytes}
+    ratio = {"seconds": seconds / predicted.seconds} if predicted.seconds else {}
+    if peak_bytes and predicted.peak_bytes:
+        ratio["peak_bytes"] = peak_bytes / predicted.peak_bytes
+    if device.type == "cuda":
+        measured["groups_s"] = _device_seconds(step)
+        measured["host_call_s"] = (seconds - sum(measured["groups_s"].values())) / max(1, predicted.calls)
+    return {
+        "predicted": asdict(predicted),
+        "measured": measured,
+        "ratio": {name: round(value, 3) for name, value in ratio.items()},
+        "kernels": {f"{choice.operator}/{choice.chosen}": choice.figure.source
+                    for choice in plan.choices if choice.used and choice.figure},
+    }  # fmt: skip
+
+
+def _timed(step: Callable[[], None], device: torch.device) -> tuple[float, int | None]:
+    """The median step, each waited for, and the peak of allocated memory."""
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    found = []
+    for _ in range(TIMED_STEPS):
+        started = time.perf_counter()
+        step()
+        if cuda:
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - started)
+    return statistics.median(found), torch.cuda.max_memory_allocated() if cuda else None
+
+
+def _device_seconds(step: Callable[[], None]) -> dict[str, float]:
+    """What the device works on in a step, by kind."""
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        step()
+        torch.cuda.synchronize()
+    groups: dict[str, float] = defaultdict(float)
+    for event in recorded.key_averages():
+        if event.self_device_time_total > 0:
+            groups[group_of(event.key)] += event.self_device_time_total * 1e-6
+    return dict(sorted(groups.items(), key=lambda item: -item[1]))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        raise SystemExit(__doc__)
+    main(Path(sys.argv[1]), sys.argv[2:])
