@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from subquad.cache import user_cache
+from subquad.compiler.estimators import own_fit, profile_path
 from subquad.compiler.sample_kernels import Plan, SampleRun
 from subquad.compiler.target import Target
+from subquad.compiler.workload import halved_rows
 from subquad.errors import ConfigError
 from subquad_cost_model import (
     CalibratedEstimator,
@@ -27,7 +27,6 @@ from subquad_cost_model import (
     regret,
     save_profile,
     shipped_devices,
-    shipped_fit,
     timed,
 )
 from subquad_cost_model.metrics import coverage
@@ -63,23 +62,17 @@ class Calibration:
 def source_model(fit: str, kind: str) -> tuple[Estimator, tuple[Device, ...]]:
     """The model to correct, and the shipped devices that it was fitted to.
 
-    `auto` is the fit that comes with the cost model if it was fitted to this kind of device, else the roofline.
+    `auto` is the model that a run would ask: the shipped fit to our kernels on this kind of device, else the roofline.
     Raises: ConfigError.
     """
-    if fit == "roofline" or (fit == "auto" and (kind != "cuda" or find_spec("lightgbm") is None)):
+    folder = own_fit(kind) if fit == "auto" else None if fit == "roofline" else Path(fit)
+    if folder is None or (fit == "auto" and find_spec("lightgbm") is None):
         return RooflineEstimator(), ()
     try:
-        learned = load_fit(shipped_fit() if fit == "auto" else Path(fit))
+        learned = replace(load_fit(folder), smaller=halved_rows)
     except (FitError, ModuleNotFoundError) as error:
         raise ConfigError(what=str(error), where="calibrate.fit", mend="fit=roofline corrects the bound") from None
     return learned, _devices_of(learned)
-
-
-def profile_path(device: Device) -> Path | None:
-    """The file of this device under its versions; None where nothing can be cached."""
-    folder = user_cache("profiles")
-    words = [device.name, *(f"{name} {version}" for name, version in sorted(device.versions.items()))]
-    return None if folder is None else folder / f"{re.sub(r'[^A-Za-z0-9.]+', '_', '-'.join(words))}.json"
 
 
 def calibrate(
