@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib.util import find_spec
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from subquad.cache import user_cache
+from subquad.compiler.estimators import OWN_FIT
+from subquad.compiler.profile import profile_path
 from subquad.compiler.sample_kernels import Plan, SampleRun
 from subquad.compiler.target import Target
+from subquad.compiler.workload import halved_rows
 from subquad.errors import ConfigError
 from subquad_cost_model import (
     CalibratedEstimator,
@@ -24,10 +24,10 @@ from subquad_cost_model import (
     error_factor,
     load_device,
     load_fit,
+    newest_fit,
     regret,
     save_profile,
     shipped_devices,
-    shipped_fit,
     timed,
 )
 from subquad_cost_model.metrics import coverage
@@ -61,25 +61,19 @@ class Calibration:
 
 
 def source_model(fit: str, kind: str) -> tuple[Estimator, tuple[Device, ...]]:
-    """The model to correct, and the shipped devices that it was fitted to.
+    """The model to correct, and the shipped devices of this kind that it was fitted to.
 
-    `auto` is the fit that comes with the cost model if it was fitted to this kind of device, else the roofline.
-    Raises: ConfigError.
+    `auto` is what the host asks without a calibration: the newest fit to our kernels, or the roofline where none is
+    shipped. Raises: ConfigError.
     """
-    if fit == "roofline" or (fit == "auto" and (kind != "cuda" or find_spec("lightgbm") is None)):
+    folder = newest_fit(OWN_FIT) if fit == "auto" else None if fit == "roofline" else Path(fit).expanduser().absolute()
+    if folder is None:
         return RooflineEstimator(), ()
     try:
-        learned = load_fit(shipped_fit() if fit == "auto" else Path(fit))
+        learned = replace(load_fit(folder), smaller=halved_rows)
     except (FitError, ModuleNotFoundError) as error:
         raise ConfigError(what=str(error), where="calibrate.fit", mend="fit=roofline corrects the bound") from None
-    return learned, _devices_of(learned)
-
-
-def profile_path(device: Device) -> Path | None:
-    """The file of this device under its versions; None where nothing can be cached."""
-    folder = user_cache("profiles")
-    words = [device.name, *(f"{name} {version}" for name, version in sorted(device.versions.items()))]
-    return None if folder is None else folder / f"{re.sub(r'[^A-Za-z0-9.]+', '_', '-'.join(words))}.json"
+    return learned, _devices_of(learned, kind)
 
 
 def calibrate(
@@ -91,7 +85,7 @@ def calibrate(
     Rows of earlier calibrations in the folder are used as well; a second one goes on where the first stopped.
     """
     plan = Plan(operators=tuple(operators), layouts=LAYOUTS, shapes=SHAPES, seed=seed)
-    sampling = SampleRun(target, folder, plan, budget_s=budget_s)
+    sampling = SampleRun(target, folder, plan, budget_s=budget_s, source="subquad calibrate")
     sampling.run()
     rows = timed(sampling.rows)
     fitted = [row for row in rows if not is_held_out(row.row)]
@@ -128,6 +122,8 @@ def _lost(rivals: Mapping[str, tuple[float, float]]) -> float:
     return regret(chosen, {name: measured_s for name, (_, measured_s) in rivals.items()})
 
 
-def _devices_of(learned: LearnedEstimator) -> tuple[Device, ...]:
+def _devices_of(learned: LearnedEstimator, kind: str) -> tuple[Device, ...]:
     names = {name for head in learned.heads.values() for name in head.devices}
-    return tuple(device for device in map(load_device, shipped_devices()) if device.name in names)
+    return tuple(
+        device for device in map(load_device, shipped_devices()) if device.name in names and device.kind == kind
+    )
