@@ -212,7 +212,7 @@ class CalibrateConfig:
 
     budget_s: float = 120.0
     target: str = "auto"
-    fit: str = "auto"  # a folder of `subquad_cost_model fit`; auto: the shipped one on CUDA; roofline: none
+    fit: str = "auto"  # a folder of `subquad_cost_model fit`; auto: the newest that is shipped; roofline: none
     operators: list[str] = field(default_factory=list)  # [] means all
     seed: int = 0
 

@@ -64,6 +64,12 @@ def test_every_key_of_bench_stands_in_the_readme_of_the_host() -> None:
     assert re.findall(r"^\| `(\w+)` \|", HOST.partition("`bench operator=NAME`")[2], flags=re.M) == keys
 
 
+def test_every_key_of_measure_stands_in_the_readme_of_the_compiler() -> None:
+    keys = [field.name for field in dataclasses.fields(schema.MeasureConfig)]
+    rows = re.findall(r"^\| (`.+?`) \|", COMPILER.partition("| key of `measure` |")[2].partition("\n\n")[0], flags=re.M)
+    assert re.findall(r"`(\w+)`", " ".join(rows)) == keys
+
+
 def test_every_key_of_a_budget_stands_in_the_readme_of_the_compiler() -> None:
     keys = [field.name for field in dataclasses.fields(schema.BudgetConfig)]
     rows = re.findall(r"^\| (`.+?`) \|", COMPILER.partition("| key of `budget` |")[2].partition("\n\n")[0], flags=re.M)

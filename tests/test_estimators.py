@@ -14,10 +14,11 @@ import pytest
 
 from subquad.compiler import estimators
 from subquad.compiler.choose import Chooser
-from subquad.compiler.estimators import estimator_for, profile_path
+from subquad.compiler.estimators import estimator_for
 from subquad.compiler.explain import explain, explained_plan
 from subquad.compiler.options import CompileOptions
 from subquad.compiler.plan import Figure
+from subquad.compiler.profile import profile_path
 from subquad.compiler.target import resolve_target
 from subquad.compiler.workload import cost_row, halved_rows
 from subquad.registry import load_registry

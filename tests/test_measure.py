@@ -20,7 +20,7 @@ from subquad.commands.measure import measure_config
 from subquad.compiler import prepare_kernels, time_cells
 from subquad.compiler.prepare_kernels import Job, prepare
 from subquad.compiler.sample_kernels import Plan, SampleRun, by_kernel
-from subquad.compiler.shape_pool import RANGES, halvings, layouts, shapes
+from subquad.compiler.shape_pool import RANGES, layouts, shapes
 from subquad.compiler.target import Target, resolve_target
 from subquad.compiler.time_cells import CellTimer, DeviceLostError
 from subquad.compiler.workload import cost_row
@@ -96,21 +96,6 @@ def test_a_seed_decides_the_pool() -> None:
 def test_every_set_of_options_that_examples_declare_is_in_the_pool() -> None:
     drawn = {str(layout.options["decay"]) for layout in layouts(DELTA, "cuda", 8)}
     assert drawn == {"none", "scalar", "vector"}
-
-
-@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
-def test_work_of_a_halving_is_no_more_than_the_whole(operator: Operator) -> None:
-    for layout in layouts(operator, "cuda", 8):
-        for workload in shapes(layout, "cuda", 6):
-            whole = operator.work(workload)
-            for half in halvings(workload):
-                changed = {a for a in workload.shape if half.shape[a] != workload.shape[a]}
-                assert changed
-                assert all(2 * half.shape[axis] == workload.shape[axis] for axis in changed)
-                part = operator.work(half)
-                assert part.matmul_flops <= whole.matmul_flops
-                assert part.vector_flops <= whole.vector_flops
-                assert part.bytes_moved <= whole.bytes_moved
 
 
 # --- the loop -----------------------------------------------------------------------
@@ -296,7 +281,7 @@ def test_a_process_that_an_earlier_kernel_broke_finds_nothing_out(monkeypatch: p
 
 def test_the_verb_writes_a_table_that_a_model_can_be_fitted_to(tmp_path: Path) -> None:
     environment = {**os.environ, "SUBQUAD_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    arguments = ["operators=[rotary,causal_conv]", "layouts=4", "shapes=10", "budget_s=30", f"out={tmp_path / 'rows'}"]
+    arguments = ["operators=[rotary]", "layouts=4", "shapes=12", "budget_s=150", f"out={tmp_path / 'rows'}"]
     found = subprocess.run(
         [sys.executable, "-m", "subquad", "measure", *arguments],
         capture_output=True, text=True, env=environment, check=True, timeout=200,

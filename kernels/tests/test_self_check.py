@@ -212,3 +212,18 @@ def test_a_check_takes_less_than_a_second(operator: Operator) -> None:
     began = time.process_time()
     assert check_kernel(kernel, workload).passed
     assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize("heads", [(16, 16), (16, 4), (12, 3), (4, 1)])
+@pytest.mark.parametrize(("name", "shared"), [("delta_rule", "h_k"), ("linear_attention", "h_k"),
+                                              ("softmax_attention", "h_kv")])  # fmt: skip
+def test_a_sound_kernel_passes_however_many_heads_share_a_key_head(
+    name: str, shared: str, heads: tuple[int, int]
+) -> None:
+    operator = CATALOGUE.operator(name)
+    workload = operator.examples[0]
+    workload = replace(workload, shape=dict(workload.shape) | {"h": heads[0], shared: heads[1]})
+    small = shape_class(workload, "cpu").shape
+    assert small["h"] * heads[1] == heads[0] * small[shared]
+    assert small["h"] < 3 or heads[0] // heads[1] > 1
+    assert check_kernel(CATALOGUE.kernel(name, operator.defaults["cpu"][0]), workload).passed

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 
-from subquad.compiler.estimators import own_fit, profile_path
+from subquad.compiler.estimators import own_fit
+from subquad.compiler.profile import profile_path
 from subquad.compiler.sample_kernels import Plan, SampleRun
 from subquad.compiler.target import Target
 from subquad.compiler.workload import halved_rows
@@ -60,19 +60,19 @@ class Calibration:
 
 
 def source_model(fit: str, kind: str) -> tuple[Estimator, tuple[Device, ...]]:
-    """The model to correct, and the shipped devices that it was fitted to.
+    """The model to correct, and the shipped devices of this kind that it was fitted to.
 
-    `auto` is the model that a run would ask: the shipped fit to our kernels on this kind of device, else the roofline.
-    Raises: ConfigError.
+    `auto` is what the host asks without a calibration: the newest fit to our kernels on this kind of device, or the
+    roofline where none is shipped. Raises: ConfigError.
     """
-    folder = own_fit(kind) if fit == "auto" else None if fit == "roofline" else Path(fit)
-    if folder is None or (fit == "auto" and find_spec("lightgbm") is None):
+    folder = own_fit(kind) if fit == "auto" else None if fit == "roofline" else Path(fit).expanduser().absolute()
+    if folder is None:
         return RooflineEstimator(), ()
     try:
         learned = replace(load_fit(folder), smaller=halved_rows)
     except (FitError, ModuleNotFoundError) as error:
         raise ConfigError(what=str(error), where="calibrate.fit", mend="fit=roofline corrects the bound") from None
-    return learned, _devices_of(learned)
+    return learned, _devices_of(learned, kind)
 
 
 def calibrate(
@@ -84,7 +84,7 @@ def calibrate(
     Rows of earlier calibrations in the folder are used as well; a second one goes on where the first stopped.
     """
     plan = Plan(operators=tuple(operators), layouts=LAYOUTS, shapes=SHAPES, seed=seed)
-    sampling = SampleRun(target, folder, plan, budget_s=budget_s)
+    sampling = SampleRun(target, folder, plan, budget_s=budget_s, source="subquad calibrate")
     sampling.run()
     rows = timed(sampling.rows)
     fitted = [row for row in rows if not is_held_out(row.row)]
@@ -121,6 +121,8 @@ def _lost(rivals: Mapping[str, tuple[float, float]]) -> float:
     return regret(chosen, {name: measured_s for name, (_, measured_s) in rivals.items()})
 
 
-def _devices_of(learned: LearnedEstimator) -> tuple[Device, ...]:
+def _devices_of(learned: LearnedEstimator, kind: str) -> tuple[Device, ...]:
     names = {name for head in learned.heads.values() for name in head.devices}
-    return tuple(device for device in map(load_device, shipped_devices()) if device.name in names)
+    return tuple(
+        device for device in map(load_device, shipped_devices()) if device.name in names and device.kind == kind
+    )

@@ -8,18 +8,17 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from functools import lru_cache
 from pathlib import Path
 
 from subquad.cache import user_cache
 from subquad.compiler.options import CompileOptions
+from subquad.compiler.profile import profile_path
 from subquad.compiler.target import Target
 from subquad.compiler.workload import halved_rows
 from subquad_cost_model import (
     ConstantEstimator,
-    Device,
     Estimator,
     MeasuredEstimator,
     MeasurementStore,
@@ -57,13 +56,6 @@ def measurement_record() -> MeasurementStore:
 def own_fit(kind: str) -> Path | None:
     """The newest shipped fit to timings of our kernels on this kind of device; all so far are of CUDA devices."""
     return newest_fit(OWN_FIT) if kind == "cuda" else None
-
-
-def profile_path(device: Device) -> Path | None:
-    """The file of this device under its versions that `calibrate` writes; None where nothing can be cached."""
-    folder = user_cache("profiles")
-    words = [device.name, *(f"{name} {version}" for name, version in sorted(device.versions.items()))]
-    return None if folder is None else folder / f"{re.sub(r'[^A-Za-z0-9.]+', '_', '-'.join(words))}.json"
 
 
 def _modelled(target: Target, options: CompileOptions) -> Estimator:

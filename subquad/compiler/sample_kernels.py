@@ -66,14 +66,16 @@ class Found:
 class SampleRun:
     """One run of measuring; `rows` are those of earlier runs in the folder and of this one."""
 
-    def __init__(self, target: Target, folder: Path, plan: Plan, *, budget_s: float) -> None:
+    def __init__(
+        self, target: Target, folder: Path, plan: Plan, *, budget_s: float, source: str = "subquad measure"
+    ) -> None:
         assert target.local is not None
         self.rows: list[TimedRow] = []
         self._target, self._folder, self._plan, self._budget_s = target, folder, plan, budget_s
         self._started = time.monotonic()
         self._id = uuid.uuid4().hex[:12]
         self._file = folder / f"run-{self._id}.parquet"
-        self._timer = CellTimer(target, run_id=self._id)
+        self._timer = CellTimer(target, run_id=self._id, source=source)
         self._new: list[TimedRow] = []
         self._written_at = self._started
         self._installed = {operator.name: _installed(operator, plan.kernels, target) for operator in CATALOGUE}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from subquad_kernels.catalogue import Operator
@@ -183,25 +183,3 @@ def _length(bounds: tuple[int, int], draw: random.Random) -> int:
 
 def _between(bounds: tuple[int, int], draw: random.Random) -> int:
     return round(math.exp(draw.uniform(math.log(bounds[0]), math.log(bounds[1]))))
-
-
-def halvings(workload: Workload) -> Iterator[Workload]:
-    """The workload with one of its axes halved, for each even axis along which work grows; others follow."""
-    shape = workload.shape
-    for axis in ("b", "t", "h", "c", "s", "m"):
-        size = shape.get(axis, 0)
-        if size < 2 or size % 2 or (axis == "s" and shape["t"] != 1):
-            continue
-        halved = {**shape, axis: size // 2}
-        if axis == "t" and "s" in shape:
-            if shape["s"] != shape["t"]:
-                continue
-            halved["s"] = size // 2
-        if axis == "h":
-            shared = [name for name in ("h_kv", "h_k") if name in shape]
-            if any(shape[name] % 2 for name in shared):
-                continue
-            halved |= {name: shape[name] // 2 for name in shared}
-        if halved.get("documents", 0) > halved["t"]:
-            continue
-        yield replace(workload, shape=halved)

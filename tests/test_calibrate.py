@@ -1,0 +1,85 @@
+"""calibrate: a few rows of this device make the model better here, and what they taught is found again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from subquad.__main__ import main
+from subquad.commands.calibrate import calibrate_config
+from subquad.compiler.calibrate import calibrate, source_model, worth
+from subquad.compiler.profile import profile_path
+from subquad.compiler.target import Target, resolve_target
+from subquad.errors import ConfigError
+from subquad_cost_model import RooflineEstimator, load_profile, read_timed_rows, timed
+from subquad_cost_model.splits import is_held_out
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Profiles are found by the device alone: tests must not find each other's."""
+    monkeypatch.setenv("SUBQUAD_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return resolve_target("cpu")
+
+
+def test_estimates_of_this_machine_are_better_afterwards(target: Target, tmp_path: Path) -> None:
+    source, beside = source_model("roofline", target.kind)
+    done = calibrate(
+        target, source, beside, tmp_path / "rows", budget_s=25, operators=["rotary", "causal_conv", "segment_attention"]
+    )
+    assert done.before is not None and done.after is not None
+    assert done.after.error_factor < done.before.error_factor
+    assert done.after.rows == done.before.rows > 10
+    assert set(done.calibrated.corrections) == {"forward", "backward", "decode"}
+
+    rows = timed(read_timed_rows(tmp_path / "rows"))
+    assert {row.source for row in rows} == {"subquad calibrate"}
+    assert done.fitted == sum(not is_held_out(row.row) for row in rows)
+
+    assert done.path == profile_path(target.device)
+    assert done.path is not None
+    again = load_profile(done.path, RooflineEstimator(), target.device)
+    asked = [row.row for row in rows]
+    assert again.predict(asked, target.device) == done.calibrated.predict(asked, target.device)
+    assert worth(again, [row for row in rows if is_held_out(row.row)]) == done.after
+    figures = json.loads(done.path.read_text())["figures"]
+    assert figures["after"]["error_factor"] == pytest.approx(done.after.error_factor)
+
+
+def test_the_verb_says_what_it_is_worth_and_goes_on(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    arguments = ["calibrate", "budget_s=8", "operators=[rotary]", "target=cpu", "fit=roofline"]
+    assert main(arguments) == 0
+    first = capsys.readouterr()
+    assert "Calibrated" in first.out and "profile: " in first.out
+    assert " 0 measured before" in first.err
+    assert main(arguments) == 0
+    assert " 0 measured before" not in capsys.readouterr().err
+    assert len(list((tmp_path / "cache" / "profiles").glob("*.json"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("budget_s=-1", "use more than 0"),
+        ("operators=[rotray]", "did you mean 'rotary'"),
+        ("fit=/nowhere", "no fit in /nowhere"),
+        ("bugdet_s=3", "did you mean 'budget_s'"),
+    ],
+)
+def test_mistakes_are_said_in_the_users_words(argument: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["calibrate", argument]) != 0
+    assert said in capsys.readouterr().err
+
+
+def test_without_a_fit_the_bound_is_corrected() -> None:
+    assert calibrate_config(["operators=rotary"]).operators == ["rotary"]
+    source, beside = source_model("roofline", "cpu")
+    assert (source, beside) == (RooflineEstimator(), ())
+    with pytest.raises(ConfigError):
+        source_model("/nowhere", "cpu")
