@@ -10,7 +10,7 @@ import pytest
 from subquad.__main__ import main
 from subquad.commands.calibrate import calibrate_config
 from subquad.compiler.calibrate import calibrate, source_model, worth
-from subquad.compiler.profile import profile_path
+from subquad.compiler.estimators import profile_path
 from subquad.compiler.target import Target, resolve_target
 from subquad.errors import ConfigError
 from subquad_cost_model import RooflineEstimator, load_profile, read_timed_rows, timed

@@ -14,7 +14,7 @@ import pytest
 
 from subquad.compiler import estimators
 from subquad.compiler.choose import Chooser
-from subquad.compiler.estimators import estimator_for
+from subquad.compiler.estimators import estimator_for, profile_path
 from subquad.compiler.explain import explain, explained_plan
 from subquad.compiler.options import CompileOptions
 from subquad.compiler.plan import Figure
@@ -23,6 +23,7 @@ from subquad.compiler.workload import cost_row, halved_rows
 from subquad.registry import load_registry
 from subquad.schema import CompilerConfig, ModelConfig, RunConfig, TrainerConfig
 from subquad_cost_model import (
+    CalibratedEstimator,
     CostRow,
     Estimate,
     LearnedEstimator,
@@ -34,6 +35,7 @@ from subquad_cost_model import (
     lower_bound_s,
     newest_fit,
     save_fit,
+    save_profile,
 )
 from subquad_kernels.catalogue import CATALOGUE
 from subquad_kernels.workload import Workload
@@ -87,7 +89,7 @@ def fit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _forget_fits() -> None:
-    estimators._fitted.cache_clear()
+    estimators._read.cache_clear()
 
 
 def attention_run(
@@ -320,3 +322,32 @@ def test_a_figure_is_no_better_than_the_weakest_of_its_phases() -> None:
     assert (both.low_s, both.seconds, both.high_s, both.peak_bytes) == (2.0, 4.0, 6.0, 4)
     assert Figure.of("kernel", [part("model"), part("bound", "a"), part("bound", "a")]).source == "bound"
     assert Figure.of("kernel", [part("bound", "a"), part("bound", "a")]).note == "a"
+
+
+def test_a_profile_of_this_device_stands_before_the_model_it_corrects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SUBQUAD_CACHE", str(tmp_path))
+    here = resolve_target("cpu")
+    plain = estimator_for(here, CompileOptions(), MeasurementStore())
+    assert plain.fallback == RooflineEstimator()  # type: ignore[attr-defined]
+    operator = CATALOGUE.operator("softmax_attention")
+    kernel = CATALOGUE.kernel("softmax_attention", "sdpa_flash")
+    rows = [cost_row(operator, kernel, attention_workload("forward", 1, t, 4)) for t in (64, 128, 256, 512, 1024)]
+    slow = [
+        TimedRow(row=row, device=here.device, status="ok", low_s=s, median_s=s, high_s=s)
+        for row in rows
+        for s in [50 * lower_bound_s(row, here.device)]
+    ]
+    calibrated = CalibratedEstimator.fit(slow, here.device, RooflineEstimator())
+    path = profile_path(here.device)
+    assert path is not None
+    save_profile(path, calibrated, rows, {})
+    found = estimator_for(here, CompileOptions(), MeasurementStore())
+    for row in rows:
+        seconds = found.predict([row], here.device)[0].seconds
+        assert seconds == pytest.approx(50 * lower_bound_s(row, here.device), rel=0.1)
+    path.write_text("{}", encoding="utf-8")
+    with pytest.warns(UserWarning, match="calibrate again"):
+        spoiled = estimator_for(here, CompileOptions(), MeasurementStore())
+    assert spoiled.fallback == RooflineEstimator()  # type: ignore[attr-defined]

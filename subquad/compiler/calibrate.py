@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
-from subquad.compiler.estimators import OWN_FIT
-from subquad.compiler.profile import profile_path
+from subquad.compiler.estimators import own_fit, profile_path
 from subquad.compiler.sample_kernels import Plan, SampleRun
 from subquad.compiler.target import Target
 from subquad.compiler.workload import halved_rows
@@ -24,7 +24,6 @@ from subquad_cost_model import (
     error_factor,
     load_device,
     load_fit,
-    newest_fit,
     regret,
     save_profile,
     shipped_devices,
@@ -63,11 +62,11 @@ class Calibration:
 def source_model(fit: str, kind: str) -> tuple[Estimator, tuple[Device, ...]]:
     """The model to correct, and the shipped devices of this kind that it was fitted to.
 
-    `auto` is what the host asks without a calibration: the newest fit to our kernels, or the roofline where none is
-    shipped. Raises: ConfigError.
+    `auto` is the model that a run would ask: the shipped fit to our kernels on this kind of device, else the roofline.
+    Raises: ConfigError.
     """
-    folder = newest_fit(OWN_FIT) if fit == "auto" else None if fit == "roofline" else Path(fit).expanduser().absolute()
-    if folder is None:
+    folder = own_fit(kind) if fit == "auto" else None if fit == "roofline" else Path(fit)
+    if folder is None or (fit == "auto" and find_spec("lightgbm") is None):
         return RooflineEstimator(), ()
     try:
         learned = replace(load_fit(folder), smaller=halved_rows)

@@ -1,13 +1,14 @@
 """Which estimator answers for a target: the sources in the order of their trust, each falling back to the next.
 
-    constant                        every kernel costs the same
-    roofline                        bounds
-    learned     fit  -> roofline    the fit abstains outside of what it saw
-    measured    record -> fit -> roofline
+    constant                                   every kernel costs the same
+    roofline                                   bounds
+    learned     profile -> fit -> roofline     `calibrate` writes profiles; fits abstain where they saw nothing
+    measured    record -> profile -> fit -> roofline
 """
 
 from __future__ import annotations
 
+import re
 import warnings
 from functools import lru_cache
 from pathlib import Path
@@ -18,12 +19,14 @@ from subquad.compiler.target import Target
 from subquad.compiler.workload import halved_rows
 from subquad_cost_model import (
     ConstantEstimator,
+    Device,
     Estimator,
     MeasuredEstimator,
     MeasurementStore,
     RooflineEstimator,
     learned_or_roofline,
     newest_fit,
+    profile_or_source,
 )
 
 OWN_FIT = "operators"
@@ -51,20 +54,44 @@ def measurement_record() -> MeasurementStore:
     return MeasurementStore(None if folder is None else folder / "kernels.jsonl")
 
 
+def own_fit(kind: str) -> Path | None:
+    """The newest shipped fit to timings of our kernels on this kind of device; all so far are of CUDA devices."""
+    return newest_fit(OWN_FIT) if kind == "cuda" else None
+
+
+def profile_path(device: Device) -> Path | None:
+    """The file of this device under its versions that `calibrate` writes; None where nothing can be cached."""
+    folder = user_cache("profiles")
+    words = [device.name, *(f"{name} {version}" for name, version in sorted(device.versions.items()))]
+    return None if folder is None else folder / f"{re.sub(r'[^A-Za-z0-9.]+', '_', '-'.join(words))}.json"
+
+
 def _modelled(target: Target, options: CompileOptions) -> Estimator:
-    """What answers where nothing was measured: a profile of this very device would stand before the fit."""
-    folder = newest_fit(OWN_FIT) if options.fit is None else Path(options.fit).expanduser().absolute()
-    if folder is not None:
-        manifest = folder / "manifest.json"
-        return _fitted(folder, manifest.stat().st_mtime_ns if manifest.is_file() else None)
-    if options.estimator == "learned":
+    """What answers where nothing was measured: a profile of this very device stands before the fit that it corrects.
+
+    A fit that the user names is taken as it is.
+    """
+    if options.fit is not None:
+        return fitted(Path(options.fit).expanduser().absolute())
+    folder = own_fit(target.kind)
+    source: Estimator = RooflineEstimator() if folder is None else fitted(folder)
+    path = None if target.local is None else profile_path(target.device)
+    if path is not None and path.is_file():
+        return profile_or_source(path, source, target.device)
+    if folder is None and options.estimator == "learned":
         reason = "the learned model is not used: no fit of these kernels is shipped, and compiler.fit names none"
         warnings.warn(reason, stacklevel=3)
         return RooflineEstimator(name="roofline for learned", note=reason)
-    return RooflineEstimator()
+    return source
+
+
+def fitted(folder: Path) -> Estimator:
+    """The fit of a folder; the roofline, and one warning, where it cannot be used."""
+    manifest = folder / "manifest.json"
+    return _read(folder, manifest.stat().st_mtime_ns if manifest.is_file() else None)
 
 
 @lru_cache(maxsize=4)
-def _fitted(folder: Path, written_ns: int | None) -> Estimator:
+def _read(folder: Path, written_ns: int | None) -> Estimator:
     """The fit of a folder, read once for as long as it is not written anew."""
     return learned_or_roofline(folder, smaller=halved_rows)
