@@ -25,7 +25,7 @@ from subquad.compiler.target import Target, resolve_target
 from subquad.compiler.time_cells import CellTimer, DeviceLostError
 from subquad.compiler.workload import cost_row
 from subquad.errors import ConfigError, NotFoundError
-from subquad_cost_model import TimedRow, read_timed_rows, timed
+from subquad_cost_model import TimedRow, lower_bound_s, read_timed_rows, timed
 from subquad_kernels.builtin import CATALOGUE, OPERATORS
 from subquad_kernels.catalogue import Kernel, Operator
 from subquad_kernels.self_check import shape_class
@@ -205,12 +205,23 @@ def test_kernels_that_would_take_too_long_are_left_out(target: Target) -> None:
     layout = next(layout for layout in layouts(ROTARY, "cpu", 8) if layout.phase == "forward")
     kernels = [CATALOGUE.kernel("rotary", "tables")]
     timing = timer(target)
-    (forward, backward) = timing.rows(ROTARY, kernels, layout)
-    slow = time_cells.LONGEST_CALL_S / forward.seconds
-    larger = replace(layout, shape=dict(layout.shape) | {"t": round(layout.shape["t"] * slow * 4)})
-    assert timing.rows(ROTARY, kernels, larger) == []
+    measured = timing.rows(ROTARY, kernels, layout)
+    assert [row.status for row in measured] == ["ok", "ok"]
+    larger = layout
+
+    def expected_s() -> float:
+        """Of the faster phase: both scale as their bounds."""
+        parts = (larger, replace(larger, phase="backward"))
+        bounds_s = [lower_bound_s(cost_row(ROTARY, kernels[0], part), target.device) for part in parts]
+        return min(
+            row.seconds * bound_s / lower_bound_s(row.row, target.device)
+            for row, bound_s in zip(measured, bounds_s, strict=True)
+        )
+
+    while expected_s() < 1.01 * time_cells.LONGEST_CALL_S:
+        larger = replace(larger, shape=dict(larger.shape) | {"b": 2 * larger.shape["b"]})
+    assert timing.rows(ROTARY, kernels, replace(layout, shape=larger.shape)) == []
     assert timing.expected_too_slow == {"rotary/tables": 2}
-    assert backward.status == "ok"
 
 
 def test_wrong_results_are_a_row_with_their_error_and_never_timed(
