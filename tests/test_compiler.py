@@ -432,7 +432,7 @@ def test_explain_gives_shape_kernel_rivals_sources_reason_and_total() -> None:
 
 def test_explain_works_for_a_device_that_is_absent_and_calls_its_figures_bounds() -> None:
     text = explain(run_config("softmax_attention", target="l40s"))
-    assert "bounds from a data sheet, not measurements" in text
+    assert "figures marked bound come from a data sheet" in text
     assert "bfloat16" in text
     # Its rival there needs triton, which is an extra.
     assert "sdpa_flash stays: the estimates" in text or "flex_attention: triton is not installed" in text

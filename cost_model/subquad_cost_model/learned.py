@@ -20,13 +20,15 @@ from subquad_cost_model.timed_rows import TimedRow, timed
 # z may be a little below 0 on a data sheet (boost above the stated clock), and below log(1/2) on a probe
 # (`Efficiency.best`); nothing is faster.
 SHEET_FLOOR, PROBE_FLOOR = -0.05, -math.log(2)
+CEILING = 12.0
+"""No interval reaches beyond z of this, 160,000 times the bound: what has been seen at most is 40,000."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearnedEstimator:
     """Answers bound * exp(z), where a head per phase has learned z from measured rows.
 
-        seconds = bound exp(z),   low, high = bound exp(z -+ width spread)     (low not below what is physical)
+        seconds = bound exp(z),   low, high = bound exp(z -+ width spread)    (within what is physical and CEILING)
 
     With `smaller` (which halves a row's axes; the host knows how work is counted) the three are running maxima over
     all halvings of the shape, so that a doubled shape never takes less.
@@ -141,7 +143,8 @@ class LearnedEstimator:
         floor = np.minimum(PROBE_FLOOR if device.origin == "probed" else SHEET_FLOOR, lowest)
         bound_s = np.array([lower_bound_s(row, device) for row in rows])
         low_s = bound_s * np.exp(np.maximum(z - width, floor))
-        return (bound_s * np.exp(z)).tolist(), low_s.tolist(), (bound_s * np.exp(z + width)).tolist()
+        high_s = bound_s * np.exp(np.minimum(z + width, np.maximum(z, CEILING)))
+        return (bound_s * np.exp(z)).tolist(), low_s.tolist(), high_s.tolist()
 
     def _peaks(self, rows: Sequence[CostRow], device: Device) -> list[int]:
         counted = [_counted_bytes(row) for row in rows]

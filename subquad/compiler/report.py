@@ -26,7 +26,9 @@ def format_plan(plan: Plan) -> str:
     if plan.prediction is not None:
         lines += prediction_lines(plan.prediction)
     if plan.origin == "data sheet":
-        lines.append("these figures are bounds from a data sheet, not measurements: no kernel can be faster")
+        lines.append(
+            "nothing was measured here: figures marked bound come from a data sheet, and no kernel can be faster"
+        )
     idle = sum(not choice.used for choice in plan.choices)
     if idle:
         lines.append(f"{idle} nodes of methods that this run does not call keep their defaults (plan.json lists them)")
