@@ -113,8 +113,10 @@ class Chooser:
             default = _first(wanted, candidates)
         estimates = {name: self._total(operator, kernel, workloads) for name, kernel in candidates.items()}
         decision = decide(estimates, default)
-        if decision.to_measure and self._measures(used):
-            self._drop_raising(operator, workloads, candidates, declined, decision.to_measure)
+        tried: set[str] = set()
+        while untried := self._never_run(decision, estimates, used) - tried:
+            self._drop_raising(operator, workloads, candidates, declined, sorted(untried))
+            tried |= untried
             default = _first(wanted, candidates)
             estimates = {name: estimates[name] for name in candidates}
             decision = decide(estimates, default)
@@ -132,6 +134,12 @@ class Chooser:
             declined=declined,
             reason=self._reason(decision, used),
         )
+
+    def _never_run(self, decision: Decision, estimates: Mapping[str, Estimate], used: bool) -> set[str]:
+        """Which of those that a choice among several may fall on were not yet seen to run at this size."""
+        if not self._measures(used) or len(estimates) == 1:
+            return set()
+        return {name for name in decision.to_measure or (decision.choice,) if estimates[name].source != "measured"}
 
     def _reason(self, decision: Decision, used: bool) -> str:
         if not used:
