@@ -1,0 +1,111 @@
+"""Each mixer against the equations of its paper: a plain loop over tokens in float64, outputs and all gradients.
+
+The loops share nothing with the operators; torch's autograd differentiates them token by token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from subquad import MixerContext
+from subquad.registry import load_registry
+from subquad.testing.mixer_suite import assert_close, gradients
+from subquad_kernels.catalogue import load_attribute
+
+D_MODEL = 24
+TOLERANCE = 1e-9
+"""Relative to the largest value: float64, sums of a hundred terms in another order, through a norm."""
+
+
+def build(name: str, *, layer_index: int = 1, **config: Any) -> Any:
+    """A float64 mixer with parameters drawn wide, so that every path shows in the output."""
+    spec = load_registry().mixer(name)
+    context = MixerContext(d_model=D_MODEL, layer_index=layer_index, num_layers=4, context_len=64)
+    mixer = load_attribute(spec.build)(spec.config(**config), context).double()  # type: ignore[operator]
+    mixer.init_parameters(0.3)
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return mixer
+
+
+def tokens(b: int, t: int) -> Tensor:
+    return torch.randn(b, t, D_MODEL, dtype=torch.float64)
+
+
+def heads(x: Tensor, num_heads: int) -> Tensor:
+    """Shapes:  x: b t (h k)  ->  b t h k"""
+    return x.reshape(*x.shape[:-1], num_heads, -1)
+
+
+def rms_norm(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
+    normal = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+    return normal if weight is None else normal * weight
+
+
+def silu(x: Tensor) -> Tensor:
+    return x / (1 + torch.exp(-x))
+
+
+def turned(x: Tensor, theta: float) -> Tensor:
+    """Every pair (i, i + k/2) as a complex number, times e^(i position theta^(-2 i / k)).  Shape: b t h k"""
+    half = x.shape[-1] // 2
+    rates = theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    angles = torch.arange(x.shape[1], dtype=torch.float64)[:, None, None] * rates
+    pairs = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([pairs.real, pairs.imag], dim=-1)
+
+
+def retnet(m: Any, x: Tensor) -> Tensor:
+    """Sun et al. 2023, equations 5 to 8, the recurrent form."""
+    h = m.num_heads
+    gamma = 1 - 2.0 ** (-5 - torch.arange(h, dtype=torch.float64))
+    q, k = (turned(heads(x @ w.T, h), m.rope_theta) for w in (m.q_proj.weight, m.k_proj.weight))
+    v = heads(x @ m.v_proj.weight.T, h)
+    state, outputs = x.new_zeros(x.shape[0], h, q.shape[-1], v.shape[-1]), []
+    for t in range(x.shape[1]):
+        state = gamma[:, None, None] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
+        outputs.append((q[:, t, :, :, None] * state).sum(2) / q.shape[-1] ** 0.5)
+    o = rms_norm(torch.stack(outputs, 1), 1e-6).flatten(2)
+    return (o * silu(x @ m.output.g_proj.weight.T)) @ m.output.o_proj.weight.T
+
+
+def retnet_parallel(m: Any, x: Tensor) -> Tensor:
+    """Sun et al. 2023, equation 5: (Q K^T o D) V with D_nm = gamma^(n-m) for n >= m."""
+    h, t = m.num_heads, torch.arange(x.shape[1], dtype=torch.float64)
+    gamma = 1 - 2.0 ** (-5 - torch.arange(h, dtype=torch.float64))
+    q, k = (turned(heads(x @ w.T, h), m.rope_theta) for w in (m.q_proj.weight, m.k_proj.weight))
+    v = heads(x @ m.v_proj.weight.T, h)
+    distance = t[:, None] - t[None, :]
+    mask = torch.where(distance >= 0, gamma[:, None, None] ** distance.clamp(min=0), 0.0)
+    scores = torch.einsum("bihk,bjhk->bhij", q, k) * mask / q.shape[-1] ** 0.5
+    o = rms_norm(torch.einsum("bhij,bjhv->bihv", scores, v), 1e-6).flatten(2)
+    return (o * silu(x @ m.output.g_proj.weight.T)) @ m.output.o_proj.weight.T
+
+
+CASES: list[tuple[str, dict[str, Any], Any]] = [
+    ("retnet", {"num_heads": 3}, retnet),
+    ("retnet", {"num_heads": 2, "expand_v": 1, "rope_theta": 50.0}, retnet),
+    ("retnet", {"num_heads": 3}, retnet_parallel),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "equations"), CASES, ids=[f"{case[2].__name__}-{case[1]}" for case in CASES]
+)
+@pytest.mark.parametrize("t", [1, 2, 71])  # 71: more than one chunk of the kernels
+def test_the_mixer_equals_the_paper_s_equations_with_all_gradients(
+    name: str, config: dict[str, Any], equations: Any, t: int
+) -> None:
+    torch.manual_seed(t)
+    mixer = build(name, **config)
+    x, pull = tokens(2, t).requires_grad_(), tokens(2, t)
+    y, expected = mixer(x), equations(mixer, x)
+    assert_close(y, expected, tolerance=TOLERANCE)
+    right = gradients(expected, pull, x, mixer)
+    for name_of, found in gradients(y, pull, x, mixer).items():
+        assert_close(found, right[name_of], name_of, TOLERANCE)
