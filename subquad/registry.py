@@ -20,6 +20,9 @@ from subquad_kernels.catalogue import CATALOGUE, CatalogueError, Kernel, Operato
 ENTRY_POINT_GROUP = "subquad"
 KNOWN_PLUGINS: Mapping[str, str] = MappingProxyType(
     {
+        "delta_net": "subquad-linear",
+        "gated_delta_net": "subquad-linear",
+        "gla": "subquad-linear",
         "mamba": "subquad-ssm",
         "retnet": "subquad-linear",
         "segment_attention": "subquad-scout",

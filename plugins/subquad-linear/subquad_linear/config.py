@@ -43,3 +43,46 @@ class RetNetConfig:
     def __post_init__(self) -> None:
         at_least_one(self, "num_heads", "expand_v")
         positive(self, "rope_theta")
+
+
+@dataclass(kw_only=True)
+class GatedLinearAttentionConfig:
+    """Linear attention whose every key channel forgets at a rate that the token decides (GLA, 2023)."""
+
+    num_heads: int = 4
+    expand_k: float = 0.5  # width of all keys / d_model
+    expand_v: float = 1.0  # width of all values / d_model
+    gate_rank: int = 16  # rank of the map from a token to its decays
+    gate_temperature: float = 16.0  # divides log decays: the larger, the slower the state forgets
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "num_heads", "gate_rank")
+        positive(self, "expand_k", "expand_v", "gate_temperature")
+
+
+@dataclass(kw_only=True)
+class GatedDeltaNetConfig:
+    """The delta rule with a decay per head and token, behind a short convolution (Gated DeltaNet, 2024)."""
+
+    num_heads: int = 6
+    key_dim: int = 0  # width of one head's keys; 0: 0.75 d_model / num_heads, which makes a mixer 6 d_model^2
+    expand_v: int = 2  # width of a head's values / width of its keys
+    conv_width: int = 4  # tokens the short convolution sees, the current one included
+    negative_eigenvalues: bool = False  # write gates in (0, 2) instead of (0, 1): a state may flip its sign
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "num_heads", "expand_v", "conv_width")
+        if self.key_dim < 0:
+            raise ConfigError(what=f"key_dim is {self.key_dim}", where="key_dim", mend="use 1 or more, or 0")
+
+
+@dataclass(kw_only=True)
+class DeltaNetConfig:
+    """The delta rule behind a short convolution (DeltaNet, 2024)."""
+
+    num_heads: int = 8
+    conv_width: int = 4  # tokens the short convolution sees, the current one included
+    negative_eigenvalues: bool = False  # write gates in (0, 2) instead of (0, 1): a state may flip its sign
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "num_heads", "conv_width")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from subquad_linear.exact_norm import ExactNorm
+
 
 class GatedOutput(nn.Module):
     """y = W_o concat_heads( RMSNorm(o) * silu(W_g x) ), the norm over each head by itself; no biases.
@@ -13,9 +15,9 @@ class GatedOutput(nn.Module):
     Source: Sun et al. 2023 (RetNet), equation 8; Yang et al. 2023 (GLA), section 4.4.
     """
 
-    def __init__(self, d_model: int, num_heads: int, value_dim: int, *, eps: float, affine: bool) -> None:
+    def __init__(self, d_model: int, num_heads: int, value_dim: int, *, affine: bool = True) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(value_dim, eps=eps, elementwise_affine=affine)
+        self.norm = ExactNorm(value_dim, affine=affine)
         self.g_proj = nn.Linear(d_model, num_heads * value_dim, bias=False)
         self.o_proj = nn.Linear(num_heads * value_dim, d_model, bias=False)
 

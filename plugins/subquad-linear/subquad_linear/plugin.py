@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from subquad import Growth, MixerSpec, hookimpl
-from subquad_linear.config import RetNetConfig
+from subquad_linear.config import DeltaNetConfig, GatedDeltaNetConfig, GatedLinearAttentionConfig, RetNetConfig
 
 
 @hookimpl
@@ -25,5 +25,40 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             work_growth=Growth.LINEAR,
             carry_growth=Growth.CONSTANT,
             operators=("linear_attention", "rotary"),
+        ),
+        MixerSpec(
+            name="gla",
+            summary="linear attention with a decay per key channel and token",
+            paper="Yang et al. 2023 (arXiv 2312.06635)",
+            config=GatedLinearAttentionConfig,
+            build="subquad_linear.gated_linear_attention:GatedLinearAttention",
+            work_growth=Growth.LINEAR,
+            carry_growth=Growth.CONSTANT,
+            no_decay=("decay_up.bias",),
+            # A bias acts exponentially on the state through the decays: 8 bits of it change what is remembered.
+            float32_parameters=("decay_up.bias",),
+            operators=("gated_linear_attention",),
+        ),
+        MixerSpec(
+            name="gated_delta_net",
+            summary="the delta rule with a decay per head and token, behind a short convolution",
+            paper="Yang, Kautz and Hatamizadeh 2024 (arXiv 2412.06464)",
+            config=GatedDeltaNetConfig,
+            build="subquad_linear.gated_delta_net:GatedDeltaNet",
+            work_growth=Growth.LINEAR,
+            carry_growth=Growth.CONSTANT,
+            no_decay=("A_log", "dt_bias"),
+            float32_parameters=("A_log", "dt_bias"),
+            operators=("causal_conv", "delta_rule"),
+        ),
+        MixerSpec(
+            name="delta_net",
+            summary="the delta rule behind a short convolution",
+            paper="Yang et al. 2024 (arXiv 2406.06484)",
+            config=DeltaNetConfig,
+            build="subquad_linear.delta_net:DeltaNet",
+            work_growth=Growth.LINEAR,
+            carry_growth=Growth.CONSTANT,
+            operators=("causal_conv", "delta_rule"),
         ),
     ]

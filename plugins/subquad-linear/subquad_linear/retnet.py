@@ -12,8 +12,8 @@ from subquad_kernels.operators import linear_attention, rotary
 from subquad_linear.config import RetNetConfig, width_of_a_head
 from subquad_linear.gated_output import GatedOutput
 
-GAIN, OUTPUT_GAIN, NORM_EPS = 2**-2.5, 2**-1, 1e-6
-"""Gains of Xavier's uniform draw and the norm's epsilon, from the authors' torchscale."""
+GAIN, OUTPUT_GAIN = 2**-2.5, 2**-1
+"""Gains of Xavier's uniform draw, from the authors' torchscale."""
 
 
 class RetNetCarry(NamedTuple):
@@ -44,7 +44,7 @@ class RetNet(nn.Module):
         self.q_proj = nn.Linear(d, d, bias=False)
         self.k_proj = nn.Linear(d, d, bias=False)
         self.v_proj = nn.Linear(d, config.expand_v * d, bias=False)
-        self.output = GatedOutput(d, config.num_heads, self.value_dim, eps=NORM_EPS, affine=False)
+        self.output = GatedOutput(d, config.num_heads, self.value_dim, affine=False)
         self.register_buffer("log_decay", torch.empty(config.num_heads))
         self._init_decay()
 

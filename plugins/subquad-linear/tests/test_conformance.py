@@ -61,3 +61,38 @@ class TestRetNetOfOneHead(LinearMixerSuite):
     mixer = "retnet"
     config: ClassVar = {"num_heads": 1, "expand_v": 1, "rope_theta": 100.0}
     state_bytes = 4 * 16 * 16
+
+
+class TestGatedLinearAttention(LinearMixerSuite):
+    mixer = "gla"
+    state_bytes = 4 * 4 * 2 * 4
+
+
+class TestGatedLinearAttentionOfOtherWidths(LinearMixerSuite):
+    mixer = "gla"
+    config: ClassVar = {"num_heads": 2, "expand_k": 0.75, "expand_v": 2.0, "gate_rank": 3, "gate_temperature": 4.0}
+    state_bytes = 4 * 2 * 6 * 16
+
+
+class TestGatedDeltaNet(LinearMixerSuite):
+    mixer = "gated_delta_net"
+    state_bytes = 4 * 6 * 2 * 4 + 3 * 4 * (2 * 12 + 24)
+
+
+class TestGatedDeltaNetWithSignFlips(LinearMixerSuite):
+    mixer = "gated_delta_net"
+    config: ClassVar = {
+        "num_heads": 2, "key_dim": 5, "expand_v": 1, "conv_width": 2, "negative_eigenvalues": True,
+    }  # fmt: skip
+    state_bytes = 4 * 2 * 5 * 5 + 4 * (3 * 10)
+
+
+class TestDeltaNet(LinearMixerSuite):
+    mixer = "delta_net"
+    state_bytes = 4 * 8 * 2 * 2 + 3 * 4 * 48
+
+
+class TestDeltaNetWithSignFlips(LinearMixerSuite):
+    mixer = "delta_net"
+    config: ClassVar = {"num_heads": 2, "conv_width": 1, "negative_eigenvalues": True}
+    state_bytes = 4 * 2 * 8 * 8

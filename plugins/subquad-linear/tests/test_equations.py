@@ -87,10 +87,76 @@ def retnet_parallel(m: Any, x: Tensor) -> Tensor:
     return (o * silu(x @ m.output.g_proj.weight.T)) @ m.output.o_proj.weight.T
 
 
+def gla(m: Any, x: Tensor) -> Tensor:
+    """Yang et al. 2023, section 4.4."""
+    h = m.num_heads
+    q, k, v = (heads(x @ linear.weight.T, h) for linear in (m.q_proj, m.k_proj, m.v_proj))
+    logits = x @ m.decay_down.weight.T @ m.decay_up.weight.T + m.decay_up.bias
+    alpha = heads((1 / (1 + torch.exp(-logits))) ** (1 / m.gate_temperature), h)
+    state, outputs = x.new_zeros(x.shape[0], h, q.shape[-1], v.shape[-1]), []
+    for t in range(x.shape[1]):
+        state = alpha[:, t, :, :, None] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
+        outputs.append((q[:, t, :, :, None] * state).sum(2) / q.shape[-1] ** 0.5)
+    o = rms_norm(torch.stack(outputs, 1), 1e-6, m.output.norm.weight).flatten(2)
+    return (o * silu(x @ m.output.g_proj.weight.T)) @ m.output.o_proj.weight.T
+
+
+def convolved(x: Tensor, taps: Tensor) -> Tensor:
+    """y_t = silu( sum_j taps_j x_{t-w+1+j} ), zeros before the first token.  Shapes:  x: b t c    taps: c 1 w"""
+    width = taps.shape[-1]
+    padded = torch.cat([x.new_zeros(x.shape[0], width - 1, x.shape[2]), x], dim=1)
+    rows = [sum(padded[:, t + j] * taps[:, 0, j] for j in range(width)) for t in range(x.shape[1])]
+    return silu(torch.stack(rows, 1))  # type: ignore[arg-type]
+
+
+def unit(x: Tensor) -> Tensor:
+    return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def delta_states(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+    """S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, the transition written out as a matrix."""
+    n = k.shape[-1]
+    state, outputs = q.new_zeros(q.shape[0], q.shape[2], n, v.shape[-1]), []
+    for t in range(q.shape[1]):
+        outer = k[:, t, :, :, None] * k[:, t, :, None, :]
+        gate = beta[:, t, :, None, None]
+        transition = alpha[:, t, :, None, None] * (torch.eye(n, dtype=q.dtype) - gate * outer)
+        state = transition @ state + gate * k[:, t, :, :, None] * v[:, t, :, None, :]
+        outputs.append((q[:, t, :, :, None] * state).sum(2) / n**0.5)
+    return torch.stack(outputs, 1)
+
+
+def gated_delta_net(m: Any, x: Tensor) -> Tensor:
+    """Yang, Kautz and Hatamizadeh 2024, equation 10 and section 3.4."""
+    h, n, p = m.num_heads, m.key_dim, m.value_dim
+    q, k, v = convolved(x @ m.qkv_proj.weight.T, m.conv.weight).split([h * n, h * n, h * p], dim=-1)
+    beta = m.largest_write / (1 + torch.exp(-x @ m.write_proj.weight.T))
+    step = torch.log1p(torch.exp(x @ m.decay_proj.weight.T + m.dt_bias))
+    alpha = torch.exp(-torch.exp(m.A_log) * step)
+    o = delta_states(unit(heads(q, h)), unit(heads(k, h)), heads(v, h), alpha, beta)
+    o = rms_norm(o, 1e-6, m.output.norm.weight).flatten(2)
+    return (o * silu(x @ m.output.g_proj.weight.T)) @ m.output.o_proj.weight.T
+
+
+def delta_net(m: Any, x: Tensor) -> Tensor:
+    """Yang et al. 2024, equation 4 and section 3.3."""
+    h, d = m.num_heads, x.shape[-1]
+    q, k, v = convolved(x @ m.qkv_proj.weight.T, m.conv.weight).split([d, d, d], dim=-1)
+    beta = m.largest_write / (1 + torch.exp(-x @ m.write_proj.weight.T))
+    o = delta_states(unit(heads(q, h)), unit(heads(k, h)), heads(v, h), torch.ones_like(beta), beta)
+    return rms_norm(o, 1e-6, m.norm.weight).flatten(2) @ m.o_proj.weight.T
+
+
 CASES: list[tuple[str, dict[str, Any], Any]] = [
     ("retnet", {"num_heads": 3}, retnet),
     ("retnet", {"num_heads": 2, "expand_v": 1, "rope_theta": 50.0}, retnet),
     ("retnet", {"num_heads": 3}, retnet_parallel),
+    ("gla", {}, gla),
+    ("gla", {"num_heads": 3, "expand_k": 1.0, "expand_v": 2.0, "gate_rank": 5, "gate_temperature": 2.0}, gla),
+    ("gated_delta_net", {}, gated_delta_net),
+    ("gated_delta_net", {"num_heads": 2, "key_dim": 7, "conv_width": 2, "negative_eigenvalues": True}, gated_delta_net),
+    ("delta_net", {"num_heads": 4}, delta_net),
+    ("delta_net", {"num_heads": 3, "conv_width": 1, "negative_eigenvalues": True}, delta_net),
 ]
 
 

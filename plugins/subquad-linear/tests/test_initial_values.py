@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from subquad import ConfigError, MixerContext
-from subquad_linear.config import RetNetConfig
+from subquad_linear.config import DeltaNetConfig, GatedDeltaNetConfig, GatedLinearAttentionConfig, RetNetConfig
+from subquad_linear.delta_net import DeltaNet
+from subquad_linear.gated_delta_net import GatedDeltaNet
+from subquad_linear.gated_linear_attention import GatedLinearAttention
 from subquad_linear.retnet import RetNet
 
 
@@ -46,12 +49,59 @@ def test_decays_of_retention_are_exact_for_many_heads() -> None:
     assert not any(name == "log_decay" for name, _ in mixer.named_parameters())
 
 
-@pytest.mark.parametrize("key", ["num_heads", "expand_v"])
-def test_a_size_of_zero_is_refused_by_name(key: str) -> None:
+def assert_normal(mixer: nn.Module, std: float) -> None:
+    """Every linear map has this standard deviation."""
+    maps = {name: module for name, module in mixer.named_modules() if isinstance(module, nn.Linear)}
+    for name, linear in maps.items():
+        # The sample of n values is off by std / sqrt(2 n), one in a thousand by more than 3.3 times that.
+        assert linear.weight.std().item() == pytest.approx(std, rel=3.3 / math.sqrt(2 * linear.weight.numel())), name
+
+
+def test_gated_linear_attention_starts_by_forgetting_slowly() -> None:
+    mixer = initialised(GatedLinearAttention(GatedLinearAttentionConfig(), context()))
+    assert_normal(mixer, 0.02)
+    assert (mixer.decay_up.bias == 0).all()
+    assert (mixer.output.norm.weight == 1).all()
+    # sigmoid(0)^(1/16): a state loses 4.2 % a token.
+    assert nn.functional.logsigmoid(mixer.decay_up.bias[0]).div(16).exp().item() == pytest.approx(0.9576, abs=1e-4)
+
+
+def test_decays_of_gated_delta_net_start_in_the_papers_ranges() -> None:
+    mixer = initialised(GatedDeltaNet(GatedDeltaNetConfig(num_heads=96, key_dim=2), context()))
+    rates, step = mixer.A_log.exp(), nn.functional.softplus(mixer.dt_bias)
+    assert 0 < rates.min() < 1.5 and 14.5 < rates.max() <= 16
+    assert 0.999e-3 < step.min() < 2e-3 and 0.5e-1 < step.max() < 1.001e-1
+    assert mixer.conv.weight.abs().max() <= 4**-0.5
+    assert mixer.conv.bias is None
+    assert_normal(mixer, 0.02)
+
+
+def test_delta_net_draws_every_map_with_the_models_deviation() -> None:
+    mixer = initialised(DeltaNet(DeltaNetConfig(), context()), std=0.05)
+    assert_normal(mixer, 0.05)
+    assert mixer.conv.weight.abs().max() <= 4**-0.5
+    assert (mixer.norm.weight == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        (RetNetConfig, "num_heads"), (RetNetConfig, "expand_v"), (RetNetConfig, "rope_theta"),
+        (GatedLinearAttentionConfig, "num_heads"), (GatedLinearAttentionConfig, "gate_rank"),
+        (GatedLinearAttentionConfig, "expand_k"), (GatedLinearAttentionConfig, "gate_temperature"),
+        (GatedDeltaNetConfig, "num_heads"), (GatedDeltaNetConfig, "expand_v"), (GatedDeltaNetConfig, "conv_width"),
+        (DeltaNetConfig, "num_heads"), (DeltaNetConfig, "conv_width"),
+    ],
+)  # fmt: skip
+def test_a_size_of_zero_is_refused_by_name(config: Any, key: str) -> None:
     with pytest.raises(ConfigError, match=f"{key} is 0"):
-        RetNetConfig(**{key: 0})
+        config(**{key: 0})
 
 
 def test_heads_that_do_not_divide_the_width_are_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="7 heads"):
         RetNet(RetNetConfig(num_heads=7), context())
+    with pytest.raises(ConfigError, match="3 heads do not share 32 channels of keys"):
+        GatedLinearAttention(GatedLinearAttentionConfig(num_heads=3), context())
+    with pytest.raises(ConfigError, match="4 heads"):
+        GatedDeltaNet(GatedDeltaNetConfig(num_heads=4), context(d_model=8))

@@ -18,9 +18,27 @@ def retnet_block(d: int) -> int:
     return 2 * d * d + 3 * 2 * d * d
 
 
+def gla_block(d: int) -> int:
+    """Yang et al. 2023, section 4.4: q, k of d^2 / 2; v, gate, output of d^2; decays of rank 16; a norm of d / 4."""
+    return 4 * d * d + 16 * (d + d // 2) + d // 2 + d // 4
+
+
+def gated_delta_net_block(d: int) -> int:
+    """Yang et al. 2024: q, k of 0.75 d^2; v, gate, output of 1.5 d^2; taps; two gates; A, dt and a norm of 256."""
+    return 6 * d * d + 4 * 3 * d + 2 * 6 * d + 2 * 6 + 256
+
+
+def delta_net_block(d: int) -> int:
+    """Yang et al. 2024, section 3.3: q, k, v, output of d^2; taps; the write gate; a norm of a head."""
+    return 4 * d * d + 4 * 3 * d + 8 * d + d // 8
+
+
 LAYOUTS = {
     # recipe: (parameters of a mixer, d_model, blocks, hidden width of SwiGLU, vocabulary, tied)
     "retnet_340m": (retnet_block(1024), 1024, 24, 1536, 32000, True),
+    "gla_340m": (gla_block(1024), 1024, 24, 2816, 32000, True),
+    "gated_delta_net_340m": (gated_delta_net_block(1024), 1024, 21, 2816, 32000, True),
+    "delta_net_340m": (delta_net_block(1024), 1024, 24, 2816, 32000, False),
 }
 
 
