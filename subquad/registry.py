@@ -23,6 +23,7 @@ KNOWN_PLUGINS: Mapping[str, str] = MappingProxyType(
         "delta_net": "subquad-linear",
         "gated_delta_net": "subquad-linear",
         "gla": "subquad-linear",
+        "lightning": "subquad-linear",
         "mamba": "subquad-ssm",
         "retnet": "subquad-linear",
         "segment_attention": "subquad-scout",

@@ -86,3 +86,19 @@ class DeltaNetConfig:
 
     def __post_init__(self) -> None:
         at_least_one(self, "num_heads", "conv_width")
+
+
+DECAYS = ("alibi", "transnormer")
+
+
+@dataclass(kw_only=True)
+class LightningConfig:
+    """Linear attention of activated queries, keys and values, with a constant decay per head and layer (Lightning)."""
+
+    num_heads: int = 8
+    decays: str = "alibi"  # alibi: MiniMax-01's rates 2^(-8 (h+1) / H); transnormer: TransNormerLLM's 8 h / H
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "num_heads")
+        if self.decays not in DECAYS:
+            raise ConfigError(what=f"decays is '{self.decays}'", where="decays", mend=f"use {' or '.join(DECAYS)}")

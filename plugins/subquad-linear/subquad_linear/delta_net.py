@@ -31,7 +31,7 @@ class DeltaNet(nn.Module):
     `negative_eigenvalues`;  y = W_o RMSNorm_head(o).
 
     Shapes:  x: b t d  ->  b t d      h heads of n = d / h keys and values; beta: b t h
-    Source: Yang et al. 2024 (Parallelizing linear transformers with the delta rule), sections 2.2 and 3.3; Grazzi et
+    Source: Yang et al. 2024 (Parallelizing linear transformers with the delta rule), section 3; Grazzi et
             al. 2024 (negative eigenvalues). W_q, W_k and W_v are one map here, as are their convolutions.
     """
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from subquad import Growth, MixerSpec, hookimpl
-from subquad_linear.config import DeltaNetConfig, GatedDeltaNetConfig, GatedLinearAttentionConfig, RetNetConfig
+from subquad_linear.config import (
+    DeltaNetConfig,
+    GatedDeltaNetConfig,
+    GatedLinearAttentionConfig,
+    LightningConfig,
+    RetNetConfig,
+)
 
 
 @hookimpl
@@ -60,5 +66,15 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             work_growth=Growth.LINEAR,
             carry_growth=Growth.CONSTANT,
             operators=("causal_conv", "delta_rule"),
+        ),
+        MixerSpec(
+            name="lightning",
+            summary="linear attention of activated keys and values, with a constant decay per head and layer",
+            paper="Qin et al. 2024 (arXiv 2401.04658)",
+            config=LightningConfig,
+            build="subquad_linear.lightning:Lightning",
+            work_growth=Growth.LINEAR,
+            carry_growth=Growth.CONSTANT,
+            operators=("linear_attention",),
         ),
     ]

@@ -12,7 +12,7 @@ EPS = 1e-6
 class UnitLength(nn.Module):
     """y = x / sqrt(|x|^2 + eps) over the last axis, computed in fp32 or wider.  Shapes:  x: ... k  ->  ... k
 
-    Source: Yang et al. 2024 (DeltaNet), section 3.3.
+    Source: Yang et al. 2024 (DeltaNet), section 3.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -96,3 +96,14 @@ class TestDeltaNetWithSignFlips(LinearMixerSuite):
     mixer = "delta_net"
     config: ClassVar = {"num_heads": 2, "conv_width": 1, "negative_eigenvalues": True}
     state_bytes = 4 * 2 * 8 * 8
+
+
+class TestLightning(LinearMixerSuite):
+    mixer = "lightning"
+    state_bytes = 4 * 8 * 2 * 2
+
+
+class TestLightningWithTheRatesOfTransNormer(LinearMixerSuite):
+    mixer = "lightning"
+    config: ClassVar = {"num_heads": 2, "decays": "transnormer"}
+    state_bytes = 4 * 2 * 8 * 8

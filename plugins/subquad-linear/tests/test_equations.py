@@ -139,12 +139,28 @@ def gated_delta_net(m: Any, x: Tensor) -> Tensor:
 
 
 def delta_net(m: Any, x: Tensor) -> Tensor:
-    """Yang et al. 2024, equation 4 and section 3.3."""
+    """Yang et al. 2024, section 3."""
     h, d = m.num_heads, x.shape[-1]
     q, k, v = convolved(x @ m.qkv_proj.weight.T, m.conv.weight).split([d, d, d], dim=-1)
     beta = m.largest_write / (1 + torch.exp(-x @ m.write_proj.weight.T))
     o = delta_states(unit(heads(q, h)), unit(heads(k, h)), heads(v, h), torch.ones_like(beta), beta)
     return rms_norm(o, 1e-6, m.norm.weight).flatten(2) @ m.o_proj.weight.T
+
+
+def lightning(m: Any, x: Tensor) -> Tensor:
+    """Qin et al. 2024, as block 1 of 4 of MiniMax-01 or TransNormerLLM."""
+    h, d = m.num_heads, x.shape[-1]
+    if h == 4:  # the case with MiniMax-01's rates
+        rate = torch.tensor([0.25, 0.0625, 0.015625, 0.00390625], dtype=torch.float64) * (1 - 1 / 3.00001 + 1e-5)
+    else:
+        rate = torch.tensor([0.0, 8 / 3, 16 / 3], dtype=torch.float64) * 0.75
+    q, k, v = (heads(silu(part), h) for part in (x @ m.qkv_proj.weight.T).split([d, d, d], dim=-1))
+    state, outputs = x.new_zeros(x.shape[0], h, d // h, d // h), []
+    for t in range(x.shape[1]):
+        state = torch.exp(-rate)[:, None, None] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
+        outputs.append((q[:, t, :, :, None] * state).sum(2) / (d // h) ** 0.5)
+    o = rms_norm(torch.stack(outputs, 1).flatten(2), 1e-6, m.norm.weight)
+    return (o / (1 + torch.exp(-x @ m.g_proj.weight.T))) @ m.o_proj.weight.T
 
 
 CASES: list[tuple[str, dict[str, Any], Any]] = [
@@ -155,6 +171,8 @@ CASES: list[tuple[str, dict[str, Any], Any]] = [
     ("gla", {"num_heads": 3, "expand_k": 1.0, "expand_v": 2.0, "gate_rank": 5, "gate_temperature": 2.0}, gla),
     ("gated_delta_net", {}, gated_delta_net),
     ("gated_delta_net", {"num_heads": 2, "key_dim": 7, "conv_width": 2, "negative_eigenvalues": True}, gated_delta_net),
+    ("lightning", {"num_heads": 4}, lightning),
+    ("lightning", {"num_heads": 3, "decays": "transnormer"}, lightning),
     ("delta_net", {"num_heads": 4}, delta_net),
     ("delta_net", {"num_heads": 3, "conv_width": 1, "negative_eigenvalues": True}, delta_net),
 ]

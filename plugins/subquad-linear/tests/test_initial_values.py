@@ -10,10 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from subquad import ConfigError, MixerContext
-from subquad_linear.config import DeltaNetConfig, GatedDeltaNetConfig, GatedLinearAttentionConfig, RetNetConfig
+from subquad_linear.config import (
+    DeltaNetConfig,
+    GatedDeltaNetConfig,
+    GatedLinearAttentionConfig,
+    LightningConfig,
+    RetNetConfig,
+)
 from subquad_linear.delta_net import DeltaNet
 from subquad_linear.gated_delta_net import GatedDeltaNet
 from subquad_linear.gated_linear_attention import GatedLinearAttention
+from subquad_linear.lightning import Lightning, log_decays
 from subquad_linear.retnet import RetNet
 
 
@@ -83,6 +90,22 @@ def test_delta_net_draws_every_map_with_the_models_deviation() -> None:
     assert (mixer.norm.weight == 1).all()
 
 
+def test_lightning_draws_every_map_with_the_models_deviation() -> None:
+    mixer = initialised(Lightning(LightningConfig(), context()))
+    assert_normal(mixer, 0.02)
+    assert (mixer.norm.weight == 1).all()
+
+
+def test_deeper_layers_of_lightning_forget_more_slowly_and_no_state_grows() -> None:
+    for kind in ("alibi", "transnormer"):
+        layers = torch.stack([log_decays(kind, 8, layer, 12) for layer in range(12)])
+        assert (layers <= 0).all()
+        assert (layers.diff(dim=0) >= 0).all()
+    assert (log_decays("alibi", 8, 0, 1) < 0).all(), "a model of one layer"
+    with pytest.raises(ConfigError, match="decays is 'linear'"):
+        LightningConfig(decays="linear")
+
+
 @pytest.mark.parametrize(
     ("config", "key"),
     [
@@ -90,7 +113,7 @@ def test_delta_net_draws_every_map_with_the_models_deviation() -> None:
         (GatedLinearAttentionConfig, "num_heads"), (GatedLinearAttentionConfig, "gate_rank"),
         (GatedLinearAttentionConfig, "expand_k"), (GatedLinearAttentionConfig, "gate_temperature"),
         (GatedDeltaNetConfig, "num_heads"), (GatedDeltaNetConfig, "expand_v"), (GatedDeltaNetConfig, "conv_width"),
-        (DeltaNetConfig, "num_heads"), (DeltaNetConfig, "conv_width"),
+        (LightningConfig, "num_heads"), (DeltaNetConfig, "num_heads"), (DeltaNetConfig, "conv_width"),
     ],
 )  # fmt: skip
 def test_a_size_of_zero_is_refused_by_name(config: Any, key: str) -> None:

@@ -29,8 +29,13 @@ def gated_delta_net_block(d: int) -> int:
 
 
 def delta_net_block(d: int) -> int:
-    """Yang et al. 2024, section 3.3: q, k, v, output of d^2; taps; the write gate; a norm of a head."""
+    """Yang et al. 2024, section 3: q, k, v, output of d^2; taps; the write gate; a norm of a head."""
     return 4 * d * d + 4 * 3 * d + 8 * d + d // 8
+
+
+def lightning_block(d: int) -> int:
+    """MiniMax 2025: q, k, v, gate, output of d^2, and a norm of d."""
+    return 5 * d * d + d
 
 
 LAYOUTS = {
@@ -39,6 +44,7 @@ LAYOUTS = {
     "gla_340m": (gla_block(1024), 1024, 24, 2816, 32000, True),
     "gated_delta_net_340m": (gated_delta_net_block(1024), 1024, 21, 2816, 32000, True),
     "delta_net_340m": (delta_net_block(1024), 1024, 24, 2816, 32000, False),
+    "lightning_340m": (lightning_block(1024), 1024, 24, 2560, 32000, True),
 }
 
 
