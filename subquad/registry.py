@@ -25,6 +25,7 @@ KNOWN_PLUGINS: Mapping[str, str] = MappingProxyType(
         "gla": "subquad-linear",
         "lightning": "subquad-linear",
         "mamba": "subquad-ssm",
+        "mamba2": "subquad-ssm",
         "retnet": "subquad-linear",
         "segment_attention": "subquad-scout",
     }
