@@ -2,8 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-DISTRIBUTIONS := -e kernels -e cost_model -e ".[train,hf,triton,dev]" -e plugins/subquad-scout -e plugins/subquad-ssm
-PYPROJECTS := pyproject.toml kernels/pyproject.toml cost_model/pyproject.toml plugins/subquad-scout/pyproject.toml plugins/subquad-ssm/pyproject.toml
+DISTRIBUTIONS := -e kernels -e cost_model -e ".[train,hf,triton,dev]" -e plugins/subquad-scout -e plugins/subquad-ssm -e plugins/subquad-linear
+PYPROJECTS := pyproject.toml kernels/pyproject.toml cost_model/pyproject.toml plugins/subquad-scout/pyproject.toml plugins/subquad-ssm/pyproject.toml plugins/subquad-linear/pyproject.toml
 STAMP := $(VENV)/.installed
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 

@@ -18,7 +18,18 @@ from subquad.errors import NotFoundError, PluginError, suggestion
 from subquad_kernels.catalogue import CATALOGUE, CatalogueError, Kernel, Operator
 
 ENTRY_POINT_GROUP = "subquad"
-KNOWN_PLUGINS: Mapping[str, str] = MappingProxyType({"mamba": "subquad-ssm", "segment_attention": "subquad-scout"})
+KNOWN_PLUGINS: Mapping[str, str] = MappingProxyType(
+    {
+        "delta_net": "subquad-linear",
+        "gated_delta_net": "subquad-linear",
+        "gla": "subquad-linear",
+        "lightning": "subquad-linear",
+        "mamba": "subquad-ssm",
+        "mamba2": "subquad-ssm",
+        "retnet": "subquad-linear",
+        "segment_attention": "subquad-scout",
+    }
+)
 """Mixers of plugins that are published with subquad: named when a recipe asks for one that is not installed."""
 
 Declared = TypeVar("Declared")

@@ -115,7 +115,7 @@ def test_every_key_of_a_run_is_described_beside_its_default(kind: str) -> None:
         assert re.search(rf"^    {field.name}: .* = ", source, flags=re.M), field.name
 
 
-@pytest.mark.parametrize("plugin", ["subquad-scout", "subquad-ssm"])
+@pytest.mark.parametrize("plugin", ["subquad-scout", "subquad-ssm", "subquad-linear"])
 def test_every_key_of_a_plugins_mixers_stands_in_its_readme(plugin: str) -> None:
     text = (ROOT / "plugins" / plugin / "README.md").read_text(encoding="utf-8")
     registry = load_registry()

@@ -18,6 +18,7 @@ DISTRIBUTIONS = {
     "cost_model": {"subquad_cost_model": "subquad_cost_model"},
     "plugins/subquad-scout": {"subquad_scout": "subquad_scout"},
     "plugins/subquad-ssm": {"subquad_ssm": "subquad_ssm"},
+    "plugins/subquad-linear": {"subquad_linear": "subquad_linear"},
 }
 SHIPPED = {".py", ".yaml", ".json", ".typed"}
 

@@ -63,6 +63,7 @@ def test_first_party_plugins_come_through_the_same_entry_point_as_anyones() -> N
     assert found["builtin"] == "subquad"
     assert found["scout"] == "subquad-scout"
     assert found["ssm"] == "subquad-ssm"
+    assert found["linear"] == "subquad-linear"
     assert load_registry().origin(load_registry().mixers["segment_attention"]).startswith("subquad-scout ")
 
 
@@ -169,7 +170,10 @@ def test_a_misspelt_mixer_gets_a_suggestion() -> None:
     assert "did you mean 'softmax_attention'?" in caught.value.mend
 
 
-@pytest.mark.parametrize(("mixer", "distribution"), [("mamba", "subquad-ssm"), ("segment_attention", "subquad-scout")])
+@pytest.mark.parametrize(
+    ("mixer", "distribution"),
+    [("mamba", "subquad-ssm"), ("segment_attention", "subquad-scout"), ("retnet", "subquad-linear")],
+)
 def test_a_mixer_of_a_published_plugin_that_is_not_installed_gets_the_pip_command(
     mixer: str, distribution: str
 ) -> None:
@@ -184,7 +188,8 @@ def test_a_mixer_of_a_published_plugin_that_is_not_installed_gets_the_pip_comman
 def test_importing_subquad_loads_no_torch_and_runs_no_plugin() -> None:
     code = (
         "import sys, subquad; subquad.MixerSpec; subquad.hookimpl\n"
-        "loaded = {'torch', 'hydra', 'lightning', 'subquad_ssm', 'subquad_scout'} & set(sys.modules)\n"
+        "heavy = {'torch', 'hydra', 'lightning', 'subquad_ssm', 'subquad_scout', 'subquad_linear'}\n"
+        "loaded = heavy & set(sys.modules)\n"
         "sys.exit(str(loaded) if loaded else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

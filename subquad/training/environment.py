@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 PACKAGES = (
-    "subquad", "subquad-kernels", "subquad-cost-model", "subquad-scout", "subquad-ssm",
+    "subquad", "subquad-kernels", "subquad-cost-model", "subquad-scout", "subquad-ssm", "subquad-linear",
     "torch", "triton", "lightning", "numpy", "hydra-core", "omegaconf", "safetensors", "tokenizers", "wandb",
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""How the Mamba mixer is configured; imports no torch."""
+"""How the mixers of this plugin are configured; imports no torch."""
 
 from __future__ import annotations
 
@@ -26,3 +26,19 @@ class MambaConfig:
     def resolved_dt_rank(self, d_model: int) -> int:
         """The rank of the step-size map in a model of width `d_model`."""
         return self.dt_rank or -(-d_model // 16)
+
+
+@dataclass(kw_only=True)
+class Mamba2Config:
+    """A selective state-space model with one decay per head, behind a short convolution and a gate (Mamba-2, 2024)."""
+
+    expand: int = 2  # channels / d_model
+    state_dim: int = 128  # states per channel
+    head_dim: int = 64  # channels that share a decay
+    num_groups: int = 1  # input and output maps B, C; each is shared by the heads of its group
+    conv_width: int = 4  # tokens the short convolution sees, the current one included
+
+    def __post_init__(self) -> None:
+        for name in ("expand", "state_dim", "head_dim", "num_groups", "conv_width"):
+            if getattr(self, name) < 1:
+                raise ConfigError(what=f"{name} is {getattr(self, name)}", where=name, mend="use 1 or more")

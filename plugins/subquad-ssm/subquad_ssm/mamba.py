@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -12,9 +11,7 @@ from torch.nn import functional as F
 from subquad import MixerContext
 from subquad_kernels.operators import causal_conv, selective_scan
 from subquad_ssm.config import MambaConfig
-
-SMALLEST_STEP, LARGEST_STEP, STEP_FLOOR = 1e-3, 1e-1, 1e-4
-"""Step sizes are drawn log-uniform between the first two and not below the third (Gu and Dao 2023, section 3.6)."""
+from subquad_ssm.step_sizes import draw_step_biases
 
 
 class MambaCarry(NamedTuple):
@@ -65,9 +62,7 @@ class Mamba(nn.Module):
         self.A_log.copy_(torch.arange(1, self.state_dim + 1, device=self.A_log.device).log())
         self.D.fill_(1)
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-        step = torch.empty_like(self.dt_proj.bias, dtype=torch.float32)
-        step.uniform_(math.log(SMALLEST_STEP), math.log(LARGEST_STEP)).exp_().clamp_(min=STEP_FLOOR)
-        self.dt_proj.bias.copy_(step + (-torch.expm1(-step)).log())  # the inverse of softplus
+        draw_step_biases(self.dt_proj.bias)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Mix whole sequences.  Shapes:  x: b t d  ->  b t d"""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from subquad import Growth, MixerSpec, hookimpl
-from subquad_ssm.config import MambaConfig
+from subquad_ssm.config import Mamba2Config, MambaConfig
 
 
 @hookimpl
@@ -23,5 +23,17 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             # Rates and step sizes act exponentially on the state: 8 bits of them change what is remembered.
             float32_parameters=("A_log", "D", "dt_proj.bias"),
             operators=("causal_conv", "selective_scan"),
-        )
+        ),
+        MixerSpec(
+            name="mamba2",
+            summary="selective state-space model with one decay per head, as linear attention behind a convolution",
+            paper="Dao and Gu 2024 (arXiv 2405.21060)",
+            config=Mamba2Config,
+            build="subquad_ssm.mamba2:Mamba2",
+            work_growth=Growth.LINEAR,
+            carry_growth=Growth.CONSTANT,
+            no_decay=("A_log", "D", "dt_bias"),
+            float32_parameters=("A_log", "D", "dt_bias"),
+            operators=("causal_conv", "linear_attention"),
+        ),
     ]

@@ -1,0 +1,1 @@
+"""Linear-recurrent sequence mixers: a matrix-valued state, written by keys and values, read by queries."""

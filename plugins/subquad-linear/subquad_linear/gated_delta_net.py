@@ -1,0 +1,121 @@
+"""Gated DeltaNet: a memory that decays, and replaces what it holds under a key instead of adding to it."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from subquad import MixerContext
+from subquad_kernels.operators import causal_conv, delta_rule
+from subquad_linear.config import GatedDeltaNetConfig, width_of_a_head
+from subquad_linear.gated_output import GatedOutput
+from subquad_linear.unit_length import UnitLength
+
+SMALLEST_STEP, LARGEST_STEP, STEP_FLOOR = 1e-3, 1e-1, 1e-4
+"""Step sizes are drawn log-uniform between the first two and not below the third, as in Mamba-2."""
+LARGEST_RATE, RATE_FLOOR = 16.0, 1e-4
+"""Rates A are drawn uniform below the first; the second keeps a draw of 0 from becoming a logarithm of -inf."""
+
+
+class GatedDeltaNetCarry(NamedTuple):
+    """What Gated DeltaNet remembers, of a size that does not depend on t.
+
+    Shapes:  conv_inputs: b (w-1) c, the last inputs of the convolution, c = 2 h n + h p    state: b h n p (fp32)
+    """
+
+    conv_inputs: Tensor
+    state: Tensor
+
+
+class GatedDeltaNet(nn.Module):
+    """Gated DeltaNet:  S_t = e^(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,   o_t = n^-1/2 S_t^T q_t.
+
+    [q, k, v] = silu(conv(W x)), q and k then scaled to length one;  beta = sigmoid(W_b x), doubled with
+    `negative_eigenvalues`;  g = -exp(A_log) softplus(W_a x + dt_bias);  y = W_o( RMSNorm_head(o) * silu(W_g x) ).
+
+    Shapes:  x: b t d  ->  b t d      h heads of n = key_dim keys and p = expand_v n values; beta, g: b t h
+    Source: Yang, Kautz and Hatamizadeh 2024 (Gated delta networks), sections 3.1 and 3.4; Grazzi et al. 2024
+            (negative eigenvalues). W_q, W_k and W_v are one map here, as are their convolutions.
+    """
+
+    def __init__(self, config: GatedDeltaNetConfig, context: MixerContext) -> None:
+        super().__init__()
+        d, h = context.d_model, config.num_heads
+        self.num_heads = h
+        self.key_dim = config.key_dim or width_of_a_head(0.75 * d, h, "keys")
+        self.value_dim = config.expand_v * self.key_dim
+        self.largest_write = 2.0 if config.negative_eigenvalues else 1.0
+        channels = h * (2 * self.key_dim + self.value_dim)
+        self.qkv_proj = nn.Linear(d, channels, bias=False)
+        # Holds the taps (c 1 w) and draws them; the operator computes.
+        self.conv = nn.Conv1d(channels, channels, config.conv_width, groups=channels, bias=False)
+        self.unit_length = UnitLength()
+        self.write_proj = nn.Linear(d, h, bias=False)
+        self.decay_proj = nn.Linear(d, h, bias=False)
+        self.A_log = nn.Parameter(torch.empty(h))
+        self.dt_bias = nn.Parameter(torch.empty(h))
+        self.output = GatedOutput(d, h, self.value_dim)
+        self._init_dynamics()
+
+    def init_parameters(self, std: float) -> None:
+        """Maps normal(0, std), the convolution as torch draws it, the decays as Mamba-2 starts its own."""
+        for linear in (self.qkv_proj, self.write_proj, self.decay_proj, self.output.g_proj, self.output.o_proj):
+            nn.init.normal_(linear.weight, std=std)
+        self.conv.reset_parameters()
+        self.output.norm.reset_parameters()
+        self._init_dynamics()
+
+    @torch.no_grad()
+    def _init_dynamics(self) -> None:
+        """A uniform from 0 to 16; step sizes log-uniform from 1e-3 to 1e-1 whatever the input."""
+        rate = torch.empty_like(self.A_log, dtype=torch.float32).uniform_(0, LARGEST_RATE).clamp_(min=RATE_FLOOR)
+        self.A_log.copy_(rate.log())
+        step = torch.empty_like(self.dt_bias, dtype=torch.float32)
+        step.uniform_(math.log(SMALLEST_STEP), math.log(LARGEST_STEP)).exp_().clamp_(min=STEP_FLOOR)
+        self.dt_bias.copy_(step + (-torch.expm1(-step)).log())  # the inverse of softplus
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Mix whole sequences.  Shapes:  x: b t d  ->  b t d"""
+        y, _, _ = self._mix(x, None, None, cu_seqlens)
+        return y
+
+    def empty_carry(self, batch_size: int) -> GatedDeltaNetCarry:
+        """Zeros: no token has been seen."""
+        channels, _, width = self.conv.weight.shape
+        exact = torch.promote_types(self.conv.weight.dtype, torch.float32)
+        state = (batch_size, self.num_heads, self.key_dim, self.value_dim)
+        return GatedDeltaNetCarry(
+            self.conv.weight.new_zeros(batch_size, width - 1, channels),
+            self.conv.weight.new_zeros(state, dtype=exact),
+        )
+
+    def prefill(self, x: Tensor, carry: GatedDeltaNetCarry) -> tuple[Tensor, GatedDeltaNetCarry]:
+        """Mix the next t tokens.  Shapes:  x: b t d  ->  b t d"""
+        y, conv_inputs, state = self._mix(x, carry.conv_inputs, carry.state, None)
+        return y, GatedDeltaNetCarry(conv_inputs, state)
+
+    def decode(self, x_t: Tensor, carry: GatedDeltaNetCarry) -> tuple[Tensor, GatedDeltaNetCarry]:
+        """Mix the next token.  Shapes:  x_t: b d  ->  b d"""
+        y, carry = self.prefill(x_t.unsqueeze(1), carry)
+        return y.squeeze(1), carry
+
+    def _mix(
+        self, x: Tensor, conv_inputs: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        qkv, conv_inputs = causal_conv(
+            self.qkv_proj(x), self.conv.weight.squeeze(1), initial_state=conv_inputs, cu_seqlens=cu_seqlens
+        )
+        keys, values = self.num_heads * self.key_dim, self.num_heads * self.value_dim
+        q, k, v = qkv.split([keys, keys, values], dim=-1)
+        q = self.unit_length(q.unflatten(-1, (self.num_heads, self.key_dim)))
+        k = self.unit_length(k.unflatten(-1, (self.num_heads, self.key_dim)))
+        v = v.unflatten(-1, (self.num_heads, self.value_dim))
+        write_gate = self.largest_write * torch.sigmoid(self.write_proj(x))
+        # Rates and biases are fp32, which makes the decays fp32 where products are rounded to 8 bits.
+        log_decay = -torch.exp(self.A_log) * F.softplus(self.decay_proj(x) + self.dt_bias)
+        o, state = delta_rule(q, k, v, log_decay, write_gate, initial_state=state, cu_seqlens=cu_seqlens)
+        return self.output(o, x), conv_inputs, state

@@ -1,0 +1,95 @@
+"""What the papers claim of these memories, on states that can be checked by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from subquad import MixerContext
+from subquad_linear.config import DeltaNetConfig, GatedDeltaNetConfig, GatedLinearAttentionConfig, RetNetConfig
+from subquad_linear.delta_net import DeltaNet
+from subquad_linear.gated_delta_net import GatedDeltaNet
+from subquad_linear.gated_linear_attention import GatedLinearAttention
+from subquad_linear.retnet import RetNet
+from subquad_linear.unit_length import UnitLength
+
+CONTEXT = MixerContext(d_model=16, layer_index=0, num_layers=2, context_len=64)
+
+
+def tokens(t: int) -> Tensor:
+    return torch.randn(2, t, 16, generator=torch.Generator().manual_seed(t), dtype=torch.float64)
+
+
+def test_delta_net_is_gated_delta_net_without_decay_nor_gate() -> None:
+    """With A = 0 nothing decays; the states of the two mixers are then the same, whatever the step sizes."""
+    plain = DeltaNet(DeltaNetConfig(num_heads=2), CONTEXT).double()
+    gated = GatedDeltaNet(GatedDeltaNetConfig(num_heads=2, key_dim=8, expand_v=1), CONTEXT).double()
+    with torch.no_grad():
+        for name in ("qkv_proj", "conv", "write_proj"):
+            getattr(gated, name).load_state_dict(getattr(plain, name).state_dict())
+        gated.A_log.fill_(-float("inf"))
+        x = tokens(40)
+        _, expected = plain.prefill(x, plain.empty_carry(2))
+        _, found = gated.prefill(x, gated.empty_carry(2))
+        torch.testing.assert_close(found.state, expected.state, rtol=1e-12, atol=1e-14)
+        gated.A_log.fill_(0.0)
+        _, decayed = gated.prefill(x, gated.empty_carry(2))
+        assert decayed.state.norm() < 0.9 * expected.state.norm()
+
+
+@pytest.mark.parametrize("negative", [False, True])
+def test_a_second_write_under_one_key_replaces_the_first(negative: bool) -> None:
+    """beta = 1 (a write gate at its middle or end): the same token twice leaves the state of one, to the unit's eps."""
+    mixer = DeltaNet(DeltaNetConfig(num_heads=1, conv_width=1, negative_eigenvalues=negative), CONTEXT).double()
+    x = tokens(1)
+    with torch.no_grad():
+        mixer.write_proj.weight.copy_((0.0 if negative else 1e3) * x[:1, 0])
+        _, once = mixer.prefill(x[:1], mixer.empty_carry(1))
+        _, twice = mixer.prefill(x[:1], once)
+    # |k|^2 is 1 - 1e-6 / |k|^2 of the unscaled key, which is not small here.
+    torch.testing.assert_close(twice.state, once.state, rtol=1e-3, atol=1e-4 * once.state.abs().max().item())
+
+
+def test_with_negative_eigenvalues_a_state_flips_its_sign() -> None:
+    """beta = 2 and v = 0 on a key: the transition is a reflection, which answers that key with the opposite."""
+    mixer = DeltaNet(DeltaNetConfig(num_heads=1, conv_width=1, negative_eigenvalues=True), CONTEXT).double()
+    x = tokens(1)[:1]
+    with torch.no_grad():
+        mixer.qkv_proj.weight[32:] = 0  # no values are written
+        mixer.write_proj.weight.copy_(1e3 * x[:, 0])
+        key = mixer.unit_length(
+            torch.nn.functional.silu(mixer.qkv_proj(x)[..., 16:32] * mixer.conv.weight[16:32, 0, 0])
+        )
+        held = key[0, 0, :, None] * tokens(3)[0, 0][None, :]
+        _, after = mixer.prefill(x, mixer.empty_carry(1)._replace(state=held[None, None].contiguous()))
+    torch.testing.assert_close(after.state[0, 0], -held, rtol=1e-3, atol=1e-3)
+
+
+def test_gated_linear_attention_with_one_rate_for_all_channels_is_retention_at_that_rate() -> None:
+    """Without positions both write k v^T into a state; equal decays give equal states."""
+    retention = RetNet(RetNetConfig(num_heads=2, expand_v=1, rope_theta=1e300), CONTEXT).double()
+    gated = GatedLinearAttention(GatedLinearAttentionConfig(num_heads=2, expand_k=1.0), CONTEXT).double()
+    rate = torch.tensor([-0.3, -0.01], dtype=torch.float64)
+    x = tokens(1)
+    with torch.no_grad():
+        retention.log_decay.copy_(rate)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            getattr(gated, name).load_state_dict(getattr(retention, name).state_dict())
+        gated.decay_up.weight.zero_()
+        # The inverse of log sigmoid(b) / 16.
+        logits = 16 * rate - torch.log(-torch.expm1(16 * rate))
+        gated.decay_up.bias.copy_(logits.repeat_interleave(8))
+        held = torch.randn(2, 2, 8, 8, dtype=torch.float64)
+        _, expected = retention.prefill(x, retention.empty_carry(2)._replace(state=held))
+        _, found = gated.prefill(x, gated.empty_carry(2)._replace(state=held))
+    torch.testing.assert_close(found.state, expected.state, rtol=1e-12, atol=1e-14)
+
+
+def test_keys_have_length_one_and_zeros_stay_zeros() -> None:
+    unit = UnitLength()
+    x = torch.cat([1e3 * torch.randn(50, 8), torch.zeros(1, 8)])
+    lengths = unit(x).norm(dim=-1)
+    assert (lengths[:-1] - 1).abs().max() < 1e-6
+    assert lengths[-1] == 0
+    assert unit(x.bfloat16()).dtype == torch.bfloat16

@@ -1,0 +1,130 @@
+"""The parameters start where the papers start them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from subquad import ConfigError, MixerContext
+from subquad_linear.config import (
+    DeltaNetConfig,
+    GatedDeltaNetConfig,
+    GatedLinearAttentionConfig,
+    LightningConfig,
+    RetNetConfig,
+)
+from subquad_linear.delta_net import DeltaNet
+from subquad_linear.gated_delta_net import GatedDeltaNet
+from subquad_linear.gated_linear_attention import GatedLinearAttention
+from subquad_linear.lightning import Lightning, log_decays
+from subquad_linear.retnet import RetNet
+
+
+def context(d_model: int = 64, *, layer_index: int = 0, num_layers: int = 4) -> MixerContext:
+    return MixerContext(d_model=d_model, layer_index=layer_index, num_layers=num_layers, context_len=64)
+
+
+def initialised(mixer: Any, std: float = 0.02) -> Any:
+    torch.manual_seed(0)
+    mixer.init_parameters(std)
+    return mixer
+
+
+def assert_xavier(weight: Tensor, gain: float) -> None:
+    """Uniform within gain sqrt(6 / (fan_in + fan_out)), and close to both ends."""
+    bound = gain * math.sqrt(6 / sum(weight.shape))
+    assert 0.98 * bound < weight.abs().max() <= bound
+    assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+
+
+def test_retention_draws_by_xavier_with_the_authors_gains() -> None:
+    mixer = initialised(RetNet(RetNetConfig(), context()))
+    for linear in (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.output.g_proj):
+        assert_xavier(linear.weight, 2**-2.5)
+    assert_xavier(mixer.output.o_proj.weight, 0.5)
+    assert not any(isinstance(module, nn.Linear) and module.bias is not None for module in mixer.modules())
+
+
+def test_decays_of_retention_are_exact_for_many_heads() -> None:
+    mixer = RetNet(RetNetConfig(num_heads=32), context())
+    slow = mixer.log_decay[31].double().item()
+    assert slow == pytest.approx(-(2.0**-36), rel=1e-6)
+    assert not any(name == "log_decay" for name, _ in mixer.named_parameters())
+
+
+def assert_normal(mixer: nn.Module, std: float) -> None:
+    """Every linear map has this standard deviation."""
+    maps = {name: module for name, module in mixer.named_modules() if isinstance(module, nn.Linear)}
+    for name, linear in maps.items():
+        # The sample of n values is off by std / sqrt(2 n), one in a thousand by more than 3.3 times that.
+        assert linear.weight.std().item() == pytest.approx(std, rel=3.3 / math.sqrt(2 * linear.weight.numel())), name
+
+
+def test_gated_linear_attention_starts_by_forgetting_slowly() -> None:
+    mixer = initialised(GatedLinearAttention(GatedLinearAttentionConfig(), context()))
+    assert_normal(mixer, 0.02)
+    assert (mixer.decay_up.bias == 0).all()
+    assert (mixer.output.norm.weight == 1).all()
+    # sigmoid(0)^(1/16): a state loses 4.2 % a token.
+    assert nn.functional.logsigmoid(mixer.decay_up.bias[0]).div(16).exp().item() == pytest.approx(0.9576, abs=1e-4)
+
+
+def test_decays_of_gated_delta_net_start_in_the_papers_ranges() -> None:
+    mixer = initialised(GatedDeltaNet(GatedDeltaNetConfig(num_heads=96, key_dim=2), context()))
+    rates, step = mixer.A_log.exp(), nn.functional.softplus(mixer.dt_bias)
+    assert 0 < rates.min() < 1.5 and 14.5 < rates.max() <= 16
+    assert 0.999e-3 < step.min() < 2e-3 and 0.5e-1 < step.max() < 1.001e-1
+    assert mixer.conv.weight.abs().max() <= 4**-0.5
+    assert mixer.conv.bias is None
+    assert_normal(mixer, 0.02)
+
+
+def test_delta_net_draws_every_map_with_the_models_deviation() -> None:
+    mixer = initialised(DeltaNet(DeltaNetConfig(), context()), std=0.05)
+    assert_normal(mixer, 0.05)
+    assert mixer.conv.weight.abs().max() <= 4**-0.5
+    assert (mixer.norm.weight == 1).all()
+
+
+def test_lightning_draws_every_map_with_the_models_deviation() -> None:
+    mixer = initialised(Lightning(LightningConfig(), context()))
+    assert_normal(mixer, 0.02)
+    assert (mixer.norm.weight == 1).all()
+
+
+def test_deeper_layers_of_lightning_forget_more_slowly_and_no_state_grows() -> None:
+    for kind in ("alibi", "transnormer"):
+        layers = torch.stack([log_decays(kind, 8, layer, 12) for layer in range(12)])
+        assert (layers <= 0).all()
+        assert (layers.diff(dim=0) >= 0).all()
+    assert (log_decays("alibi", 8, 0, 1) < 0).all(), "a model of one layer"
+    with pytest.raises(ConfigError, match="decays is 'linear'"):
+        LightningConfig(decays="linear")
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        (RetNetConfig, "num_heads"), (RetNetConfig, "expand_v"), (RetNetConfig, "rope_theta"),
+        (GatedLinearAttentionConfig, "num_heads"), (GatedLinearAttentionConfig, "gate_rank"),
+        (GatedLinearAttentionConfig, "expand_k"), (GatedLinearAttentionConfig, "gate_temperature"),
+        (GatedDeltaNetConfig, "num_heads"), (GatedDeltaNetConfig, "expand_v"), (GatedDeltaNetConfig, "conv_width"),
+        (LightningConfig, "num_heads"), (DeltaNetConfig, "num_heads"), (DeltaNetConfig, "conv_width"),
+    ],
+)  # fmt: skip
+def test_a_size_of_zero_is_refused_by_name(config: Any, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key} is 0"):
+        config(**{key: 0})
+
+
+def test_heads_that_do_not_divide_the_width_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="7 heads"):
+        RetNet(RetNetConfig(num_heads=7), context())
+    with pytest.raises(ConfigError, match="3 heads do not share 32 channels of keys"):
+        GatedLinearAttention(GatedLinearAttentionConfig(num_heads=3), context())
+    with pytest.raises(ConfigError, match="4 heads"):
+        GatedDeltaNet(GatedDeltaNetConfig(num_heads=4), context(d_model=8))

@@ -1,0 +1,78 @@
+"""The recipes: each composes, the laptop sizes run, the paper sizes have the block layout's parameter count."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from subquad import build_model, load_config
+
+PACKAGE = Path(__file__).resolve().parent.parent
+README = (PACKAGE / "README.md").read_text(encoding="utf-8")
+
+
+def retnet_block(d: int) -> int:
+    """Sun et al. 2023, section 2.2: q, k of d^2; v, gate and output of 2 d^2."""
+    return 2 * d * d + 3 * 2 * d * d
+
+
+def gla_block(d: int) -> int:
+    """Yang et al. 2023, section 4.4: q, k of d^2 / 2; v, gate, output of d^2; decays of rank 16; a norm of d / 4."""
+    return 4 * d * d + 16 * (d + d // 2) + d // 2 + d // 4
+
+
+def gated_delta_net_block(d: int) -> int:
+    """Yang et al. 2024: q, k of 0.75 d^2; v, gate, output of 1.5 d^2; taps; two gates; A, dt and a norm of 256."""
+    return 6 * d * d + 4 * 3 * d + 2 * 6 * d + 2 * 6 + 256
+
+
+def delta_net_block(d: int) -> int:
+    """Yang et al. 2024, section 3: q, k, v, output of d^2; taps; the write gate; a norm of a head."""
+    return 4 * d * d + 4 * 3 * d + 8 * d + d // 8
+
+
+def lightning_block(d: int) -> int:
+    """MiniMax 2025: q, k, v, gate, output of d^2, and a norm of d."""
+    return 5 * d * d + d
+
+
+LAYOUTS = {
+    # recipe: (parameters of a mixer, d_model, blocks, hidden width of SwiGLU, vocabulary, tied)
+    "retnet_340m": (retnet_block(1024), 1024, 24, 1536, 32000, True),
+    "gla_340m": (gla_block(1024), 1024, 24, 2816, 32000, True),
+    "gated_delta_net_340m": (gated_delta_net_block(1024), 1024, 21, 2816, 32000, True),
+    "delta_net_340m": (delta_net_block(1024), 1024, 24, 2816, 32000, False),
+    "lightning_340m": (lightning_block(1024), 1024, 24, 2560, 32000, True),
+}
+
+
+@pytest.mark.parametrize("recipe", LAYOUTS)
+def test_the_paper_s_size_has_the_parameter_count_of_its_block_layout(recipe: str) -> None:
+    mixer, d, blocks, d_hidden, vocabulary, tied = LAYOUTS[recipe]
+    norms = d + (d if d_hidden else 0)
+    expected = blocks * (mixer + 3 * d * d_hidden + norms) + d + vocabulary * d * (1 if tied else 2)
+    config = load_config([f"model={recipe}"])
+    config.model.context_len = 4096
+    model = build_model(config.model, device="meta")
+    assert sum(parameter.numel() for parameter in model.parameters()) == expected
+    row = README.partition(f"| `{recipe}` |")[2].partition("\n")[0]
+    assert f"| {expected:,} |" in row
+    written = (PACKAGE / "subquad_linear" / "conf" / "model" / f"{recipe}.yaml").read_text(encoding="utf-8")
+    assert f"{expected:,} parameters" in written.partition("\n")[0]
+
+
+@pytest.mark.parametrize("recipe", [name.rsplit("_", 1)[0] for name in LAYOUTS])
+def test_the_laptop_size_composes_builds_and_learns(recipe: str) -> None:
+    config = load_config([f"model={recipe}"]).model
+    assert config.name == recipe
+    config.vocab_size, config.context_len = 64, 64
+    torch.manual_seed(0)
+    model = build_model(config)
+    logits = model(torch.randint(0, 64, (2, 33)))
+    assert logits.shape == (2, 33, 64)
+    logits.logsumexp(-1).mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
