@@ -26,6 +26,7 @@ KNOWN_PLUGINS: Mapping[str, str] = MappingProxyType(
         "lightning": "subquad-linear",
         "mamba": "subquad-ssm",
         "mamba2": "subquad-ssm",
+        "mlstm": "subquad-linear",
         "retnet": "subquad-linear",
         "segment_attention": "subquad-scout",
     }

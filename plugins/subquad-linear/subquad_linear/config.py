@@ -102,3 +102,16 @@ class LightningConfig:
         at_least_one(self, "num_heads")
         if self.decays not in DECAYS:
             raise ConfigError(what=f"decays is '{self.decays}'", where="decays", mend=f"use {' or '.join(DECAYS)}")
+
+
+@dataclass(kw_only=True)
+class MatrixLSTMConfig:
+    """Linear attention with an exponential input gate, a forget gate and a normaliser (mLSTM of xLSTM 7B, 2025)."""
+
+    num_heads: int = 4
+    expand_k: float = 0.5  # width of all keys / d_model
+    gate_cap: float = 15.0  # gates stay within +- this, softly: exp(15) is still exact enough to add up in float32
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "num_heads")
+        positive(self, "expand_k", "gate_cap")

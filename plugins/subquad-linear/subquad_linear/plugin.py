@@ -10,6 +10,7 @@ from subquad_linear.config import (
     GatedDeltaNetConfig,
     GatedLinearAttentionConfig,
     LightningConfig,
+    MatrixLSTMConfig,
     RetNetConfig,
 )
 
@@ -75,6 +76,19 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             build="subquad_linear.lightning:Lightning",
             work_growth=Growth.LINEAR,
             carry_growth=Growth.CONSTANT,
+            operators=("linear_attention",),
+        ),
+        MixerSpec(
+            name="mlstm",
+            summary="linear attention with an exponential input gate, a forget gate and a normaliser",
+            paper="Beck et al. 2025 (arXiv 2503.13427)",
+            config=MatrixLSTMConfig,
+            build="subquad_linear.matrix_lstm:MatrixLSTM",
+            work_growth=Growth.LINEAR,
+            carry_growth=Growth.CONSTANT,
+            no_decay=("forget_gate.bias", "input_gate.bias"),
+            # Gates act exponentially on the state: 8 bits of a bias change what is remembered.
+            float32_parameters=("forget_gate.bias", "input_gate.bias"),
             operators=("linear_attention",),
         ),
     ]

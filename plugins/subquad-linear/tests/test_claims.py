@@ -7,14 +7,26 @@ import torch
 from torch import Tensor
 
 from subquad import MixerContext
-from subquad_linear.config import DeltaNetConfig, GatedDeltaNetConfig, GatedLinearAttentionConfig, RetNetConfig
+from subquad_linear.config import (
+    DeltaNetConfig,
+    GatedDeltaNetConfig,
+    GatedLinearAttentionConfig,
+    MatrixLSTMConfig,
+    RetNetConfig,
+)
 from subquad_linear.delta_net import DeltaNet
 from subquad_linear.gated_delta_net import GatedDeltaNet
 from subquad_linear.gated_linear_attention import GatedLinearAttention
+from subquad_linear.matrix_lstm import MatrixLSTM
 from subquad_linear.retnet import RetNet
 from subquad_linear.unit_length import UnitLength
 
 CONTEXT = MixerContext(d_model=16, layer_index=0, num_layers=2, context_len=64)
+
+
+@pytest.fixture(autouse=True)
+def _one_draw() -> None:
+    torch.manual_seed(0)
 
 
 def tokens(t: int) -> Tensor:
@@ -34,6 +46,7 @@ def test_delta_net_is_gated_delta_net_without_decay_nor_gate() -> None:
         _, found = gated.prefill(x, gated.empty_carry(2))
         torch.testing.assert_close(found.state, expected.state, rtol=1e-12, atol=1e-14)
         gated.A_log.fill_(0.0)
+        gated.dt_bias.fill_(1.0)  # softplus(1): about a quarter of a state outlives a token
         _, decayed = gated.prefill(x, gated.empty_carry(2))
         assert decayed.state.norm() < 0.9 * expected.state.norm()
 
@@ -93,3 +106,31 @@ def test_keys_have_length_one_and_zeros_stay_zeros() -> None:
     assert (lengths[:-1] - 1).abs().max() < 1e-6
     assert lengths[-1] == 0
     assert unit(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("gate", [-1e4, 1e4])
+def test_gates_of_the_matrix_lstm_far_beyond_their_caps_stay_finite(gate: float) -> None:
+    mixer = MatrixLSTM(MatrixLSTMConfig(num_heads=2), CONTEXT)
+    mixer.init_parameters(0.3)
+    with torch.no_grad():
+        mixer.input_gate.bias.fill_(gate)
+        mixer.forget_gate.bias.fill_(-gate)
+    y = mixer(tokens(300).float())
+    y.square().sum().backward()
+    assert y.isfinite().all()
+    for name, parameter in mixer.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+def test_a_constant_on_all_input_gates_changes_nothing_above_the_floor() -> None:
+    """The quotient of state and normaliser is free of the gates' common scale, once |z . q| is above 1."""
+    mixer = MatrixLSTM(MatrixLSTMConfig(num_heads=1), CONTEXT).double()
+    mixer.init_parameters(0.3)
+    x = tokens(1)
+    with torch.no_grad():
+        mixer.input_gate.bias.fill_(10.0)
+        first = mixer(x)
+        mixer.input_gate.bias.fill_(14.0)
+        torch.testing.assert_close(mixer(x), first, rtol=1e-8, atol=1e-10)
+        mixer.input_gate.bias.fill_(-10.0)
+        assert not torch.allclose(mixer(x), first, rtol=1e-2)

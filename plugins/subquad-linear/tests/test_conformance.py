@@ -107,3 +107,14 @@ class TestLightningWithTheRatesOfTransNormer(LinearMixerSuite):
     mixer = "lightning"
     config: ClassVar = {"num_heads": 2, "decays": "transnormer"}
     state_bytes = 4 * 2 * 8 * 8
+
+
+class TestMatrixLSTM(LinearMixerSuite):
+    mixer = "mlstm"
+    state_bytes = 4 * 4 * 2 * (4 + 1)
+
+
+class TestMatrixLSTMOfOneHead(LinearMixerSuite):
+    mixer = "mlstm"
+    config: ClassVar = {"num_heads": 1, "expand_k": 1.0, "gate_cap": 3.0}
+    state_bytes = 4 * 16 * (16 + 1)

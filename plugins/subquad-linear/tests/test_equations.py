@@ -163,6 +163,30 @@ def lightning(m: Any, x: Tensor) -> Tensor:
     return (o / (1 + torch.exp(-x @ m.g_proj.weight.T))) @ m.o_proj.weight.T
 
 
+def mlstm(m: Any, x: Tensor) -> Tensor:
+    """Beck et al. 2024, section 2.3, as the authors carry it: scaled by exp(-m); gates capped (Beck et al. 2025)."""
+    h = m.num_heads
+    q, k, v = (heads(x @ linear.weight.T, h) for linear in (m.q_proj, m.k_proj, m.v_proj))
+    k = k / k.shape[-1] ** 0.5
+    raw_i, raw_f = (x @ gate.weight.T + gate.bias for gate in (m.input_gate, m.forget_gate))
+    i = m.gate_cap * torch.tanh(raw_i / m.gate_cap)
+    log_f = -torch.log1p(torch.exp(-m.gate_cap * torch.tanh(raw_f / m.gate_cap)))
+    state, normalizer = x.new_zeros(x.shape[0], h, k.shape[-1], v.shape[-1]), torch.zeros_like(k[:, 0])
+    scale, outputs = torch.zeros_like(i[:, 0]), []
+    for t in range(x.shape[1]):
+        new_scale = torch.maximum(log_f[:, t] + scale, i[:, t])
+        forget, write = torch.exp(log_f[:, t] + scale - new_scale), torch.exp(i[:, t] - new_scale)
+        scale = new_scale
+        state = forget[..., None, None] * state + write[..., None, None] * k[:, t, :, :, None] * v[:, t, :, None, :]
+        normalizer = forget[..., None] * normalizer + write[..., None] * k[:, t]
+        floor = torch.maximum((normalizer * q[:, t]).sum(-1).abs(), torch.exp(-scale))
+        outputs.append((q[:, t, :, :, None] * state).sum(2) / floor[..., None])
+    o = torch.stack(outputs, 1)
+    centred = o - o.mean(-1, keepdim=True)
+    normal = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    return (normal.flatten(2) * m.norm.weight / (1 + torch.exp(-x @ m.o_proj.weight.T))) @ m.out_proj.weight.T
+
+
 CASES: list[tuple[str, dict[str, Any], Any]] = [
     ("retnet", {"num_heads": 3}, retnet),
     ("retnet", {"num_heads": 2, "expand_v": 1, "rope_theta": 50.0}, retnet),
@@ -173,6 +197,8 @@ CASES: list[tuple[str, dict[str, Any], Any]] = [
     ("gated_delta_net", {"num_heads": 2, "key_dim": 7, "conv_width": 2, "negative_eigenvalues": True}, gated_delta_net),
     ("lightning", {"num_heads": 4}, lightning),
     ("lightning", {"num_heads": 3, "decays": "transnormer"}, lightning),
+    ("mlstm", {"num_heads": 3, "gate_cap": 2.0}, mlstm),
+    ("mlstm", {"num_heads": 2, "expand_k": 1.0}, mlstm),
     ("delta_net", {"num_heads": 4}, delta_net),
     ("delta_net", {"num_heads": 3, "conv_width": 1, "negative_eigenvalues": True}, delta_net),
 ]

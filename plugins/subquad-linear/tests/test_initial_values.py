@@ -15,12 +15,14 @@ from subquad_linear.config import (
     GatedDeltaNetConfig,
     GatedLinearAttentionConfig,
     LightningConfig,
+    MatrixLSTMConfig,
     RetNetConfig,
 )
 from subquad_linear.delta_net import DeltaNet
 from subquad_linear.gated_delta_net import GatedDeltaNet
 from subquad_linear.gated_linear_attention import GatedLinearAttention
 from subquad_linear.lightning import Lightning, log_decays
+from subquad_linear.matrix_lstm import MatrixLSTM
 from subquad_linear.retnet import RetNet
 
 
@@ -106,6 +108,15 @@ def test_deeper_layers_of_lightning_forget_more_slowly_and_no_state_grows() -> N
         LightningConfig(decays="linear")
 
 
+def test_gates_of_the_matrix_lstm_start_by_ignoring_the_token() -> None:
+    mixer = initialised(MatrixLSTM(MatrixLSTMConfig(), context()))
+    assert (mixer.input_gate.weight == 0).all() and (mixer.forget_gate.weight == 0).all()
+    assert (mixer.input_gate.bias == -10).all()
+    assert mixer.forget_gate.bias.tolist() == [3, 4, 5, 6]
+    for linear in (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.o_proj, mixer.out_proj):
+        assert linear.weight.std().item() == pytest.approx(0.02, rel=0.06)
+
+
 @pytest.mark.parametrize(
     ("config", "key"),
     [
@@ -113,7 +124,8 @@ def test_deeper_layers_of_lightning_forget_more_slowly_and_no_state_grows() -> N
         (GatedLinearAttentionConfig, "num_heads"), (GatedLinearAttentionConfig, "gate_rank"),
         (GatedLinearAttentionConfig, "expand_k"), (GatedLinearAttentionConfig, "gate_temperature"),
         (GatedDeltaNetConfig, "num_heads"), (GatedDeltaNetConfig, "expand_v"), (GatedDeltaNetConfig, "conv_width"),
-        (LightningConfig, "num_heads"), (DeltaNetConfig, "num_heads"), (DeltaNetConfig, "conv_width"),
+        (LightningConfig, "num_heads"), (MatrixLSTMConfig, "num_heads"),
+        (MatrixLSTMConfig, "gate_cap"), (DeltaNetConfig, "num_heads"), (DeltaNetConfig, "conv_width"),
     ],
 )  # fmt: skip
 def test_a_size_of_zero_is_refused_by_name(config: Any, key: str) -> None:

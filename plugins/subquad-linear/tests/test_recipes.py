@@ -38,12 +38,18 @@ def lightning_block(d: int) -> int:
     return 5 * d * d + d
 
 
+def mlstm_block(d: int) -> int:
+    """Beck et al. 2025: q, k of d^2 / 2; v, gate, output of d^2; two gates of 4 heads with biases; a norm of d."""
+    return 4 * d * d + 2 * 4 * (d + 1) + d
+
+
 LAYOUTS = {
     # recipe: (parameters of a mixer, d_model, blocks, hidden width of SwiGLU, vocabulary, tied)
     "retnet_340m": (retnet_block(1024), 1024, 24, 1536, 32000, True),
     "gla_340m": (gla_block(1024), 1024, 24, 2816, 32000, True),
     "gated_delta_net_340m": (gated_delta_net_block(1024), 1024, 21, 2816, 32000, True),
     "delta_net_340m": (delta_net_block(1024), 1024, 24, 2816, 32000, False),
+    "mlstm_340m": (mlstm_block(1024), 1024, 24, 2752, 32000, True),
     "lightning_340m": (lightning_block(1024), 1024, 24, 2560, 32000, True),
 }
 
