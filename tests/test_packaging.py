@@ -19,7 +19,7 @@ DISTRIBUTIONS = {
     "plugins/subquad-scout": {"subquad_scout": "subquad_scout"},
     "plugins/subquad-ssm": {"subquad_ssm": "subquad_ssm"},
 }
-SHIPPED = {".py", ".yaml", ".json", ".typed"}
+SHIPPED = {".py", ".yaml", ".json", ".typed", ".tmpl"}
 
 
 def pyproject(folder: str) -> dict[str, dict[str, object]]:
