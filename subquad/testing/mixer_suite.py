@@ -70,8 +70,9 @@ class MixerSuite:
         # Drawn on the CPU, so that one seed is one mixer on every device.
         with torch.device("meta" if where == "meta" else "cpu"):
             mixer = build(self.typed_config(), context)
-        if where != "meta":
-            mixer.init_parameters(0.3)
+        if where == "meta":
+            return mixer.double()
+        mixer.init_parameters(0.3)
         return mixer.double().to(where)
 
     def typed_config(self) -> Any:
