@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from subquad.commands.key_values import key_values, keys_with_defaults
 from subquad.commands.table import table
@@ -101,7 +102,7 @@ def check(name: str, config: CheckConfig, registry: Registry) -> list[Verdict]:
     from subquad.testing.mixer_suite import MixerSuite
     from subquad.testing.verdict import judge, promises
 
-    mixers, kernels = named(name, registry)
+    mixers, kernels = named(name, registry, config.target.partition(":")[0])
     suites: list[tuple[str, str, str, type[Any], Mapping[str, object]]] = [
         ("mixer", spec.name, registry.origin(spec), MixerSuite,
          {"mixer": spec.name, "config": config.config, "d_model": config.d_model, "device": config.target,
@@ -110,8 +111,8 @@ def check(name: str, config: CheckConfig, registry: Registry) -> list[Verdict]:
     ]  # fmt: skip
     for key in kernels:
         operator, _, kernel = key.partition("/")
-        settings = {"operator": operator, "kernel": kernel, "device": config.target}
-        suites.append(("kernel", key, registry.origin(registry.kernels[key]), KernelSuite, settings))
+        on_device = {"operator": operator, "kernel": kernel, "device": config.target}
+        suites.append(("kernel", key, registry.origin(registry.kernels[key]), KernelSuite, on_device))
     known = sorted({promise for *_, suite, _ in suites for promise in promises(suite)})
     if config.only and config.only not in known:
         raise NotFoundError(
@@ -121,14 +122,33 @@ def check(name: str, config: CheckConfig, registry: Registry) -> list[Verdict]:
         )
     verdicts = []
     for kind, thing, origin, suite, settings in suites:
-        outcomes = judge(type("Checked", (suite,), dict(settings)), only=config.only or None)
+        checked = type("Checked", (suite,), dict(settings))
+        if kind == "mixer":
+            _refuse_a_config_that_the_mixer_refuses(checked, thing)
+        outcomes = judge(checked, only=config.only or None)
+        if not outcomes:
+            continue  # the one promise that is asked for is of the other suite
         again = _command(thing if kind == "mixer" else name, config)
         verdicts.append(Verdict(kind=kind, name=thing, origin=origin, outcomes=tuple(outcomes), again=again))
     return verdicts
 
 
-def named(name: str, registry: Registry) -> tuple[list[MixerSpec], list[str]]:
-    """The mixers, and the keys of the kernels that can be here, of a mixer's or a distribution's name.
+def _refuse_a_config_that_the_mixer_refuses(suite: type[Any], mixer: str) -> None:
+    """The caller's error, or a default that does not fit: no promise is broken by it.  Raises: ConfigError."""
+    try:
+        suite().build(device="meta")
+    except ConfigError as error:
+        raise ConfigError(
+            what=error.what,
+            where=f"plugins check {mixer}, {error.where}",
+            mend=f"{error.mend}: config={{KEY: VALUE}} d_model=WIDTH",
+        ) from None
+    except Exception:  # whatever else it raises breaks promises, and is said under each
+        return
+
+
+def named(name: str, registry: Registry, device_kind: str) -> tuple[list[MixerSpec], list[str]]:
+    """The mixers, and the keys of the kernels that run on such a device, of a mixer's or a distribution's name.
 
     Raises: NotFoundError for another name, and for a distribution whose plugins could not be loaded.
     """
@@ -140,11 +160,14 @@ def named(name: str, registry: Registry) -> tuple[list[MixerSpec], list[str]]:
         kernels = [
             key for key, kernel in registry.kernels.items()
             if registry.origins[kernel].distribution == name and kernel.missing() is None
+            and device_kind in kernel.devices
         ]  # fmt: skip
         if mixers or kernels:
             return mixers, kernels
         raise NotFoundError(
-            what=f"{name} declares neither mixers nor kernels", where="plugins check", mend="name another distribution"
+            what=f"{name} declares neither mixers nor kernels of {device_kind}",
+            where="plugins check",
+            mend="name another distribution, or another target",
         )
     for problem in registry.problems:
         if name in (problem.distribution, problem.name):
@@ -195,7 +218,7 @@ def _parsed(arguments: list[str]) -> CheckConfig:
     values = key_values("plugins check", CheckConfig, arguments)
     try:
         plain = OmegaConf.to_container(OmegaConf.from_dotlist([f"{key}={value}" for key, value in values.items()]))
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(
             what=str(error).splitlines()[0], where="plugins check", mend="write values as YAML: config={num_heads: 2}"
         ) from None

@@ -54,6 +54,8 @@ def inventory(registry: Registry) -> dict[str, Any]:
                 "module": plugin.module,
                 "distribution": plugin.distribution,
                 "version": plugin.version,
+                "import_s": round(plugin.import_s, 3),
+                "slow": plugin.is_slow,
             }
             for plugin in registry.plugins
         ],
@@ -170,6 +172,13 @@ def _tables(content: dict[str, Any]) -> list[str]:
     ):
         if content[kind]:
             tables.append(table(title, keys, rows(kind, *keys)))
+    slow = [
+        [entry["name"], entry["distribution"], f"{entry['import_s']:.1f}"]
+        for entry in content["plugins"]
+        if entry["slow"]
+    ]
+    if slow:
+        tables.append(table("Slow to import: every command waits for them", ("name", "distribution", "seconds"), slow))
     return tables
 
 
