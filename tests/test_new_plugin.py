@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -51,6 +52,18 @@ def test_a_new_plugin_is_listed_and_its_recipe_trains(installed: tuple[Path, Pat
     result = run(["subquad", "train", *overrides], site, tmp_path)
     assert result.returncode == 0, result.stderr
     assert "linear_attention" in (tmp_path / "run" / "plan.json").read_text()
+
+
+def test_a_new_plugin_keeps_every_promise_by_the_command_that_its_readme_names(
+    installed: tuple[Path, Path], tmp_path: Path
+) -> None:
+    package, site = installed
+    assert "python -m subquad plugins check long_ago" in (package / "README.md").read_text()
+    result = run(["subquad", "plugins", "check", "subquad-long-ago", "json=verdict.json"], site, tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (verdict,) = json.loads((tmp_path / "verdict.json").read_text())["verdicts"]
+    assert verdict["name"] == "long_ago"
+    assert all(promise["kept"] for promise in verdict["promises"])
 
 
 def test_a_new_plugin_has_nothing_for_a_linter_to_say(installed: tuple[Path, Path]) -> None:
