@@ -215,6 +215,8 @@ class RoundsWhatIsPinned(Sound):
 
 
 class KeepsATensorOutOfItsStateDict(Sound):
+    bias: Tensor
+
     def __init__(self, config: NoConfig, context: MixerContext) -> None:
         super().__init__(config, context)
         self.register_buffer("bias", torch.zeros(context.d_model), persistent=False)
@@ -229,6 +231,8 @@ class KeepsATensorOutOfItsStateDict(Sound):
 
 class ComputesABufferOnlyWhenBuilt(Sound):
     """Built on meta and filled later, the buffer holds what memory held."""
+
+    table: Tensor
 
     def __init__(self, config: NoConfig, context: MixerContext) -> None:
         super().__init__(config, context)

@@ -28,7 +28,8 @@ from subquad import Growth, MixerSpec, hookimpl
 def subquad_provide_mixers():
     return [
         MixerSpec(name=name, summary="s", paper="p", config=NoConfig, build=f"mutant_mixers:{build}",
-                  work_growth=Growth.LINEAR, carry_growth=Growth.CONSTANT, float32_parameters=("rate",), operators=("linear_attention",))
+                  work_growth=Growth.LINEAR, carry_growth=Growth.CONSTANT, float32_parameters=("rate",),
+                  operators=("linear_attention",))
         for name, build in (("sound", "Sound"), ("leaky", "LeaksOneFutureToken"))
     ]
 """

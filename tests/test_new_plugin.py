@@ -69,11 +69,11 @@ def test_a_new_plugin_keeps_every_promise_by_the_command_that_its_readme_names(
 def test_a_new_plugin_has_nothing_for_a_linter_to_say(installed: tuple[Path, Path]) -> None:
     package, _ = installed
     own = ["--isolated", "--line-length", "120", "--select", "E,F,I,B,UP,SIM,RUF,PT,TID"]
-    result = subprocess.run(
-        [sys.executable, "-m", "ruff", "check", "--no-cache", *own, "."],
-        cwd=package, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout
+    for command in (["check", "--no-cache", *own], ["format", "--no-cache", "--diff", *own[:3]]):
+        result = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, "."], cwd=package, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_nothing_of_a_template_is_left_unfilled(installed: tuple[Path, Path]) -> None:
