@@ -30,7 +30,7 @@ VERBS: Mapping[str, str] = MappingProxyType(
         "generate": 'continue a text: generate run=RUN_DIR prompt="def "',
         "proxy": "measure what other mixers would lose in a run's layers: proxy run=RUN_DIR candidates=[window]",
         "plan": "compare two plans: plan diff A/plan.json B/plan.json",
-        "plugins": "list what is installed, and which kernels are usable here (--json)",
+        "plugins": "list what is installed (--json); check NAME judges it; new NAME writes a package",
         "doctor": "versions, devices, caches, and a check of every usable kernel",
         "completion": 'print bash completion: eval "$(subquad completion)"',
     }

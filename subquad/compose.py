@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
@@ -146,7 +147,16 @@ def register_configs(registry: Registry, own: Path | None = None) -> None:
     ]
     for group, name, key, spec in declared:
         if f"{group}/{name}.yaml" not in written:
-            node = {key: name, **defaults_of(spec.config)}
+            try:
+                node = {key: name, **defaults_of(spec.config)}
+            except (OmegaConfBaseException, AssertionError, TypeError) as error:
+                # Of one plugin; recipes that do not name it go on.
+                reason = str(error).splitlines()[0]
+                warnings.warn(
+                    f"the config of {group} '{name}' ({registry.origin(spec)}) is left out of recipes: {reason}",
+                    stacklevel=2,
+                )
+                continue
             store.store(group=group, name=name, node=node, provider=registry.origin(spec))
     InstalledConfigs.sources = tuple(
         (record.origin, f"pkg://{package}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import time
 import warnings
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import pluggy
 
@@ -18,6 +19,8 @@ from subquad.errors import NotFoundError, PluginError, suggestion
 from subquad_kernels.catalogue import CATALOGUE, CatalogueError, Kernel, Operator
 
 ENTRY_POINT_GROUP = "subquad"
+SLOW_IMPORT_S = 0.5
+"""Seconds from which a plugin is named as slow: every command waits for it, and declarations need no more than 0.1."""
 KNOWN_PLUGINS: Mapping[str, str] = MappingProxyType(
     {
         "delta_net": "subquad-linear",
@@ -33,17 +36,26 @@ KNOWN_PLUGINS: Mapping[str, str] = MappingProxyType(
 )
 """Mixers of plugins that are published with subquad: named when a recipe asks for one that is not installed."""
 
+HOOKS = tuple(name for name in dir(hookspecs) if name.startswith("subquad_provide"))
+Answers: TypeAlias = "dict[str, dict[str, list[object]]]"
+"""What every plugin answers, by its name and by hook."""
 Declared = TypeVar("Declared")
 
 
 @dataclass(frozen=True)
 class PluginRecord:
-    """A plugin that was loaded: its entry point, the module, and the distribution that installed it."""
+    """A plugin that was loaded: entry point, module, the distribution that installed it, seconds of its import."""
 
     name: str
     module: str
     distribution: str
     version: str
+    import_s: float = 0.0
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether its import is worth naming."""
+        return self.import_s >= SLOW_IMPORT_S
 
     @property
     def origin(self) -> str:
@@ -116,8 +128,8 @@ class Registry:
 def load_registry() -> Registry:
     """Load every installed plugin once, and answer what they declare.
 
-    A plugin that cannot be imported is skipped with one warning line. Raises: PluginError when a hook is misspelt or
-    when two plugins declare one name.
+    A plugin that cannot be imported, or whose hooks raise, is skipped with one warning line.
+    Raises: PluginError when a hook is misspelt or when two plugins declare one name.
     """
     registry = build_registry(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP))
     for problem in registry.problems:
@@ -130,6 +142,7 @@ def build_registry(entry_points: Iterable[importlib.metadata.EntryPoint]) -> Reg
     manager = pluggy.PluginManager("subquad")
     manager.add_hookspecs(hookspecs)
     records: dict[str, PluginRecord] = {}
+    answers: Answers = {}
     problems = []
     for entry_point in sorted(set(entry_points), key=lambda entry: (entry.name != "builtin", entry.name, entry.value)):
         distribution = entry_point.dist
@@ -140,32 +153,56 @@ def build_registry(entry_points: Iterable[importlib.metadata.EntryPoint]) -> Reg
                 where=f"{records[entry_point.name].distribution} and {dist_name}",
                 mend="uninstall one of them, or ask its author to rename the entry point",
             )
+        mend = f"repair or uninstall it (pip uninstall {dist_name})"
+        start = time.perf_counter()
         try:
             plugin = entry_point.load()
-        except Exception as error:  # a stranger's module may raise anything; it is named, and the rest works
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            mend = f"repair or uninstall it (pip uninstall {dist_name})"
-            problems.append(PluginProblem(entry_point.name, dist_name, reason, mend))
+        except (Exception, SystemExit) as error:  # a stranger's module may raise anything; it is named, the rest works
+            problems.append(PluginProblem(entry_point.name, dist_name, _reason(error), mend))
             continue
         record = PluginRecord(
-            entry_point.name, entry_point.value, dist_name, distribution.version if distribution else "unknown"
+            entry_point.name,
+            entry_point.value,
+            dist_name,
+            distribution.version if distribution else "unknown",
+            time.perf_counter() - start,
         )
-        records[entry_point.name] = record
         manager.register(plugin, name=entry_point.name)
         _refuse_misspelt_hooks(manager, plugin, record)
-    return _collect(manager, records, tuple(problems))
+        try:
+            answers[entry_point.name] = _asked(manager, entry_point.name)
+        except (Exception, SystemExit) as error:  # as above; nothing that it declares is taken
+            manager.unregister(name=entry_point.name)
+            reason = f"what it declares raises {_reason(error)}"
+            problems.append(PluginProblem(entry_point.name, dist_name, reason, mend))
+            continue
+        records[entry_point.name] = record
+    return _collect(answers, records, tuple(problems))
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _asked(manager: pluggy.PluginManager, plugin_name: str) -> dict[str, list[object]]:
+    """What one plugin answers to every hook it implements."""
+    return {
+        hook: list(implementation.function())
+        for hook in HOOKS
+        for implementation in getattr(manager.hook, hook).get_hookimpls()
+        if implementation.plugin_name == plugin_name
+    }
 
 
 def _refuse_misspelt_hooks(manager: pluggy.PluginManager, plugin: object, record: PluginRecord) -> None:
-    known = [name for name in dir(hookspecs) if name.startswith("subquad_provide")]
     for name in dir(plugin):
-        if name.startswith("subquad_provide") and name not in known:
+        if name.startswith("subquad_provide") and name not in HOOKS:
             raise PluginError(
                 what=f"no hook is called '{name}'",
                 where=f"plugin '{record.name}' ({record.origin})",
-                mend=f"{suggestion(name, known)}the hooks are {', '.join(known)}",
+                mend=f"{suggestion(name, HOOKS)}the hooks are {', '.join(HOOKS)}",
             )
-        if name in known and manager.parse_hookimpl_opts(plugin, name) is None:
+        if name in HOOKS and manager.parse_hookimpl_opts(plugin, name) is None:
             raise PluginError(
                 what=f"{name} is not marked as a hook",
                 where=f"plugin '{record.name}' ({record.origin})",
@@ -177,22 +214,19 @@ def _refuse_misspelt_hooks(manager: pluggy.PluginManager, plugin: object, record
         raise PluginError(
             what=str(error).splitlines()[0],
             where=f"plugin '{record.name}' ({record.origin})",
-            mend=f"the hooks are {', '.join(known)}",
+            mend=f"the hooks are {', '.join(HOOKS)}",
         ) from None
 
 
 def _collect(
-    manager: pluggy.PluginManager, records: dict[str, PluginRecord], problems: tuple[PluginProblem, ...]
+    declared_by: Answers, records: dict[str, PluginRecord], problems: tuple[PluginProblem, ...]
 ) -> Registry:
     origins: dict[Hashable, PluginRecord] = {}
 
     def ask(hook: str) -> list[tuple[PluginRecord, object]]:
-        answers = []
-        for implementation in getattr(manager.hook, hook).get_hookimpls():
-            for declared in implementation.function():
-                answers.append((records[implementation.plugin_name], declared))
         # The host's own declarations first, then alphabetically, so that tables read the same everywhere.
-        return sorted(answers, key=lambda answer: (answer[0].name != "builtin", answer[0].name))
+        order = sorted(records.values(), key=lambda record: (record.name != "builtin", record.name))
+        return [(record, declared) for record in order for declared in declared_by[record.name].get(hook, ())]
 
     def named(hook: str, kind: type[Declared], what: str) -> dict[str, Declared]:
         found: dict[str, Declared] = {}
@@ -211,12 +245,24 @@ def _collect(
                     mend="uninstall one of the two plugins, or ask an author to rename",
                 )
             found[name] = declared
-            origins[declared] = record  # type: ignore[index]
+            try:
+                origins[declared] = record  # type: ignore[index]
+            except TypeError:  # a list where the record says tuple
+                raise PluginError(
+                    what=f"'{name}' of {hook} holds a list, set or mapping where a tuple belongs",
+                    where=f"plugin '{record.name}' ({record.origin})",
+                    mend="write tuples in what is declared",
+                ) from None
         return found
 
     components: dict[tuple[ComponentKind, str], ComponentSpec] = {}
     for record, declared in ask("subquad_provide_components"):
-        assert isinstance(declared, ComponentSpec)
+        if not isinstance(declared, ComponentSpec):
+            raise PluginError(
+                what=f"subquad_provide_components returned {type(declared).__name__}, not ComponentSpec",
+                where=f"plugin '{record.name}' ({record.origin})",
+                mend="return ComponentSpec records",
+            )
         if (declared.kind, declared.name) in components:
             raise PluginError(
                 what=f"two {declared.kind} components are called '{declared.name}'",

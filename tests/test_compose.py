@@ -245,6 +245,27 @@ def test_a_config_package_that_is_missing_names_its_plugin(site: Site) -> None:
     assert "acme_one" in caught.value.where
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        "class Config:\n    width: int = 4",
+        "@dataclass\nclass Config:\n    activation: Callable[[float], float] = abs",
+    ],
+    ids=["no dataclass", "a function"],
+)
+def test_a_mixer_whose_config_cannot_be_yaml_is_named_and_stops_nobody_else(site: Site, config: str) -> None:
+    site.install("acme_one", {})
+    (site.path / "acme_one" / "plugin.py").write_text(
+        "from collections.abc import Callable\nfrom dataclasses import dataclass\n"
+        f"from subquad import Growth, MixerSpec, hookimpl\n{config}\n"
+        "@hookimpl\ndef subquad_provide_mixers():\n"
+        "    return [MixerSpec(name='acme', summary='s', paper='p', config=Config, build='x:y',"
+        " work_growth=Growth.LINEAR, carry_growth=Growth.LINEAR)]\n"
+    )
+    with pytest.warns(UserWarning, match=r"the config of mixer 'acme' \(acme_one 2\.0\) is left out"):
+        assert load_config(["model=transformer"]).model.name == "transformer"
+
+
 def test_a_mixers_yaml_in_a_folder_of_ones_own_wins_over_the_defaults_of_the_dataclass(tmp_path: Path) -> None:
     (tmp_path / "mixer").mkdir()
     (tmp_path / "mixer" / "window.yaml").write_text("mixer: window\nwindow: 98\n")

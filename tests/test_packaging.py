@@ -20,7 +20,7 @@ DISTRIBUTIONS = {
     "plugins/subquad-ssm": {"subquad_ssm": "subquad_ssm"},
     "plugins/subquad-linear": {"subquad_linear": "subquad_linear"},
 }
-SHIPPED = {".py", ".yaml", ".json", ".typed"}
+SHIPPED = {".py", ".yaml", ".json", ".typed", ".tmpl"}
 
 
 def pyproject(folder: str) -> dict[str, dict[str, object]]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
 
 import pytest
+from plugin_site import Site
 
+from subquad.commands import plugins
 from subquad.errors import NotFoundError, PluginError
-from subquad.registry import ENTRY_POINT_GROUP, Registry, build_registry, load_registry
+from subquad.registry import ENTRY_POINT_GROUP, SLOW_IMPORT_S, build_registry, load_registry
 
 MIXER = """
 from dataclasses import dataclass
@@ -26,36 +27,6 @@ def subquad_provide_mixers():
     return [MixerSpec(name="{mixer}", summary="s", paper="p", config=Config, build="nowhere:Nothing",
                       work_growth=Growth.LINEAR, carry_growth=Growth.CONSTANT)]
 """
-
-
-class Site:
-    """A folder on sys.path where distributions are installed by writing their metadata."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def install(self, distribution: str, source: str, *, entry: str | None = None) -> None:
-        """A distribution of one module, `NAME_module`, behind one entry point."""
-        module = distribution.replace("-", "_") + "_module"
-        (self.path / f"{module}.py").write_text(source)
-        metadata = self.path / f"{distribution.replace('-', '_')}-1.5.dist-info"
-        metadata.mkdir()
-        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.5\n")
-        (metadata / "entry_points.txt").write_text(f"[{ENTRY_POINT_GROUP}]\n{entry or distribution} = {module}\n")
-
-    def registry(self) -> Registry:
-        return build_registry(entry_points(group=ENTRY_POINT_GROUP))
-
-
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    path = tmp_path / "site"
-    path.mkdir()
-    monkeypatch.syspath_prepend(path)
-    yield Site(path)
-    for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", None)).startswith(str(path)):
-            del sys.modules[name]
 
 
 def test_first_party_plugins_come_through_the_same_entry_point_as_anyones() -> None:
@@ -91,6 +62,55 @@ def test_a_broken_plugin_is_mentioned_where_a_recipe_misses_a_mixer(site: Site) 
     assert "out of order" in caught.value.mend
 
 
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("def broken(:", "SyntaxError"),
+        ("from subquad import a_name_that_was_removed", "AttributeError|ImportError"),
+    ],
+    ids=["exits", "syntax", "older contract"],
+)
+def test_whatever_an_import_raises_is_a_problem_of_that_plugin_alone(site: Site, source: str, reason: str) -> None:
+    site.install("broken-plugin", source)
+    registry = site.registry()
+    (problem,) = registry.problems
+    assert re.search(reason, problem.reason)
+    assert "softmax_attention" in registry.mixers
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("raise KeyError('lost')", "KeyError: 'lost'"),
+        ("return None", "TypeError"),
+        ("yield 1; raise ValueError('half way')", "half way"),
+    ],
+    ids=["raises", "returns nothing", "raises half way"],
+)
+def test_a_hook_that_raises_costs_its_plugin_and_nobody_else(site: Site, body: str, reason: str) -> None:
+    hook = f"\n@hookimpl\ndef subquad_provide_passes():\n    {body}\n"
+    site.install("broken-plugin", MIXER.format(mixer="broken") + hook)
+    site.install("acme-mixers", MIXER.format(mixer="acme"))
+    registry = site.registry()
+    (problem,) = registry.problems
+    assert problem.distribution == "broken-plugin"
+    assert reason in problem.reason
+    assert "acme" in registry.mixers
+    assert "broken" not in registry.mixers, "a plugin is taken whole or not at all"
+    assert "broken-plugin" not in {plugin.name for plugin in registry.plugins}
+
+
+def test_a_slow_import_is_named_with_its_seconds(site: Site) -> None:
+    site.install("slow-plugin", f"import time; time.sleep({SLOW_IMPORT_S})\n" + MIXER.format(mixer="slow"))
+    registry = site.registry()
+    (record,) = [plugin for plugin in registry.plugins if plugin.name == "slow-plugin"]
+    assert record.is_slow
+    assert SLOW_IMPORT_S <= record.import_s < SLOW_IMPORT_S + 30
+    printed = plugins.as_tables(plugins.inventory(registry))
+    assert re.search(rf"Slow to import.*slow-plugin +slow-plugin +{record.import_s:.1f}", printed, flags=re.S)
+
+
 def test_loading_warns_once_and_on_one_line_about_a_broken_plugin(site: Site) -> None:
     site.install("broken-plugin", "raise RuntimeError('first line\\nsecond line')")
     load_registry.cache_clear()
@@ -118,6 +138,25 @@ def test_a_stranger_cannot_replace_a_builtin_mixer(site: Site) -> None:
         site.registry()
     assert "subquad" in caught.value.where
     assert "acme-mixers" in caught.value.where
+
+
+def test_a_stranger_cannot_call_itself_builtin(site: Site) -> None:
+    site.install("acme-mixers", MIXER.format(mixer="acme"), entry="builtin")
+    with pytest.raises(PluginError, match="two plugins are called 'builtin'") as caught:
+        site.registry()
+    assert set(caught.value.where.split(" and ")) == {"subquad", "acme-mixers"}
+
+
+def test_a_stranger_cannot_replace_a_builtin_kernel(site: Site) -> None:
+    site.install(
+        "acme-kernels",
+        "from dataclasses import replace\nfrom subquad import hookimpl\nfrom subquad_kernels.builtin import KERNELS\n"
+        "@hookimpl\ndef subquad_provide_kernels():\n    return [replace(KERNELS[0])]\n",
+    )
+    with pytest.raises(PluginError, match="two kernels are called") as caught:
+        site.registry()
+    assert caught.value.where.startswith("subquad ")
+    assert caught.value.where.endswith("acme-kernels 1.5")
 
 
 def test_two_plugins_of_one_name_are_an_error_that_names_both_distributions(site: Site) -> None:
@@ -152,8 +191,18 @@ def test_two_data_sources_of_one_name_are_an_error(site: Site) -> None:
             "returned str, not MixerSpec",
             "MixerSpec",
         ),
+        (
+            "from subquad import hookimpl\n@hookimpl\ndef subquad_provide_components():\n    return ['acme']",
+            "returned str, not ComponentSpec",
+            "ComponentSpec",
+        ),
+        (
+            MIXER.format(mixer="acme").replace("carry_growth", "operators=['rotary'], carry_growth"),
+            "'acme' of subquad_provide_mixers holds a list",
+            "tuples",
+        ),
     ],
-    ids=["misspelt hook", "unmarked hook", "wrong record"],
+    ids=["misspelt hook", "unmarked hook", "wrong record", "wrong component", "a list"],
 )
 def test_a_wrong_declaration_is_an_error_that_names_the_plugin(site: Site, source: str, what: str, mend: str) -> None:
     site.install("acme-mixers", source)

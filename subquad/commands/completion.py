@@ -37,7 +37,10 @@ _subquad_complete() {
             fi
             ;;
         plugins)
-            COMPREPLY=($(compgen -W "--json" -- "$word"))
+            choices="--json new check"
+            if [[ ${words[2]} == check ]]; then choices="target= config= d_model= seed= only= json="; fi
+            if [[ ${words[2]} == new ]]; then choices="into="; fi
+            COMPREPLY=($(compgen -W "$choices" -- "$word"))
             ;;
     esac
 }

@@ -1,20 +1,26 @@
-"""plugins: what is installed, from which distribution, and which kernels are usable here; loads no torch."""
+"""plugins: what is installed, from which distribution, and which kernels are usable here; loads no torch.
+
+`plugins new` writes a package and `plugins check` judges one: the two stand in files of their own.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from subquad.commands.table import table
-from subquad.contracts import Growth
+from subquad.contracts import CONTRACT_VERSION, Growth
 from subquad.registry import Registry, load_registry
 from subquad_kernels.catalogue import Kernel, Operator
 from subquad_kernels.workload import DeviceLimits
 
 FORMAT_VERSION = 1
+ACTIONS = {"new": "subquad.commands.new_plugin", "check": "subquad.commands.check_plugin"}
+"""Modules by the word after `plugins`; imported only then: one of them loads torch."""
 GROWTH = {
     Growth.CONSTANT: "1",
     Growth.SQRT: "t^0.5",
@@ -25,7 +31,9 @@ GROWTH = {
 
 
 def run(arguments: list[str]) -> int:
-    """Print tables, or JSON with --json."""
+    """Print tables, or JSON with --json; or do what the first argument names."""
+    if arguments and arguments[0] in ACTIONS:
+        return int(import_module(ACTIONS[arguments[0]]).run(arguments[1:]))
     parser = argparse.ArgumentParser(prog="subquad plugins", description=__doc__)
     parser.add_argument("--json", action="store_true", help="the same as one JSON object")
     wants_json = parser.parse_args(arguments).json
@@ -39,12 +47,15 @@ def inventory(registry: Registry) -> dict[str, Any]:
     kinds = device_kinds()
     return {
         "format_version": FORMAT_VERSION,
+        "contract_version": CONTRACT_VERSION,
         "plugins": [
             {
                 "name": plugin.name,
                 "module": plugin.module,
                 "distribution": plugin.distribution,
                 "version": plugin.version,
+                "import_s": round(plugin.import_s, 3),
+                "slow": plugin.is_slow,
             }
             for plugin in registry.plugins
         ],
@@ -131,6 +142,7 @@ def _tables(content: dict[str, Any]) -> list[str]:
         return [[_text(entry[key]) for key in keys] for entry in content[kind]]
 
     tables = [
+        f"Contract {content['contract_version']}: what mixers and declarations are written against\n",
         table("Plugins", ("name", "distribution", "version"), rows("plugins", "name", "distribution", "version")),
         table(
             "Mixers",
@@ -160,6 +172,13 @@ def _tables(content: dict[str, Any]) -> list[str]:
     ):
         if content[kind]:
             tables.append(table(title, keys, rows(kind, *keys)))
+    slow = [
+        [entry["name"], entry["distribution"], f"{entry['import_s']:.1f}"]
+        for entry in content["plugins"]
+        if entry["slow"]
+    ]
+    if slow:
+        tables.append(table("Slow to import: every command waits for them", ("name", "distribution", "seconds"), slow))
     return tables
 
 

@@ -4,29 +4,39 @@
         mixer = "gated_conv"
         config = {"conv_width": 3}
 
-Everything runs in float64 on the CPU, so that what should be equal is equal to rounding.
+Everything that should be equal runs in float64, on `device`, and is equal to rounding; types and pins are tested in
+float32 and bfloat16. Inputs follow from `seed`: a failure says the shapes, and the same seed repeats it. The suite
+needs no pytest; `python -m subquad plugins check NAME` runs it for what is installed.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
-from collections.abc import Mapping
+import pickle
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from subquad.compiler.capture import capture, install, kernel_of, operator_nodes
 from subquad.compiler.example import METHODS
 from subquad.component_config import typed_config
 from subquad.contracts import MixerContext, MixerSpec
+from subquad.model.block import Block
+from subquad.model.language_model import LanguageModel
 from subquad.registry import load_registry
 from subquad_kernels.catalogue import load_attribute
 
 TOLERANCE = 1e-11
 """Relative to the largest value; float64 rounds at 1e-16, and sums here have up to some hundred terms."""
+CHUNK = 64
+"""A length that kernels like to divide time by: what goes wrong at the edge of a chunk shows at 63, 64 and 65."""
 GROWTH_SLACK = 0.1
 """How far the measured exponent of growth may lie above the declared one: lower-order terms at finite lengths."""
 
@@ -39,6 +49,8 @@ class MixerSuite:
     d_model: ClassVar[int] = 16
     length: ClassVar[int] = 13
     context_len: ClassVar[int] = 64
+    device: ClassVar[str] = "cpu"
+    seed: ClassVar[int] = 0
 
     # What a test works with
 
@@ -47,44 +59,71 @@ class MixerSuite:
         """The declaration, as the registry found it."""
         return load_registry().mixer(self.mixer)
 
-    def build(self, *, seed: int = 0, device: str = "cpu") -> Any:
+    def build(self, *, seed: int = 0, device: str | None = None) -> Any:
         """A small mixer in float64 with parameters drawn wide enough that every path matters."""
-        torch.manual_seed(seed)
+        torch.manual_seed(self.seed + seed)
         context = MixerContext(
             d_model=self.d_model, layer_index=0, num_layers=1, context_len=self.context_len
         )
         build: Any = load_attribute(self.spec.build)
-        with torch.device(device):
-            mixer = build(typed_config(self.spec.config, dict(self.config), "config"), context)
-        if device != "meta":
-            mixer.init_parameters(0.3)
-        return mixer.double()
+        where = device or self.device
+        # Drawn on the CPU, so that one seed is one mixer on every device.
+        with torch.device("meta" if where == "meta" else "cpu"):
+            mixer = build(self.typed_config(), context)
+        if where == "meta":
+            return mixer.double()
+        mixer.init_parameters(0.3)
+        return mixer.double().to(where)
+
+    def typed_config(self) -> Any:
+        """The mixer's config dataclass, from `config`."""
+        return typed_config(self.spec.config, dict(self.config), "config")
+
+    def build_in(self, dtype: torch.dtype) -> Any:
+        """The small mixer in a narrower type; what is declared so keeps float32."""
+        mixer = self.build().float()
+        pinned = {name: mixer.get_parameter(name).detach().clone() for name in self.spec.float32_parameters}
+        mixer.to(dtype)
+        for name, value in pinned.items():
+            mixer.get_parameter(name).data = value
+        return mixer
 
     def tokens(self, b: int, t: int, *, seed: int = 1) -> Tensor:
         """Fresh inputs.  Shape: b t d"""
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(b, t, self.d_model, generator=generator, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(1000 * self.seed + seed)
+        x = torch.randn(b, t, self.d_model, generator=generator, dtype=torch.float64)
+        return x.to(self.device)
+
+    def boundaries(self, *lengths: int) -> Tensor:
+        """`cu_seqlens` of documents of these lengths."""
+        return torch.tensor([0, *lengths], device=self.device).cumsum(0).to(torch.int32)
 
     # What is promised
 
     def test_is_discovered_under_its_name(self) -> None:
-        assert self.mixer in load_registry().mixers
-        assert load_registry().origin(self.spec)
+        registry = load_registry()
+        assert self.mixer in registry.mixers, f"no installed plugin declares '{self.mixer}'"
+        assert registry.origin(self.spec), f"'{self.mixer}' comes from no distribution"
 
     def test_keeps_shape_at_any_length(self) -> None:
         mixer = self.build()
-        for b, t in ((1, 1), (2, 2), (3, self.length)):
-            assert mixer(self.tokens(b, t)).shape == (b, t, self.d_model)
+        for b, t in ((1, 1), (2, 2), (3, self.length), (1, CHUNK - 1), (2, CHUNK + 1), (1, 2 * CHUNK + 3)):
+            found, expected = tuple(mixer(self.tokens(b, t)).shape), (b, t, self.d_model)
+            assert found == expected, f"x: b={b} t={t}: the output has shape {found} instead of {expected}"
 
     def test_no_output_depends_on_later_tokens(self) -> None:
         if not self.spec.causal:
             return
-        mixer, x = self.build(), self.tokens(2, self.length)
-        y = mixer(x)
-        for t in range(1, self.length):
-            changed = x.clone()
-            changed[:, t:] = self.tokens(2, self.length - t, seed=t + 2)
-            assert torch.equal(mixer(changed)[:, :t], y[:, :t]), f"outputs before token {t} changed with it"
+        mixer = self.build()
+        edges = (1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK)
+        for length, cuts in ((self.length, range(1, self.length)), (2 * CHUNK + 3, edges)):
+            x = self.tokens(2, length)
+            y = mixer(x)
+            for t in cuts:
+                changed = x.clone()
+                changed[:, t:] = self.tokens(2, length - t, seed=t + 2)
+                early = (mixer(changed)[:, :t] != y[:, :t]).any(-1).any(0).nonzero()
+                assert not len(early), f"x: b=2 t={length}: output {int(early[0])} changed with tokens {t} and later"
 
     def test_every_output_depends_on_its_own_token(self) -> None:
         mixer, x = self.build(), self.tokens(1, self.length).requires_grad_()
@@ -96,7 +135,7 @@ class MixerSuite:
     def test_sequences_of_a_batch_do_not_mix(self) -> None:
         mixer, x = self.build(), self.tokens(3, self.length)
         order = torch.tensor([2, 0, 1])
-        assert_close(mixer(x[order]), mixer(x)[order])
+        assert_close(mixer(x[order]), mixer(x)[order], f"x: b=3 t={self.length}, sequences in another order")
 
     def test_gradient_reaches_every_parameter(self) -> None:
         mixer = self.build()
@@ -109,18 +148,18 @@ class MixerSuite:
         if not self.spec.packed:
             return
         mixer = self.build()
-        for lengths in ([self.length], [4, 1, 8], [0, 5, 0, 1, 1, 7, 0]):
+        for lengths in ([self.length], [4, 1, 8], [0, 5, 0, 1, 1, 7, 0], [CHUNK + 1, 0, 1, CHUNK, 2]):
             x = self.tokens(1, sum(lengths))
-            boundaries = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+            boundaries = self.boundaries(*lengths)
             together, parts = x.clone().requires_grad_(), x.clone().requires_grad_()
             packed = mixer(together, boundaries)
             separate = torch.cat([mixer(document) for document in parts.split(lengths, dim=1) if document.shape[1]], 1)
-            assert_close(packed, separate)
+            assert_close(packed, separate, f"outputs, documents of {lengths}")
             pull = self.tokens(1, sum(lengths), seed=5)
             packed_gradients = gradients(packed, pull, together, mixer)
             separate_gradients = gradients(separate, pull, parts, mixer)
             for name, found in packed_gradients.items():
-                assert_close(found, separate_gradients[name], name)
+                assert_close(found, separate_gradients[name], f"gradient of {name}, documents of {lengths}")
 
     def test_prefill_and_decode_equal_forward_at_every_split(self) -> None:
         mixer, x = self.build(), self.tokens(2, self.length)
@@ -134,44 +173,233 @@ class MixerSuite:
                 for t in range(split, self.length):
                     y_t, carry = mixer.decode(x[:, t], carry)
                     outputs.append(y_t.unsqueeze(1))
-                assert_close(torch.cat(outputs, 1), whole, f"split at {split}")
+                assert_close(torch.cat(outputs, 1), whole, f"x: b=2 t={self.length}, prefill of {split}, then decode")
 
     def test_prefill_in_two_parts_equals_one(self) -> None:
+        mixer = self.build()
+        edges = (1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK)
+        for length, splits in ((self.length, range(1, self.length)), (2 * CHUNK + 3, edges)):
+            x = self.tokens(2, length)
+            with torch.no_grad():
+                forward = mixer(x)
+                whole, last = mixer.prefill(x, mixer.empty_carry(2))
+                assert_close(whole, forward, f"x: b=2 t={length}, prefill against forward")
+                for split in splits:
+                    where = f"x: b=2 t={length}, split at {split}"
+                    first, carry = mixer.prefill(x[:, :split], mixer.empty_carry(2))
+                    second, carry = mixer.prefill(x[:, split:], carry)
+                    assert_close(torch.cat([first, second], 1), whole, where)
+                    for found, expected in zip(tree_leaves(carry), tree_leaves(last), strict=True):
+                        if isinstance(found, Tensor):
+                            assert_close(found, expected, f"carry, {where}")
+                        else:
+                            assert found == expected, f"{where}: the carry holds {found} instead of {expected}"
+
+    def test_gradients_flow_through_a_carry_as_through_a_sequence(self) -> None:
+        mixer, x, pull = self.build(), self.tokens(2, self.length), self.tokens(2, self.length, seed=5)
+        whole = x.clone().requires_grad_()
+        expected = gradients(mixer(whole), pull, whole, mixer)
+        for split in (1, self.length // 2):
+            parts = x.clone().requires_grad_()
+            first, carry = mixer.prefill(parts[:, :split], mixer.empty_carry(2))
+            second, carry = mixer.prefill(parts[:, split:-1], carry)
+            last, _ = mixer.decode(parts[:, -1], carry)
+            found = gradients(torch.cat([first, second, last.unsqueeze(1)], 1), pull, parts, mixer)
+            for name, gradient in found.items():
+                what = f"gradient of {name}, x: b=2 t={self.length}, split at {split} and before the last token"
+                assert_close(gradient, expected[name], what)
+
+    def test_gradients_are_those_of_finite_differences(self) -> None:
+        """(8 (L(e) - L(-e)) - L(2e) + L(-2e)) / 12e = grad . d  with L(e) the loss at p + e d, d a random direction.
+
+        Of fourth order: the second order's error, curvature times e^2, is 1e-5 of the slope in steep mixers.
+        """
+        mixer, x, pull = self.build(), self.tokens(1, 7), self.tokens(1, 7, seed=5)
+        leaf = x.clone().requires_grad_()
+        found = gradients(mixer(leaf), pull, leaf, mixer)
+        step = 1e-5
+        with torch.no_grad():
+            for name, value in {"x": x, **dict(mixer.named_parameters())}.items():
+                generator = torch.Generator().manual_seed(self.seed + 7)
+                direction = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.device)
+                before, losses = value.clone(), []
+                for steps in (1, -1, 2, -2):
+                    value.copy_(before + steps * step * direction)
+                    losses.append(float((mixer(x) * pull).sum()))
+                value.copy_(before)
+                slope = (8 * (losses[0] - losses[1]) - (losses[2] - losses[3])) / (12 * step)
+                claimed = float((found[name] * direction).sum())
+                scale = max(float((found[name] * direction).abs().sum()), 1e-3)
+                off = abs(slope - claimed) / scale
+                assert off < 1e-6, f"x: b=1 t=7: the gradient of {name} is {claimed:.6g} where the slope is {slope:.6g}"
+
+    def test_two_calls_give_the_same_bits(self) -> None:
+        mixer, x, pull = self.build(), self.tokens(2, self.length), self.tokens(2, self.length, seed=5)
+        results = []
+        for _ in range(2):
+            leaf = x.clone().requires_grad_()
+            y = mixer(leaf)
+            with torch.no_grad():
+                prefilled, carry = mixer.prefill(x, mixer.empty_carry(2))
+                y_t, carry = mixer.decode(x[:, 0], carry)
+            results.append({"y": y, **gradients(y, pull, leaf, mixer), "prefill": prefilled, "decode": y_t})
+        for name, value in results[0].items():
+            assert torch.equal(value, results[1][name]), f"x: b=2 t={self.length}: {name} differs from call to call"
+
+    def test_arguments_are_left_as_they_were(self) -> None:
+        mixer, x, cu_seqlens = self.build(), self.tokens(1, self.length), self.boundaries(3, self.length - 3)
+        with torch.no_grad():
+            _, carry = mixer.prefill(x, mixer.empty_carry(1))
+            calls: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+                "forward": (mixer, (x,)),
+                "prefill": (mixer.prefill, (x, carry)),
+                "decode": (mixer.decode, (x[:, 0].clone(), carry)),
+            }
+            if self.spec.packed:
+                calls["packed forward"] = (mixer, (x, cu_seqlens))
+            for name, (call, arguments) in calls.items():
+                before = snapshot(arguments)
+                call(*arguments)
+                assert same(arguments, before), f"x: b=1 t={self.length}: {name} writes into its arguments"
+
+    def test_results_share_no_memory_with_what_the_caller_may_overwrite(self) -> None:
+        """A buffer of inputs is reused, one carry is continued twice: neither changes what was handed out before."""
         mixer, x = self.build(), self.tokens(2, self.length)
         with torch.no_grad():
-            whole, last = mixer.prefill(x, mixer.empty_carry(2))
-            for split in range(1, self.length):
-                first, carry = mixer.prefill(x[:, :split], mixer.empty_carry(2))
-                second, carry = mixer.prefill(x[:, split:], carry)
-                assert_close(torch.cat([first, second], 1), whole, f"split at {split}")
-                for found, expected in zip(tree_leaves(carry), tree_leaves(last)):
-                    if isinstance(found, Tensor):
-                        assert_close(found, expected, f"carry, split at {split}")
-                    else:
-                        assert found == expected
+            empty = snapshot(mixer.empty_carry(2))
+            y, carry = mixer.prefill(x, mixer.empty_carry(2))
+            assert same(mixer.empty_carry(2), empty), "the empty carry is not empty after a prefill"
+            buffer = self.tokens(2, 1, seed=3)[:, 0].contiguous()
+            y_t, after = mixer.decode(buffer, carry)
+            again, after_again = mixer.decode(buffer, carry)
+            assert same((y_t, after), (again, after_again)), "one carry, continued twice alike, gives two results"
+            handed_out = snapshot((y, carry, y_t, after))
+            mixer.decode(buffer + 1, after)
+            x.fill_(math.nan)
+            buffer.fill_(math.nan)
+            found = same((y, carry, y_t, after), handed_out)
+        assert found, f"x: b=2 t={self.length}: outputs or carries change when the input's memory is written to"
+
+    def test_keeps_the_type_of_its_input(self) -> None:
+        for dtype in (torch.float32, torch.bfloat16):
+            mixer, x = self.build_in(dtype), self.tokens(2, self.length).to(dtype)
+            with torch.no_grad():
+                empty = mixer.empty_carry(2)
+                prefilled, carry = mixer.prefill(x[:, :-1], empty)
+                y_t, after = mixer.decode(x[:, -1], carry)
+                outputs = {"forward": mixer(x), "prefill": prefilled, "decode": y_t}
+            for name, y in outputs.items():
+                assert y.dtype == dtype, f"{name} of {dtype} gives {y.dtype}"
+                assert y.device == x.device, f"{name} on {x.device} gives an output on {y.device}"
+                assert y.isfinite().all(), f"{name} of {dtype}, b=2 t={self.length}, is not finite"
+            for name, later in (("prefill", carry), ("decode", after)):
+                types = [leaf.dtype if isinstance(leaf, Tensor) else type(leaf) for leaf in tree_leaves(later)]
+                first = [leaf.dtype if isinstance(leaf, Tensor) else type(leaf) for leaf in tree_leaves(empty)]
+                assert types == first, f"the carry of {dtype} is {first} when empty and {types} after {name}"
+
+    def test_float32_agrees_with_float64(self) -> None:
+        """To 1e-3 of the largest output: float32 rounds at 6e-8, and recurrences may magnify it ten thousand times."""
+        x = self.tokens(2, self.length)
+        with torch.no_grad():
+            found, expected = self.build_in(torch.float32)(x.float()), self.build()(x)
+            assert_close(found.double(), expected, f"float32, x: b=2 t={self.length}", tolerance=1e-3)
+            if torch.device(self.device).type != "cpu":
+                on_cpu = self.build(device="cpu")(x.cpu())
+                assert_close(expected.cpu(), on_cpu, f"{self.device} against cpu, x: b=2 t={self.length}")
+
+    def test_float32_parameters_keep_their_bits_under_bfloat16(self) -> None:
+        """A change too small for bfloat16 (2^-10 of the value; bfloat16 rounds at 2^-9) still reaches the output."""
+        kind = torch.device(self.device).type
+        x = self.tokens(2, CHUNK).float()
+        for name in self.spec.float32_parameters:
+            mixer = self.build_in(torch.float32)
+            parameter = mixer.get_parameter(name)
+            with torch.no_grad(), torch.autocast(kind, dtype=torch.bfloat16):
+                # Away from zero, where a relative change is none; on values of bfloat16, to which it would be rounded.
+                parameter.copy_(torch.where(parameter.abs() < 0.05, 0.05, parameter).bfloat16().float())
+                y = mixer(x)
+                parameter.mul_(1 + 2**-10)
+                assert not torch.equal(mixer(x), y), f"x: b=2 t={CHUNK}: {name} is used after rounding to bfloat16"
+
+    def test_state_dict_holds_all_that_was_drawn(self) -> None:
+        first, second, x = self.build(seed=3), self.build(seed=4), self.tokens(2, self.length)
+        second.load_state_dict(snapshot(first.state_dict()))
+        with torch.no_grad():
+            assert torch.equal(first(x), second(x)), "a mixer that loads another's state_dict gives other outputs"
+            steps = [mixer.decode(x[:, -1], mixer.prefill(x, mixer.empty_carry(2))[1])[0] for mixer in (first, second)]
+        assert torch.equal(*steps), "a mixer that loads another's state_dict decodes otherwise"
+
+    def test_is_built_on_the_meta_device_and_filled_later(self) -> None:
+        hollow, full, x = self.build(device="meta"), self.build(), self.tokens(2, self.length)
+        for name, value in (*hollow.named_parameters(), *hollow.named_buffers()):
+            assert value.device.type == "meta", f"{name} is made on {value.device} when the mixer is built on meta"
+        hollow.to_empty(device=self.device)
+        with torch.no_grad():
+            for value in (*hollow.parameters(), *hollow.buffers()):
+                value.fill_(math.nan if value.is_floating_point() else -1)  # what memory held before
+            hollow.load_state_dict(full.state_dict())
+            assert torch.equal(hollow(x), full(x)), "built on meta and loaded, it differs: a buffer is in no state_dict"
+
+    def test_a_deep_copy_is_equal_and_independent(self) -> None:
+        mixer, x = self.build(), self.tokens(2, self.length)
+        with torch.no_grad():
+            y, twin = mixer(x), copy.deepcopy(mixer)
+            assert torch.equal(twin(x), y), "a deep copy gives other outputs"
+            for parameter in twin.parameters():
+                parameter.zero_()
+            assert torch.equal(mixer(x), y), "writing to a deep copy changes the original"
+
+    def test_config_survives_pickle_and_its_own_values(self) -> None:
+        config = self.typed_config()
+        assert pickle.loads(pickle.dumps(config)) == config, f"{config} comes back from pickle as another"
+        again: Any = typed_config(self.spec.config, dataclasses.asdict(config), "config")
+        assert again == config, f"{config}, built from its own values, is {again}"
+
+    def test_compiles_without_graph_breaks(self) -> None:
+        mixer, x = self.build(), self.tokens(1, self.length)
+        with torch.no_grad():
+            _, carry = mixer.prefill(x, mixer.empty_carry(1))
+            calls: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+                "forward": (mixer.forward, (x,)),
+                "prefill": (mixer.prefill, (x, carry)),
+                "decode": (mixer.decode, (x[:, 0], carry)),
+            }
+            if self.spec.packed:
+                calls["packed"] = (mixer.forward, (x, self.boundaries(4, 0, self.length - 4)))
+            for name, (call, arguments) in calls.items():
+                torch._dynamo.reset()
+                try:
+                    found = torch.compile(call, fullgraph=True, backend="eager")(*arguments)
+                except torch._dynamo.exc.TorchDynamoException as error:
+                    cause = str(error).strip().splitlines()[0]
+                    raise AssertionError(f"x: b=1 t={self.length}: {name} breaks the graph: {cause}") from None
+                for left, right in zip(tree_leaves(found), tree_leaves(call(*arguments)), strict=True):
+                    if isinstance(left, Tensor):
+                        assert_close(left, right, f"compiled {name}, x: b=1 t={self.length}")
 
     def test_captures_as_one_node_per_operator(self) -> None:
         captured = capture(self.build())
         assert not captured.declined, f"not captured: {dict(captured.declined)}"
         for method in METHODS:
             nodes = [operator.name for _, operator in operator_nodes(captured.graphs[method].graph)]
-            assert sorted(set(nodes)) == sorted(self.spec.operators), f"{method} calls {nodes}"
+            declared = sorted(self.spec.operators)
+            assert sorted(set(nodes)) == declared, f"{method} calls {nodes}, and {declared} are declared"
 
     def test_running_its_graphs_changes_neither_results_nor_state_dict(self) -> None:
         plain, rewritten = self.build(), self.build()
         install(rewritten, capture(rewritten).graphs)
         x = self.tokens(2, self.length)
-        boundaries = torch.tensor([0, 3, self.length], dtype=torch.int32)
-        assert list(rewritten.state_dict()) == list(plain.state_dict())
-        assert torch.equal(rewritten(x), plain(x))
+        boundaries = self.boundaries(3, self.length - 3)
+        assert list(rewritten.state_dict()) == list(plain.state_dict()), "running graphs changes the state_dict's keys"
+        assert torch.equal(rewritten(x), plain(x)), f"x: b=2 t={self.length}: the graph of forward differs"
         if self.spec.packed:
-            assert torch.equal(rewritten(x[:1], boundaries), plain(x[:1], boundaries))
+            assert torch.equal(rewritten(x[:1], boundaries), plain(x[:1], boundaries)), "the packed graph differs"
         y, carry = rewritten.prefill(x[:, :5], rewritten.empty_carry(2))
         y_t, _ = rewritten.decode(x[:, 5], carry)
         expected, carry = plain.prefill(x[:, :5], plain.empty_carry(2))
         expected_t, _ = plain.decode(x[:, 5], carry)
-        assert torch.equal(y, expected)
-        assert torch.equal(y_t, expected_t)
+        assert torch.equal(y, expected), "x: b=2 t=5: the graph of prefill differs"
+        assert torch.equal(y_t, expected_t), "x_t: b=2 after 5 tokens: the graph of decode differs"
 
     def test_calls_operators_and_leaves_the_kernel_to_the_compiler(self) -> None:
         for graph_module in capture(self.build()).graphs.values():
@@ -179,35 +407,64 @@ class MixerSuite:
                 assert kernel_of(node) == "default", f"{operator.name} is called with a kernel of the mixer's choice"
 
     def test_work_grows_no_faster_than_declared(self) -> None:
+        """Arithmetic as operators and matrix products count it, and bytes written, which show the rest."""
         mixer = self.build(device="meta")
-        counts = []
-        for t in (1024, 2048, 4096):
+        lengths, flops, written = (1024, 2048, 4096), [], []
+        for t in lengths:
             x = torch.empty(1, t, self.d_model, device="meta", dtype=torch.float64)
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 mixer(x)
-            counts.append(counter.get_total_flops())
-        growth = math.log2(counts[2] / counts[1])
-        assert growth <= self.spec.work_growth.value + GROWTH_SLACK, f"work grows as t^{growth:.2f}"
+            with _BytesWritten() as traffic, torch.no_grad():
+                mixer(x)
+            flops.append(counter.get_total_flops())
+            written.append(traffic.bytes)
+        for what, counts in (("work", flops), ("memory written", written)):
+            growth = math.log2(max(counts[2], 1) / max(counts[1], 1))
+            declared = self.spec.work_growth.value
+            assert growth <= declared + GROWTH_SLACK, (
+                f"{what} at t = {lengths} is {counts}: it grows as t^{growth:.2f}, and t^{declared:g} is declared"
+            )
 
     def test_carry_grows_no_faster_than_declared(self) -> None:
         mixer = self.build()
-        sizes = []
+        lengths, sizes = (128, 256, 512), []
         with torch.no_grad():
-            for t in (128, 256, 512):
+            for t in lengths:
                 _, carry = mixer.prefill(self.tokens(1, t), mixer.empty_carry(1))
                 sizes.append(carry_bytes(carry))
         growth = math.log2(max(sizes[2], 1) / max(sizes[1], 1))
-        assert growth <= self.spec.carry_growth.value + GROWTH_SLACK, f"the carry grows as t^{growth:.2f}"
+        declared = self.spec.carry_growth.value
+        assert growth <= declared + GROWTH_SLACK, (
+            f"the carry at t = {lengths} is {sizes} bytes: it grows as t^{growth:.2f}, and t^{declared:g} is declared"
+        )
 
     def test_one_seed_gives_one_mixer(self) -> None:
         first, second, other = self.build(seed=3), self.build(seed=3), self.build(seed=4)
-        assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
-        assert not all(torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters()))
+        for (name, a), b in zip(first.named_parameters(), second.parameters()):
+            assert torch.equal(a, b), f"{name} differs between two mixers of one seed"
+        drawn = [not torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters())]
+        assert any(drawn), "the seed changes no parameter"
 
     def test_names_only_parameters_that_exist(self) -> None:
         names = [name for name, _ in self.build().named_parameters()]
         for declared in (*self.spec.no_decay, *self.spec.float32_parameters):
-            assert declared in names, f"'{declared}' is declared and is no parameter"
+            assert declared in names, f"'{declared}' is declared and is no parameter: they are {', '.join(names)}"
+
+    def test_weight_decay_spares_what_is_declared(self) -> None:
+        mixer = self.build()
+        block = Block(mixer, None, mixer_name=self.mixer, layer_index=0, d_model=self.d_model, norm_eps=1e-5)
+        model = LanguageModel(
+            [block],
+            vocab_size=8,
+            d_model=self.d_model,
+            norm_eps=1e-5,
+            tie_embeddings=False,
+            no_decay={self.mixer: self.spec.no_decay},
+        )
+        decayed, _ = model.parameter_groups(0.1)
+        for name in self.spec.no_decay:
+            parameter = mixer.get_parameter(name)
+            assert all(parameter is not other for other in decayed["params"]), f"{name} is decayed"
 
 
 def assert_close(found: Tensor, expected: Tensor, what: str = "values", tolerance: float = TOLERANCE) -> None:
@@ -226,6 +483,29 @@ def gradients(y: Tensor, pull: Tensor, x: Tensor, mixer: nn.Module) -> dict[str,
     names, parameters = zip(*mixer.named_parameters())
     found = torch.autograd.grad((y * pull).sum(), [x, *parameters])
     return dict(zip(("x", *names), found))
+
+
+def snapshot(values: Any) -> Any:
+    """The same tree with tensors copied."""
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), values)
+
+
+def same(found: object, expected: object) -> bool:
+    """Whether two trees hold the same bits and the same numbers."""
+    pairs = zip(tree_leaves(found), tree_leaves(expected), strict=True)
+    return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
+
+
+class _BytesWritten(TorchDispatchMode):
+    """Counts the bytes of every result that is not a view; an operator is one call, whatever it does inside."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.bytes += carry_bytes(results)
+        return results
 
 
 def carry_bytes(carry: object) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -41,4 +42,4 @@ def restore_forward(module: nn.Module) -> None:
 
 def forward_as_written(module: nn.Module) -> Callable[..., Any]:
     """The forward of the module's class."""
-    return type(module).forward.__get__(module)  # type: ignore[no-any-return, call-overload]
+    return partial(type(module).forward, module)  # dynamo of torch 2.11 cannot trace __get__

@@ -1,0 +1,123 @@
+"""The conformance suite finds every planted fault, and none where there is none."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import mutant_mixers
+import pytest
+from mutant_mixers import NoConfig, Sound
+
+from subquad.contracts import Growth, MixerSpec
+from subquad.testing.mixer_suite import MixerSuite
+from subquad.testing.verdict import Outcome, judge, promises
+
+SPEC = MixerSpec(
+    name="mutant",
+    summary="linear attention with a learned decay per head, or nearly so",
+    paper="none",
+    config=NoConfig,
+    build="mutant_mixers:Sound",
+    work_growth=Growth.LINEAR,
+    carry_growth=Growth.CONSTANT,
+    no_decay=("rate",),
+    float32_parameters=("rate",),
+    operators=("linear_attention",),
+)
+MUTANTS = {
+    "LeaksOneFutureToken": "no_output_depends_on_later_tokens",
+    "LeaksAcrossTheBatch": "sequences_of_a_batch_do_not_mix",
+    "ForgetsToResetAtABoundary": "packed_documents_equal_separate_ones",
+    "DecaysTwiceWhenDecoding": "prefill_and_decode_equal_forward_at_every_split",
+    "DropsTheGradientOfTheInitialState": "gradients_flow_through_a_carry_as_through_a_sequence",
+    "DropsTheGradientOfTheDecay": "gradients_are_those_of_finite_differences",
+    "DeclaresLessWorkThanItDoes": "work_grows_no_faster_than_declared",
+    "WritesAsManyNumbersAsThereArePairs": "work_grows_no_faster_than_declared",
+    "DeclaresASmallerCarryThanItHas": "carry_grows_no_faster_than_declared",
+    "DecodesTheTokenBefore": "prefill_and_decode_equal_forward_at_every_split",
+    "MutatesItsInput": "arguments_are_left_as_they_were",
+    "MutatesTheCarryItIsGiven": "arguments_are_left_as_they_were",
+    "HandsOutItsInputAsCarry": "results_share_no_memory_with_what_the_caller_may_overwrite",
+    "HandsOutOneEmptyCarry": "results_share_no_memory_with_what_the_caller_may_overwrite",
+    "IsNotDeterministic": "two_calls_give_the_same_bits",
+    "LosesTheTypeOfItsInput": "keeps_the_type_of_its_input",
+    "LosesTheTypeOfItsCarry": "keeps_the_type_of_its_input",
+    "RoundsWhatIsPinned": "float32_parameters_keep_their_bits_under_bfloat16",
+    "KeepsATensorOutOfItsStateDict": "state_dict_holds_all_that_was_drawn",
+    "ComputesABufferOnlyWhenBuilt": "is_built_on_the_meta_device_and_filled_later",
+    "SharesItsWeightsWithItsCopies": "a_deep_copy_is_equal_and_independent",
+    "BreaksTheGraph": "compiles_without_graph_breaks",
+    "LooksAtValues": "captures_as_one_node_per_operator",
+    "CallsAnOperatorItDoesNotDeclare": "captures_as_one_node_per_operator",
+    "ChoosesItsKernel": "calls_operators_and_leaves_the_kernel_to_the_compiler",
+    "IgnoresAParameter": "gradient_reaches_every_parameter",
+    "DrawsFromARandomnessOfItsOwn": "one_seed_gives_one_mixer",
+    "MakesTensorsOnTheCpu": "is_built_on_the_meta_device_and_filled_later",
+    "ForgetsTheLastTokenOfLongSequences": "prefill_in_two_parts_equals_one",
+    "MixesWithAnUnusedGate": "every_output_depends_on_its_own_token",
+}
+"""Each fault, and the promise that is about it; others may break with it."""
+DISCOVERY = "is_discovered_under_its_name"
+"""The one promise that a mixer without a distribution cannot keep."""
+
+
+class SoundSuite(MixerSuite):
+    mixer = "mutant"
+    declared = SPEC
+
+    @property
+    def spec(self) -> MixerSpec:
+        return self.declared
+
+
+def suite_of(name: str, **declared: object) -> type[MixerSuite]:
+    """The suite on one class of `mutant_mixers`."""
+    spec = dataclasses.replace(SPEC, build=f"mutant_mixers:{name}", **declared)  # type: ignore[arg-type]
+    return type(f"Suite{name}", (SoundSuite,), {"declared": spec})
+
+
+def broken(suite: type[MixerSuite], only: str | None = None) -> dict[str, Outcome]:
+    found = judge(suite, only=only)
+    return {outcome.promise: outcome for outcome in found if outcome.broken is not None}
+
+
+def test_the_mixer_without_a_fault_keeps_every_promise_but_to_be_installed() -> None:
+    assert list(broken(suite_of("Sound"))) == [DISCOVERY]
+
+
+def test_every_fault_is_listed_and_every_listed_promise_exists() -> None:
+    faults = {
+        name for name, value in vars(mutant_mixers).items()
+        if isinstance(value, type) and issubclass(value, Sound) and value is not Sound
+    }  # fmt: skip
+    assert faults == set(MUTANTS)
+    assert len(faults) >= 12
+    assert set(MUTANTS.values()) <= set(promises(MixerSuite))
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_suite_finds(name: str) -> None:
+    found = broken(suite_of(name), only=MUTANTS[name])
+    assert set(found) == {MUTANTS[name]}, f"{name} survives"
+    assert "Error:" not in str(found[MUTANTS[name]].broken).split(" ")[0], "found by accident: the mutant raises"
+
+
+@pytest.mark.parametrize(
+    ("declared", "promise"),
+    [
+        ({"no_decay": ("rates",)}, "names_only_parameters_that_exist"),
+        ({"float32_parameters": ("in_proj.weight",)}, "float32_parameters_keep_their_bits_under_bfloat16"),
+        ({"operators": ()}, "captures_as_one_node_per_operator"),
+        ({"operators": ("linear_attention", "rotary")}, "captures_as_one_node_per_operator"),
+        ({"work_growth": Growth.SQRT}, "work_grows_no_faster_than_declared"),
+    ],
+    ids=str,
+)
+def test_the_suite_finds_a_wrong_declaration_of_a_sound_mixer(declared: dict[str, object], promise: str) -> None:
+    assert set(broken(suite_of("Sound", **declared), only=promise)) == {promise}
+
+
+def test_the_sound_mixer_keeps_its_promises_for_other_seeds() -> None:
+    for seed in (1, 2):
+        suite = type("Seeded", (suite_of("Sound"),), {"seed": seed})
+        assert list(broken(suite)) == [DISCOVERY]
