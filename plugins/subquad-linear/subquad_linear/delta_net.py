@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
 from subquad import MixerContext
 from subquad_kernels.operators import causal_conv, delta_rule
 from subquad_linear.config import DeltaNetConfig, width_of_a_head
+from subquad_linear.delta_memory import DeltaMemory
 from subquad_linear.exact_norm import ExactNorm
 from subquad_linear.unit_length import UnitLength
 
 
-class DeltaNetCarry(NamedTuple):
-    """What DeltaNet remembers, of a size that does not depend on t.
-
-    Shapes:  conv_inputs: b (w-1) 3d, the last inputs of the convolution    state: b h n n (fp32)
-    """
-
-    conv_inputs: Tensor
-    state: Tensor
-
-
-class DeltaNet(nn.Module):
+class DeltaNet(DeltaMemory):
     """DeltaNet:  S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,   o_t = n^-1/2 S_t^T q_t.
 
     [q, k, v] = silu(conv(W x)), q and k then scaled to length one;  beta = sigmoid(W_b x), doubled with
@@ -39,14 +28,14 @@ class DeltaNet(nn.Module):
         super().__init__()
         d = context.d_model
         self.num_heads = config.num_heads
-        self.head_dim = width_of_a_head(d, config.num_heads, "keys")
+        self.key_dim = self.value_dim = width_of_a_head(d, config.num_heads, "keys")
         self.largest_write = 2.0 if config.negative_eigenvalues else 1.0
         self.qkv_proj = nn.Linear(d, 3 * d, bias=False)
         # Holds the taps (c 1 w) and draws them; the operator computes.
         self.conv = nn.Conv1d(3 * d, 3 * d, config.conv_width, groups=3 * d, bias=False)
         self.unit_length = UnitLength()
         self.write_proj = nn.Linear(d, config.num_heads, bias=False)
-        self.norm = ExactNorm(self.head_dim)
+        self.norm = ExactNorm(self.key_dim)
         self.o_proj = nn.Linear(d, d, bias=False)
 
     def init_parameters(self, std: float) -> None:
@@ -56,38 +45,13 @@ class DeltaNet(nn.Module):
         self.conv.reset_parameters()
         self.norm.reset_parameters()
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """Mix whole sequences.  Shapes:  x: b t d  ->  b t d"""
-        y, _, _ = self._mix(x, None, None, cu_seqlens)
-        return y
-
-    def empty_carry(self, batch_size: int) -> DeltaNetCarry:
-        """Zeros: no token has been seen."""
-        channels, _, width = self.conv.weight.shape
-        exact = torch.promote_types(self.conv.weight.dtype, torch.float32)
-        state = (batch_size, self.num_heads, self.head_dim, self.head_dim)
-        return DeltaNetCarry(
-            self.conv.weight.new_zeros(batch_size, width - 1, channels),
-            self.conv.weight.new_zeros(state, dtype=exact),
-        )
-
-    def prefill(self, x: Tensor, carry: DeltaNetCarry) -> tuple[Tensor, DeltaNetCarry]:
-        """Mix the next t tokens.  Shapes:  x: b t d  ->  b t d"""
-        y, conv_inputs, state = self._mix(x, carry.conv_inputs, carry.state, None)
-        return y, DeltaNetCarry(conv_inputs, state)
-
-    def decode(self, x_t: Tensor, carry: DeltaNetCarry) -> tuple[Tensor, DeltaNetCarry]:
-        """Mix the next token.  Shapes:  x_t: b d  ->  b d"""
-        y, carry = self.prefill(x_t.unsqueeze(1), carry)
-        return y.squeeze(1), carry
-
     def _mix(
         self, x: Tensor, conv_inputs: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         qkv, conv_inputs = causal_conv(
             self.qkv_proj(x), self.conv.weight.squeeze(1), initial_state=conv_inputs, cu_seqlens=cu_seqlens
         )
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.key_dim)).unbind(-3)
         write_gate = self.largest_write * torch.sigmoid(self.write_proj(x))
         o, state = delta_rule(
             self.unit_length(q), self.unit_length(k), v, write_gate=write_gate,

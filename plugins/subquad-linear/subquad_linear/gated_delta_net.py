@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from torch.nn import functional as F
 from subquad import MixerContext
 from subquad_kernels.operators import causal_conv, delta_rule
 from subquad_linear.config import GatedDeltaNetConfig, width_of_a_head
+from subquad_linear.delta_memory import DeltaMemory
 from subquad_linear.gated_output import GatedOutput
 from subquad_linear.unit_length import UnitLength
 
@@ -21,17 +21,7 @@ LARGEST_RATE, RATE_FLOOR = 16.0, 1e-4
 """Rates A are drawn uniform below the first; the second keeps a draw of 0 from becoming a logarithm of -inf."""
 
 
-class GatedDeltaNetCarry(NamedTuple):
-    """What Gated DeltaNet remembers, of a size that does not depend on t.
-
-    Shapes:  conv_inputs: b (w-1) c, the last inputs of the convolution, c = 2 h n + h p    state: b h n p (fp32)
-    """
-
-    conv_inputs: Tensor
-    state: Tensor
-
-
-class GatedDeltaNet(nn.Module):
+class GatedDeltaNet(DeltaMemory):
     """Gated DeltaNet:  S_t = e^(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,   o_t = n^-1/2 S_t^T q_t.
 
     [q, k, v] = silu(conv(W x)), q and k then scaled to length one;  beta = sigmoid(W_b x), doubled with
@@ -77,31 +67,6 @@ class GatedDeltaNet(nn.Module):
         step = torch.empty_like(self.dt_bias, dtype=torch.float32)
         step.uniform_(math.log(SMALLEST_STEP), math.log(LARGEST_STEP)).exp_().clamp_(min=STEP_FLOOR)
         self.dt_bias.copy_(step + (-torch.expm1(-step)).log())  # the inverse of softplus
-
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """Mix whole sequences.  Shapes:  x: b t d  ->  b t d"""
-        y, _, _ = self._mix(x, None, None, cu_seqlens)
-        return y
-
-    def empty_carry(self, batch_size: int) -> GatedDeltaNetCarry:
-        """Zeros: no token has been seen."""
-        channels, _, width = self.conv.weight.shape
-        exact = torch.promote_types(self.conv.weight.dtype, torch.float32)
-        state = (batch_size, self.num_heads, self.key_dim, self.value_dim)
-        return GatedDeltaNetCarry(
-            self.conv.weight.new_zeros(batch_size, width - 1, channels),
-            self.conv.weight.new_zeros(state, dtype=exact),
-        )
-
-    def prefill(self, x: Tensor, carry: GatedDeltaNetCarry) -> tuple[Tensor, GatedDeltaNetCarry]:
-        """Mix the next t tokens.  Shapes:  x: b t d  ->  b t d"""
-        y, conv_inputs, state = self._mix(x, carry.conv_inputs, carry.state, None)
-        return y, GatedDeltaNetCarry(conv_inputs, state)
-
-    def decode(self, x_t: Tensor, carry: GatedDeltaNetCarry) -> tuple[Tensor, GatedDeltaNetCarry]:
-        """Mix the next token.  Shapes:  x_t: b d  ->  b d"""
-        y, carry = self.prefill(x_t.unsqueeze(1), carry)
-        return y.squeeze(1), carry
 
     def _mix(
         self, x: Tensor, conv_inputs: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None
