@@ -28,10 +28,14 @@ from subquad.compiler.workload import node_workloads
 from subquad.errors import ConfigError, NotFoundError
 from subquad.model.build import build_model
 from subquad.model.language_model import LanguageModel
+from subquad.registry import load_registry
 from subquad.schema import ChannelMixerConfig, ModelConfig, RunConfig, TrainerConfig
+from subquad_cost_model import Decision, Estimate, decide
 from subquad_kernels.catalogue import CATALOGUE, Kernel
 from subquad_kernels.torch_operator import default_kernels, named_arguments
 from subquad_kernels.workload import Workload
+
+load_registry()  # fills the catalogue: any test may be the first
 
 EXAMPLE = Example(tokens_shape=(2, 24), packed=True, training=True)
 QUIET = CompileOptions(measure=False)
@@ -275,10 +279,8 @@ def test_a_slow_default_loses_to_a_measured_rival(monkeypatch: pytest.MonkeyPatc
     assert choice.kernel == f"b<=1,t<=48: {choice.chosen}; sleepy"
 
 
-@pytest.mark.parametrize("is_default", [False, True])
-def test_a_kernel_that_fails_beyond_the_size_of_its_check_is_left_out_and_named(
-    is_default: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def add_kernel_that_fails_at_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`small`: passes its self-check, and raises where the measurer runs it at the size of the run."""
     checked = CATALOGUE.kernel("segment_attention", "compacted").torch_half
 
     class Small:
@@ -302,12 +304,33 @@ def test_a_kernel_that_fails_beyond_the_size_of_its_check_is_left_out_and_named(
 
     monkeypatch.setattr(Measurer, "failure", at_full_size)
     add_kernel(monkeypatch, "small", Small)
+
+
+@pytest.mark.parametrize("is_default", [False, True])
+def test_a_kernel_that_fails_beyond_the_size_of_its_check_is_left_out_and_named(
+    is_default: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_kernel_that_fails_at_full_size(monkeypatch)
     if is_default:
         monkeypatch.setattr("subquad.compiler.choose.default_kernels", default_of_segments("small"))
     choice = next(choice for choice in segment_choices(segment_plan(measure_budget_s=5.0)))
     assert choice.chosen in ("compacted", "sdpa_merge")
     assert choice.declined["small"] == "failed at this size: RuntimeError: too long for me"
     assert "small" not in choice.kernel
+
+
+def test_a_kernel_that_is_chosen_on_an_estimate_alone_is_run_once_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An estimate so sure that nothing need be measured does not spare a kernel its first run."""
+
+    def certain(estimates: dict[str, Estimate], default: str) -> Decision:
+        sure = Decision(choice="small", certain=True, to_measure=(), reason="sure of it")
+        return sure if "small" in estimates else decide(estimates, default)
+
+    add_kernel_that_fails_at_full_size(monkeypatch)
+    monkeypatch.setattr("subquad.compiler.choose.decide", certain)
+    choice = next(choice for choice in segment_choices(segment_plan(measure_budget_s=5.0)))
+    assert choice.chosen in ("compacted", "sdpa_merge")
+    assert choice.declined["small"] == "failed at this size: RuntimeError: too long for me"
 
 
 def test_without_measuring_the_default_stays(monkeypatch: pytest.MonkeyPatch) -> None:
