@@ -73,6 +73,11 @@ class MixerSuite:
         if where == "meta":
             return mixer.double()
         mixer.init_parameters(0.3)
+        with torch.no_grad():
+            for parameter in mixer.parameters():
+                # Papers start maps at zero so that a block does nothing at first; here that would hide what it does.
+                if not parameter.any():
+                    parameter.normal_(std=0.3)
         return mixer.double().to(where)
 
     def typed_config(self) -> Any:

@@ -14,6 +14,13 @@ def at_least_one(config: object, *names: str) -> None:
             raise ConfigError(what=f"{name} is {getattr(config, name)}", where=name, mend="use 1 or more")
 
 
+def at_least_zero(config: object, *names: str) -> None:
+    """Refuse a negative size by name, where 0 stands for a rule.  Raises: ConfigError."""
+    for name in names:
+        if getattr(config, name) < 0:
+            raise ConfigError(what=f"{name} is {getattr(config, name)}", where=name, mend="use 1 or more, or 0")
+
+
 def positive(config: object, *names: str) -> None:
     """Refuse a number that is not above 0 by name.  Raises: ConfigError."""
     for name in names:
@@ -115,3 +122,67 @@ class MatrixLSTMConfig:
     def __post_init__(self) -> None:
         at_least_one(self, "num_heads")
         positive(self, "expand_k", "gate_cap")
+
+
+@dataclass(kw_only=True)
+class RWKV6Config:
+    """Decays per channel and token behind a token shift that the token decides itself (RWKV-6, 2024)."""
+
+    num_heads: int = 4  # the authors' heads are 64 wide
+    mix_rank: int = 32  # rank of each stream's map from a token to its share of the one before
+    decay_rank: int = 64  # rank of the map from a token to its decays
+    blocks_per_layer: int = 1  # blocks that the authors count as one layer: 2 with rwkv_channel_mix
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "num_heads", "mix_rank", "decay_rank", "blocks_per_layer")
+
+
+@dataclass(kw_only=True)
+class RWKV7Config:
+    """A delta rule with decays per channel and a removal of its own, behind a token shift (RWKV-7, 2025)."""
+
+    num_heads: int = 4  # the authors' heads are 64 wide
+    decay_rank: int = 0  # rank of the map from a token to its decays; 0: 2.5 sqrt(d_model)
+    rate_rank: int = 0  # rank of the map from a token to its rates in context; 0: 2.5 sqrt(d_model)
+    gate_rank: int = 0  # rank of the output gate; 0: 5 sqrt(d_model); all three rounded to 32, at least 32
+    blocks_per_layer: int = 1  # blocks that the authors count as one layer: 2 with rwkv_channel_mix
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "num_heads", "blocks_per_layer")
+        at_least_zero(self, "decay_rank", "rate_rank", "gate_rank")
+
+    def resolved_decay_rank(self, d_model: int) -> int:
+        """`decay_rank`, or what the authors suggest."""
+        return self.decay_rank or _suggested_rank(2.5, d_model)
+
+    def resolved_rate_rank(self, d_model: int) -> int:
+        """`rate_rank`, or what the authors suggest."""
+        return self.rate_rank or _suggested_rank(2.5, d_model)
+
+    def resolved_gate_rank(self, d_model: int) -> int:
+        """`gate_rank`, or what the authors suggest."""
+        return self.gate_rank or _suggested_rank(5.0, d_model)
+
+
+def _suggested_rank(factor: float, d_model: int) -> int:
+    """factor sqrt(d), rounded to 32 (the authors' code of RWKV-7)."""
+    return max(32, round(factor * d_model**0.5 / 32) * 32)
+
+
+@dataclass(kw_only=True)
+class RWKVChannelMixConfig:
+    """A squared-ReLU channel mix behind a token shift, in a block of its own (RWKV-6 and RWKV-7)."""
+
+    d_hidden: int = 0  # hidden width; 0: 4 d_model, or with `receptance` 3.5 d_model, rounded down to 32
+    receptance: bool = False  # a gate of the token: RWKV-6 has it, RWKV-7 has not
+    blocks_per_layer: int = 2  # blocks that the authors count as one layer
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "blocks_per_layer")
+        at_least_zero(self, "d_hidden")
+
+    def resolved_d_hidden(self, d_model: int) -> int:
+        """`d_hidden`, or the authors' choice."""
+        if self.d_hidden:
+            return self.d_hidden
+        return max(32, int(3.5 * d_model) // 32 * 32) if self.receptance else 4 * d_model

@@ -12,6 +12,9 @@ from subquad_linear.config import (
     LightningConfig,
     MatrixLSTMConfig,
     RetNetConfig,
+    RWKV6Config,
+    RWKV7Config,
+    RWKVChannelMixConfig,
 )
 
 
@@ -90,5 +93,44 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             # Gates act exponentially on the state: 8 bits of a bias change what is remembered.
             float32_parameters=("forget_gate.bias", "input_gate.bias"),
             operators=("linear_attention",),
+        ),
+        MixerSpec(
+            name="rwkv6",
+            summary="linear attention with a decay per channel and token and a bonus, behind a token shift",
+            paper="Peng et al. 2024 (arXiv 2404.05892)",
+            config=RWKV6Config,
+            build="subquad_linear.rwkv6:RWKV6",
+            work_growth=Growth.LINEAR,
+            carry_growth=Growth.CONSTANT,
+            no_decay=("mix", "mix_down.weight", "mix_up", "decay.down.weight", "decay.up.weight", "bonus"),
+            # It acts doubly exponentially on the state through the decays.
+            float32_parameters=("decay_base",),
+            operators=("gated_linear_attention",),
+        ),
+        MixerSpec(
+            name="rwkv7",
+            summary="a delta rule with a decay per channel and a removal key of its own, behind a token shift",
+            paper="Peng et al. 2025 (arXiv 2503.14456)",
+            config=RWKV7Config,
+            build="subquad_linear.rwkv7:RWKV7",
+            work_growth=Growth.LINEAR,
+            carry_growth=Growth.CONSTANT,
+            no_decay=(
+                "mix", "bonus", "decay.down.weight", "decay.up.weight", "rate.down.weight", "rate.up.weight",
+                "gate.down.weight", "gate.up.weight",
+            ),  # fmt: skip
+            # It acts exponentially on the state through the decays.
+            float32_parameters=("decay_base",),
+            operators=("delta_rule",),
+        ),
+        MixerSpec(
+            name="rwkv_channel_mix",
+            summary="the other half of RWKV's layers: a squared-ReLU channel mix behind a token shift",
+            paper="Peng et al. 2024 (arXiv 2404.05892), 2025 (arXiv 2503.14456)",
+            config=RWKVChannelMixConfig,
+            build="subquad_linear.rwkv_channel_mix:RWKVChannelMix",
+            work_growth=Growth.LINEAR,
+            carry_growth=Growth.CONSTANT,
+            operators=(),
         ),
     ]

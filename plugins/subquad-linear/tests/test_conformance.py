@@ -118,3 +118,34 @@ class TestMatrixLSTMOfOneHead(LinearMixerSuite):
     mixer = "mlstm"
     config: ClassVar = {"num_heads": 1, "expand_k": 1.0, "gate_cap": 3.0}
     state_bytes = 4 * 16 * (16 + 1)
+
+
+class TestRWKV6(LinearMixerSuite):
+    mixer = "rwkv6"
+    state_bytes = 4 * 4 * 4 * 4 + 4 * 16
+
+
+class TestRWKV6OfOtherSizes(LinearMixerSuite):
+    mixer = "rwkv6"
+    config: ClassVar = {"num_heads": 2, "mix_rank": 3, "decay_rank": 5, "blocks_per_layer": 2}
+    state_bytes = 4 * 2 * 8 * 8 + 4 * 16
+
+
+class TestRWKV7(LinearMixerSuite):
+    mixer = "rwkv7"
+    state_bytes = 4 * 4 * 4 * 4 + 4 * 16
+
+
+class TestRWKV7OfOtherSizes(LinearMixerSuite):
+    mixer = "rwkv7"
+    config: ClassVar = {"num_heads": 2, "decay_rank": 3, "rate_rank": 5, "gate_rank": 7, "blocks_per_layer": 2}
+    state_bytes = 4 * 2 * 8 * 8 + 4 * 16
+
+
+class TestRWKVChannelMix(MixerSuite):
+    mixer = "rwkv_channel_mix"
+
+
+class TestRWKVChannelMixWithReceptance(MixerSuite):
+    mixer = "rwkv_channel_mix"
+    config: ClassVar = {"receptance": True, "d_hidden": 24, "blocks_per_layer": 1}
