@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.fx import GraphModule
 
-CONTRACT_VERSION = "1.1"
+CONTRACT_VERSION = "1.2"
 """Grows by minor numbers when something is added, by major ones when something a plugin relies on is removed."""
 
 Carry: TypeAlias = "tuple[Tensor | int, ...]"
@@ -73,6 +73,7 @@ class MixerSpec:
     `build` names `module:attribute`, called as `build(config, context) -> Mixer`; it is imported when a model is
     built, so that the declaring module needs no torch. `no_decay` names parameters that weight decay must leave alone
     (biases, norms and other vectors are left alone anyway); `float32_parameters` those that keep float32 under bf16.
+    `candidate=False` is for what stands in no layer alone: an `auto` layer gets it only where the recipe names it.
     """
 
     name: str
@@ -87,6 +88,7 @@ class MixerSpec:
     no_decay: tuple[str, ...] = ()
     float32_parameters: tuple[str, ...] = ()
     operators: tuple[str, ...] = ()
+    candidate: bool = True
 
 
 ComponentKind = Literal["optimizer", "data"]
@@ -154,9 +156,7 @@ class AttentionFunction(Protocol):
 class Adapter(Protocol):
     """Lets a foreign module compute attention by kernels; it keeps its class, parameters and state_dict keys."""
 
-    def __call__(
-        self, module: torch.nn.Module, attention: Mapping[str, AttentionFunction]
-    ) -> Mapping[str, str]:
+    def __call__(self, module: torch.nn.Module, attention: Mapping[str, AttentionFunction]) -> Mapping[str, str]:
         """Let submodules (by path below `module`, "" for itself) call their functions; return why not, by path."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from subquad import ConfigError
@@ -166,7 +167,7 @@ class RWKV7Config:
 
 def _suggested_rank(factor: float, d_model: int) -> int:
     """factor sqrt(d), rounded to 32 (the authors' code of RWKV-7)."""
-    return max(32, round(factor * d_model**0.5 / 32) * 32)
+    return max(32, round(factor * math.sqrt(d_model) / 32) * 32)
 
 
 @dataclass(kw_only=True)

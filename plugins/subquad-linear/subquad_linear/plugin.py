@@ -17,6 +17,8 @@ from subquad_linear.config import (
     RWKVChannelMixConfig,
 )
 
+RWKV7_LOW_RANK = ("decay", "rate", "gate")
+
 
 @hookimpl
 def subquad_provide_config_packages() -> Iterable[str]:
@@ -115,10 +117,7 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             build="subquad_linear.rwkv7:RWKV7",
             work_growth=Growth.LINEAR,
             carry_growth=Growth.CONSTANT,
-            no_decay=(
-                "mix", "bonus", "decay.down.weight", "decay.up.weight", "rate.down.weight", "rate.up.weight",
-                "gate.down.weight", "gate.up.weight",
-            ),  # fmt: skip
+            no_decay=("mix", "bonus", *(f"{map}.{half}.weight" for map in RWKV7_LOW_RANK for half in ("down", "up"))),
             # It acts exponentially on the state through the decays.
             float32_parameters=("decay_base",),
             operators=("delta_rule",),
@@ -131,6 +130,6 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             build="subquad_linear.rwkv_channel_mix:RWKVChannelMix",
             work_growth=Growth.LINEAR,
             carry_growth=Growth.CONSTANT,
-            operators=(),
+            candidate=False,  # it sees two tokens
         ),
     ]

@@ -26,7 +26,7 @@ UP_GAIN = 0.1
 
 
 class UnitDirection(nn.Module):
-    """y = x / max(|x|, 1e-12) over the last axis, in fp32 or wider; y has the type of x.  Shapes:  x: ... n  ->  ... n"""
+    """y = x / max(|x|, 1e-12) over the last axis, in fp32 or wider; y has x's type.  Shapes:  x: ... n  ->  ... n"""
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale each vector."""

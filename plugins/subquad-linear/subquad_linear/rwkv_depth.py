@@ -12,7 +12,7 @@ from subquad import MixerContext
 
 @dataclass(frozen=True)
 class Depth:
-    """Layer i of L as the authors count, who count time mix and channel mix together: here `blocks_per_layer` blocks."""
+    """Layer i of L as the authors count: time mix and channel mix together, here `blocks_per_layer` blocks."""
 
     layer: int
     layers: int

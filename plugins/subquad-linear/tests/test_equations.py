@@ -211,9 +211,7 @@ def rwkv6_streams(m: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Te
     """Receptance, key, value, decay (0 to 1) and gate of Peng et al. 2024, section 4.2: equations 14 to 18."""
     back, rank = step_back(x), m.mix_up.shape[1]
     low = torch.tanh((x + back * m.first_mix) @ m.mix_down.weight.T)
-    inputs = [
-        x + back * (m.mix[s] + low[..., s * rank : (s + 1) * rank] @ m.mix_up[s]) for s in range(5)
-    ]
+    inputs = [x + back * (m.mix[s] + low[..., s * rank : (s + 1) * rank] @ m.mix_up[s]) for s in range(5)]
     w = torch.exp(-torch.exp(m.decay_base + low_rank(m.decay, inputs[0], torch.tanh)))
     k, v, r, g = (z @ proj.weight.T for z, proj in zip(inputs[1:], (m.k_proj, m.v_proj, m.r_proj, m.g_proj)))
     return *(heads(z, m.num_heads) for z in (r, k, v, w)), silu(g)  # type: ignore[return-value]

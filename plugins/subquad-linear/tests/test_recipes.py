@@ -43,6 +43,22 @@ def mlstm_block(d: int) -> int:
     return 4 * d * d + 2 * 4 * (d + 1) + d
 
 
+def rwkv6_layer(d: int) -> int:
+    """Peng et al. 2024, appendix: 13 d^2 + 464 d, two LayerNorms of 2 d among them; here of one RMSNorm of d each.
+
+    One of the two is counted here, the other by the test.
+    """
+    return 13 * d * d + 464 * d - 4 * d + d
+
+
+def rwkv7_layer(d: int) -> int:
+    """Peng et al. 2025, appendix: 12 d^2 + 2 d (d_w + d_a + d_g) + 19 d without the value residual; norms as above.
+
+    The value residual is 2 d d_v + d, its base among the 19 d.
+    """
+    return 12 * d * d + 2 * d * (64 + 64 + 128) + 18 * d - 4 * d + d
+
+
 LAYOUTS = {
     # recipe: (parameters of a mixer, d_model, blocks, hidden width of SwiGLU, vocabulary, tied)
     "retnet_340m": (retnet_block(1024), 1024, 24, 1536, 32000, True),
@@ -51,6 +67,8 @@ LAYOUTS = {
     "delta_net_340m": (delta_net_block(1024), 1024, 24, 2816, 32000, False),
     "mlstm_340m": (mlstm_block(1024), 1024, 24, 2752, 32000, True),
     "lightning_340m": (lightning_block(1024), 1024, 24, 2560, 32000, True),
+    "rwkv6_470m": (rwkv6_layer(1024), 1024, 24, 0, 65536, False),  # layers of two blocks
+    "rwkv7_450m": (rwkv7_layer(1024), 1024, 24, 0, 65536, False),
 }
 
 
@@ -67,6 +85,19 @@ def test_the_paper_s_size_has_the_parameter_count_of_its_block_layout(recipe: st
     assert f"| {expected:,} |" in row
     written = (PACKAGE / "subquad_linear" / "conf" / "model" / f"{recipe}.yaml").read_text(encoding="utf-8")
     assert f"{expected:,} parameters" in written.partition("\n")[0]
+
+
+def test_rwkv_has_the_published_count_but_for_what_is_left_out() -> None:
+    """Peng et al. 2024: 13 d^2 L + 464 d L + 4 d + 2 d V. Peng et al. 2025: RWKV7-World-0.4B has 450,767,872."""
+    d, layers, vocabulary = 1024, 24, 65536
+    norms = 2 * d * layers + 3 * d  # biases of LayerNorms, and the norm behind the embedding
+    value_residuals = (layers - 1) * (2 * d * 32 + d)
+    finch = 13 * d * d * layers + 464 * d * layers + 4 * d + 2 * d * vocabulary
+    for recipe, published in (("rwkv6_470m", finch), ("rwkv7_450m", 450_767_872 - value_residuals)):
+        config = load_config([f"model={recipe}"])
+        config.model.context_len = 4096
+        model = build_model(config.model, device="meta")
+        assert sum(parameter.numel() for parameter in model.parameters()) == published - norms, recipe
 
 
 @pytest.mark.parametrize("recipe", [name.rsplit("_", 1)[0] for name in LAYOUTS])
