@@ -18,6 +18,8 @@ from subquad_linear.token_shift import TokenShift
 POWERS = {"w": 1.0, "k": 1.0, "v": 1.0, "r": 0.5, "g": 0.5}
 """How early channels of each stream look back at first, in the order of `mix` (the authors' code)."""
 STREAMS = len(POWERS)
+LARGEST_EXPONENT = 7.0
+"""exp(-exp(7)) is 0 in float64 already; from 89 on the inner exponential overflows in float32."""
 UP_BOUND = 0.01
 """Second factors of low-rank maps start uniform within it (the authors' code)."""
 
@@ -85,7 +87,8 @@ class RWKV6(ShiftedMemory):
         x_w, x_k, x_v, x_r, x_g = (x + change * mix).unbind(0)
         heads = (self.num_heads, self.head_dim)
         # The base is fp32, which makes the decays fp32 where products are rounded to 8 bits.
-        log_decay = -torch.exp(self.decay_base + self.decay(x_w)).unflatten(-1, heads)
+        exponent = (self.decay_base + self.decay(x_w)).clamp(max=LARGEST_EXPONENT)
+        log_decay = -torch.exp(exponent).unflatten(-1, heads)
         o, state = gated_linear_attention(
             self.r_proj(x_r).unflatten(-1, heads), self.k_proj(x_k).unflatten(-1, heads),
             self.v_proj(x_v).unflatten(-1, heads), log_decay, self.bonus,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -227,3 +229,26 @@ def test_the_channel_mix_sees_a_token_and_the_one_before() -> None:
     x = tokens(9).requires_grad_()
     (gradient,) = torch.autograd.grad(mixer(x)[:, 5].sum(), x)
     assert gradient.abs().amax((0, 2)).nonzero().flatten().tolist() == [4, 5]
+
+
+@pytest.mark.parametrize("kind", [RWKV6, RWKV7])
+@pytest.mark.parametrize("base", [-1e4, 100.0, 1e4])
+def test_decays_of_rwkv_beyond_all_bounds_stay_finite(kind: Any, base: float) -> None:
+    """RWKV-6's inner exponential would overflow at 89 in float32; a channel that forgets all holds the last token."""
+    config: Any = RWKV6Config(num_heads=2) if kind is RWKV6 else RWKV7Config(num_heads=2)
+    mixer = kind(config, CONTEXT)
+    mixer.init_parameters(0.3)
+    with torch.no_grad():
+        mixer.o_proj.weight.normal_()
+        mixer.mix.zero_()
+        mixer.decay_base[0] = base
+    x = tokens(150).float().requires_grad_()
+    y = mixer(x)
+    y.square().sum().backward()
+    assert y.isfinite().all()
+    for name, parameter in mixer.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    if kind is RWKV6 and base > 0:
+        _, carry = mixer.prefill(x, mixer.empty_carry(2))
+        last = mixer.k_proj(x)[:, -1, :1] * mixer.v_proj(x)[:, -1, :8]
+        torch.testing.assert_close(carry.state[:, 0, 0], last)
