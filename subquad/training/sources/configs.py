@@ -123,7 +123,7 @@ class CopyingConfig:
 
 @dataclass(kw_only=True)
 class SyntheticConfig:
-    """A task with exact answers, in one or several sizes (`subquad/training/tasks`); `evaluate suite=TASK` judges it."""
+    """A task with exact answers in one or several sizes (`subquad/training/tasks`); `evaluate suite=TASK` judges it."""
 
     task: str = "mqar"
     sizes: list[int] = field(default_factory=list)  # pairs, symbols, bits ...; [] means the usual ones that fit

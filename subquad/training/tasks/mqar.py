@@ -17,7 +17,7 @@ POWER = 0.01
 
 
 def draw(random: np.random.Generator, seq_len: int, size: int, vocab_size: int, power: float = POWER) -> Row:
-    """`size` pairs and a query for each. 0 is the filler, the lower half of the vocabulary are keys, the upper values."""
+    """`size` pairs and a query for each. 0 is the filler, the lower half of the tokens are keys, the upper values."""
     middle = vocab_size // 2
     keys = random.choice(np.arange(1, middle), size=size, replace=False)
     values = random.integers(middle, vocab_size, size=size)
