@@ -110,8 +110,8 @@ def test_a_continuation_that_is_too_long_is_refused(run: Path) -> None:
 
 
 def test_metrics_are_read_from_lm_evals_keys() -> None:
-    values = {"alias": "x", "acc,none": 0.5, "acc_stderr,none": "N/A", "exact_match,strict": 1, "exact_match_stderr,strict":
-              0.25, "sample_len": 3, " ": " "}  # fmt: skip
+    values = {"alias": "x", "acc,none": 0.5, "acc_stderr,none": "N/A", "sample_len": 3, " ": " "}
+    values |= {"exact_match,strict": 1, "exact_match_stderr,strict": 0.25}
     assert metrics_of(values) == {"acc": (0.5, None), "exact_match (strict)": (1.0, 0.25)}
 
 
@@ -171,8 +171,11 @@ def test_tasks_of_lm_eval_get_the_scores_of_plain_sums(
     data = tmp_path / "documents.jsonl"
     data.write_text("".join(json.dumps(document) + "\n" for document in documents))
     paths = []
-    for name, kind, rest in (("choices_here", "multiple_choice", CHOICES), ("text_here", "loglikelihood_rolling", ROLLING),
-                             ("written_here", "generate_until", GENERATED)):  # fmt: skip
+    for name, kind, rest in (
+        ("choices_here", "multiple_choice", CHOICES),
+        ("text_here", "loglikelihood_rolling", ROLLING),
+        ("written_here", "generate_until", GENERATED),
+    ):
         path = tmp_path / f"{name}.yaml"
         path.write_text(TASK.format(name=name, data=data, kind=kind, rest=rest))
         paths.append(str(path))

@@ -8,8 +8,8 @@ from typing import Any
 
 from subquad.errors import ConfigError, RunError, suggestion
 from subquad.schema import EvaluateConfig
-from subquad.training.evaluation.loaded_run import LoadedRun, load
 from subquad.training.evaluation.lm_eval_adapter import evaluate_lm_eval
+from subquad.training.evaluation.loaded_run import LoadedRun, load
 from subquad.training.evaluation.report import write_evaluation_report
 from subquad.training.evaluation.synthetic import evaluate_task, trained_on
 from subquad.training.evaluation.text import Record, evaluate_text

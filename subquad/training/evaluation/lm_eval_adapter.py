@@ -48,7 +48,7 @@ def evaluate_lm_eval(run: LoadedRun, request: EvaluateConfig) -> Record:
             raise NotFoundError(
                 what=f"lm-eval {__version__} has no task '{name}'",
                 where="evaluate.tasks",
-                mend=f"{suggestion(name, manager.all_tasks)}`lm-eval ls tasks` lists them; a YAML file is named by path",
+                mend=f"{suggestion(name, manager.all_tasks)}see `lm-eval ls tasks`, or name a YAML file by its path",
             )
     max_len = max(request.lengths, default=run.config.model.context_len)
     likelihood = Likelihood(run, load_tokenizer(run.folder.path), max_len)

@@ -98,7 +98,8 @@ class PackedText:
         if token_bytes is None:
             return predicted.astype(np.int64)
         begin = index * self._seq_len
-        return np.where(predicted, token_bytes[begin + 1 : begin + self._seq_len + 1], 0).astype(np.int64)
+        widths = token_bytes[begin + 1 : begin + self._seq_len + 1].astype(np.int64)
+        return widths * predicted
 
 
 def unigram_bits_per_byte(train_counts: NDArray[np.int64], validation_counts: NDArray[np.int64]) -> float:
