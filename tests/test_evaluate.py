@@ -15,6 +15,7 @@ import torch
 
 from subquad.__main__ import main
 from subquad.commands.evaluate import evaluate_config
+from subquad.compiler.svg import LogPlot, standalone
 from subquad.errors import ConfigError, ResumeError
 from subquad.schema import EvaluateConfig, RunConfig, TokenizerConfig
 from subquad.training.data import FixedBatches, build_data
@@ -202,6 +203,19 @@ def test_the_record_holds_every_suite_and_the_pictures_stand_alone(task_run: Pat
     assert "has never seen this task" in text
     for level in levels:
         assert f"| {level['accuracy']:.4f} |" in text
+
+
+def test_points_lie_where_the_axes_say() -> None:
+    plot = LogPlot(x=(1, 100), y=(0, 1), x_label="x", y_label="y", linear_y=True, x_ticks=[1, 10, 100])
+    plot.point(10, 0.5, "middle", "red", filled=True)
+    root = ElementTree.fromstring(standalone(plot.drawn()))
+    svg = "{http://www.w3.org/2000/svg}"
+    (dot,) = root.findall(f".//{svg}circle")
+    texts = {text.text: text for text in root.findall(f".//{svg}text")}
+    assert {"1", "10", "100", "0", "0.2", "0.4", "0.6", "0.8", "x", "y"} <= set(texts)
+    assert float(texts["10"].attrib["x"]) == float(dot.attrib["cx"])
+    between = float(texts["0.4"].attrib["y"]) + float(texts["0.6"].attrib["y"])
+    assert between / 2 - 4 == pytest.approx(float(dot.attrib["cy"]), abs=0.02)
 
 
 def test_the_verb_prints_what_it_writes(text_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

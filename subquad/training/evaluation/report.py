@@ -39,15 +39,17 @@ def _text(folder: RunFolder, record: Mapping[str, Any]) -> list[str]:
     lines += _table(("seen", "targets", "perplexity", "bits per byte"),
                     [(_span(row["first"], row["last"]), *_figures(row)) for row in by_position])  # fmt: skip
     lines += ["", "![bits per byte by position](evaluation-position.svg)", ""]
-    for kind, label, points in (
-        ("length", "tokens that the context is cut to", [(row["length"], row) for row in by_length]),
-        ("position", "tokens seen", [((row["first"] * row["last"]) ** 0.5, row) for row in by_position]),
-    ):
+    for kind, label, ticks, points in (
+        ("length", "tokens that the context is cut to", [row["length"] for row in by_length],
+         [(row["length"], row) for row in by_length]),
+        ("position", "tokens seen", [row["first"] for row in by_position],
+         [((row["first"] * row["last"]) ** 0.5, row) for row in by_position]),
+    ):  # fmt: skip
         unit, y_label = "bits_per_byte", "bits per byte"
         if points[0][1][unit] is None:
             unit, y_label = "nats_per_token", "nats per token"
         line = [(x, row[unit]) for x, row in points]
-        plot = _plot([x for x, _ in line], [y for _, y in line], label, y_label)
+        plot = _plot([x for x, _ in line], [y for _, y in line], label, y_label, ticks)
         _draw(plot, line, COLOURS[0])
         write_text(folder.path / f"evaluation-{kind}.svg", standalone(plot.drawn()))
     return lines
@@ -70,7 +72,7 @@ def _task(folder: RunFolder, name: str, record: Mapping[str, Any]) -> list[str]:
     lines += ["", f"![accuracy of {name}]({picture})", ""]
     sizes = sorted({level["size"] for level in levels})
     lengths = sorted({level["length"] for level in levels})
-    plot = _plot(sizes, [0.0, 1.0], counts, "accuracy")
+    plot = _plot(sizes, [0.0, 1.0], counts, "accuracy", sizes)
     chance = sorted({(level["size"], level["chance"]) for level in levels})
     plot.line(chance, stroke="#888", stroke_dasharray="5 4")
     plot.text(chance[0][0], chance[0][1] + 0.02, "chance", fill="#888")
@@ -106,12 +108,12 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows)]
 
 
-def _plot(xs: Sequence[float], ys: Sequence[float], x_label: str, y_label: str) -> LogPlot:
-    """Axes with room around the points; x is logarithmic, with a tick at each."""
+def _plot(xs: Sequence[float], ys: Sequence[float], x_label: str, y_label: str, ticks: Sequence[float]) -> LogPlot:
+    """Axes with room around the points; x is logarithmic."""
     margin = 0.05 * (max(ys) - min(ys)) or 0.1 * abs(max(ys)) or 1.0
     return LogPlot(
         x=(min(xs) / 1.3, max(xs) * 1.3), y=(min(ys) - margin, max(ys) + margin), x_label=x_label, y_label=y_label,
-        linear_y=True, x_ticks=[round(x, 1) for x in xs],
+        linear_y=True, x_ticks=ticks,
     )  # fmt: skip
 
 

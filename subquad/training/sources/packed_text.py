@@ -96,10 +96,10 @@ class PackedText:
     def _widths(self, split: Split, index: int, targets: NDArray[np.int64]) -> NDArray[np.int64]:
         predicted, token_bytes = targets != IGNORED, self._arrays[split].token_bytes
         if token_bytes is None:
-            return predicted.astype(np.int64)
+            return np.asarray(predicted, dtype=np.int64)
         begin = index * self._seq_len
-        widths = token_bytes[begin + 1 : begin + self._seq_len + 1].astype(np.int64)
-        return widths * predicted
+        widths = token_bytes[begin + 1 : begin + self._seq_len + 1]
+        return np.where(predicted, np.asarray(widths, dtype=np.int64), 0)
 
 
 def unigram_bits_per_byte(train_counts: NDArray[np.int64], validation_counts: NDArray[np.int64]) -> float:
