@@ -29,6 +29,7 @@ KNOWN_PLUGINS: Mapping[str, str] = MappingProxyType(
         "lightning": "subquad-linear",
         "mamba": "subquad-ssm",
         "mamba2": "subquad-ssm",
+        "mamba3": "subquad-ssm",
         "mlstm": "subquad-linear",
         "retnet": "subquad-linear",
         "segment_attention": "subquad-scout",
