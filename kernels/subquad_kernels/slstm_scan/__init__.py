@@ -11,8 +11,8 @@ a division,
     w_t = sigmoid( i_t - log sigmoid(f_t) - l_{t-1} ),    a_t = (1 - w_t) a_{t-1} + w_t tanh(z_t)
     l_t = log( sigmoid(f_t) exp(l_{t-1}) + exp(i_t) ) = i_t - log w_t
 
-which is what the paper's stabiliser m stands for: its states are c exp(-m), n exp(-m) and m = a maximum of logs. A state
-is (h, a, l); that of no token is (0, 0, -inf). Every step waits for the one before it: the scan is serial in t.
+where the paper carries c exp(-m), n exp(-m) and a stabiliser m = max(log sigmoid(f) + m, i): the same quotient. A
+state is (h, a, l); that of no token is (0, 0, -inf). Every step waits for the one before it: the scan is serial in t.
 Packed documents (cu_seqlens) have a state each, which before a document's first token is its initial state, else that
 of no token.
 

@@ -24,9 +24,9 @@ def slstm_scan(
     *,
     kernel: str = DEFAULT,
 ) -> tuple[Tensor, Tensor]:
-    """sLSTM  c_t = sigmoid(f_t) c_{t-1} + e^{i_t} tanh z_t,  n_t = sigmoid(f_t) n_{t-1} + e^{i_t},  y = sigmoid(o) c / n.
+    """sLSTM  c_t = sig(f_t) c_{t-1} + e^i_t tanh z_t,   n_t = sig(f_t) n_{t-1} + e^i_t,   y_t = sig(o_t) c_t / n_t.
 
-        i, f, z, o = inputs_t + bias + R y_{t-1}
+        i_t, f_t, z_t, o_t = inputs_t + bias + R y_{t-1}                    sig: the logistic function
 
     Shapes:  inputs: b t h 4 p    recurrent: h p 4 p    bias: h 4 p    cu_seqlens: documents + 1 (int32)
              initial_state: states 3 h p  ->  y: b t h p    final_state: states 3 h p (fp32; fp64 for fp64 inputs)

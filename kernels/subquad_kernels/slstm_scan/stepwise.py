@@ -12,6 +12,7 @@ gradients on. With w = sigmoid(u), u = i - log sigmoid(f) - l, and gradients dh,
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,9 +31,7 @@ def forward(**arguments: Argument) -> Outputs:
     return _Call(arguments).forward()
 
 
-def backward(
-    arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]
-) -> dict[str, Tensor | None]:
+def backward(arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
     """Gradients of every tensor argument, from the gradients of y and of final_state."""
     return _Call(arguments).backward(outputs[2], *gradients)
 
@@ -56,9 +55,6 @@ class _Steps:
             ranks[self.ranked] = torch.arange(len(lengths), device=device)
             self.order = (positions * len(lengths) + ranks[document_ids(cu_seqlens, t)]).argsort()
             self.sizes = positions.bincount().tolist()
-        self.starts = [0]
-        for size in self.sizes[:-1]:
-            self.starts.append(self.starts[-1] + size)
 
     def lay(self, rows: Tensor) -> Tensor:
         """Heads first, tokens in the order of steps.  Shapes:  b t h ...  ->  h (b t) ..."""
@@ -81,17 +77,30 @@ class _Steps:
         return states
 
     def before(self, initial: Tensor, after: Tensor) -> Tensor:
-        """The states before every token, from the initial ones and those after it.
+        """The states before every token, from the initial ones and those after every token.
 
         Shapes:  initial: 3 h states p    after: 3 h (b t) p  ->  3 h (b t) p
         """
+        first = initial[:, :, : self.sizes[0]]
         if len(self.sizes) == 1:
-            return initial[:, :, : self.sizes[0]]
+            return first
         sizes = torch.tensor(self.sizes, device=after.device)
-        # A sequence keeps its rank: it stands one step's size behind where it stood.
+        # A sequence keeps its rank: it stood one step's size before where it stands.
         places = torch.arange(self.sizes[0], after.shape[2], device=after.device)
-        earlier = after[:, :, places - sizes[:-1].repeat_interleave(sizes[1:])]
-        return torch.cat([initial[:, :, : self.sizes[0]], earlier], dim=2)
+        return torch.cat([first, after[:, :, places - sizes[:-1].repeat_interleave(sizes[1:])]], dim=2)
+
+    def after_all(self, initial: Tensor, after: Tensor) -> Tensor:
+        """The states after the last tokens; a sequence without any ends as it began.
+
+        Shapes:  initial: 3 h states p    after: 3 h (b t) p  ->  3 h states p
+        """
+        stops = [*accumulate(self.sizes)]
+        ends = [
+            after[:, :, stop - size + left : stop]
+            for stop, size, left in zip(stops, self.sizes, [*self.sizes[1:], 0])
+            if left < size
+        ]
+        return torch.cat([*reversed(ends), initial[:, :, self.sizes[0] :]], dim=2)
 
 
 class _Call:
@@ -113,22 +122,20 @@ class _Call:
     def forward(self) -> Outputs:
         """y: b t h p    final_state: states 3 h p    trajectory: 3 h (b t) p"""
         trajectory = self.initial.new_empty(3, *self.gates.shape[:2], self.p)
-        states = self.initial.clone()
-        for start, size in zip(self.steps.starts, self.steps.sizes):
-            hidden, mean, log_weight = states[:, :, :size]
-            raw = torch.baddbmm(self.gates[:, start : start + size], hidden, self.weights)
+        hidden, mean, log_weight = self.initial
+        for size, gates, *after in zip(self.steps.sizes, *self._by_step(self.gates, *trajectory)):
+            raw = torch.baddbmm(gates, hidden[:, :size], self.weights)
             i, f, z, o = raw.unflatten(2, (4, self.p)).unbind(2)
-            u = i - logsigmoid(f) - log_weight
-            mean = torch.lerp(mean, z.tanh(), u.sigmoid())
-            after = torch.stack([o.sigmoid() * mean, mean, i - logsigmoid(u)])
-            trajectory[:, :, start : start + size] = after
-            states[:, :, :size] = after
-        return self.steps.take(trajectory[0], self.inputs), self.steps.of_ranks(states), trajectory
+            u = i - logsigmoid(f) - log_weight[:, :size]
+            mean = torch.lerp(mean[:, :size], z.tanh(), u.sigmoid(), out=after[1])
+            hidden = torch.mul(o.sigmoid(), mean, out=after[0])
+            log_weight = torch.sub(i, logsigmoid(u), out=after[2])
+        final = self.steps.after_all(self.initial, trajectory)
+        return self.steps.take(trajectory[0], self.inputs), self.steps.of_ranks(final), trajectory
 
     def backward(self, trajectory: Tensor, dy: Tensor | None, dfinal: Tensor | None) -> dict[str, Tensor | None]:
-        """All gradients; the loop holds those of the states by rank, which of a sequence yet to come are its last."""
-        steps, exact = self.steps, self.gates.dtype
-        hidden, mean, log_weight = steps.before(self.initial, trajectory)
+        """All gradients; those of a sequence's last states join the loop where it ends."""
+        hidden, mean, log_weight = self.steps.before(self.initial, trajectory)
         raw = torch.baddbmm(self.gates, hidden, self.weights)
         i, f, z, o = raw.unflatten(2, (4, self.p)).unbind(2)
         u = i - logsigmoid(f) - log_weight
@@ -138,28 +145,42 @@ class _Call:
         z_of_mean = write * (1 - value.square())
         o_of_hidden = trajectory[1] * shown * (1 - shown)
 
-        dY = torch.zeros_like(hidden) if dy is None else steps.lay(dy.to(exact))
-        dstates = torch.zeros_like(self.initial) if dfinal is None else steps.by_rank(dfinal.to(exact))
+        exact = self.gates.dtype
+        dY = torch.zeros_like(hidden) if dy is None else self.steps.lay(dy.to(exact))
+        last = torch.zeros_like(self.initial) if dfinal is None else self.steps.by_rank(dfinal.to(exact))
         dgates = torch.empty_like(raw)
+        known = (shown, keep, u_of_mean, f_of_u, z_of_mean, o_of_hidden)
+        by_step = self._by_step(dY, dgates, *known, *dgates.unflatten(2, (4, self.p)).unbind(2))
         back = self.weights.transpose(1, 2)
-        for start, size in zip(reversed(steps.starts), reversed(steps.sizes)):
-            now = slice(start, start + size)
-            dhidden, dmean, dlog = dstates[:, :, :size]
-            dhidden = dhidden + dY[:, now]
-            dmean = torch.addcmul(dmean, dhidden, shown[:, now])
-            du = dmean * u_of_mean[:, now] - keep[:, now] * dlog
-            di, df, dz, do = dgates[:, now].unflatten(2, (4, self.p)).unbind(2)
+        dstates = last[:, :, :0].unbind()
+        for size, *step in reversed(list(zip(self.steps.sizes, *by_step))):
+            dhidden, dmean, dlog = self._joined(dstates, last, size)
+            dy_t, all_gates, shown_t, keep_t, u_of_mean_t, f_of_u_t, z_of_mean_t, o_of_hidden_t, di, df, dz, do = step
+            dhidden = dhidden + dy_t
+            dmean = torch.addcmul(dmean, dhidden, shown_t)
+            du = torch.addcmul(dmean * u_of_mean_t, keep_t, dlog, value=-1)
             torch.add(dlog, du, out=di)
-            torch.mul(du, f_of_u[:, now], out=df)
-            torch.mul(dmean, z_of_mean[:, now], out=dz)
-            torch.mul(dhidden, o_of_hidden[:, now], out=do)
-            dstates[0, :, :size] = dgates[:, now] @ back
-            dstates[1, :, :size] = dmean * keep[:, now]
-            dstates[2, :, :size] = -du
+            torch.mul(du, f_of_u_t, out=df)
+            torch.mul(dmean, z_of_mean_t, out=dz)
+            torch.mul(dhidden, o_of_hidden_t, out=do)
+            dstates = (torch.bmm(all_gates, back), dmean * keep_t, -du)
+        dinitial = torch.stack(self._joined(dstates, last, last.shape[2]))
         h = self.gates.shape[0]
         return {
-            "inputs": steps.take(dgates.unflatten(2, (4, self.p)), self.inputs),
+            "inputs": self.steps.take(dgates.unflatten(2, (4, self.p)), self.inputs),
             "recurrent": (hidden.transpose(1, 2) @ dgates).view(h, self.p, 4, self.p),
             "bias": dgates.sum(1).view(h, 4, self.p),
-            "initial_state": steps.of_ranks(dstates),
+            "initial_state": self.steps.of_ranks(dinitial),
         }
+
+    def _by_step(self, *laid: Tensor) -> tuple[tuple[Tensor, ...], ...]:
+        """Views of every step's tokens.  Shapes:  h (b t) ...  ->  steps of h size ..."""
+        return tuple(tensor.split(self.steps.sizes, dim=1) for tensor in laid)
+
+    @staticmethod
+    def _joined(dstates: tuple[Tensor, ...], last: Tensor, size: int) -> tuple[Tensor, ...]:
+        """Gradients of the first `size` ranks' states: what the loop has, and of the others what they end with."""
+        held = dstates[0].shape[1]
+        if held == size:
+            return dstates
+        return tuple(torch.cat([one, rest[:, held:size]], 1) for one, rest in zip(dstates, last))
