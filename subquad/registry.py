@@ -33,6 +33,7 @@ KNOWN_PLUGINS: Mapping[str, str] = MappingProxyType(
         "mlstm": "subquad-linear",
         "retnet": "subquad-linear",
         "segment_attention": "subquad-scout",
+        "slstm": "subquad-linear",
     }
 )
 """Mixers of plugins that are published with subquad: named when a recipe asks for one that is not installed."""

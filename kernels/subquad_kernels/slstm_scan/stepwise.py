@@ -64,7 +64,7 @@ class _Steps:
         """The inverse of `lay`, of the type of `like`.  Shapes:  h (b t) ...  ->  b t h ..."""
         rows = like.new_empty(laid.shape[1], laid.shape[0], *laid.shape[2:])
         rows[self.order] = laid.transpose(0, 1).to(like.dtype)
-        return rows.unflatten(0, like.shape[:2])
+        return rows.unflatten(0, like.shape[:2])  # type: ignore[no-any-return]
 
     def by_rank(self, states: Tensor) -> Tensor:
         """Shapes:  states 3 h p  ->  3 h states p"""

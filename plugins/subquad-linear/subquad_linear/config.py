@@ -115,3 +115,14 @@ class MatrixLSTMConfig:
     def __post_init__(self) -> None:
         at_least_one(self, "num_heads")
         positive(self, "expand_k", "gate_cap")
+
+
+@dataclass(kw_only=True)
+class ScalarLSTMConfig:
+    """A recurrent network with exponential gates, whose heads mix their hidden states (sLSTM of xLSTM, 2024)."""
+
+    num_heads: int = 4
+    conv_width: int = 4  # tokens that the input and the forget gate see, the current one included
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "num_heads", "conv_width")

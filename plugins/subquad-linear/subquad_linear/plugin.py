@@ -12,6 +12,7 @@ from subquad_linear.config import (
     LightningConfig,
     MatrixLSTMConfig,
     RetNetConfig,
+    ScalarLSTMConfig,
 )
 
 
@@ -90,5 +91,18 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             # Gates act exponentially on the state: 8 bits of a bias change what is remembered.
             float32_parameters=("forget_gate.bias", "input_gate.bias"),
             operators=("linear_attention",),
+        ),
+        MixerSpec(
+            name="slstm",
+            summary="recurrent network with exponential gates and memory mixing; serial in t",
+            paper="Beck et al. 2024 (arXiv 2405.04517)",
+            config=ScalarLSTMConfig,
+            build="subquad_linear.scalar_lstm:ScalarLSTM",
+            work_growth=Growth.LINEAR,
+            carry_growth=Growth.CONSTANT,
+            no_decay=("bias",),
+            # Gates act exponentially on the state: 8 bits of a bias change what is remembered.
+            float32_parameters=("bias",),
+            operators=("causal_conv", "slstm_scan"),
         ),
     ]
