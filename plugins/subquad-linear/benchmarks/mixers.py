@@ -22,7 +22,7 @@ from subquad import MixerContext
 from subquad.registry import load_registry
 from subquad_kernels.catalogue import load_attribute
 
-NAMES = ("retnet", "gla", "lightning", "mlstm", "delta_net", "gated_delta_net", "mamba2", "mamba3")
+NAMES = ("retnet", "gla", "lightning", "mlstm", "delta_net", "gated_delta_net", "mamba2", "mamba3", "slstm")
 LENGTHS = (100, 1, 0, 411)
 
 
