@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from subquad import ConfigError, MixerContext
-from subquad_kernels.operators import linear_attention
 from subquad_ssm.config import Mamba3Config
 from subquad_ssm.data_rotation import cumulated_angles, rotated
 from subquad_ssm.exact_norm import ExactNorm
-from subquad_ssm.lanes import attend_in_lanes
 from subquad_ssm.step_sizes import draw_step_biases
+from subquad_ssm.trapezoid import Before, attend, attend_in_lanes
 
 SLOWEST_RATE = 1e-4
 """No rate -A is below it: every state is forgotten in the end (the authors' code)."""
@@ -138,27 +137,18 @@ class Mamba3(nn.Module):
         log_decay = -dt * self._rate(rate.to(exact)).clamp(min=SLOWEST_RATE)
         own = dt * torch.sigmoid(trap.to(exact))  # c_t
         again = dt - own  # what a token writes of the one before it, at that token's place and so before a_t
-        # Where a document ends, the next one's part reaches nothing: it enters the document's final state, unused here.
-        write = own + F.pad(again[:, 1:], (0, 0, 0, 1))
 
         steps = (math.pi * torch.tanh(angle.to(exact))).unsqueeze(2) * dt.unsqueeze(-1)
         angles = cumulated_angles(steps, None if carry is None else carry.angle, cu_seqlens)
         k = self._turned(self.B_norm, B, self.B_bias, angles).to(z.dtype)
         q = self._turned(self.C_norm, C, self.C_bias, angles).to(z.dtype)
 
-        state = None
-        if carry is not None:
-            values = self._values(carry.value.to(exact))
-            written = (carry.key.to(exact).unsqueeze(-1) * values.unsqueeze(-2)).sum(1)
-            state = carry.state + again[:, 0, :, None, None] * written
         v = self._values(u)
+        before = None if carry is None else Before(carry.state, carry.key, self._values(carry.value))
         if self.lanes == 1:
-            y, state = linear_attention(
-                q.squeeze(2), k.squeeze(2), v.squeeze(2), log_decay, write, own, state, cu_seqlens, scale=1.0
-            )
-            y = y.unsqueeze(2)
+            y, state = attend(q, k, v, log_decay, own, again, before, cu_seqlens)
         else:
-            y, state = attend_in_lanes(q, k, v, log_decay, write, own, state, cu_seqlens)
+            y, state = attend_in_lanes(q, k, v, log_decay, own, again, before, cu_seqlens)
         y = self._left(y + self.D.unsqueeze(-1) * v, z)
         return y, Mamba3Carry(angles[:, -1].clone(), state, k[:, -1].clone(), u[:, -1].clone())
 
