@@ -29,9 +29,11 @@ KNOWN_PLUGINS: Mapping[str, str] = MappingProxyType(
         "lightning": "subquad-linear",
         "mamba": "subquad-ssm",
         "mamba2": "subquad-ssm",
+        "mamba3": "subquad-ssm",
         "mlstm": "subquad-linear",
         "retnet": "subquad-linear",
         "segment_attention": "subquad-scout",
+        "slstm": "subquad-linear",
     }
 )
 """Mixers of plugins that are published with subquad: named when a recipe asks for one that is not installed."""

@@ -10,6 +10,7 @@ from subquad_kernels.linear_attention import declaration as linear_attention
 from subquad_kernels.rotary import declaration as rotary
 from subquad_kernels.segment_attention import declaration as segment_attention
 from subquad_kernels.selective_scan import declaration as selective_scan
+from subquad_kernels.slstm_scan import declaration as slstm_scan
 from subquad_kernels.softmax_attention import declaration as softmax_attention
 
 _DECLARATIONS = (
@@ -21,6 +22,7 @@ _DECLARATIONS = (
     linear_attention,
     gated_linear_attention,
     delta_rule,
+    slstm_scan,
 )
 
 OPERATORS: tuple[Operator, ...] = tuple(declaration.OPERATOR for declaration in _DECLARATIONS)

@@ -8,6 +8,7 @@ from subquad_kernels.linear_attention.operator import linear_attention, linear_a
 from subquad_kernels.rotary.operator import rotary
 from subquad_kernels.segment_attention.operator import segment_attention
 from subquad_kernels.selective_scan.operator import selective_scan
+from subquad_kernels.slstm_scan.operator import slstm_scan
 from subquad_kernels.softmax_attention.operator import softmax_attention
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "rotary",
     "segment_attention",
     "selective_scan",
+    "slstm_scan",
     "softmax_attention",
 ]

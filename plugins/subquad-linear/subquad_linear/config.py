@@ -187,3 +187,13 @@ class RWKVChannelMixConfig:
         if self.d_hidden:
             return self.d_hidden
         return max(32, int(3.5 * d_model) // 32 * 32) if self.receptance else 4 * d_model
+
+
+class ScalarLSTMConfig:
+    """A recurrent network with exponential gates, whose heads mix their hidden states (sLSTM of xLSTM, 2024)."""
+
+    num_heads: int = 4
+    conv_width: int = 4  # tokens that the input and the forget gate see, the current one included
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "num_heads", "conv_width")

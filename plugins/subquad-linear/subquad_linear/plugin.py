@@ -15,6 +15,7 @@ from subquad_linear.config import (
     RWKV6Config,
     RWKV7Config,
     RWKVChannelMixConfig,
+    ScalarLSTMConfig,
 )
 
 RWKV7_LOW_RANK = ("decay", "rate", "gate")
@@ -131,5 +132,18 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             work_growth=Growth.LINEAR,
             carry_growth=Growth.CONSTANT,
             candidate=False,  # it sees two tokens
+        ),
+        MixerSpec(
+            name="slstm",
+            summary="recurrent network with exponential gates and memory mixing; serial in t",
+            paper="Beck et al. 2024 (arXiv 2405.04517)",
+            config=ScalarLSTMConfig,
+            build="subquad_linear.scalar_lstm:ScalarLSTM",
+            work_growth=Growth.LINEAR,
+            carry_growth=Growth.CONSTANT,
+            no_decay=("bias",),
+            # Gates act exponentially on the state: 8 bits of a bias change what is remembered.
+            float32_parameters=("bias",),
+            operators=("causal_conv", "slstm_scan"),
         ),
     ]

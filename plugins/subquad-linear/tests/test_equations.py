@@ -101,12 +101,12 @@ def gla(m: Any, x: Tensor) -> Tensor:
     return (o * silu(x @ m.output.g_proj.weight.T)) @ m.output.o_proj.weight.T
 
 
-def convolved(x: Tensor, taps: Tensor) -> Tensor:
-    """y_t = silu( sum_j taps_j x_{t-w+1+j} ), zeros before the first token.  Shapes:  x: b t c    taps: c 1 w"""
+def convolved(x: Tensor, taps: Tensor, bias: Tensor | float = 0.0) -> Tensor:
+    """y_t = silu( bias + sum_j taps_j x_{t-w+1+j} ), zeros before the first token.  Shapes: x: b t c   taps: c 1 w"""
     width = taps.shape[-1]
     padded = torch.cat([x.new_zeros(x.shape[0], width - 1, x.shape[2]), x], dim=1)
     rows = [sum(padded[:, t + j] * taps[:, 0, j] for j in range(width)) for t in range(x.shape[1])]
-    return silu(torch.stack(rows, 1))  # type: ignore[arg-type]
+    return silu(torch.stack(rows, 1) + bias)  # type: ignore[arg-type]
 
 
 def unit(x: Tensor) -> Tensor:
@@ -297,6 +297,30 @@ def rwkv_channel_mix(m: Any, x: Tensor) -> Tensor:
     return y if m.r_mix is None else sigmoid((x + back * m.r_mix) @ m.r_proj.weight.T) * y
 
 
+def slstm(m: Any, x: Tensor) -> Tensor:
+    """Beck et al. 2024, equations 8 to 17, with the stabiliser; c and n before it are zero, and m is i at first."""
+    h, p = m.num_heads, m.head_dim
+    u = heads(convolved(x, m.conv.weight, m.conv.bias), h)
+    from_u, from_x = (
+        torch.einsum("bthj,hjgp->bthgp", rows, weight)
+        for rows, weight in ((u, m.conv_gates), (heads(x, h), m.input_gates))
+    )
+    hidden = c = n = scale = x.new_zeros(x.shape[0], h, p)
+    outputs = []
+    for t in range(x.shape[1]):
+        mixed = torch.cat([from_u[:, t], from_x[:, t]], 2) + m.bias
+        i, f, z, o = (mixed + (hidden[:, :, :, None, None] * m.recurrent).sum(2)).unbind(2)
+        log_f = -torch.log1p(torch.exp(-f))
+        new_scale = torch.maximum(log_f + scale, i) if t else i
+        forget, write = torch.exp(log_f + scale - new_scale), torch.exp(i - new_scale)
+        c, n, scale = forget * c + write * torch.tanh(z), forget * n + write, new_scale
+        hidden = c / n / (1 + torch.exp(-o))
+        outputs.append(hidden)
+    o = torch.stack(outputs, 1)
+    centred = o - o.mean(-1, keepdim=True)
+    return (centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(2) * m.norm.weight
+
+
 CASES: list[tuple[str, dict[str, Any], Any]] = [
     ("retnet", {"num_heads": 3}, retnet),
     ("retnet", {"num_heads": 2, "expand_v": 1, "rope_theta": 50.0}, retnet),
@@ -309,6 +333,8 @@ CASES: list[tuple[str, dict[str, Any], Any]] = [
     ("lightning", {"num_heads": 3, "decays": "transnormer"}, lightning),
     ("mlstm", {"num_heads": 3, "gate_cap": 2.0}, mlstm),
     ("mlstm", {"num_heads": 2, "expand_k": 1.0}, mlstm),
+    ("slstm", {"num_heads": 3}, slstm),
+    ("slstm", {"num_heads": 2, "conv_width": 1}, slstm),
     ("delta_net", {"num_heads": 4}, delta_net),
     ("delta_net", {"num_heads": 3, "conv_width": 1, "negative_eigenvalues": True}, delta_net),
     ("rwkv6", {"num_heads": 3}, rwkv6),

@@ -59,6 +59,11 @@ def rwkv7_layer(d: int) -> int:
     return 12 * d * d + 2 * d * (64 + 64 + 128) + 18 * d - 4 * d + d
 
 
+def slstm_block(d: int) -> int:
+    """Beck et al. 2024: four gates and four recurrent maps of d^2 / 4; biases; taps of 4 and a bias; a norm of d."""
+    return 2 * d * d + 4 * d + 5 * d + d
+
+
 LAYOUTS = {
     # recipe: (parameters of a mixer, d_model, blocks, hidden width of SwiGLU, vocabulary, tied)
     "retnet_340m": (retnet_block(1024), 1024, 24, 1536, 32000, True),
@@ -101,6 +106,22 @@ def test_rwkv_has_the_published_count_but_for_what_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("recipe", [name.rsplit("_", 1)[0] for name in LAYOUTS])
+
+
+def test_xlstm_has_seven_matrix_lstms_to_a_scalar_one() -> None:
+    config = load_config(["model=xlstm_340m"]).model
+    config.context_len = 4096
+    model = build_model(config, device="meta")
+    kinds = [type(block.mixer).__name__ for block in model.blocks]
+    assert (kinds.count("MatrixLSTM"), kinds.count("ScalarLSTM")) == (21, 3)
+    d = 1024
+    blocks = 21 * (mlstm_block(d) + 3 * d * 2752 + 2 * d) + 3 * (slstm_block(d) + 3 * d * 1344 + 2 * d)
+    expected = blocks + d + 32000 * d
+    assert sum(parameter.numel() for parameter in model.parameters()) == expected
+    assert f"| {expected:,} |" in README.partition("| `xlstm_340m` |")[2].partition("\n")[0]
+
+
+@pytest.mark.parametrize("recipe", [*(name.rsplit("_", 1)[0] for name in LAYOUTS), "slstm", "xlstm"])
 def test_the_laptop_size_composes_builds_and_learns(recipe: str) -> None:
     config = load_config([f"model={recipe}"]).model
     assert config.name == recipe

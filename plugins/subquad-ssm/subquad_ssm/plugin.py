@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from subquad import Growth, MixerSpec, hookimpl
-from subquad_ssm.config import Mamba2Config, MambaConfig
+from subquad_ssm.config import Mamba2Config, Mamba3Config, MambaConfig
+
+
+@hookimpl
+def subquad_provide_config_packages() -> Iterable[str]:
+    return ["subquad_ssm.conf"]
 
 
 @hookimpl
@@ -35,5 +40,17 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             no_decay=("A_log", "D", "dt_bias"),
             float32_parameters=("A_log", "D", "dt_bias"),
             operators=("causal_conv", "linear_attention"),
+        ),
+        MixerSpec(
+            name="mamba3",
+            summary="complex state-space model by a trapezoidal rule, with one input a token or several",
+            paper="Lahoti et al. 2026 (arXiv 2603.15569)",
+            config=Mamba3Config,
+            build="subquad_ssm.mamba3:Mamba3",
+            work_growth=Growth.LINEAR,
+            carry_growth=Growth.CONSTANT,
+            no_decay=("D", "dt_bias", "B_bias", "C_bias"),
+            float32_parameters=("D", "dt_bias", "B_bias", "C_bias"),
+            operators=("linear_attention",),
         ),
     ]
