@@ -5,6 +5,7 @@ from subquad_kernels.causal_conv.operator import causal_conv
 from subquad_kernels.delta_rule.operator import delta_rule
 from subquad_kernels.gated_linear_attention.operator import gated_linear_attention
 from subquad_kernels.linear_attention.operator import linear_attention, linear_attention_normalizer
+from subquad_kernels.log_linear_attention.operator import log_linear_attention
 from subquad_kernels.rotary.operator import rotary
 from subquad_kernels.segment_attention.operator import segment_attention
 from subquad_kernels.selective_scan.operator import selective_scan
@@ -16,6 +17,7 @@ __all__ = [
     "gated_linear_attention",
     "linear_attention",
     "linear_attention_normalizer",
+    "log_linear_attention",
     "rotary",
     "segment_attention",
     "selective_scan",
