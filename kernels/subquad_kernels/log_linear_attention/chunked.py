@@ -3,7 +3,7 @@
 Chunks begin at multiples of their length, so that two tokens of one chunk are on the level of their places in it, and
 tokens of two chunks on that of the chunks' numbers, log_2 of the length higher. With ages summed from the log decays:
 
-    within a chunk    Y  = ((Q K^T) o E o Lambda) V,    E_ij = exp(b_i - b_j) w_j,  Lambda_ij = lambda_i[bits of i xor j]
+    within a chunk    Y  = ((Q K^T) o E o Lambda) V,    E_ij = exp(b_i - b_j) w_j, Lambda_ij = lambda_i[bits of i xor j]
     between chunks    a right half of 2^l chunks reads the sum of its left half's writes, and the sums become the
                       left and right halves of the next level
     states handed in  are read by every token, with the scale of the level on which their bucket is for it
@@ -47,7 +47,7 @@ def chunked(
     chunk: int = CHUNK,
 ) -> Outputs:
     """y, final_state. Packed documents of similar length are laid side by side."""
-    b, t, h, p = v.shape
+    b, t, h, _ = v.shape
     exact = torch.promote_types(v.dtype, torch.float32)
     queries, keys = (rows.to(exact).repeat_interleave(h // q.shape[2], dim=2) for rows in (q, k))
     values, scales = v.to(exact), level_scales.to(exact)

@@ -24,7 +24,7 @@ def work(workload: Workload) -> Work:
     exact = max(4, e)  # bytes of one element of gates and states
     rows, states, length = b * t * h, documents or b, -(-t // max(1, documents))
     per_token = (options["decay"] == "token") + bool(options["write_gate"])
-    inputs = b * t * (2 * h_k * n + h * p) * e + rows * (levels * e + per_token * exact)
+    inputs = b * t * (2 * h_k * n + h * p) * e + rows * (levels + per_token) * exact
     inputs += h * exact if options["decay"] == "head" else 0
     inputs += states * m * h * n * p * exact
     bounds = 4 * (documents + 1) if documents else 0

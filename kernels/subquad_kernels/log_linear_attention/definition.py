@@ -186,7 +186,7 @@ def sample_inputs(workload: Workload, *, seed: int, device: str) -> dict[str, Ar
         "q": draw(b, t, h_k, n).to(dtype),
         "k": (draw(b, t, h_k, n) * n**-0.5).to(dtype),
         "v": draw(b, t, h, p).to(dtype),
-        "level_scales": F.softplus(draw(b, t, h, levels)).to(dtype),
+        "level_scales": F.softplus(draw(b, t, h, levels)).to(exact),
         "log_decay": log_decay,
         "write_gate": torch.sigmoid(draw(b, t, h)).to(exact) if options["write_gate"] else None,
         "initial_state": initial_state,

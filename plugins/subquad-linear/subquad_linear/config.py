@@ -115,3 +115,24 @@ class MatrixLSTMConfig:
     def __post_init__(self) -> None:
         at_least_one(self, "num_heads")
         positive(self, "expand_k", "gate_cap")
+
+
+@dataclass(kw_only=True)
+class LogLinearConfig:
+    """Gated linear attention over log t states, each read with a weight of its own (log-linear attention, 2025)."""
+
+    num_heads: int = 4
+    expand_k: float = 0.5  # width of all keys / d_model
+    expand_v: float = 1.0  # width of all values / d_model
+    gate_temperature: float = 16.0  # divides log decays: the larger, the slower the states forget
+    num_levels: int = 0  # weights of a token; 0: as many as model.context_len asks for, its bits and one
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "num_heads")
+        positive(self, "expand_k", "expand_v", "gate_temperature")
+        if self.num_levels < 0:
+            raise ConfigError(what=f"num_levels is {self.num_levels}", where="num_levels", mend="use 1 or more, or 0")
+
+    def resolved_levels(self, context_len: int) -> int:
+        """The bits of the largest number below `context_len`, and one for the token itself."""
+        return self.num_levels or (context_len - 1).bit_length() + 1

@@ -10,6 +10,7 @@ from subquad_linear.config import (
     GatedDeltaNetConfig,
     GatedLinearAttentionConfig,
     LightningConfig,
+    LogLinearConfig,
     MatrixLSTMConfig,
     RetNetConfig,
 )
@@ -90,5 +91,18 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             # Gates act exponentially on the state: 8 bits of a bias change what is remembered.
             float32_parameters=("forget_gate.bias", "input_gate.bias"),
             operators=("linear_attention",),
+        ),
+        MixerSpec(
+            name="log_linear",
+            summary="linear attention with a decay per head and token, over log t states with weights from the token",
+            paper="Guo et al. 2025 (arXiv 2506.04761)",
+            config=LogLinearConfig,
+            build="subquad_linear.log_linear:LogLinear",
+            work_growth=Growth.LOG_LINEAR,
+            carry_growth=Growth.LOGARITHMIC,
+            no_decay=("L", "decay_proj.bias"),
+            # They weigh whole states, and decide how fast these decay.
+            float32_parameters=("L", "decay_proj.bias"),
+            operators=("log_linear_attention",),
         ),
     ]

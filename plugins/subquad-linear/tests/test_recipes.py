@@ -43,6 +43,11 @@ def mlstm_block(d: int) -> int:
     return 4 * d * d + 2 * 4 * (d + 1) + d
 
 
+def log_linear_block(d: int) -> int:
+    """Guo et al. 2025 on GLA's block: a decay and 15 weights for each of 4 heads; L; a norm of d / 4."""
+    return 4 * d * d + 4 * (d + 1) + 4 * 15 * (d + 1) + d // 4
+
+
 LAYOUTS = {
     # recipe: (parameters of a mixer, d_model, blocks, hidden width of SwiGLU, vocabulary, tied)
     "retnet_340m": (retnet_block(1024), 1024, 24, 1536, 32000, True),
@@ -51,6 +56,7 @@ LAYOUTS = {
     "delta_net_340m": (delta_net_block(1024), 1024, 24, 2816, 32000, False),
     "mlstm_340m": (mlstm_block(1024), 1024, 24, 2752, 32000, True),
     "lightning_340m": (lightning_block(1024), 1024, 24, 2560, 32000, True),
+    "log_linear_340m": (log_linear_block(1024), 1024, 24, 2816, 32000, True),
 }
 
 
