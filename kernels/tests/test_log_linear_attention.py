@@ -278,14 +278,31 @@ def test_the_op_passes_gradcheck_with_initial_and_final_states(kernel: str) -> N
     assert torch.autograd.gradcheck(attend, [arguments[name].requires_grad_() for name in DIFFERENTIABLE])
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_the_op_keeps_the_rules_of_torch_library(packed: bool) -> None:
-    case = workload(90, documents=3, n=2, p=2) if packed else workload(90, n=2, p=2)
-    cu_seqlens = bounds(7, 0, 83) if packed else None
-    arguments = sample(case, cu_seqlens=cu_seqlens, **after(5, case, 3 if packed else 2))
+def test_the_op_keeps_the_rules_of_torch_library_in_documents_that_go_on() -> None:
+    case = workload(90, documents=3, n=2, p=2)
+    arguments = sample(case, cu_seqlens=bounds(7, 0, 83), **after(5, case, 3))
     for name in DIFFERENTIABLE:
         arguments[name].requires_grad_()
     torch.library.opcheck(OP, (*arguments.values(), "chunked"))
+
+
+def test_decoding_compiles_to_as_many_graphs_however_many_bits_the_length_has() -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+
+    def step(state: Tensor, position: int, *rows: Tensor) -> tuple[Tensor, Tensor]:
+        return log_linear_attention(*rows, initial_state=state, position=position)
+
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    arguments = sample(workload(20, b=1, full=False))
+    state, counts = torch.zeros(1, 0, 4, 3, 5, dtype=torch.float64), []
+    for token in range(20):
+        rows = [arguments[name][:, token : token + 1] for name in ("q", "k", "v", "level_scales", "log_decay")]
+        expected = step(state, token, *rows)
+        y, state = compiled(state, token, *rows)
+        assert torch.equal(y, expected[0]) and torch.equal(state, expected[1])
+        counts.append(counter.frame_count)
+    assert counts[2] == counts[-1], counts  # the first state is empty, the second call's integers are constants
 
 
 def test_a_perturbed_kernel_is_caught() -> None:

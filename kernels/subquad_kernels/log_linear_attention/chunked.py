@@ -56,28 +56,20 @@ def chunked(
     rates = rates.clamp(min=_LEAST[exact]).expand(b, t, h)
     initial = None if initial_state is None else initial_state.to(exact)
 
-    rows = (queries, written, values, scales, rates)
     size = slots(position + t)
     if cu_seqlens is None:
-        y = _read(*rows, initial, position, chunk)
-        final = _kept(written, values, rates, initial, position, size)
-    else:
-        y = torch.zeros_like(values)
-        for group in document_groups(cu_seqlens):
-            held = None if initial is None else initial[group.documents]
-            group.write(y, _read(*(group.pad(part) for part in rows), held, position, chunk))
-        final = torch.cat(
-            [
-                _kept(
-                    *(part[:, start:stop] for part in (written, values, rates)),
-                    None if initial is None else initial[document : document + 1],
-                    position,
-                    size,
-                )
-                for document, (start, stop) in enumerate(pairwise(cu_seqlens.tolist()))
-            ]
-        )
-    return (scale * y).to(v.dtype), final
+        y = _read(queries, written, values, scales, rates, initial, position, chunk)
+        return (scale * y).to(v.dtype), _kept(written, values, rates, initial, position, size)
+    y, final = torch.zeros_like(values), []
+    for group in document_groups(cu_seqlens):
+        Q, K, V, L, G = (group.pad(rows) for rows in (queries, written, values, scales, rates))
+        held = None if initial is None else initial[group.documents]
+        group.write(y, _read(Q, K, V, L, G, held, position, chunk))
+    for document, (start, stop) in enumerate(pairwise(cu_seqlens.tolist())):
+        K, V, G = (rows[:, start:stop] for rows in (written, values, rates))
+        held = None if initial is None else initial[document : document + 1]
+        final.append(_kept(K, V, G, held, position, size))
+    return (scale * y).to(v.dtype), torch.cat(final)
 
 
 CHUNKED = AutogradKernel(chunked)

@@ -74,6 +74,14 @@ def reference(
 REFERENCE = AutogradKernel(reference)
 
 
+def symbolic_slots(tokens: int) -> int:
+    """`slots`, without a comparison: torch.compile would make a graph for each outcome."""
+    if isinstance(tokens, int):
+        return slots(tokens)
+    ones: list[int] = [torch.sym_min(1, tokens // 2**bit) for bit in range(32)]
+    return sum(ones)
+
+
 def set_bits(number: int) -> list[int]:
     """The places of the ones of a number, lowest first: the slots that hold a bucket after so many tokens."""
     return [bit for bit in range(slots(number)) if number >> bit & 1]
@@ -108,7 +116,7 @@ def check(arguments: Arguments) -> None:
         "q": ("b t h_k n", (b, t, h_k, n)), "k": ("b t h_k n", (b, t, h_k, n)),
         "level_scales": ("b t h l", (b, t, h, levels)), "write_gate": ("b t h", (b, t, h)),
         "log_decay": ("h", (h,)) if "log_decay" in given and given["log_decay"].dim() == 1 else ("b t h", (b, t, h)),
-        "initial_state": ("states m h n p", (states, slots(position), h, n, p)),
+        "initial_state": ("states m h n p", (states, symbolic_slots(position), h, n, p)),
     }  # fmt: skip
     for name, (axes, shape) in expected.items():
         if name in given and tuple(given[name].shape) != shape:
@@ -127,7 +135,7 @@ def empty_outputs(arguments: Arguments) -> Outputs:
     b, t, h, p = v.shape
     states = b if cu_seqlens is None else cu_seqlens.shape[0] - 1
     exact = torch.promote_types(v.dtype, torch.float32)
-    after = slots(values["position"] + t)
+    after = symbolic_slots(values["position"] + t)
     return v.new_empty(b, t, h, p), v.new_empty(states, after, h, q.shape[3], p, dtype=exact)
 
 
