@@ -12,6 +12,7 @@ from subquad_kernels.rotary import declaration as rotary
 from subquad_kernels.segment_attention import declaration as segment_attention
 from subquad_kernels.selective_scan import declaration as selective_scan
 from subquad_kernels.softmax_attention import declaration as softmax_attention
+from subquad_kernels.ttt_scan import declaration as ttt_scan
 
 _DECLARATIONS = (
     softmax_attention,
@@ -23,6 +24,7 @@ _DECLARATIONS = (
     gated_linear_attention,
     delta_rule,
     log_linear_attention,
+    ttt_scan,
 )
 
 OPERATORS: tuple[Operator, ...] = tuple(declaration.OPERATOR for declaration in _DECLARATIONS)

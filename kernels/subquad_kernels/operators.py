@@ -10,6 +10,7 @@ from subquad_kernels.rotary.operator import rotary
 from subquad_kernels.segment_attention.operator import segment_attention
 from subquad_kernels.selective_scan.operator import selective_scan
 from subquad_kernels.softmax_attention.operator import softmax_attention
+from subquad_kernels.ttt_scan.operator import ttt_scan
 
 __all__ = [
     "causal_conv",
@@ -22,4 +23,5 @@ __all__ = [
     "segment_attention",
     "selective_scan",
     "softmax_attention",
+    "ttt_scan",
 ]
