@@ -243,15 +243,16 @@ def test_a_rate_of_zero_leaves_the_model_as_it_was() -> None:
 
 def test_descent_lowers_the_loss_of_what_it_is_taught() -> None:
     """The same pair again and again: what is read for its key comes closer to its value."""
-    arguments = sample(workload(64, mini_batch=4), position=0)
+    arguments = sample(workload(200), position=0)
     for name in "qkv":
-        arguments[name] = arguments[name][:, :1].expand(-1, 64, -1, -1).contiguous()
+        arguments[name] = arguments[name][:, :1].expand(-1, 200, -1, -1).contiguous()
     arguments["q"] = arguments["k"]
     # A target that LN can give: v - k has its mean and length.
     target = F.layer_norm(arguments["v"], (5,)) * arguments["norm_weight"] + arguments["norm_bias"]
-    arguments["v"] = arguments["k"] + target
+    arguments |= {"v": arguments["k"] + target, "rates": torch.full_like(arguments["rates"], 0.3)}
     errors = (ttt_scan(**arguments)[0] - arguments["v"]).square().sum((0, 2, 3))
-    assert errors[-1] < 0.1 * errors[0]
+    assert (errors[::20].diff() < 0).all()
+    assert errors[-1] < errors[0] / 4
 
 
 # --- numbers at the edges

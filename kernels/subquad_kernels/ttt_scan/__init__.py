@@ -14,7 +14,7 @@ begin with them, `position` tokens further.
 
 Shapes:  q, k, v: b t h k    rates: b t h    token_scales: c    norm_weight, norm_bias: h k
          initial_state, final_state: states 2 h s, W and A of a head in one row: k + 1 rows of k (`linear`), or
-         k + 1 rows of 4 k and then 4 k + 1 rows of k (`mlp`); states = b, or the number of documents when packed (then b = 1)
+         k + 1 rows of 4 k and then 4 k + 1 rows of k (`mlp`); states = b, or the documents when packed (then b = 1)
          y: b t h k; states are fp32 (fp64 for fp64 inputs), y has the type of v
 
 Source: Sun et al. 2024 (Learning to (learn at test time)), sections 2.3 to 2.7 and appendix A (the dual form).

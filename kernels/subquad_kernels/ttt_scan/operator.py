@@ -36,8 +36,8 @@ def ttt_scan(
         A_i = A_{i-1} + r_i d/dW 1/2 | f(k_i; W) - (v_i - k_i) |^2,    y_i = q_i + f(q_i; W - s_i A_i)
 
     in mini-batches of c tokens, all of whose gradients are taken at the W that enters; the last token's W - s A enters
-    the next one. f is LN of one map (`inner="linear"`) or of two with a gelu between, 4 k wide ("mlp"); a map's last row
-    is its bias. r = rates, s = token_scales, one a place of the mini-batch; `position` tokens came before.
+    the next one. f is LN of one map (`inner="linear"`) or of two with a gelu between, 4 k wide ("mlp"); the last row of
+    a map is its bias. r = rates, s = token_scales, one a place of the mini-batch; `position` tokens came before.
     Shapes:  q, k, v: b t h k    rates: b t h    token_scales: c    norm_weight, norm_bias: h k
              initial_state: states 2 h s, W and A    cu_seqlens: documents + 1 (int32)
              ->  y: b t h k    final_state: states 2 h s (fp32; fp64 for fp64 inputs)

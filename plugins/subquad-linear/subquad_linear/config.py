@@ -136,3 +136,25 @@ class LogLinearConfig:
     def resolved_levels(self, context_len: int) -> int:
         """The bits of the largest number below `context_len`, and one for the token itself."""
         return self.num_levels or (context_len - 1).bit_length() + 1
+
+
+@dataclass(kw_only=True)
+class TTTLinearConfig:
+    """A linear map as state, trained on the tokens it meets (TTT-Linear, 2024)."""
+
+    num_heads: int = 4
+    mini_batch: int = 16  # tokens whose gradients are taken at the same weights
+    base_rate: float = 1.0  # largest learning rate of the inner model, before it is divided by a head's width
+    rope_theta: float = 10_000.0  # base of the rotary angles, whose positions restart with every mini-batch
+    gate: bool = False  # multiply the output by gelu(W_g x), as in the paper's Mamba backbone
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "num_heads", "mini_batch")
+        positive(self, "base_rate", "rope_theta")
+
+
+@dataclass(kw_only=True)
+class TTTMLPConfig(TTTLinearConfig):
+    """A two-layer model as state, trained on the tokens it meets (TTT-MLP, 2024)."""
+
+    base_rate: float = 0.1  # largest learning rate of the inner model, before it is divided by a head's width

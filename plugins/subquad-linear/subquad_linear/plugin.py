@@ -13,6 +13,8 @@ from subquad_linear.config import (
     LogLinearConfig,
     MatrixLSTMConfig,
     RetNetConfig,
+    TTTLinearConfig,
+    TTTMLPConfig,
 )
 
 
@@ -104,5 +106,30 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             # They weigh whole states, and decide how fast these decay.
             float32_parameters=("L", "decay_proj.bias"),
             operators=("log_linear_attention",),
+        ),
+        MixerSpec(
+            name="ttt_linear",
+            summary="a linear map as state, trained on the tokens it meets by mini-batch gradient descent",
+            paper="Sun et al. 2024 (arXiv 2407.04620)",
+            config=TTTLinearConfig,
+            build="subquad_linear.ttt:linear",
+            work_growth=Growth.LINEAR,
+            carry_growth=Growth.CONSTANT,
+            no_decay=("b1", "norm_bias", "norm_weight"),
+            # What the inner model starts from and is trained by; LN takes what is common to all of a last bias away.
+            float32_parameters=("W1", "norm_bias", "norm_weight", "rate_proj.bias", "token_scale"),
+            operators=("ttt_scan",),
+        ),
+        MixerSpec(
+            name="ttt_mlp",
+            summary="a two-layer model as state, trained on the tokens it meets by mini-batch gradient descent",
+            paper="Sun et al. 2024 (arXiv 2407.04620)",
+            config=TTTMLPConfig,
+            build="subquad_linear.ttt:mlp",
+            work_growth=Growth.LINEAR,
+            carry_growth=Growth.CONSTANT,
+            no_decay=("b1", "b2", "norm_bias", "norm_weight"),
+            float32_parameters=("W1", "W2", "b1", "norm_bias", "norm_weight", "rate_proj.bias", "token_scale"),
+            operators=("ttt_scan",),
         ),
     ]
