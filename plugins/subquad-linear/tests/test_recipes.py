@@ -48,6 +48,11 @@ def log_linear_block(d: int) -> int:
     return 4 * d * d + 4 * (d + 1) + 4 * 15 * (d + 1) + d // 4
 
 
+def ttt_block(d: int, inner: int) -> int:
+    """Sun et al. 2024, released code: q, k, v, output of d^2, rates, 16 token scales, LN of heads and of all, and W."""
+    return 4 * d * d + 16 * (d + 1) + 16 + 2 * d + 2 * d + inner
+
+
 LAYOUTS = {
     # recipe: (parameters of a mixer, d_model, blocks, hidden width of SwiGLU, vocabulary, tied)
     "retnet_340m": (retnet_block(1024), 1024, 24, 1536, 32000, True),
@@ -56,6 +61,8 @@ LAYOUTS = {
     "delta_net_340m": (delta_net_block(1024), 1024, 24, 2816, 32000, False),
     "mlstm_340m": (mlstm_block(1024), 1024, 24, 2752, 32000, True),
     "lightning_340m": (lightning_block(1024), 1024, 24, 2560, 32000, True),
+    "ttt_linear_350m": (ttt_block(1024, 1024 * (64 + 1)), 1024, 24, 2736, 32000, True),
+    "ttt_mlp_350m": (ttt_block(1024, 1024 * (8 * 64 + 5)), 1024, 24, 2736, 32000, True),
     "log_linear_340m": (log_linear_block(1024), 1024, 24, 2816, 32000, True),
 }
 
