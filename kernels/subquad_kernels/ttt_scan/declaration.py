@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from subquad_kernels.catalogue import Kernel, Operator, Tolerance
-from subquad_kernels.workload import DeviceLimits, DType, Phase, Work, Workload
+from subquad_kernels.workload import DeviceLimits, DType, Option, Phase, Work, Workload
 
 _HERE = "subquad_kernels.ttt_scan"
 
@@ -65,7 +65,7 @@ def work(workload: Workload) -> Work:
 
 def _example(dtype: DType, phase: Phase = "forward", *, inner: str = "linear", **shape: int) -> Workload:
     axes = {"b": 2, "t": 60, "h": 2, "k": 16} | shape
-    options = {"inner": inner, "mini_batch": 16}
+    options: dict[str, Option] = {"inner": inner, "mini_batch": 16}
     return Workload(operator="ttt_scan", shape=axes, dtype=dtype, phase=phase, options=options)
 
 

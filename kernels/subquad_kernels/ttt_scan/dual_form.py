@@ -92,7 +92,8 @@ def _scan(
             weights = [new if full is None else torch.where(full, new, w) for new, w in zip(trained, weights)]
             sums = [torch.zeros_like(a) if full is None else torch.where(full, 0, a) for a in sums]
         first = last
-    return torch.cat(outputs, dim=2).transpose(1, 2), torch.stack([rows_of(weights), rows_of(sums)], dim=1)
+    y = torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+    return y, torch.stack([rows_of(weights), rows_of(sums)], dim=1)
 
 
 def _mini_batch(
