@@ -17,7 +17,7 @@ def slots(tokens: int) -> int:
 
 
 def work(workload: Workload) -> Work:
-    """Chunks of 64 as linear attention, and one read of n p a token and head for half of the levels between chunks."""
+    """Chunks of 64 as linear attention, scores once a key head, and a read of n p a token and head a level of two."""
     shape, options, e = workload.shape, workload.options, workload.element_bytes
     b, t, h, h_k, n, p, levels, m = (shape[axis] for axis in ("b", "t", "h", "h_k", "n", "p", "l", "m"))
     documents = shape.get("documents", 0)
@@ -41,7 +41,7 @@ def work(workload: Workload) -> Work:
     width = min(CHUNK, length)
     between = slots(max(0, -(-length // CHUNK) - 1))
     # Scores and values within a chunk, writes of a chunk, reads of half the levels between, of all slots handed in.
-    products = rows * (width * (n + p) + 2 * n * p + between * n * p + 2 * m * n * p)
+    products = b * t * width * (h_k * n + h * p) + rows * (2 + between + 2 * m) * n * p
     weights = rows * width * (3 + slots(CHUNK - 1))
     exponents = rows * width // 2 if options["decay"] != "none" else 0
     if workload.phase == "backward":
