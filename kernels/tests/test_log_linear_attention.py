@@ -374,7 +374,7 @@ def test_the_fake_promises_what_every_kernel_returns() -> None:
 
 
 def test_arithmetic_grows_by_a_level_when_the_tokens_double() -> None:
-    """Per token 64 n a key head and 64 p a head within a chunk; a head 2 n p to write, and n p a level between chunks."""
+    """Per token 64 n a key head and 64 p a head within a chunk; a head 2 n p to write, n p a level between chunks."""
     case = workload(1024, dtype="bfloat16", full=False, h=8, n=64, p=64)
     found = [declaration.work(replace(case, shape={**case.shape, "t": t})) for t in (1024, 4096)]
     for work, t, levels in zip(found, (1024, 4096), (4, 6)):

@@ -132,7 +132,8 @@ def _between(Q: Tensor, L: Tensor, ages: Tensor, writes: Tensor, first: int) -> 
 
     def halves(rows: Tensor, half: int) -> Tensor:
         """Shapes:  b c ..  ->  b pairs 2 half .."""
-        return rows.unflatten(1, (-1, 2, half))
+        split: Tensor = rows.unflatten(1, (-1, 2, half))
+        return split
 
     Q, L, ages, sums = align(Q), align(L), align(ages), align(writes)
     y = Q.new_zeros(*ages.shape, writes.shape[-1])

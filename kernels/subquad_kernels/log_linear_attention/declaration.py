@@ -12,8 +12,8 @@ CHUNK = 64
 
 
 def slots(tokens: int) -> int:
-    """States after so many tokens: the bits of their number. Written as comparisons, which torch.compile guards."""
-    return next(bits for bits in range(64) if tokens < 2**bits)
+    """States after so many tokens: the bits of their number."""
+    return tokens.bit_length()
 
 
 def work(workload: Workload) -> Work:

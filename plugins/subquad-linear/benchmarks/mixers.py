@@ -22,7 +22,19 @@ from subquad import MixerContext
 from subquad.registry import load_registry
 from subquad_kernels.catalogue import load_attribute
 
-NAMES = ("retnet", "gla", "lightning", "mlstm", "delta_net", "gated_delta_net", "mamba2")
+NAMES = (
+    "retnet",
+    "gla",
+    "lightning",
+    "mlstm",
+    "delta_net",
+    "gated_delta_net",
+    "mamba2",
+    "log_linear",
+    "log_linear_mamba2",
+    "ttt_linear",
+    "ttt_mlp",
+)
 LENGTHS = (100, 1, 0, 411)
 
 
