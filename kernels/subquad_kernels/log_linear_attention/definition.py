@@ -75,7 +75,7 @@ REFERENCE = AutogradKernel(reference)
 
 
 def symbolic_slots(tokens: int) -> int:
-    """`slots` of a number that torch.compile may have made symbolic: no comparison, each outcome of which is a graph."""
+    """`slots` of a number that may be symbolic: torch.compile would make a graph for each outcome of a comparison."""
     if isinstance(tokens, int):
         return slots(tokens)
     ones: list[int] = [torch.sym_min(1, tokens // 2**bit) for bit in range(32)]
