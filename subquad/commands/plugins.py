@@ -23,8 +23,10 @@ ACTIONS = {"new": "subquad.commands.new_plugin", "check": "subquad.commands.chec
 """Modules by the word after `plugins`; imported only then: one of them loads torch."""
 GROWTH = {
     Growth.CONSTANT: "1",
+    Growth.LOGARITHMIC: "log t",
     Growth.SQRT: "t^0.5",
     Growth.LINEAR: "t",
+    Growth.LOG_LINEAR: "t log t",
     Growth.POWER_1_5: "t^1.5",
     Growth.QUADRATIC: "t^2",
 }

@@ -189,6 +189,7 @@ class RWKVChannelMixConfig:
         return max(32, int(3.5 * d_model) // 32 * 32) if self.receptance else 4 * d_model
 
 
+@dataclass(kw_only=True)
 class ScalarLSTMConfig:
     """A recurrent network with exponential gates, whose heads mix their hidden states (sLSTM of xLSTM, 2024)."""
 
@@ -197,3 +198,46 @@ class ScalarLSTMConfig:
 
     def __post_init__(self) -> None:
         at_least_one(self, "num_heads", "conv_width")
+
+
+@dataclass(kw_only=True)
+class LogLinearConfig:
+    """Gated linear attention over log t states, each read with a weight of its own (log-linear attention, 2025)."""
+
+    num_heads: int = 4
+    expand_k: float = 0.5  # width of all keys / d_model
+    expand_v: float = 1.0  # width of all values / d_model
+    gate_temperature: float = 16.0  # divides log decays: the larger, the slower the states forget
+    num_levels: int = 0  # weights of a token; 0: as many as model.context_len asks for, its bits and one
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "num_heads")
+        positive(self, "expand_k", "expand_v", "gate_temperature")
+        if self.num_levels < 0:
+            raise ConfigError(what=f"num_levels is {self.num_levels}", where="num_levels", mend="use 1 or more, or 0")
+
+    def resolved_levels(self, context_len: int) -> int:
+        """The bits of the largest number below `context_len`, and one for the token itself."""
+        return self.num_levels or (context_len - 1).bit_length() + 1
+
+
+@dataclass(kw_only=True)
+class TTTLinearConfig:
+    """A linear map as state, trained on the tokens it meets (TTT-Linear, 2024)."""
+
+    num_heads: int = 4
+    mini_batch: int = 16  # tokens whose gradients are taken at the same weights
+    base_rate: float = 1.0  # largest learning rate of the inner model, before it is divided by a head's width
+    rope_theta: float = 10_000.0  # base of the rotary angles, whose positions restart with every mini-batch
+    gate: bool = False  # multiply the output by gelu(W_g x), as in the paper's Mamba backbone
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "num_heads", "mini_batch")
+        positive(self, "base_rate", "rope_theta")
+
+
+@dataclass(kw_only=True)
+class TTTMLPConfig(TTTLinearConfig):
+    """A two-layer model as state, trained on the tokens it meets (TTT-MLP, 2024)."""
+
+    base_rate: float = 0.1  # largest learning rate of the inner model, before it is divided by a head's width

@@ -10,12 +10,15 @@ from subquad_linear.config import (
     GatedDeltaNetConfig,
     GatedLinearAttentionConfig,
     LightningConfig,
+    LogLinearConfig,
     MatrixLSTMConfig,
     RetNetConfig,
     RWKV6Config,
     RWKV7Config,
     RWKVChannelMixConfig,
     ScalarLSTMConfig,
+    TTTLinearConfig,
+    TTTMLPConfig,
 )
 
 RWKV7_LOW_RANK = ("decay", "rate", "gate")
@@ -145,5 +148,43 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             # Gates act exponentially on the state: 8 bits of a bias change what is remembered.
             float32_parameters=("bias",),
             operators=("causal_conv", "slstm_scan"),
+        ),
+        MixerSpec(
+            name="log_linear",
+            summary="linear attention with a decay per head and token, over log t states with weights from the token",
+            paper="Guo et al. 2025 (arXiv 2506.04761)",
+            config=LogLinearConfig,
+            build="subquad_linear.log_linear:LogLinear",
+            work_growth=Growth.LOG_LINEAR,
+            carry_growth=Growth.LOGARITHMIC,
+            no_decay=("L", "decay_proj.bias"),
+            # They weigh whole states, and decide how fast these decay.
+            float32_parameters=("L", "decay_proj.bias"),
+            operators=("log_linear_attention",),
+        ),
+        MixerSpec(
+            name="ttt_linear",
+            summary="a linear map as state, trained on the tokens it meets by mini-batch gradient descent",
+            paper="Sun et al. 2024 (arXiv 2407.04620)",
+            config=TTTLinearConfig,
+            build="subquad_linear.ttt:linear",
+            work_growth=Growth.LINEAR,
+            carry_growth=Growth.CONSTANT,
+            no_decay=("b1", "norm_bias", "norm_weight"),
+            # What the inner model starts from and is trained by; LN takes what is common to all of a last bias away.
+            float32_parameters=("W1", "norm_bias", "norm_weight", "rate_proj.bias", "token_scale"),
+            operators=("ttt_scan",),
+        ),
+        MixerSpec(
+            name="ttt_mlp",
+            summary="a two-layer model as state, trained on the tokens it meets by mini-batch gradient descent",
+            paper="Sun et al. 2024 (arXiv 2407.04620)",
+            config=TTTMLPConfig,
+            build="subquad_linear.ttt:mlp",
+            work_growth=Growth.LINEAR,
+            carry_growth=Growth.CONSTANT,
+            no_decay=("b1", "b2", "norm_bias", "norm_weight"),
+            float32_parameters=("W1", "W2", "b1", "norm_bias", "norm_weight", "rate_proj.bias", "token_scale"),
+            operators=("ttt_scan",),
         ),
     ]

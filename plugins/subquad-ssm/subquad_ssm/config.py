@@ -81,3 +81,26 @@ class Mamba3Config:
     def num_angles(self) -> int:
         """Pairs of states that turn."""
         return int(self.state_dim * self.rotated_share) // 2
+
+
+@dataclass(kw_only=True)
+class LogLinearMamba2Config:
+    """Mamba-2 with log t states instead of one, each read with a weight of its own (log-linear attention, 2025)."""
+
+    expand: int = 2  # channels / d_model
+    state_dim: int = 128  # states per channel
+    head_dim: int = 64  # channels that share a decay
+    num_groups: int = 1  # input and output maps B, C; each is shared by the heads of its group
+    conv_width: int = 4  # tokens the short convolution sees, the current one included
+    num_levels: int = 0  # weights of a token; 0: as many as model.context_len asks for, its bits and one
+
+    def __post_init__(self) -> None:
+        for name in ("expand", "state_dim", "head_dim", "num_groups", "conv_width"):
+            if getattr(self, name) < 1:
+                raise ConfigError(what=f"{name} is {getattr(self, name)}", where=name, mend="use 1 or more")
+        if self.num_levels < 0:
+            raise ConfigError(what=f"num_levels is {self.num_levels}", where="num_levels", mend="use 1 or more, or 0")
+
+    def resolved_levels(self, context_len: int) -> int:
+        """The bits of the largest number below `context_len`, and one for the token itself."""
+        return self.num_levels or (context_len - 1).bit_length() + 1

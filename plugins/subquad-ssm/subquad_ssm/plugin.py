@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from subquad import Growth, MixerSpec, hookimpl
-from subquad_ssm.config import Mamba2Config, Mamba3Config, MambaConfig
+from subquad_ssm.config import LogLinearMamba2Config, Mamba2Config, Mamba3Config, MambaConfig
 
 
 @hookimpl
@@ -52,5 +52,17 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             no_decay=("D", "dt_bias", "B_bias", "C_bias"),
             float32_parameters=("D", "dt_bias", "B_bias", "C_bias"),
             operators=("linear_attention",),
+        ),
+        MixerSpec(
+            name="log_linear_mamba2",
+            summary="Mamba-2 over log t states, each read with a weight from the token",
+            paper="Guo et al. 2025 (arXiv 2506.04761)",
+            config=LogLinearMamba2Config,
+            build="subquad_ssm.log_linear_mamba2:LogLinearMamba2",
+            work_growth=Growth.LOG_LINEAR,
+            carry_growth=Growth.LOGARITHMIC,
+            no_decay=("A_log", "D", "L", "dt_bias"),
+            float32_parameters=("A_log", "D", "L", "dt_bias"),
+            operators=("causal_conv", "log_linear_attention"),
         ),
     ]
