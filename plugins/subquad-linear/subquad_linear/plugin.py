@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from subquad import Growth, MixerSpec, hookimpl
+from subquad import Growth, ImportSpec, MixerSpec, hookimpl
 from subquad_linear.config import (
     DeltaNetConfig,
     GatedDeltaNetConfig,
@@ -90,5 +90,21 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             # Gates act exponentially on the state: 8 bits of a bias change what is remembered.
             float32_parameters=("forget_gate.bias", "input_gate.bias"),
             operators=("linear_attention",),
+        ),
+    ]
+
+
+@hookimpl
+def subquad_provide_imports() -> Iterable[ImportSpec]:
+    return [
+        ImportSpec(
+            model_type="qwen3_next",
+            summary="gated_delta_net and SwiGLU; without full_attention layers and experts",
+            build="subquad_linear.imports:qwen3_next",
+        ),
+        ImportSpec(
+            model_type="xlstm",
+            summary="mlstm and SwiGLU, as in xLSTM 7B; without biases of projections",
+            build="subquad_linear.imports:xlstm",
         ),
     ]
