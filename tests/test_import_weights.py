@@ -117,6 +117,7 @@ def tokens() -> Tensor:
     return torch.randint(50, (2, T))
 
 
+@pytest.mark.cross_check
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_an_imported_model_has_the_logits_of_the_original(case: str, tmp_path: Path) -> None:
@@ -128,6 +129,7 @@ def test_an_imported_model_has_the_logits_of_the_original(case: str, tmp_path: P
     torch.testing.assert_close(ours(x), expected, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+@pytest.mark.cross_check
 @torch.no_grad()
 def test_fused_maps_of_an_xlstm_are_taken_apart(tmp_path: Path) -> None:
     theirs = xlstm().eval()
