@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,10 @@ CASES: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.fixture(autouse=True)
-def _same_draws() -> None:
+def _same_draws_and_torch_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where these packages are installed, transformers calls their kernels in place of its own torch code."""
+    for package in ("fla", "mamba_ssm", "causal_conv1d", "mambapy"):
+        monkeypatch.setitem(sys.modules, package, None)
     torch.manual_seed(0)
 
 
