@@ -76,6 +76,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).detach().abs().max() / expected.detach().abs().max().clamp(min=1e-12))
 
 
+@pytest.mark.oracle("mamba", "segment_attention")
 @pytest.mark.parametrize(
     ("segment_len", "length", "tie"), [(4, 23, True), (1, 9, False), (10, 7, True), (3, 1, False)]
 )

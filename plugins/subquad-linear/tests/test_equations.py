@@ -207,7 +207,9 @@ CASES: list[tuple[str, dict[str, Any], Any]] = [
 
 
 @pytest.mark.parametrize(
-    ("name", "config", "equations"), CASES, ids=[f"{case[2].__name__}-{case[1]}" for case in CASES]
+    ("name", "config", "equations"),
+    [pytest.param(*case, marks=pytest.mark.oracle(case[0])) for case in CASES],
+    ids=[f"{case[2].__name__}-{case[1]}" for case in CASES],
 )
 @pytest.mark.parametrize("t", [1, 2, 71])  # 71: more than one chunk of the kernels
 def test_the_mixer_equals_the_paper_s_equations_with_all_gradients(
