@@ -7,11 +7,13 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from plugin_site import Site
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -23,9 +25,10 @@ from subquad import (
     import_weights,
     load_config,
 )
-from subquad.model.import_layout import WHY_NOT, import_map
+from subquad.model.import_layout import WHY_NOT, import_map, with_layout
 from subquad.model.language_model import LanguageModel
-from subquad.registry import load_registry
+from subquad.registry import KNOWN_IMPORTS, load_registry
+from subquad.schema import ModelConfig
 from subquad.training.checkpoint import newest_checkpoint
 from subquad.training.fit import train
 
@@ -120,9 +123,14 @@ def written(model: nn.Module, folder: Path, **options: Any) -> str:
     return f"hf:{folder}"
 
 
-def imported(source: str, *overrides: str) -> LanguageModel:
-    """Our model, as a recipe of one line describes it."""
-    config = load_config(["model=imported", f"model.init_from='{source}'", "model.context_len=128", *overrides]).model
+def layout(source: str) -> ModelConfig:
+    """What `model=imported model.init_from=SOURCE` composes, without the second that Hydra takes."""
+    return with_layout(ModelConfig(name="imported", schedule=[], init_from=source, context_len=128))
+
+
+def imported(source: str) -> LanguageModel:
+    """Our model of a checkpoint."""
+    config = layout(source)
     model = build_model(config)
     import_weights(model, config)
     return model.eval()
@@ -180,10 +188,10 @@ def changed(folder: Path, **values: Any) -> None:
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
 
-def refused(source: str, *overrides: str) -> ConfigError | NotFoundError:
+def refused(source: str) -> ConfigError | NotFoundError:
     """The error of an import, which says where."""
     with pytest.raises((ConfigError, NotFoundError)) as caught:
-        imported(source, *overrides)
+        imported(source)
     assert "hf:" in caught.value.where
     return caught.value
 
@@ -256,6 +264,7 @@ def test_what_our_blocks_cannot_compute_is_refused_by_its_key(tmp_path: Path) ->
         (qwen3_next, "layer_types", ["linear_attention", "full_attention"]),
         (qwen3_next, "num_experts", 4),
         (xlstm, "v_dim_factor", 2.0),
+        (xlstm, "tie_word_embeddings", True),
     ):  # fmt: skip
         folder = tmp_path / f"{model.__name__}-{key}"
         source = written(model(), folder)
@@ -293,7 +302,7 @@ def test_tensors_that_are_missing_left_over_misshapen_or_untied_are_named(tmp_pa
 
 def test_a_refused_checkpoint_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     source = written(qwen3_next(), tmp_path)
-    config = load_config(["model=imported", f"model.init_from='{source}'", "model.context_len=128"]).model
+    config = layout(source)
     model = build_model(config)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     path = tmp_path / "model.safetensors"
@@ -306,6 +315,7 @@ def test_a_refused_checkpoint_leaves_the_model_as_it_was(tmp_path: Path) -> None
 def test_a_run_starts_from_the_checkpoint_and_goes_on_without_it(tiny_run: TinyRun, tmp_path: Path) -> None:
     source = written(mamba(vocab_size=300), tmp_path / "checkpoint")
     model = load_config(["model=imported", f"model.init_from='{source}'"]).model
+    assert model == replace(layout(source), context_len=0)
     config = tiny_run("run", max_steps=1, run={"model": model, "optimizer": {"name": "adamw", "lr": 1e-30}})
     with pytest.warns(UserWarning, match="numbers tokens by its own vocabulary"):
         train(config)
@@ -329,6 +339,44 @@ def test_every_architecture_stands_in_the_readme() -> None:
     assert set(named) == set(load_registry().imports) | set(WHY_NOT)
 
 
+def test_an_id_is_looked_up_in_the_hub_s_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = tmp_path / "models--someone--tiny-llama"
+    written(llama(), repository / "snapshots" / "0123abcd")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abcd")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert imported("hf:someone/tiny-llama").embedding.weight.shape == (50, 32)
+
+
+FOREIGN = """
+from subquad import ImportSpec, hookimpl
+from subquad.mixers.llama_import import llama
+
+@hookimpl
+def subquad_provide_imports():
+    return [ImportSpec(model_type="llama_of_mine", summary="as Llama", build="foreign_module:build")]
+
+def build(config):
+    config.demand("hidden_act", "silu", default="silu", because="mine has no other")
+    return llama(config)
+"""
+
+
+def test_a_plugin_adds_an_architecture(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = written(llama(), tmp_path / "checkpoint")
+    changed(tmp_path / "checkpoint", model_type="llama_of_mine")
+    assert "no plugin loads checkpoints of model_type 'llama_of_mine'" in refused(source).what
+    site.install("foreign", FOREIGN)
+    monkeypatch.setattr("subquad.model.import_layout.load_registry", site.registry)
+    assert imported(source).embedding.weight.shape == (50, 32)
+
+
+def test_the_distribution_that_loads_an_architecture_is_named_where_it_is_missing() -> None:
+    registry = load_registry()
+    ours = {name: registry.origins[spec].distribution for name, spec in registry.imports.items()}
+    assert dict(KNOWN_IMPORTS) == {name: owner for name, owner in ours.items() if owner != "subquad"}
+
+
 def test_sources_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
     assert "names no source" in str(_error(f"{tmp_path}"))
     assert "there is no config.json" in str(_error(f"hf:{tmp_path}"))
@@ -349,5 +397,5 @@ def test_sources_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
 
 def _error(source: str) -> ConfigError:
     with pytest.raises(ConfigError) as caught:
-        load_config(["model=imported", f"model.init_from='{source}'"])
+        layout(source)
     return caught.value

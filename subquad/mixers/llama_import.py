@@ -24,16 +24,19 @@ BLOCK = {
 
 def llama(theirs: CheckpointConfig) -> ImportMap:
     """`softmax_attention` in every block."""
-    return _decoder(theirs, "softmax_attention", {})
+    return _decoder(theirs, "softmax_attention", theirs.get("num_key_value_heads", 0), {})
 
 
 def mistral(theirs: CheckpointConfig) -> ImportMap:
-    """`window` in every block, or `softmax_attention` where the checkpoint has no sliding window."""
-    window = theirs.get("sliding_window", 0)
-    return _decoder(theirs, "window", {"window": window}) if window else llama(theirs)
+    """`window` in every block, or `softmax_attention` where the checkpoint says that it has no sliding window."""
+    heads = theirs.get("num_key_value_heads", 8)
+    window = theirs.get("sliding_window", 0) if "sliding_window" in theirs.values else 4096
+    if not window:
+        return _decoder(theirs, "softmax_attention", heads, {})
+    return _decoder(theirs, "window", heads, {"window": window})
 
 
-def _decoder(theirs: CheckpointConfig, mixer: str, options: Mapping[str, Any]) -> ImportMap:
+def _decoder(theirs: CheckpointConfig, mixer: str, key_heads: int, options: Mapping[str, Any]) -> ImportMap:
     no_bias = "our projections have no biases"
     theirs.demand("attention_bias", False, default=False, because=no_bias)
     theirs.demand("mlp_bias", False, default=False, because=no_bias)
@@ -51,7 +54,7 @@ def _decoder(theirs: CheckpointConfig, mixer: str, options: Mapping[str, Any]) -
                 mixer: {
                     "mixer": mixer,
                     "num_heads": heads,
-                    "num_kv_heads": theirs.get("num_key_value_heads", heads),
+                    "num_kv_heads": key_heads or heads,
                     "head_dim": theirs.get("head_dim", d_model // heads),
                     "rope_theta": rope_theta(theirs),
                     **options,

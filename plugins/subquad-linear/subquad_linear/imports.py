@@ -17,14 +17,15 @@ def xlstm(theirs: CheckpointConfig) -> ImportMap:
     theirs.demand("use_bias", False, default=False, because="our projections and norms have no biases")
     theirs.demand("v_dim_factor", 1.0, default=1.0, because="the values of our mixer are as wide as the model")
     theirs.demand("norm_eps", NORM_EPS, default=NORM_EPS, because="the norm inside our mixer has this one")
-    d_model, heads = theirs.need("hidden_size", int), theirs.need("num_heads", int)
+    theirs.demand("tie_word_embeddings", False, default=False, because="their head is a map of its own")
+    d_model, heads = _either(theirs, "hidden_size", "embedding_dim"), theirs.need("num_heads", int)
     expand_k = theirs.get("qk_dim_factor", 0.5)
     keys, d_hidden = int(d_model * expand_k), _rounded_up(theirs, d_model)
     fused = theirs.get("weight_mode", "single") == "fused"
     return ImportMap(
         model=ModelConfig(
             d_model=d_model,
-            num_layers=theirs.need("num_hidden_layers", int),
+            num_layers=_either(theirs, "num_hidden_layers", "num_blocks"),
             vocab_size=theirs.need("vocab_size", int),
             schedule=["mlstm"],
             mixers={
@@ -92,6 +93,11 @@ def _fused_maps(keys: int, values: int, heads: int, d_hidden: int) -> dict[str, 
 
 def _part(sizes: list[int], number: int) -> Callable[[Tensor], Tensor]:
     return lambda rows: rows.split(sizes)[number]
+
+
+def _either(theirs: CheckpointConfig, key: str, older: str) -> int:
+    """A size that transformers and the authors' own code name differently."""
+    return theirs.get(key, 0) or theirs.need(older, int)
 
 
 def _rounded_up(theirs: CheckpointConfig, d_model: int) -> int:
