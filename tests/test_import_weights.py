@@ -260,13 +260,14 @@ def test_what_our_blocks_cannot_compute_is_refused_by_its_key(tmp_path: Path) ->
         (llama, "rope_parameters", {"rope_type": "llama3", "rope_theta": 1.0, "factor": 8.0}),
         (mamba, "use_bias", True),
         (mamba2, "time_step_limit", [0.0, 0.5]),
+        (mamba2, "time_step_limit", ["none"]),
         (mamba2, "layer_norm_epsilon", 1e-6),
         (qwen3_next, "layer_types", ["linear_attention", "full_attention"]),
         (qwen3_next, "num_experts", 4),
         (xlstm, "v_dim_factor", 2.0),
         (xlstm, "tie_word_embeddings", True),
     ):  # fmt: skip
-        folder = tmp_path / f"{model.__name__}-{key}"
+        folder = tmp_path / f"{model.__name__}-{key}-{value}".replace("/", "")
         source = written(model(), folder)
         changed(folder, **{key: value})
         key = "rotary positions" if key == "rope_parameters" else key

@@ -55,7 +55,8 @@ def _decoder(theirs: CheckpointConfig, mixer: str, key_heads: int, options: Mapp
                     "mixer": mixer,
                     "num_heads": heads,
                     "num_kv_heads": key_heads or heads,
-                    "head_dim": theirs.get("head_dim", d_model // heads),
+                    "head_dim": theirs.get("head_dim", 0)
+                    or theirs.whole(d_model, heads, "hidden_size / num_attention_heads"),
                     "rope_theta": rope_theta(theirs),
                     **options,
                 }

@@ -82,5 +82,8 @@ def _backbone(
 def _limits(theirs: CheckpointConfig) -> tuple[float, float]:
     """The least and the largest step size; JSON has no infinity, for which versions have written different things."""
     limits = theirs.values.get("time_step_limit") or (0.0, math.inf)
-    low, high = (value["__float__"] if isinstance(value, dict) else value for value in limits)
-    return float(low), float(high)
+    try:
+        low, high = (float(value["__float__"] if isinstance(value, dict) else value) for value in limits)
+    except (TypeError, ValueError, KeyError):
+        theirs.refuse(f"time_step_limit is {limits!r}, and should be two numbers")
+    return low, high
