@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
+from subquad.schema import ModelConfig
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -185,3 +187,47 @@ class AdapterSpec:
     module_class: str
     build: str
     distinct_heads: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Computed:
+    """A tensor of ours that is `transform(*tensors)` of those that a checkpoint keeps under `names`."""
+
+    names: tuple[str, ...]
+    transform: Callable[..., Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportMap:
+    """One of our models, and where each of its tensors stands in a Hugging Face checkpoint: our names <- theirs.
+
+    `outer` has what is outside of blocks (`embedding.weight`, `norm.weight`, `lm_head.weight`). `blocks` has, for each
+    key of `model.mixers`, the names below `blocks.N.`; theirs go on from `block_prefix`, in which `{}` is N.
+    `copies` names tensors of theirs that repeat another one (a tied head): they may be there, and must be equal.
+    `ignored` are regular expressions of tensors that say nothing (constants kept as buffers).
+    """
+
+    model: ModelConfig
+    outer: Mapping[str, str | Computed]
+    block_prefix: str
+    blocks: Mapping[str, Mapping[str, str | Computed]]
+    copies: Mapping[str, str]
+    ignored: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportSpec:
+    """Declares how checkpoints of one `model_type` of Hugging Face become our models (`model.init_from=hf:...`).
+
+    `build` names a `module:function`, called as `build(config: CheckpointConfig) -> ImportMap`. It refuses, by
+    `config.demand` or a ConfigError, whatever our blocks cannot compute.
+    """
+
+    model_type: str
+    summary: str
+    build: str
+
+    @property
+    def name(self) -> str:
+        """What errors and tables call it."""
+        return self.model_type

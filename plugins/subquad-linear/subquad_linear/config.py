@@ -73,6 +73,7 @@ class GatedDeltaNetConfig:
     """The delta rule with a decay per head and token, behind a short convolution (Gated DeltaNet, 2024)."""
 
     num_heads: int = 6
+    num_key_heads: int = 0  # heads of queries and keys, each shared by as many heads of values; 0: num_heads
     key_dim: int = 0  # width of one head's keys; 0: 0.75 d_model / num_heads, which makes a mixer 6 d_model^2
     expand_v: int = 2  # width of a head's values / width of its keys
     conv_width: int = 4  # tokens the short convolution sees, the current one included
@@ -82,6 +83,12 @@ class GatedDeltaNetConfig:
         at_least_one(self, "num_heads", "expand_v", "conv_width")
         if self.key_dim < 0:
             raise ConfigError(what=f"key_dim is {self.key_dim}", where="key_dim", mend="use 1 or more, or 0")
+        if self.num_key_heads < 0 or (self.num_key_heads and self.num_heads % self.num_key_heads):
+            raise ConfigError(
+                what=f"{self.num_heads} heads cannot share {self.num_key_heads} key heads",
+                where="num_key_heads",
+                mend="use a divisor of num_heads, or 0",
+            )
 
 
 @dataclass(kw_only=True)

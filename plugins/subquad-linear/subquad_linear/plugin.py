@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from subquad import Growth, MixerSpec, hookimpl
+from subquad import Growth, ImportSpec, MixerSpec, hookimpl
 from subquad_linear.config import (
     DeltaNetConfig,
     GatedDeltaNetConfig,
@@ -186,5 +186,21 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             no_decay=("b1", "b2", "norm_bias", "norm_weight"),
             float32_parameters=("W1", "W2", "b1", "norm_bias", "norm_weight", "rate_proj.bias", "token_scale"),
             operators=("ttt_scan",),
+        ),
+    ]
+
+
+@hookimpl
+def subquad_provide_imports() -> Iterable[ImportSpec]:
+    return [
+        ImportSpec(
+            model_type="qwen3_next",
+            summary="gated_delta_net and SwiGLU; without full_attention layers and experts",
+            build="subquad_linear.imports:qwen3_next",
+        ),
+        ImportSpec(
+            model_type="xlstm",
+            summary="mlstm and SwiGLU, as in xLSTM 7B; without biases of projections",
+            build="subquad_linear.imports:xlstm",
         ),
     ]

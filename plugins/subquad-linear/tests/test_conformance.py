@@ -80,12 +80,12 @@ class TestGatedDeltaNet(LinearMixerSuite):
     state_bytes = 4 * 6 * 2 * 4 + 3 * 4 * (2 * 12 + 24)
 
 
-class TestGatedDeltaNetWithSignFlips(LinearMixerSuite):
+class TestGatedDeltaNetWithSignFlipsAndSharedKeys(LinearMixerSuite):
     mixer = "gated_delta_net"
     config: ClassVar = {
-        "num_heads": 2, "key_dim": 5, "expand_v": 1, "conv_width": 2, "negative_eigenvalues": True,
+        "num_heads": 2, "num_key_heads": 1, "key_dim": 5, "expand_v": 1, "conv_width": 2, "negative_eigenvalues": True,
     }  # fmt: skip
-    state_bytes = 4 * 2 * 5 * 5 + 4 * (3 * 10)
+    state_bytes = 4 * 2 * 5 * 5 + 4 * (2 * 5 + 10)
 
 
 class TestDeltaNet(LinearMixerSuite):

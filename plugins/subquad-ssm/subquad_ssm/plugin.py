@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from subquad import Growth, MixerSpec, hookimpl
+from subquad import Growth, ImportSpec, MixerSpec, hookimpl
 from subquad_ssm.config import LogLinearMamba2Config, Mamba2Config, Mamba3Config, MambaConfig
 
 
@@ -64,5 +64,21 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             no_decay=("A_log", "D", "L", "dt_bias"),
             float32_parameters=("A_log", "D", "L", "dt_bias"),
             operators=("causal_conv", "log_linear_attention"),
+        ),
+    ]
+
+
+@hookimpl
+def subquad_provide_imports() -> Iterable[ImportSpec]:
+    return [
+        ImportSpec(
+            model_type="mamba",
+            summary="mamba; without biases of projections",
+            build="subquad_ssm.imports:mamba",
+        ),
+        ImportSpec(
+            model_type="mamba2",
+            summary="mamba2; without biases of projections and limits of step sizes",
+            build="subquad_ssm.imports:mamba2",
         ),
     ]
