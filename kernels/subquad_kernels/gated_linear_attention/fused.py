@@ -587,6 +587,50 @@ def _step(
     tl.store(y + (row * h + head) * P + p, result.to(y.dtype.element_ty), mask=in_p)
 
 
+@triton.jit
+def _pull(
+    own, others, g, crossed, score_grad, token, other,
+    CHUNK: tl.constexpr, TILE_N: tl.constexpr, LEVELS: tl.constexpr, BEFORE: tl.constexpr, PRODUCT: tl.constexpr,
+    PRECISION: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a chunk's queries and of its log decays by way of them; REVERSE: of keys, from score_grad^T.
+
+    `crossed` is what the state before the chunk asks of queries, or the gradient after it of keys.
+    Shapes:  own, others, g, crossed: CHUNK n    score_grad: CHUNK CHUNK
+    """
+    nothing = tl.zeros([CHUNK, TILE_N], tl.float32)
+    if REVERSE:
+        summed, back = other > token, token > other
+    else:
+        summed, back = until(token, other, BEFORE), until(other, token, BEFORE)
+    grad = crossed * decays(summed, g, PRODUCT, PRECISION)
+    decay_grad = totals(back, own * grad, PRODUCT, PRECISION)
+
+    # Pairs in blocks that are taken whole. Both sides sum the same rounded products, and cancel where they should.
+    level = whole_level(g, LEVELS)
+    read, written = whole_decays(token, other, g, level, BEFORE, PRODUCT, PRECISION)
+    pairs, pairs_back = within(token, other, level, BEFORE), within(other, token, level, BEFORE)
+    if REVERSE:
+        part = _times(tl.where(pairs_back, score_grad, 0.0), others * read, nothing, PRODUCT, PRECISION)
+        grad += part * written
+        flow = -(own * written).to(PRODUCT).to(tl.float32) * part
+        if BEFORE:  # a write decays by its own token too
+            decay_grad += tl.where(level > 0, flow, 0.0)
+    else:
+        part = _times(tl.where(pairs, score_grad, 0.0), others * written, nothing, PRODUCT, PRECISION)
+        grad += part * read
+        flow = (own * read).to(PRODUCT).to(tl.float32) * part
+    decay_grad += totals(pairs_back & (level > 0), flow, PRODUCT, PRECISION)
+
+    for half in tl.range(level, LEVELS, num_stages=1, disable_licm=True):
+        decay = decays(ranges(token, other, half, BEFORE), g, PRODUCT, PRECISION)
+        met = meet(other, token, half) if REVERSE else meet(token, other, half)
+        part = _times(tl.where(met, score_grad, 0.0), others * decay, nothing, PRODUCT, PRECISION) * decay
+        grad += part
+        decay_grad += totals(ranges(other, token, half, BEFORE), own * part, PRODUCT, PRECISION)
+    return grad, decay_grad
+
+
 @QuickLaunch
 @triton.jit(do_not_specialize=["t", "stretches", "each", "stretch", "per"])
 def _differentiate(
@@ -613,76 +657,66 @@ def _differentiate(
     v_at, dy_at = v + first * v_stride + head * P, dy + first * dy_stride + head * P
     token, other = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
 
-    # Over all of p: what pairs of tokens, the state before the chunk and the gradient after it ask for.
+    weights = tl.zeros([TILE_N], tl.float32)
+    if BONUS:
+        weights = tl.load(bonus + head * N + n, mask=n < N, other=0.0).to(tl.float32)
+    q_at, k_at = q + first * q_stride + head * N, k + first * k_stride + head * N
+    g_at, at = g + first * g_stride + head * N, (first * h + head) * N
+
+    # Queries: what pairs of tokens and the state before the chunk ask for, over all of p.
     score_grad = tl.zeros([CHUNK, CHUNK], tl.float32)
-    score_grad_transposed = tl.zeros([CHUNK, CHUNK], tl.float32)
-    query_grad = tl.zeros([CHUNK, TILE_N], tl.float32)
-    key_grad = tl.zeros([CHUNK, TILE_N], tl.float32)
-    kept_grad = tl.zeros([TILE_N], tl.float32)
+    crossed = tl.zeros([CHUNK, TILE_N], tl.float32)
     for start in tl.range(0, P, TILE_P, num_stages=STAGES, disable_licm=True):
         p = start + tl.arange(0, TILE_P)
         value = _tile(v_at, v_stride, base, tokens, p, P, CHUNK)
         pull = _tile(dy_at, dy_stride, base, tokens, p, P, CHUNK)
         score_grad = _times(pull, tl.trans(value), score_grad, PRODUCT, PRECISION)
-        score_grad_transposed = _times(value, tl.trans(pull), score_grad_transposed, PRODUCT, PRECISION)
         state = _state(
             kept, decayed, crossing, initial, slot, index - sequence - 1, precedes, sequence, head, h, n, p,
             N, P, INITIAL,
         )  # fmt: skip
-        query_grad = _times(pull, tl.trans(state), query_grad, PRODUCT, PRECISION)
-        grad = _state(
-            dkept, ddecayed, dcrossing, dfinal, slot, index - sequence, follows, sequence, head, h, n, p, N, P, FINAL
-        )
-        key_grad = _times(value, tl.trans(grad), key_grad, PRODUCT, PRECISION)
-        kept_grad += tl.sum(state * grad, axis=1)
-
-    log_decay = _tile(g + first * g_stride + head * N, g_stride, base, tokens, n, N, CHUNK)
-    query = _tile(q + first * q_stride + head * N, q_stride, base, tokens, n, N, CHUNK).to(tl.float32) * scale
-    key = _tile(k + first * k_stride + head * N, k_stride, base, tokens, n, N, CHUNK).to(tl.float32)
-    kept_grad *= tl.exp2(tl.sum(log_decay.to(tl.float32), axis=0) * _LOG2_E)
-    query_grad *= decays(until(token, other, BEFORE), log_decay, PRODUCT, PRECISION)
-    key_grad *= decays(other > token, log_decay, PRODUCT, PRECISION)
-    decay_grad = totals(until(other, token, BEFORE), query * query_grad, PRODUCT, PRECISION)
-    decay_grad += totals(token > other, key * key_grad, PRODUCT, PRECISION) + kept_grad[None, :]
-
-    # Pairs in blocks that are taken whole. Both flows are sums of the same products, and cancel where they should.
-    smallest = whole_level(log_decay, LEVELS)
-    read, written = whole_decays(token, other, log_decay, smallest, BEFORE, PRODUCT, PRECISION)
-    queries, keys = (query * read).to(PRODUCT), (key * written).to(PRODUCT)
-    pairs = within(token, other, smallest, BEFORE)
-    part = _times(tl.where(pairs, score_grad, 0.0), keys, tl.zeros([CHUNK, TILE_N], tl.float32), PRODUCT, PRECISION)
-    query_grad += part * read
-    flow = queries.to(tl.float32) * part
-    pairs = within(other, token, smallest, BEFORE)
-    met = tl.where(pairs, score_grad_transposed, 0.0)
-    part = _times(met, queries, tl.zeros([CHUNK, TILE_N], tl.float32), PRODUCT, PRECISION)
-    key_grad += part * written
-    part *= keys.to(tl.float32)
-    flow -= part
-    if BEFORE:
-        decay_grad -= tl.where(smallest > 0, part, 0.0)
-    decay_grad += totals(pairs & (smallest > 0), flow, PRODUCT, PRECISION)
-
-    for level in tl.range(smallest, LEVELS, num_stages=1, disable_licm=True):
-        decay = decays(ranges(token, other, level, BEFORE), log_decay, PRODUCT, PRECISION)
-        met = tl.where(meet(token, other, level), score_grad, 0.0)
-        flow = _times(met, key * decay, tl.zeros([CHUNK, TILE_N], tl.float32), PRODUCT, PRECISION) * decay
-        query_grad += flow
-        flow *= query
-        met = tl.where(meet(other, token, level), score_grad_transposed, 0.0)
-        part = _times(met, query * decay, tl.zeros([CHUNK, TILE_N], tl.float32), PRODUCT, PRECISION) * decay
-        key_grad += part
-        flow += key * part
-        decay_grad += totals(ranges(other, token, level, BEFORE), flow, PRODUCT, PRECISION)
-
-    if BONUS:  # a token and itself
-        weights = tl.load(bonus + head * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        own = tl.sum(tl.where(token == other, score_grad, 0.0), axis=1)[:, None]
-        query_grad += own * weights * key
-        key_grad += own * weights * query
+        crossed = _times(pull, tl.trans(state), crossed, PRODUCT, PRECISION)
+    log_decay = _tile(g_at, g_stride, base, tokens, n, N, CHUNK)
+    query = _tile(q_at, q_stride, base, tokens, n, N, CHUNK).to(tl.float32) * scale
+    key = _tile(k_at, k_stride, base, tokens, n, N, CHUNK).to(tl.float32)
+    grad, decay_grad = _pull(
+        query, key, log_decay, crossed, score_grad, token, other,
+        CHUNK, TILE_N, LEVELS, BEFORE, PRODUCT, PRECISION, False,
+    )  # fmt: skip
+    own = tl.sum(tl.where(token == other, score_grad, 0.0), axis=1)[:, None]
+    if BONUS:
+        grad += own * weights[None, :] * key
         place = (slot.to(tl.int64) * h + head) * N
         tl.store(dbonus + place + n, tl.sum(own * query * key, axis=0), mask=n < N)
-    at = (first * h + head) * N
-    _keep(dq + at, h * N, base, tokens, n, N, query_grad * scale, CHUNK)
-    _keep(dk + at, h * N, base, tokens, n, N, key_grad, CHUNK)
-    _keep(dg + at, h * N, base, tokens, n, N, decay_grad, CHUNK)
+    _keep(dq + at, h * N, base, tokens, n, N, grad * scale, CHUNK)
+
+    # Keys. What is loaded again leaves registers free in between.
+    score_grad = tl.zeros([CHUNK, CHUNK], tl.float32)
+    crossed = tl.zeros([CHUNK, TILE_N], tl.float32)
+    held = tl.zeros([TILE_N], tl.float32)
+    for start in tl.range(0, P, TILE_P, num_stages=STAGES, disable_licm=True):
+        p = start + tl.arange(0, TILE_P)
+        value = _tile(v_at, v_stride, base, tokens, p, P, CHUNK)
+        pull = _tile(dy_at, dy_stride, base, tokens, p, P, CHUNK)
+        score_grad = _times(value, tl.trans(pull), score_grad, PRODUCT, PRECISION)
+        state = _state(
+            kept, decayed, crossing, initial, slot, index - sequence - 1, precedes, sequence, head, h, n, p,
+            N, P, INITIAL,
+        )  # fmt: skip
+        state_grad = _state(
+            dkept, ddecayed, dcrossing, dfinal, slot, index - sequence, follows, sequence, head, h, n, p, N, P, FINAL
+        )
+        held += tl.sum(state * state_grad, axis=1)
+        crossed = _times(value, tl.trans(state_grad), crossed, PRODUCT, PRECISION)
+    log_decay = _tile(g_at, g_stride, base, tokens, n, N, CHUNK)
+    query = _tile(q_at, q_stride, base, tokens, n, N, CHUNK).to(tl.float32) * scale
+    key = _tile(k_at, k_stride, base, tokens, n, N, CHUNK).to(tl.float32)
+    held *= tl.exp2(tl.sum(log_decay.to(tl.float32), axis=0) * _LOG2_E)
+    grad, more = _pull(
+        key, query, log_decay, crossed, score_grad, token, other,
+        CHUNK, TILE_N, LEVELS, BEFORE, PRODUCT, PRECISION, True,
+    )  # fmt: skip
+    if BONUS:
+        grad += own * weights[None, :] * query
+    _keep(dk + at, h * N, base, tokens, n, N, grad, CHUNK)
+    _keep(dg + at, h * N, base, tokens, n, N, decay_grad + more + held[None, :], CHUNK)
