@@ -89,13 +89,18 @@ def within(token, other, level, BEFORE: tl.constexpr):
 
 
 @triton.jit
-def whole_decays(token, other, g, level, BEFORE: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
-    """exp of the log decays from the start of a block of 2^level to each token's read, and of those to its write, < 0.
+def whole_decays(
+    token, other, g, entered, level,
+    LEVELS: tl.constexpr, BEFORE: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """exp of the log decays from the start of a block of 2^level to each token's read, and the inverse to its write.
 
-    The first times the second of an earlier token of the block is the decay between them. One token needs none.
+    The first times the second of an earlier token of the block is the decay between them. `entered` are the sums from
+    the chunk's start, which serve where the chunk is one block. One token needs none.
     """
-    read = totals(within(token, other, level, BEFORE) & (level > 0), g, PRODUCT, PRECISION) * _LOG2_E
-    write = read
+    if level < LEVELS:
+        entered = totals(within(token, other, level, BEFORE) & (level > 0), g, PRODUCT, PRECISION)
+    written = entered
     if BEFORE:
-        write += tl.where(level > 0, g.to(tl.float32) * _LOG2_E, 0.0)
-    return tl.exp2(read), tl.exp2(-write)
+        written += tl.where(level > 0, g.to(tl.float32), 0.0)
+    return tl.exp2(entered * _LOG2_E), tl.exp2(written * -_LOG2_E)

@@ -331,6 +331,24 @@ def _tile(rows, stride, base, tokens, columns, width, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def _entered(g, stride, base, tokens, columns, width, CHUNK: tl.constexpr, BEFORE: tl.constexpr):
+    """Log decays summed from the chunk's start to each token's read: nothing is taken off again.  [CHUNK, columns]"""
+    row = tl.arange(0, CHUNK) - BEFORE
+    mask = ((row >= 0) & (base + row < tokens))[:, None] & (columns < width)[None, :]
+    found = tl.load(g + (base + row)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+    return tl.cumsum(found.to(tl.float32), axis=0)
+
+
+@triton.jit
+def _left(g, stride, base, tokens, columns, width, CHUNK: tl.constexpr):
+    """Log decays summed from after each token to the chunk's end.  [CHUNK, columns]"""
+    row = tl.arange(0, CHUNK) + 1
+    mask = ((row < CHUNK) & (base + row < tokens))[:, None] & (columns < width)[None, :]
+    found = tl.load(g + (base + row)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+    return tl.cumsum(found.to(tl.float32), axis=0, reverse=True)
+
+
+@triton.jit
 def _tile_transposed(rows, stride, base, tokens, columns, width, CHUNK: tl.constexpr):
     """The same from the same memory, tokens along the second axis.  [columns, CHUNK]"""
     token = base + tl.arange(0, CHUNK)
@@ -524,16 +542,19 @@ def _read(
         query = _tile(q_at, q_stride, base, tokens, n, N, CHUNK).to(tl.float32) * scale
         key = _tile(k_at, k_stride, base, tokens, n, N, CHUNK).to(tl.float32)
         state = _state(kept, decayed, crossing, edge, slot, cut, crosses, sequence, head, h, n, p, N, P, EDGE)
+        entered = _entered(g_at, g_stride, base, tokens, n, N, CHUNK, BEFORE)
         if REVERSE:
-            crossed = key * decays(other > token, log_decay, PRODUCT, PRECISION)
+            crossed = key * tl.exp2(_left(g_at, g_stride, base, tokens, n, N, CHUNK) * _LOG2_E)
         else:
-            crossed = query * decays(until(token, other, BEFORE), log_decay, PRODUCT, PRECISION)
+            crossed = query * tl.exp2(entered * _LOG2_E)
         total = _times(crossed, state, total, PRODUCT, PRECISION)
         if BONUS:
             weights = tl.load(bonus + head * N + n, mask=n < N, other=0.0).to(tl.float32)
             scores += tl.where(token == other, tl.sum(query * weights[None, :] * key, axis=1)[:, None], 0.0)
         smallest = whole_level(log_decay, LEVELS)
-        read, written = whole_decays(token, other, log_decay, smallest, BEFORE, PRODUCT, PRECISION)
+        read, written = whole_decays(
+            token, other, log_decay, entered, smallest, LEVELS, BEFORE, PRODUCT, PRECISION
+        )
         if REVERSE:
             met = _times(key * written, tl.trans(query * read), no_pairs, PRODUCT, PRECISION)
             scores += tl.where(within(other, token, smallest, BEFORE), met, 0.0)
@@ -589,46 +610,52 @@ def _step(
 
 @triton.jit
 def _pull(
-    own, others, g, crossed, score_grad, token, other,
+    own, others, g, entered, crossed, score_grad, token, other,
     CHUNK: tl.constexpr, TILE_N: tl.constexpr, LEVELS: tl.constexpr, BEFORE: tl.constexpr, PRODUCT: tl.constexpr,
     PRECISION: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a chunk's queries and of its log decays by way of them; REVERSE: of keys, from score_grad^T.
 
-    `crossed` is what the state before the chunk asks of queries, or the gradient after it of keys.
-    Shapes:  own, others, g, crossed: CHUNK n    score_grad: CHUNK CHUNK
+    `crossed` is the gradient by the state before the chunk, or by the one after it, with its decays.
+    Shapes:  own, others, g, entered, crossed: CHUNK n    score_grad: CHUNK CHUNK
     """
-    nothing = tl.zeros([CHUNK, TILE_N], tl.float32)
-    if REVERSE:
-        summed, back = other > token, token > other
-    else:
-        summed, back = until(token, other, BEFORE), until(other, token, BEFORE)
-    grad = crossed * decays(summed, g, PRODUCT, PRECISION)
-    decay_grad = totals(back, own * grad, PRODUCT, PRECISION)
-
     # Pairs in blocks that are taken whole. Both sides sum the same rounded products, and cancel where they should.
+    nothing = tl.zeros([CHUNK, TILE_N], tl.float32)
     level = whole_level(g, LEVELS)
-    read, written = whole_decays(token, other, g, level, BEFORE, PRODUCT, PRECISION)
-    pairs, pairs_back = within(token, other, level, BEFORE), within(other, token, level, BEFORE)
+    read, written = whole_decays(token, other, g, entered, level, LEVELS, BEFORE, PRODUCT, PRECISION)
     if REVERSE:
-        part = _times(tl.where(pairs_back, score_grad, 0.0), others * read, nothing, PRODUCT, PRECISION)
-        grad += part * written
+        met = tl.where(within(other, token, level, BEFORE), score_grad, 0.0)
+        part = _times(met, others * read, nothing, PRODUCT, PRECISION)
+        grad = crossed + part * written
         flow = -(own * written).to(PRODUCT).to(tl.float32) * part
-        if BEFORE:  # a write decays by its own token too
-            decay_grad += tl.where(level > 0, flow, 0.0)
     else:
-        part = _times(tl.where(pairs, score_grad, 0.0), others * written, nothing, PRODUCT, PRECISION)
-        grad += part * read
+        met = tl.where(within(token, other, level, BEFORE), score_grad, 0.0)
+        part = _times(met, others * written, nothing, PRODUCT, PRECISION)
+        grad = crossed + part * read
         flow = (own * read).to(PRODUCT).to(tl.float32) * part
-    decay_grad += totals(pairs_back & (level > 0), flow, PRODUCT, PRECISION)
+
+    # A log decay counts in all later reads of the state before the chunk, in all earlier writes to the one after it,
+    # and in its block in later reads less later writes.
+    sums = own * crossed
+    if REVERSE:
+        sums = -sums
+    if level == LEVELS:
+        sums += flow
+    summed = tl.cumsum(sums, axis=0, reverse=True)
+    if REVERSE:
+        summed += tl.sum(own * crossed, axis=0)[None, :]
+    if BEFORE and not REVERSE:
+        summed -= sums
+    if (level > 0) & (level < LEVELS):
+        summed += totals(within(other, token, level, BEFORE and not REVERSE), flow, PRODUCT, PRECISION)
 
     for half in tl.range(level, LEVELS, num_stages=1, disable_licm=True):
         decay = decays(ranges(token, other, half, BEFORE), g, PRODUCT, PRECISION)
-        met = meet(other, token, half) if REVERSE else meet(token, other, half)
-        part = _times(tl.where(met, score_grad, 0.0), others * decay, nothing, PRODUCT, PRECISION) * decay
+        pairs = meet(other, token, half) if REVERSE else meet(token, other, half)
+        part = _times(tl.where(pairs, score_grad, 0.0), others * decay, nothing, PRODUCT, PRECISION) * decay
         grad += part
-        decay_grad += totals(ranges(other, token, half, BEFORE), own * part, PRODUCT, PRECISION)
-    return grad, decay_grad
+        summed += totals(ranges(other, token, half, BEFORE), own * part, PRODUCT, PRECISION)
+    return grad, summed
 
 
 @QuickLaunch
@@ -657,9 +684,6 @@ def _differentiate(
     v_at, dy_at = v + first * v_stride + head * P, dy + first * dy_stride + head * P
     token, other = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
 
-    weights = tl.zeros([TILE_N], tl.float32)
-    if BONUS:
-        weights = tl.load(bonus + head * N + n, mask=n < N, other=0.0).to(tl.float32)
     q_at, k_at = q + first * q_stride + head * N, k + first * k_stride + head * N
     g_at, at = g + first * g_stride + head * N, (first * h + head) * N
 
@@ -679,12 +703,15 @@ def _differentiate(
     log_decay = _tile(g_at, g_stride, base, tokens, n, N, CHUNK)
     query = _tile(q_at, q_stride, base, tokens, n, N, CHUNK).to(tl.float32) * scale
     key = _tile(k_at, k_stride, base, tokens, n, N, CHUNK).to(tl.float32)
+    entered = _entered(g_at, g_stride, base, tokens, n, N, CHUNK, BEFORE)
+    crossed *= tl.exp2(entered * _LOG2_E)
     grad, decay_grad = _pull(
-        query, key, log_decay, crossed, score_grad, token, other,
+        query, key, log_decay, entered, crossed, score_grad, token, other,
         CHUNK, TILE_N, LEVELS, BEFORE, PRODUCT, PRECISION, False,
     )  # fmt: skip
-    own = tl.sum(tl.where(token == other, score_grad, 0.0), axis=1)[:, None]
     if BONUS:
+        weights = tl.load(bonus + head * N + n, mask=n < N, other=0.0).to(tl.float32)
+        own = tl.sum(tl.where(token == other, score_grad, 0.0), axis=1)[:, None]
         grad += own * weights[None, :] * key
         place = (slot.to(tl.int64) * h + head) * N
         tl.store(dbonus + place + n, tl.sum(own * query * key, axis=0), mask=n < N)
@@ -712,11 +739,15 @@ def _differentiate(
     query = _tile(q_at, q_stride, base, tokens, n, N, CHUNK).to(tl.float32) * scale
     key = _tile(k_at, k_stride, base, tokens, n, N, CHUNK).to(tl.float32)
     held *= tl.exp2(tl.sum(log_decay.to(tl.float32), axis=0) * _LOG2_E)
+    entered = _entered(g_at, g_stride, base, tokens, n, N, CHUNK, BEFORE)
+    crossed *= tl.exp2(_left(g_at, g_stride, base, tokens, n, N, CHUNK) * _LOG2_E)
     grad, more = _pull(
-        key, query, log_decay, crossed, score_grad, token, other,
+        key, query, log_decay, entered, crossed, score_grad, token, other,
         CHUNK, TILE_N, LEVELS, BEFORE, PRODUCT, PRECISION, True,
     )  # fmt: skip
     if BONUS:
+        weights = tl.load(bonus + head * N + n, mask=n < N, other=0.0).to(tl.float32)
+        own = tl.sum(tl.where(token == other, score_grad, 0.0), axis=1)[:, None]
         grad += own * weights[None, :] * query
     _keep(dk + at, h * N, base, tokens, n, N, grad, CHUNK)
     _keep(dg + at, h * N, base, tokens, n, N, decay_grad + more + held[None, :], CHUNK)
