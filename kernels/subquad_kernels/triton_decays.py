@@ -73,9 +73,11 @@ def meet(later, earlier, level):
 
 
 @triton.jit
-def whole_level(g, LEVELS: tl.constexpr):
-    """The largest level, LEVELS at most, of whose blocks none can decay by more than `_MILD`; 0, one token, always is."""
-    least = tl.min(tl.min(g.to(tl.float32), axis=0), axis=0)
+def whole_level(least, LEVELS: tl.constexpr):
+    """The largest level, LEVELS at most, of whose blocks none can decay by more than `_MILD`; 0, one token, always is.
+
+    `least` is the least log decay of a token.
+    """
     level = 0
     for doubled in tl.static_range(1, LEVELS + 1):
         level += (least * (1 << doubled) >= -_MILD).to(tl.int32)
@@ -90,17 +92,17 @@ def within(token, other, level, BEFORE: tl.constexpr):
 
 @triton.jit
 def whole_decays(
-    token, other, g, entered, level,
-    LEVELS: tl.constexpr, BEFORE: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+    token, other, g, entered, level, WHOLE: tl.constexpr, BEFORE: tl.constexpr, PRODUCT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """exp of the log decays from the start of a block of 2^level to each token's read, and the inverse to its write.
 
     The first times the second of an earlier token of the block is the decay between them. `entered` are the sums from
-    the chunk's start, which serve where the chunk is one block. One token needs none.
+    the chunk's start, which serve where the chunk is one block (WHOLE). One token needs none.
     """
-    if level < LEVELS:
+    written = g.to(tl.float32)
+    if not WHOLE:
         entered = totals(within(token, other, level, BEFORE) & (level > 0), g, PRODUCT, PRECISION)
-    written = entered
-    if BEFORE:
-        written += tl.where(level > 0, g.to(tl.float32), 0.0)
+        written = tl.where(level > 0, written, 0.0)
+    written = entered + written if BEFORE else entered
     return tl.exp2(entered * _LOG2_E), tl.exp2(written * -_LOG2_E)

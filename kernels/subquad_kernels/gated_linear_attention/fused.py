@@ -72,6 +72,7 @@ class Launch:
     summarise: Tiles
     read: Tiles
     differentiate: Tiles
+    violent: Tiles
     chunk: int = 64
     stretch: int | None = None
 
@@ -81,8 +82,8 @@ def launch_of(n: int, p: int, dtype: torch.dtype) -> Launch:
     """Sizes for a head. A tensor core's instruction of a warp group has 64 rows: four warps, the tokens of a chunk."""
     if dtype != torch.bfloat16:  # products in three parts need room
         small = Tiles(n=32, p=32)
-        return Launch(summarise=small, read=small, differentiate=Tiles(n=16, p=32))
-    return Launch(summarise=Tiles(), read=Tiles(p=128), differentiate=Tiles(n=64 if padded(p) <= 64 else 32))
+        return Launch(summarise=small, read=small, differentiate=Tiles(n=16, p=32), violent=Tiles(n=16, p=32))
+    return Launch(summarise=Tiles(), read=Tiles(p=128), differentiate=Tiles(n=32), violent=Tiles(n=16))
 
 
 def forward(launch: Launch | None = None, **arguments: Argument) -> Outputs:
@@ -108,11 +109,14 @@ def backward(
 class _Passed:
     """States before every chunk, or their gradients after it: what the stretch wrote to them, and what entered it.
 
-    Shapes:  kept: chunks h n p    decays: chunks h n    crossing: cuts h n p    edge: sequences h n p
+    `decays` are log decays since then, `least` the least log decays of each chunk's tokens.
+
+    Shapes:  kept: chunks h n p    decays, least: chunks h n    crossing: cuts h n p    edge: sequences h n p
     """
 
     kept: Tensor
     decays: Tensor
+    least: Tensor
     crossing: Tensor
     edge: Tensor | None
 
@@ -184,12 +188,13 @@ class _Call:
         n, p, h = self.n, self.p, self.h
         half = self.q.dtype == torch.bfloat16
         kept = self._new(self.chunks, h, n, p, dtype=torch.bfloat16 if half else torch.float32)
-        decayed, totals = self._new(self.chunks, h, n), self._new(self.cuts + self.sequences, h, n)
+        decayed, least = self._new(self.chunks, h, n), self._new(self.chunks, h, n)
+        totals = self._new(self.cuts + self.sequences, h, n)
         known = crossing is not None
         crossing = self._new(self.cuts, h, n, p) if crossing is None else crossing
         constants = self._constants(self.launch.summarise)
         _summarise[(self.stretches * h * ceil_div(n, constants["TILE_N"]) * ceil_div(p, constants["TILE_P"]),)](
-            rows, columns, self.g, self.table, kept, decayed, crossing, last, totals,
+            rows, columns, self.g, self.table, kept, decayed, least, crossing, last, totals,
             *self.sizes, self.cuts, self.scale if reverse else 1.0, *strides, self.strides[3],
             KNOWN=known, LAST=last is not None, REVERSE=reverse, **constants,
         )  # fmt: skip
@@ -200,16 +205,18 @@ class _Call:
                 P=p, TILE=_ENTRIES, TOGETHER=_TOGETHER, GIVEN=edge is not None, LAST=last is not None,
                 PACKED=self.starts is not None, REVERSE=reverse, num_warps=2,
             )  # fmt: skip
-        return _Passed(kept, decayed, crossing, edge)
+        return _Passed(kept, decayed, least, crossing, edge)
 
     def _read(self, passed: _Passed, values: Tensor, value_stride: int, result: Tensor, *, reverse: bool) -> None:
         """y from v and states, or the gradient of v from that of y and those of states."""
-        constants = self._constants(self.launch.read)
-        _read[(self.chunks * self.h * ceil_div(self.p, constants["TILE_P"]),)](
-            self.q, self.k, values, self.g, self.bonus, passed.kept, passed.decays, passed.crossing, passed.edge,
-            self.table, result, *self.sizes, self.scale, *self.strides[:2], value_stride, self.strides[3],
-            EDGE=passed.edge is not None, BONUS=self.bonus is not None, REVERSE=reverse, **constants,
-        )  # fmt: skip
+        for whole, tiles in ((True, self.launch.read), (False, self.launch.violent)):
+            constants = self._constants(tiles)
+            _read[(self.chunks * self.h * ceil_div(self.p, constants["TILE_P"]),)](
+                self.q, self.k, values, self.g, self.bonus, passed.kept, passed.decays, passed.least, passed.crossing,
+                passed.edge, self.table, result, *self.sizes, self.scale, *self.strides[:2], value_stride,
+                self.strides[3], PAD_N=padded(self.n), WHOLE=whole, EDGE=passed.edge is not None,
+                BONUS=self.bonus is not None, REVERSE=reverse, **constants,
+            )  # fmt: skip
 
     def forward(self) -> Outputs:
         """y: b t h p    final_state: states h n p    boundaries: cuts h n p"""
@@ -246,14 +253,17 @@ class _Call:
         dq, dk, dv, dg = (self._like(rows) for rows in (self.q, self.k, self.v, self.g))
         self._read(leaving, pull, pull_stride, dv, reverse=True)
         dbonus = None if self.bonus is None else self._new(self.chunks, self.h, self.n).zero_()
-        constants = self._constants(self.launch.differentiate)
-        _differentiate[(self.chunks * self.h * ceil_div(self.n, constants["TILE_N"]),)](
-            self.q, self.k, self.v, self.g, self.bonus, pull, self.table,
-            entering.kept, entering.decays, entering.crossing, entering.edge,
-            leaving.kept, leaving.decays, leaving.crossing, leaving.edge,
-            dq, dk, dg, dbonus, *self.sizes, self.scale, *self.strides, pull_stride,
-            INITIAL=self.initial is not None, FINAL=dfinal is not None, BONUS=self.bonus is not None, **constants,
-        )  # fmt: skip
+        # Queries leave the decays' gradients to keys, in fp32.
+        flows = dg if dg.dtype == torch.float32 else self._new(*dg.shape)
+        for whole, tiles in ((True, self.launch.differentiate), (False, self.launch.violent)):
+            _differentiate[(self.chunks * self.h,)](
+                self.q, self.k, self.v, self.g, self.bonus, pull, self.table, entering.least,
+                entering.kept, entering.decays, entering.crossing, entering.edge,
+                leaving.kept, leaving.decays, leaving.crossing, leaving.edge,
+                dq, dk, dg, flows, dbonus, *self.sizes, self.scale, *self.strides, pull_stride,
+                PAD_N=padded(self.n), WHOLE=whole, INITIAL=self.initial is not None, FINAL=dfinal is not None,
+                BONUS=self.bonus is not None, **self._constants(tiles),
+            )  # fmt: skip
         return {
             "q": dq,
             "k": dk,
@@ -373,7 +383,7 @@ def _times(left, right, total, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
 @QuickLaunch
 @triton.jit(do_not_specialize=["t", "stretches", "each", "stretch", "per", "cuts"])
 def _summarise(
-    rows, columns, g, table, kept, decayed, crossing, last, totals,
+    rows, columns, g, table, kept, decayed, least, crossing, last, totals,
     t, h, stretches, each, stretch, per, cuts, scale, row_stride, column_stride, g_stride,
     N: tl.constexpr, P: tl.constexpr, TILE_N: tl.constexpr, TILE_P: tl.constexpr, CHUNK: tl.constexpr,
     LEVELS: tl.constexpr, BEFORE: tl.constexpr, PACKED: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
@@ -383,7 +393,7 @@ def _summarise(
 
     REVERSE: to the gradient of the state after each chunk. What crosses no cut goes to `last`, at its sequence.
     KNOWN: what the whole stretch writes is not wanted.
-    Shapes:  kept: chunks h n p    decayed: chunks h n    crossing: cuts h n p    last: sequences h n p
+    Shapes:  kept: chunks h n p    decayed, least: chunks h n    crossing: cuts h n p    last: sequences h n p
              totals: cuts + sequences h n
     """
     N_TILES: tl.constexpr = (N + TILE_N - 1) // TILE_N
@@ -425,6 +435,7 @@ def _summarise(
             row *= decays(until(token, summed, BEFORE), log_decay, PRODUCT, PRECISION)
         else:
             row *= decays(summed > token, log_decay, PRODUCT, PRECISION)
+        tl.store(least + place * N + n, tl.min(log_decay.to(tl.float32), axis=0), mask=(n < N) & one)
         passed = tl.sum(log_decay.to(tl.float32), axis=0)
         state = _times(column, row, state * tl.exp2(passed * _LOG2_E)[None, :], PRODUCT, PRECISION)
         total += passed
@@ -504,14 +515,23 @@ def _state(
     return written + decay[:, None] * outside
 
 
+@triton.jit
+def _level(least, slot, head, h, N: tl.constexpr, PAD_N: tl.constexpr, LEVELS: tl.constexpr):
+    """Blocks of 2^level tokens of the chunk are taken whole."""
+    n = tl.arange(0, PAD_N)
+    found = tl.load(least + (slot.to(tl.int64) * h + head) * N + n, mask=n < N, other=0.0)
+    return whole_level(tl.min(found, axis=0), LEVELS)
+
+
 @QuickLaunch
 @triton.jit(do_not_specialize=["t", "stretches", "each", "stretch", "per"])
 def _read(
-    q, k, values, g, bonus, kept, decayed, crossing, edge, table, result,
+    q, k, values, g, bonus, kept, decayed, least, crossing, edge, table, result,
     t, h, stretches, each, stretch, per, scale, q_stride, k_stride, value_stride, g_stride,
     N: tl.constexpr, P: tl.constexpr, TILE_N: tl.constexpr, TILE_P: tl.constexpr, CHUNK: tl.constexpr,
     LEVELS: tl.constexpr, BEFORE: tl.constexpr, PACKED: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, EDGE: tl.constexpr, BONUS: tl.constexpr, REVERSE: tl.constexpr,
+    STAGES: tl.constexpr, PAD_N: tl.constexpr, WHOLE: tl.constexpr, EDGE: tl.constexpr, BONUS: tl.constexpr,
+    REVERSE: tl.constexpr,
 ):  # fmt: skip
     """y of one chunk and tile of p: scores V and Q S.  REVERSE: the gradient of v, scores^T dY and K G'.
 
@@ -523,6 +543,9 @@ def _read(
     index, base = slot // per, slot % per * CHUNK
     sequence, first, tokens, follows, precedes = _stretch(table, index, t, stretches, each, stretch, PACKED)
     if (sequence < 0) | (base >= tokens):
+        return
+    smallest = _level(least, slot, head, h, N, PAD_N, LEVELS)
+    if (smallest == LEVELS) != WHOLE:
         return
     if REVERSE:
         crosses, cut = follows, index - sequence
@@ -551,9 +574,8 @@ def _read(
         if BONUS:
             weights = tl.load(bonus + head * N + n, mask=n < N, other=0.0).to(tl.float32)
             scores += tl.where(token == other, tl.sum(query * weights[None, :] * key, axis=1)[:, None], 0.0)
-        smallest = whole_level(log_decay, LEVELS)
         read, written = whole_decays(
-            token, other, log_decay, entered, smallest, LEVELS, BEFORE, PRODUCT, PRECISION
+            token, other, log_decay, entered, smallest, WHOLE, BEFORE, PRODUCT, PRECISION
         )
         if REVERSE:
             met = _times(key * written, tl.trans(query * read), no_pairs, PRODUCT, PRECISION)
@@ -561,14 +583,15 @@ def _read(
         else:
             met = _times(query * read, tl.trans(key * written), no_pairs, PRODUCT, PRECISION)
             scores += tl.where(within(token, other, smallest, BEFORE), met, 0.0)
-        for level in tl.range(smallest, LEVELS, num_stages=1, disable_licm=True):
-            decay = decays(ranges(token, other, level, BEFORE), log_decay, PRODUCT, PRECISION)
-            if REVERSE:
-                met = _times(key * decay, tl.trans(query * decay), no_pairs, PRODUCT, PRECISION)
-                scores += tl.where(meet(other, token, level), met, 0.0)
-            else:
-                met = _times(query * decay, tl.trans(key * decay), no_pairs, PRODUCT, PRECISION)
-                scores += tl.where(meet(token, other, level), met, 0.0)
+        if not WHOLE:
+            for level in tl.range(smallest, LEVELS, num_stages=1, disable_licm=True):
+                decay = decays(ranges(token, other, level, BEFORE), log_decay, PRODUCT, PRECISION)
+                if REVERSE:
+                    met = _times(key * decay, tl.trans(query * decay), no_pairs, PRODUCT, PRECISION)
+                    scores += tl.where(meet(other, token, level), met, 0.0)
+                else:
+                    met = _times(query * decay, tl.trans(key * decay), no_pairs, PRODUCT, PRECISION)
+                    scores += tl.where(meet(token, other, level), met, 0.0)
     value = _tile(values + first * value_stride + head * P, value_stride, base, tokens, p, P, CHUNK)
     total = _times(scores, value, total, PRODUCT, PRECISION)
     _keep(result + (first * h + head) * P, h * P, base, tokens, p, P, total, CHUNK)
@@ -610,9 +633,9 @@ def _step(
 
 @triton.jit
 def _pull(
-    own, others, g, entered, crossed, score_grad, token, other,
-    CHUNK: tl.constexpr, TILE_N: tl.constexpr, LEVELS: tl.constexpr, BEFORE: tl.constexpr, PRODUCT: tl.constexpr,
-    PRECISION: tl.constexpr, REVERSE: tl.constexpr,
+    own, others, g, entered, crossed, score_grad, token, other, level,
+    CHUNK: tl.constexpr, TILE_N: tl.constexpr, LEVELS: tl.constexpr, WHOLE: tl.constexpr, BEFORE: tl.constexpr,
+    PRODUCT: tl.constexpr, PRECISION: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a chunk's queries and of its log decays by way of them; REVERSE: of keys, from score_grad^T.
 
@@ -621,8 +644,7 @@ def _pull(
     """
     # Pairs in blocks that are taken whole. Both sides sum the same rounded products, and cancel where they should.
     nothing = tl.zeros([CHUNK, TILE_N], tl.float32)
-    level = whole_level(g, LEVELS)
-    read, written = whole_decays(token, other, g, entered, level, LEVELS, BEFORE, PRODUCT, PRECISION)
+    read, written = whole_decays(token, other, g, entered, level, WHOLE, BEFORE, PRODUCT, PRECISION)
     if REVERSE:
         met = tl.where(within(other, token, level, BEFORE), score_grad, 0.0)
         part = _times(met, others * read, nothing, PRODUCT, PRECISION)
@@ -639,115 +661,131 @@ def _pull(
     sums = own * crossed
     if REVERSE:
         sums = -sums
-    if level == LEVELS:
+    if WHOLE:
         sums += flow
     summed = tl.cumsum(sums, axis=0, reverse=True)
     if REVERSE:
         summed += tl.sum(own * crossed, axis=0)[None, :]
     if BEFORE and not REVERSE:
         summed -= sums
-    if (level > 0) & (level < LEVELS):
-        summed += totals(within(other, token, level, BEFORE and not REVERSE), flow, PRODUCT, PRECISION)
-
-    for half in tl.range(level, LEVELS, num_stages=1, disable_licm=True):
-        decay = decays(ranges(token, other, half, BEFORE), g, PRODUCT, PRECISION)
-        pairs = meet(other, token, half) if REVERSE else meet(token, other, half)
-        part = _times(tl.where(pairs, score_grad, 0.0), others * decay, nothing, PRODUCT, PRECISION) * decay
-        grad += part
-        summed += totals(ranges(other, token, half, BEFORE), own * part, PRODUCT, PRECISION)
+    if not WHOLE:
+        back = within(other, token, level, BEFORE and not REVERSE) & (level > 0)
+        summed += totals(back, flow, PRODUCT, PRECISION)
+        for half in tl.range(level, LEVELS, num_stages=1, disable_licm=True):
+            decay = decays(ranges(token, other, half, BEFORE), g, PRODUCT, PRECISION)
+            pairs = meet(other, token, half) if REVERSE else meet(token, other, half)
+            part = _times(tl.where(pairs, score_grad, 0.0), others * decay, nothing, PRODUCT, PRECISION) * decay
+            grad += part
+            summed += totals(ranges(other, token, half, BEFORE), own * part, PRODUCT, PRECISION)
     return grad, summed
 
 
 @QuickLaunch
 @triton.jit(do_not_specialize=["t", "stretches", "each", "stretch", "per"])
 def _differentiate(
-    q, k, v, g, bonus, dy, table,
+    q, k, v, g, bonus, dy, table, least,
     kept, decayed, crossing, initial, dkept, ddecayed, dcrossing, dfinal,
-    dq, dk, dg, dbonus,
+    dq, dk, dg, flows, dbonus,
     t, h, stretches, each, stretch, per, scale, q_stride, k_stride, v_stride, g_stride, dy_stride,
     N: tl.constexpr, P: tl.constexpr, TILE_N: tl.constexpr, TILE_P: tl.constexpr, CHUNK: tl.constexpr,
     LEVELS: tl.constexpr, BEFORE: tl.constexpr, PACKED: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr, BONUS: tl.constexpr,
+    STAGES: tl.constexpr, PAD_N: tl.constexpr, WHOLE: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
+    BONUS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one chunk's queries, keys and log decays, and its part of the bonus's, for a tile of n.
+    """Gradients of one chunk's queries, keys and log decays, and its part of the bonus's.
 
     Shapes:  dbonus: chunks h n    the rest as the inputs, and as `_summarise` and `_compose` leave it
     """
-    TILES: tl.constexpr = (N + TILE_N - 1) // TILE_N
     program = tl.program_id(0)
-    tile, head, slot = program % TILES, (program // TILES) % h, program // (TILES * h)
+    head, slot = program % h, program // h
     index, base = slot // per, slot % per * CHUNK
     sequence, first, tokens, follows, precedes = _stretch(table, index, t, stretches, each, stretch, PACKED)
     if (sequence < 0) | (base >= tokens):
         return
-    n = tile * TILE_N + tl.arange(0, TILE_N)
-    v_at, dy_at = v + first * v_stride + head * P, dy + first * dy_stride + head * P
-    token, other = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
-
+    smallest = _level(least, slot, head, h, N, PAD_N, LEVELS)
+    if (smallest == LEVELS) != WHOLE:
+        return
     q_at, k_at = q + first * q_stride + head * N, k + first * k_stride + head * N
+    v_at, dy_at = v + first * v_stride + head * P, dy + first * dy_stride + head * P
     g_at, at = g + first * g_stride + head * N, (first * h + head) * N
+    token, other = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
 
     # Queries: what pairs of tokens and the state before the chunk ask for, over all of p.
     score_grad = tl.zeros([CHUNK, CHUNK], tl.float32)
-    crossed = tl.zeros([CHUNK, TILE_N], tl.float32)
-    for start in tl.range(0, P, TILE_P, num_stages=STAGES, disable_licm=True):
+    for start in tl.range(0, P, TILE_P, num_stages=1, disable_licm=True):
         p = start + tl.arange(0, TILE_P)
         value = _tile(v_at, v_stride, base, tokens, p, P, CHUNK)
         pull = _tile(dy_at, dy_stride, base, tokens, p, P, CHUNK)
         score_grad = _times(pull, tl.trans(value), score_grad, PRODUCT, PRECISION)
-        state = _state(
-            kept, decayed, crossing, initial, slot, index - sequence - 1, precedes, sequence, head, h, n, p,
-            N, P, INITIAL,
+    for tile in tl.range(0, N, TILE_N, num_stages=STAGES, disable_licm=True):
+        n = tile + tl.arange(0, TILE_N)
+        crossed = tl.zeros([CHUNK, TILE_N], tl.float32)
+        for start in tl.range(0, P, TILE_P, num_stages=1, disable_licm=True):
+            p = start + tl.arange(0, TILE_P)
+            pull = _tile(dy_at, dy_stride, base, tokens, p, P, CHUNK)
+            state = _state(
+                kept, decayed, crossing, initial, slot, index - sequence - 1, precedes, sequence, head, h, n, p,
+                N, P, INITIAL,
+            )  # fmt: skip
+            crossed = _times(pull, tl.trans(state), crossed, PRODUCT, PRECISION)
+        log_decay = _tile(g_at, g_stride, base, tokens, n, N, CHUNK)
+        query = _tile(q_at, q_stride, base, tokens, n, N, CHUNK).to(tl.float32) * scale
+        key = _tile(k_at, k_stride, base, tokens, n, N, CHUNK).to(tl.float32)
+        entered = _entered(g_at, g_stride, base, tokens, n, N, CHUNK, BEFORE)
+        crossed *= tl.exp2(entered * _LOG2_E)
+        grad, decay_grad = _pull(
+            query, key, log_decay, entered, crossed, score_grad, token, other, smallest,
+            CHUNK, TILE_N, LEVELS, WHOLE, BEFORE, PRODUCT, PRECISION, False,
         )  # fmt: skip
-        crossed = _times(pull, tl.trans(state), crossed, PRODUCT, PRECISION)
-    log_decay = _tile(g_at, g_stride, base, tokens, n, N, CHUNK)
-    query = _tile(q_at, q_stride, base, tokens, n, N, CHUNK).to(tl.float32) * scale
-    key = _tile(k_at, k_stride, base, tokens, n, N, CHUNK).to(tl.float32)
-    entered = _entered(g_at, g_stride, base, tokens, n, N, CHUNK, BEFORE)
-    crossed *= tl.exp2(entered * _LOG2_E)
-    grad, decay_grad = _pull(
-        query, key, log_decay, entered, crossed, score_grad, token, other,
-        CHUNK, TILE_N, LEVELS, BEFORE, PRODUCT, PRECISION, False,
-    )  # fmt: skip
-    if BONUS:
-        weights = tl.load(bonus + head * N + n, mask=n < N, other=0.0).to(tl.float32)
-        own = tl.sum(tl.where(token == other, score_grad, 0.0), axis=1)[:, None]
-        grad += own * weights[None, :] * key
-        place = (slot.to(tl.int64) * h + head) * N
-        tl.store(dbonus + place + n, tl.sum(own * query * key, axis=0), mask=n < N)
-    _keep(dq + at, h * N, base, tokens, n, N, grad * scale, CHUNK)
+        if BONUS:  # a token and itself
+            weights = tl.load(bonus + head * N + n, mask=n < N, other=0.0).to(tl.float32)
+            own = tl.sum(tl.where(token == other, score_grad, 0.0), axis=1)[:, None]
+            grad += own * weights[None, :] * key
+            place = (slot.to(tl.int64) * h + head) * N
+            tl.store(dbonus + place + n, tl.sum(own * query * key, axis=0), mask=n < N)
+        _keep(dq + at, h * N, base, tokens, n, N, grad * scale, CHUNK)
+        _keep(flows + at, h * N, base, tokens, n, N, decay_grad, CHUNK)
+    # Other threads of the program read what these have written.
+    tl.debug_barrier()
 
-    # Keys. What is loaded again leaves registers free in between.
+    # Keys, with the gradient of the state after the chunk.
     score_grad = tl.zeros([CHUNK, CHUNK], tl.float32)
-    crossed = tl.zeros([CHUNK, TILE_N], tl.float32)
-    held = tl.zeros([TILE_N], tl.float32)
-    for start in tl.range(0, P, TILE_P, num_stages=STAGES, disable_licm=True):
+    for start in tl.range(0, P, TILE_P, num_stages=1, disable_licm=True):
         p = start + tl.arange(0, TILE_P)
         value = _tile(v_at, v_stride, base, tokens, p, P, CHUNK)
         pull = _tile(dy_at, dy_stride, base, tokens, p, P, CHUNK)
         score_grad = _times(value, tl.trans(pull), score_grad, PRODUCT, PRECISION)
-        state = _state(
-            kept, decayed, crossing, initial, slot, index - sequence - 1, precedes, sequence, head, h, n, p,
-            N, P, INITIAL,
+    for tile in tl.range(0, N, TILE_N, num_stages=STAGES, disable_licm=True):
+        n = tile + tl.arange(0, TILE_N)
+        crossed = tl.zeros([CHUNK, TILE_N], tl.float32)
+        held = tl.zeros([TILE_N], tl.float32)
+        for start in tl.range(0, P, TILE_P, num_stages=1, disable_licm=True):
+            p = start + tl.arange(0, TILE_P)
+            value = _tile(v_at, v_stride, base, tokens, p, P, CHUNK)
+            state = _state(
+                kept, decayed, crossing, initial, slot, index - sequence - 1, precedes, sequence, head, h, n, p,
+                N, P, INITIAL,
+            )  # fmt: skip
+            state_grad = _state(
+                dkept, ddecayed, dcrossing, dfinal, slot, index - sequence, follows, sequence, head, h, n, p,
+                N, P, FINAL,
+            )  # fmt: skip
+            held += tl.sum(state * state_grad, axis=1)
+            crossed = _times(value, tl.trans(state_grad), crossed, PRODUCT, PRECISION)
+        log_decay = _tile(g_at, g_stride, base, tokens, n, N, CHUNK)
+        query = _tile(q_at, q_stride, base, tokens, n, N, CHUNK).to(tl.float32) * scale
+        key = _tile(k_at, k_stride, base, tokens, n, N, CHUNK).to(tl.float32)
+        held *= tl.exp2(tl.sum(log_decay.to(tl.float32), axis=0) * _LOG2_E)
+        entered = _entered(g_at, g_stride, base, tokens, n, N, CHUNK, BEFORE)
+        crossed *= tl.exp2(_left(g_at, g_stride, base, tokens, n, N, CHUNK) * _LOG2_E)
+        grad, decay_grad = _pull(
+            key, query, log_decay, entered, crossed, score_grad, token, other, smallest,
+            CHUNK, TILE_N, LEVELS, WHOLE, BEFORE, PRODUCT, PRECISION, True,
         )  # fmt: skip
-        state_grad = _state(
-            dkept, ddecayed, dcrossing, dfinal, slot, index - sequence, follows, sequence, head, h, n, p, N, P, FINAL
-        )
-        held += tl.sum(state * state_grad, axis=1)
-        crossed = _times(value, tl.trans(state_grad), crossed, PRODUCT, PRECISION)
-    log_decay = _tile(g_at, g_stride, base, tokens, n, N, CHUNK)
-    query = _tile(q_at, q_stride, base, tokens, n, N, CHUNK).to(tl.float32) * scale
-    key = _tile(k_at, k_stride, base, tokens, n, N, CHUNK).to(tl.float32)
-    held *= tl.exp2(tl.sum(log_decay.to(tl.float32), axis=0) * _LOG2_E)
-    entered = _entered(g_at, g_stride, base, tokens, n, N, CHUNK, BEFORE)
-    crossed *= tl.exp2(_left(g_at, g_stride, base, tokens, n, N, CHUNK) * _LOG2_E)
-    grad, more = _pull(
-        key, query, log_decay, entered, crossed, score_grad, token, other,
-        CHUNK, TILE_N, LEVELS, BEFORE, PRODUCT, PRECISION, True,
-    )  # fmt: skip
-    if BONUS:
-        weights = tl.load(bonus + head * N + n, mask=n < N, other=0.0).to(tl.float32)
-        own = tl.sum(tl.where(token == other, score_grad, 0.0), axis=1)[:, None]
-        grad += own * weights[None, :] * query
-    _keep(dk + at, h * N, base, tokens, n, N, grad, CHUNK)
-    _keep(dg + at, h * N, base, tokens, n, N, decay_grad + more + held[None, :], CHUNK)
+        if BONUS:
+            weights = tl.load(bonus + head * N + n, mask=n < N, other=0.0).to(tl.float32)
+            own = tl.sum(tl.where(token == other, score_grad, 0.0), axis=1)[:, None]
+            grad += own * weights[None, :] * query
+        _keep(dk + at, h * N, base, tokens, n, N, grad, CHUNK)
+        decay_grad += _tile(flows + at, h * N, base, tokens, n, N, CHUNK) + held[None, :]
+        _keep(dg + at, h * N, base, tokens, n, N, decay_grad, CHUNK)
