@@ -574,9 +574,7 @@ def _read(
         if BONUS:
             weights = tl.load(bonus + head * N + n, mask=n < N, other=0.0).to(tl.float32)
             scores += tl.where(token == other, tl.sum(query * weights[None, :] * key, axis=1)[:, None], 0.0)
-        read, written = whole_decays(
-            token, other, log_decay, entered, smallest, WHOLE, BEFORE, PRODUCT, PRECISION
-        )
+        read, written = whole_decays(token, other, log_decay, entered, smallest, WHOLE, BEFORE, PRODUCT, PRECISION)
         if REVERSE:
             met = _times(key * written, tl.trans(query * read), no_pairs, PRODUCT, PRECISION)
             scores += tl.where(within(other, token, smallest, BEFORE), met, 0.0)
