@@ -140,6 +140,16 @@ def test_extreme_decays_neither_overflow_nor_lose_gradients(rate: float) -> None
 
 
 @pytest.mark.parametrize("read", ["after", "before"])
+def test_mild_and_violent_chunks_stand_side_by_side(read: str) -> None:
+    """Blocks of 16 tokens are whole in the first chunk, of 4 and of 8 in the two that follow."""
+    arguments = sample(workload(48, read=read))
+    least = arguments["log_decay"].amin()
+    arguments["log_decay"][:, 16:32] *= -14 / least
+    arguments["log_decay"][:, 32:] *= -7 / least
+    assert_exact(arguments)
+
+
+@pytest.mark.parametrize("read", ["after", "before"])
 def test_a_channel_that_forgets_everything_leaves_the_others_their_precision(read: str) -> None:
     arguments = sample(workload(40, read=read))
     arguments["log_decay"][:, :, :, 2] = -1e4
