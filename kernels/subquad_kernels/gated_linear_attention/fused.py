@@ -10,8 +10,9 @@ knows of packing.
 
 Within a chunk, blocks whose decays are mild are taken whole, by one product; longer ones meet at powers of two, where
 no exponent is positive (`triton_decays`). How long mild blocks are is found for every chunk: ordinary decays take one
-product, violent ones seven, and either is as exact. The gradient of a log decay is the sum of those of the exponents
-that it is part of. Sums over programs are taken afterwards: no atomics.
+product, violent ones up to seven, and either is as exact. `_read` and `_differentiate` are compiled for each and
+launched for both; a program leaves a chunk of the other kind alone. The gradient of a log decay is the sum of those of
+the exponents that it is part of. Sums over programs are taken afterwards: no atomics.
 
 Loops keep what does not change within them (disable_licm): zeros and ones of every power of two, kept in registers
 from the first chunk on, would push the state out of them.
@@ -65,8 +66,9 @@ class Tiles:
 class Launch:
     """How a call is laid out on a device; changes speed, never results beyond rounding.
 
-    `chunk` tokens (16 or more, a power of two) are taken together. `stretch` tokens are walked by one program of
-    `summarise`: the operator's number unless told.
+    `read` and `differentiate` are for chunks of mild decays, `violent` is both for all others. `chunk` tokens (16 or
+    more, a power of two) are taken together. `stretch` tokens are walked by one program of `summarise`: the operator's
+    number unless told.
     """
 
     summarise: Tiles
@@ -79,7 +81,10 @@ class Launch:
 
 @lru_cache
 def launch_of(n: int, p: int, dtype: torch.dtype) -> Launch:
-    """Sizes for a head. A tensor core's instruction of a warp group has 64 rows: four warps, the tokens of a chunk."""
+    """Sizes for a head. A tensor core's instruction of a warp group has 64 rows: four warps, the tokens of a chunk.
+
+    `differentiate` would spill with 64 key channels where the state is read before the write.
+    """
     if dtype != torch.bfloat16:  # products in three parts need room
         small = Tiles(n=32, p=32)
         return Launch(summarise=small, read=small, differentiate=Tiles(n=16, p=32), violent=Tiles(n=16, p=32))
