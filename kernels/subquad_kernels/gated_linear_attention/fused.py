@@ -346,6 +346,14 @@ def _tile(rows, stride, base, tokens, columns, width, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def _tile_transposed(rows, stride, base, tokens, columns, width, CHUNK: tl.constexpr):
+    """The same from the same memory, tokens along the second axis.  [columns, CHUNK]"""
+    token = base + tl.arange(0, CHUNK)
+    mask = (token < tokens)[None, :] & (columns < width)[:, None]
+    return tl.load(rows + token[None, :] * stride + columns[:, None], mask=mask, other=0.0)
+
+
+@triton.jit
 def _entered(g, stride, base, tokens, columns, width, CHUNK: tl.constexpr, BEFORE: tl.constexpr):
     """Log decays summed from the chunk's start to each token's read: nothing is taken off again.  [CHUNK, columns]"""
     row = tl.arange(0, CHUNK) - BEFORE
@@ -361,14 +369,6 @@ def _left(g, stride, base, tokens, columns, width, CHUNK: tl.constexpr):
     mask = ((row < CHUNK) & (base + row < tokens))[:, None] & (columns < width)[None, :]
     found = tl.load(g + (base + row)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
     return tl.cumsum(found.to(tl.float32), axis=0, reverse=True)
-
-
-@triton.jit
-def _tile_transposed(rows, stride, base, tokens, columns, width, CHUNK: tl.constexpr):
-    """The same from the same memory, tokens along the second axis.  [columns, CHUNK]"""
-    token = base + tl.arange(0, CHUNK)
-    mask = (token < tokens)[None, :] & (columns < width)[:, None]
-    return tl.load(rows + token[None, :] * stride + columns[:, None], mask=mask, other=0.0)
 
 
 @triton.jit
