@@ -83,12 +83,14 @@ class Launch:
 def launch_of(n: int, p: int, dtype: torch.dtype) -> Launch:
     """Sizes for a head. A tensor core's instruction of a warp group has 64 rows: four warps, the tokens of a chunk.
 
-    `differentiate` would spill with 64 key channels where the state is read before the write.
+    `differentiate` would spill with 64 key channels where the state is read before the write, `read` where it walks
+    over more than 64.
     """
     if dtype != torch.bfloat16:  # products in three parts need room
         small = Tiles(n=32, p=32)
         return Launch(summarise=small, read=small, differentiate=Tiles(n=16, p=32), violent=Tiles(n=16, p=32))
-    return Launch(summarise=Tiles(), read=Tiles(p=128), differentiate=Tiles(n=32), violent=Tiles(n=16))
+    read = Tiles(n=64 if padded(n) <= 64 else 32, p=128)
+    return Launch(summarise=Tiles(), read=read, differentiate=Tiles(n=32), violent=Tiles(n=16))
 
 
 def forward(launch: Launch | None = None, **arguments: Argument) -> Outputs:
