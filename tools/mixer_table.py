@@ -29,7 +29,7 @@ VERDICTS = ROOT / "plugins" / "verdicts"
 BENCHMARKS = ROOT / "kernels" / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "plugins" / "README.md")
 BEGIN, END = "<!-- python tools/mixer_table.py write -->", "<!-- end of the table -->"
-SETTINGS = {"mamba2": ("config={head_dim: 8, state_dim: 8}",)}
+SETTINGS = {name: ("config={head_dim: 8, state_dim: 8}",) for name in ("mamba2", "mamba3", "log_linear_mamba2")}
 """Sizes for mixers whose defaults do not fit the width of a check."""
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "forward": (

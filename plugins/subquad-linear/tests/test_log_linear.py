@@ -80,6 +80,7 @@ def equation(m: LogLinear, x: Tensor) -> Tensor:
     return (o.flatten(2) * gate / (1 + torch.exp(-gate))) @ m.output.o_proj.weight.T
 
 
+@pytest.mark.oracle("log_linear")
 @pytest.mark.parametrize("t", [2, 75])  # a single token reads nothing that decays; 75: more than one chunk
 @pytest.mark.parametrize("config", [{"num_heads": 2}, {"num_heads": 3, "expand_k": 1.0, "num_levels": 4}], ids=str)
 def test_the_mixer_equals_the_paper_s_equation_with_all_gradients(config: dict[str, Any], t: int) -> None:

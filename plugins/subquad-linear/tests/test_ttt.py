@@ -124,7 +124,7 @@ def descent(m: ttt.TTT, x: Tensor, base_rate: float) -> Tensor:
     return y @ m.o_proj.weight.T
 
 
-@pytest.mark.parametrize("inner", ["linear", "mlp"])
+@pytest.mark.parametrize("inner", [pytest.param(n, marks=pytest.mark.oracle(f"ttt_{n}")) for n in ("linear", "mlp")])
 @pytest.mark.parametrize("t", [1, 3, 11])
 def test_the_mixer_is_gradient_descent_by_autograd_with_all_gradients(inner: str, t: int) -> None:
     mixer = build(inner, num_heads=3, mini_batch=4, base_rate=0.7, gate=t == 11).double()

@@ -80,6 +80,7 @@ def equation(m: LogLinearMamba2, x: Tensor) -> Tensor:
     return (normal.flatten(2) * m.norm.weight) @ m.out_proj.weight.T
 
 
+@pytest.mark.oracle("log_linear_mamba2")
 @pytest.mark.parametrize("t", [2, 75])  # a single token reads nothing that decays; 75: more than one chunk
 @pytest.mark.parametrize("config", [{"state_dim": 5}, {"state_dim": 3, "num_groups": 3, "num_levels": 4}], ids=str)
 def test_the_mixer_equals_the_paper_s_equation_with_all_gradients(config: dict[str, int], t: int) -> None:

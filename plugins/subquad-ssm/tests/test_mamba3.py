@@ -131,6 +131,7 @@ def dual(m: Mamba3, x: Tensor) -> Tensor:
     return left(m, y, U, z)
 
 
+@pytest.mark.oracle("mamba3")
 @pytest.mark.parametrize(
     ("form", "config", "t"),
     [
