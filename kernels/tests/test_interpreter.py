@@ -1,4 +1,4 @@
-"""The interpreter that remembers its language replaces all of it for a launch, in nested calls too, and puts it back."""
+"""The interpreter that remembers its language replaces it for a launch, in nested calls too, and puts it back."""
 
 from __future__ import annotations
 
