@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DISTRIBUTIONS := -e kernels -e cost_model -e ".[train,hf,triton,dev]" -e plugins/subquad-scout -e plugins/subquad-ssm -e plugins/subquad-linear
 PYPROJECTS := pyproject.toml kernels/pyproject.toml cost_model/pyproject.toml plugins/subquad-scout/pyproject.toml plugins/subquad-ssm/pyproject.toml plugins/subquad-linear/pyproject.toml
 STAMP := $(VENV)/.installed
-# A process a core, up to eight of about 1.5 GB; a test that is alone on its core starts no second thread.
+# A process a core, up to eight, of 1 to 2 GB each (conftest.py gives each one thread).
 PYTEST := -m pytest -n logical --maxprocesses 8 --dist worksteal
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
