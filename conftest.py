@@ -1,4 +1,4 @@
-"""What every test may rely on: no network, no account, a cache of its own, two threads."""
+"""What every test may rely on: no network, no account, a cache of its own, a core to itself."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch counts the cores: each worker has one, and so has what it starts.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 from oracle_record import OracleRecord
 
