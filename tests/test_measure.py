@@ -292,7 +292,7 @@ def test_a_process_that_an_earlier_kernel_broke_finds_nothing_out(monkeypatch: p
 
 def test_the_verb_writes_a_table_that_a_model_can_be_fitted_to(tmp_path: Path) -> None:
     environment = {**os.environ, "SUBQUAD_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    arguments = ["operators=[rotary]", "layouts=4", "shapes=24", "budget_s=150", f"out={tmp_path / 'rows'}"]
+    arguments = ["operators=[rotary]", "layouts=6", "shapes=24", "budget_s=150", f"out={tmp_path / 'rows'}"]
     found = subprocess.run(
         [sys.executable, "-m", "subquad", "measure", *arguments],
         capture_output=True, text=True, env=environment, check=True, timeout=200,
