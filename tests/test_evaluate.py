@@ -146,9 +146,10 @@ def test_a_model_trained_on_a_task_beats_chance_and_another_does_not(task_run: P
     ]
     one, four = record["levels"]
     assert one["chance"] == four["chance"] == pytest.approx(1 / 6)
+    assert one["row_guess"] == 1.0 and four["row_guess"] == pytest.approx(1 / 4 + 3 / 4 / 6)
     assert one["answers"] == 256 and four["answers"] == 1024
     assert one["accuracy"] == one["exact"] > 0.9
-    assert four["accuracy"] > 0.5
+    assert four["accuracy"] > 2 * four["row_guess"]
     assert four["exact"] <= four["accuracy"]
     other = evaluated(text_run, suite="copying", sizes=[4], samples=64)
     assert other["trained_on"] == "text_files"

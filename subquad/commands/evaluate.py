@@ -76,10 +76,10 @@ def _table(suite: str, record: dict[str, Any]) -> str:
         title += f" (trained on {record['trained_on']}, not on this task)"
     levels = [
         (str(level["length"]), str(level["size"]), f"{level['accuracy']:.4f}", f"{level['chance']:.4f}",
-         f"{level['exact']:.4f}")
+         f"{level['row_guess']:.4f}", f"{level['exact']:.4f}")
         for level in record["levels"]
     ]  # fmt: skip
-    return table(title, ("tokens", record["counts"], "accuracy", "chance", "exact rows"), levels)
+    return table(title, ("tokens", record["counts"], "accuracy", "chance", "row guess", "exact rows"), levels)
 
 
 def _figures(row: dict[str, Any]) -> tuple[str, str, str]:

@@ -62,10 +62,11 @@ def _task(folder: RunFolder, name: str, record: Mapping[str, Any]) -> list[str]:
     if record["trained_on"] != "this task":
         lines[-1] += f" The run was trained on other data ({record['trained_on']}) and has never seen this task."
     lines += ["", "Accuracy counts answers, exact counts rows whose answers are all right; chance is the best constant "
-              "guess.", ""]  # fmt: skip
-    lines += _table(("tokens", counts, "rows", "answers", "accuracy", "chance", "exact"), [
+              "guess, row guess names one of the row's possible answers at random.", ""]  # fmt: skip
+    lines += _table(("tokens", counts, "rows", "answers", "accuracy", "chance", "row guess", "exact"), [
         (f"{level['length']:,}", str(level["size"]), str(level["rows"]), f"{level['answers']:,}",
-         f"{level['accuracy']:.4f}", f"{level['chance']:.4f}", f"{level['exact']:.4f}")
+         f"{level['accuracy']:.4f}", f"{level['chance']:.4f}", f"{level['row_guess']:.4f}",
+         f"{level['exact']:.4f}")
         for level in levels
     ])  # fmt: skip
     picture = f"evaluation-{name}.svg"
@@ -73,9 +74,10 @@ def _task(folder: RunFolder, name: str, record: Mapping[str, Any]) -> list[str]:
     sizes = sorted({level["size"] for level in levels})
     lengths = sorted({level["length"] for level in levels})
     plot = _plot(sizes, [0.0, 1.0], counts, "accuracy", sizes)
-    chance = sorted({(level["size"], level["chance"]) for level in levels})
-    plot.line(chance, stroke="#888", stroke_dasharray="5 4")
-    plot.text(chance[0][0], chance[0][1] + 0.02, "chance", fill="#888")
+    for key, label in (("chance", "chance"), ("row_guess", "row guess")):
+        guesses = sorted({(level["size"], level[key]) for level in levels})
+        plot.line(guesses, stroke="#888", stroke_dasharray="5 4")
+        plot.text(guesses[-1][0], guesses[-1][1] + 0.02, label, fill="#888")
     for colour, length in zip(_colours(len(lengths)), lengths):
         line = [(level["size"], level["accuracy"]) for level in levels if level["length"] == length]
         _draw(plot, line, colour)

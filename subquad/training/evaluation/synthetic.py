@@ -123,4 +123,5 @@ def _level(
         "accuracy": right / answers,
         "exact": exact / count,
         "chance": task.chance(size, vocab_size),
+        "row_guess": task.row_guess(size, vocab_size),
     }

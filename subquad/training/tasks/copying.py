@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from subquad.training.tasks.task import Row, Task, empty_row
+from subquad.training.tasks.task import Row, Task, empty_row, one_of
 
 MARKER, FIRST_SYMBOL = 1, 2
 
@@ -42,6 +42,7 @@ COPYING, SELECTIVE_COPYING = (
         least_len=lambda size: 2 * size,
         least_vocab=lambda size: 4,
         chance=lambda size, vocab_size: 1 / (vocab_size - FIRST_SYMBOL),
+        row_guess=lambda size, vocab_size: one_of(size, vocab_size - FIRST_SYMBOL),
     )
     for name, summary, selective in (
         ("copying", "give back symbols in order", False),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from subquad.training.tasks.task import Row, Task, empty_row
+from subquad.training.tasks.task import Row, Task, empty_row, one_of
 
 
 def draw(random: np.random.Generator, seq_len: int, size: int, vocab_size: int) -> Row:
@@ -40,4 +40,5 @@ IN_CONTEXT_RECALL = Task(
     least_len=lambda size: 2 * (size + 1),  # one pair more than keys: at least one comes back
     least_vocab=lambda size: 2 * size + 2,
     chance=lambda size, vocab_size: 1 / (vocab_size - vocab_size // 2),
+    row_guess=lambda size, vocab_size: one_of(size, vocab_size - vocab_size // 2),
 )

@@ -71,4 +71,5 @@ MODULAR_ARITHMETIC = Task(
     least_len=lambda size: 2 * size,
     least_vocab=lambda size: 10,
     chance=lambda size, vocab_size: most_frequent_share(size),
+    row_guess=lambda size, vocab_size: most_frequent_share(size),
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from subquad.training.tasks.task import Row, Task, empty_row
+from subquad.training.tasks.task import Row, Task, empty_row, one_of
 
 POWER = 0.01
 """The paper's exponent."""
@@ -43,4 +43,5 @@ MQAR = Task(
     least_len=lambda size: 4 * size,
     least_vocab=lambda size: 2 * size + 2,
     chance=lambda size, vocab_size: 1 / (vocab_size - vocab_size // 2),
+    row_guess=lambda size, vocab_size: one_of(size, vocab_size - vocab_size // 2),
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from subquad.training.tasks.task import Row, Task, empty_row, scattered
+from subquad.training.tasks.task import Row, Task, empty_row, one_of, scattered
 
 NEEDLE, QUERY, FIRST = 0, 1, 2
 VALUE_LEN = 4
@@ -43,4 +43,5 @@ NEEDLES = Task(
     least_len=lambda size: size * (2 + VALUE_LEN) + TAIL,
     least_vocab=lambda size: FIRST + 3 * max(size, 2),
     chance=lambda size, vocab_size: 1 / ((vocab_size - FIRST) // 3),
+    row_guess=lambda size, vocab_size: one_of(size, (vocab_size - FIRST) // 3),
 )

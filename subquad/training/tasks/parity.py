@@ -35,4 +35,5 @@ PARITY = Task(
     least_len=lambda size: size,
     least_vocab=lambda size: 3,
     chance=lambda size, vocab_size: 0.5,
+    row_guess=lambda size, vocab_size: 0.5,
 )

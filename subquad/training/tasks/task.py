@@ -29,7 +29,8 @@ class Task:
 
     `draw(random, seq_len, size, vocab_size)` gives a row; `size` counts what `counts` says. `least_len` and
     `least_vocab` are the smallest length and vocabulary for a size. `chance(size, vocab_size)` is the share of answers
-    that the best constant guess, which knows the task and not the row, gets right.
+    that the best constant guess, which knows the task and not the row, gets right; `row_guess(size, vocab_size)` that
+    of naming one of the row's possible answers at random, which takes no recall. A task of few answers has one figure.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Task:
     least_len: Callable[[int], int]
     least_vocab: Callable[[int], int]
     chance: Callable[[int, int], float]
+    row_guess: Callable[[int, int], float]
 
     def check(self, seq_len: int, size: int, vocab_size: int, *, where: str) -> None:
         """Raises: ConfigError when such a row cannot be drawn; `where` is the key that holds the sizes."""
@@ -69,6 +71,11 @@ class Task:
 def empty_row(seq_len: int) -> Row:
     """Filler that asks for nothing."""
     return Row(np.full(seq_len, FILLER, dtype=np.int64), np.full(seq_len, IGNORED, dtype=np.int64))
+
+
+def one_of(count: int, alphabet: int) -> float:
+    """How often one of `count` tokens at random is the right one, if the others are drawn from the same alphabet."""
+    return 1 / count + (1 - 1 / count) / alphabet
 
 
 def scattered(

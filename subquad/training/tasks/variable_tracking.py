@@ -50,4 +50,5 @@ VARIABLE_TRACKING = Task(
     least_len=lambda size: CHAINS * STATEMENT * (size + 1) + 2 + size,
     least_vocab=lambda size: FIRST + 3 * CHAINS * (size + 1),
     chance=lambda size, vocab_size: 1 / ((vocab_size - FIRST) // 3),
+    row_guess=lambda size, vocab_size: 1 / (CHAINS * (size + 1)),
 )
