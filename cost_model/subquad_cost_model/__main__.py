@@ -77,7 +77,8 @@ def _evaluate(given: argparse.Namespace) -> None:
 
 
 def _trees(given: argparse.Namespace) -> Trees:
-    return Trees(rounds=given.rounds, leaves=given.leaves, threads=given.threads)
+    spread = {"spread_rounds": max(1, given.rounds // 4), "spread_leaves": max(3, given.leaves // 4)}
+    return Trees(rounds=given.rounds, leaves=given.leaves, threads=given.threads, **spread)
 
 
 def _contents(rows: Sequence[TimedRow]) -> str:

@@ -107,6 +107,7 @@ def cost_row(operator: Operator, kernel: Kernel, workload: Workload) -> CostRow:
         bytes_moved=work.bytes_moved,
         serial_steps=work.serial_steps,
         saved_bytes=work.saved_bytes,
+        launches=kernel.launches(workload),
         kernel_version=kernel.version,
     )
 

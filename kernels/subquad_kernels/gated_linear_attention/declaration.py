@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from subquad_kernels.catalogue import Kernel, Operator, Tolerance
 from subquad_kernels.optional_packages import FLA, half_only
-from subquad_kernels.workload import ELEMENT_BYTES, DeviceLimits, DType, Option, Phase, Work, Workload
+from subquad_kernels.workload import ELEMENT_BYTES, DeviceLimits, DType, Option, Phase, Work, Workload, longest_document
 
 _HERE = "subquad_kernels.gated_linear_attention"
 
@@ -130,6 +130,14 @@ def _fla_recurrent_supports(workload: Workload, limits: DeviceLimits) -> str | N
     return None
 
 
+def _chunked_launches(workload: Workload) -> int:
+    """A loop over chunks between products of all of them."""
+    if workload.phase == "decode":
+        return 7
+    steps = -(-longest_document(workload.shape) // 64)
+    return 85 + 18 * steps if workload.phase == "forward" else 190 + 30 * steps
+
+
 _BOTH = frozenset({"cpu", "cuda"})
 _CUDA = frozenset({"cuda"})
 KERNELS = (
@@ -146,6 +154,7 @@ KERNELS = (
         implementation=f"{_HERE}.chunked",
         supports=_anything,
         devices=_BOTH,
+        launches=_chunked_launches,
     ),
     Kernel(
         operator="gated_linear_attention",

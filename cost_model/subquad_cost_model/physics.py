@@ -1,0 +1,207 @@
+"""The physics head: a quantity as a sum of what the row asks of a device, each times a factor that its kernel has shown.
+
+    seconds = start + exp(u_l) work,    start and work: sums over j of  c_kj x_j(row, device),    c >= 0
+
+x_j are seconds that the units work, launches, steps that wait for each other, waves of programs; k is the kernel, l its
+layout: widths, heads, dtype and options, for which it was compiled, and which may cost it registers or a path of its
+own. Such a sum has no trees' steps and goes on beyond what was measured: twice the tokens of a linear operator take
+twice the time. Bytes at the peak are a sum alike, of other terms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from scipy.optimize import nnls
+
+from subquad_cost_model.bound import bound_terms
+from subquad_cost_model.device import Device
+from subquad_cost_model.features import EXP_PER_SM_AND_STEP, TILE, Floats, words
+from subquad_cost_model.rows import CostRow
+from subquad_cost_model.splits import fold, head_layout
+
+SECONDS = (
+    "start", "launches", "packed", "matmul 16", "matmul 32", "vector", "exponentials", "memory", "kept", "steps",
+    "documents", "waves",
+)  # fmt: skip
+STARTING = frozenset({"start", "launches", "packed", "documents", "blocks"})
+"""Terms that no layout changes."""
+BYTES = ("blocks", "moved", "kept", "row of scores", "scalars", "states", "states of chunks")
+STEP = 500
+"""Dependent instructions of a walk's step, which loads a tile, multiplies it and waits: a microsecond on an H100."""
+PULL = 0.3
+"""How firmly a kernel's factors are held near those of all kernels: the square of it counts like so many rows."""
+LAYOUT_PULL = 0.5
+"""How firmly a layout's level is held at that of its kernel: like so many rows, all work, at the level."""
+LEAST = 1e-12
+"""A sum is a little more than nothing."""
+LEAST_ROWS = 6
+"""Of a kernel with fewer rows only the level is its own."""
+OUTLIER = 0.15
+"""Log errors beyond this count by their size, not its square."""
+FINEST_DOUBT = 0.05
+"""Rows whose repeats lie closer together than this are equally good."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Physics:
+    """Factors by kernel (with its operator), those of all kernels for one that was never measured, and u by layout.
+
+    `terms` says of what the sum is made: `SECONDS` or `BYTES`.
+    """
+
+    terms: tuple[str, ...]
+    kernels: Mapping[str, tuple[float, ...]]
+    pooled: tuple[float, ...]
+    levels: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def fit(
+        cls,
+        terms: tuple[str, ...],
+        rows: Sequence[CostRow],
+        devices: Sequence[Device],
+        quantity: Floats,
+        doubts: Floats,
+    ) -> Physics:
+        """Non-negative least squares of relative errors, row i weighing 1 / doubts_i, outliers less at each round.
+
+            min over c >= 0:  sum_i w_i (c x_i / y_i - 1)^2  +  PULL^2 sum_j (s_j (c_j - c0_j))^2
+
+        s_j is the size of the term in these rows, c0 the factors of all kernels at this kernel's level. The level of a
+        layout is then that of its residuals r_i, as far as its rows are work (the share p_i) and not start:
+
+            u = sum_i w_i p_i r_i / (sum_i w_i p_i^2 + LAYOUT_PULL)
+        """
+        values = _values(terms, rows, devices)
+        weights = 1 / np.maximum(doubts, FINEST_DOUBT)
+        weights = weights / weights.mean()
+        pooled = _factors(values, quantity, weights, np.zeros(len(terms)), 0.05)
+        of_kernel: dict[str, list[int]] = defaultdict(list)
+        for index, row in enumerate(rows):
+            of_kernel[words(row)[1]].append(index)
+        kernels = {}
+        for kernel, here in of_kernel.items():
+            level = np.median(quantity[here] / np.maximum(values[here] @ pooled, 1e-15))
+            near = pooled * level
+            if len(here) >= LEAST_ROWS:
+                near = _factors(values[here], quantity[here], weights[here] / weights[here].mean(), near, PULL)
+            kernels[kernel] = tuple(near.tolist())
+        level = cls(terms=terms, kernels=kernels, pooled=tuple(pooled.tolist()))
+        starts, works = np.array([level._parts(row, value) for row, value in zip(rows, values, strict=True)]).T
+        residuals, shares = np.log(quantity / (starts + works)), works / (starts + works)
+        sums: dict[str, list[float]] = defaultdict(lambda: [0.0, LAYOUT_PULL])
+        for row, weight, residual, share in zip(rows, weights, residuals, shares, strict=True):
+            both = sums[layout(row)]
+            both[0] += weight * share * residual
+            both[1] += weight * share**2
+        return replace(level, levels={name: over / under for name, (over, under) in sums.items()})
+
+    def predict(self, rows: Sequence[CostRow], devices: Sequence[Device]) -> Floats:
+        """The sum of each row on its device.
+
+        A kernel that was never measured is taken to be like the fastest of its operator, unless the factors of all
+        kernels say more: a composed one starts more launches.
+        """
+        values = _values(self.terms, rows, devices)
+        return np.array([self._sum(row, value) for row, value in zip(rows, values, strict=True)], dtype=np.float64)
+
+    def _sum(self, row: CostRow, values: Floats) -> float:
+        start, work = self._parts(row, values)
+        return start + work * math.exp(self.levels.get(layout(row), 0.0))
+
+    def _parts(self, row: CostRow, values: Floats) -> tuple[float, float]:
+        """What starts the kernel, and its work."""
+        starting = np.array([name in STARTING for name in self.terms])
+        kernel = words(row)[1]
+        if kernel in self.kernels:
+            products = values * np.array(self.kernels[kernel])
+        else:
+            rivals = [factors for name, factors in self.kernels.items() if name.startswith(f"{row.operator}/")]
+            products = max((values * np.array(self.pooled), *sorted(
+                (values * np.array(factors) for factors in rivals), key=lambda product: product.sum())[:1]),
+                key=lambda product: product.sum(),
+            )  # fmt: skip
+        return float(products[starting].sum()), max(float(products[~starting].sum()), LEAST)
+
+
+def layout(row: CostRow) -> str:
+    """A short name of what a kernel is compiled for: all but batch and lengths."""
+    _, kernel, dtype, variant = words(row)
+    return format(fold(f"{head_layout(row)} {kernel} {dtype} {variant} {'documents' in row.shape}", 1 << 40), "x")
+
+
+def _factors(values: Floats, quantity: Floats, weights: Floats, near: Floats, pull: float) -> Floats:
+    ratios = values / quantity[:, None]
+    sizes = np.sqrt((ratios**2).mean(axis=0)) + 1e-12
+    found, current = near, weights
+    for _ in range(12):
+        system = np.vstack([ratios / sizes * current[:, None], pull * np.eye(len(sizes))])
+        solved, _ = nnls(system, np.concatenate([current, pull * sizes * near]), maxiter=2000)
+        found = solved / sizes
+        predicted = np.maximum(values @ found, 1e-15)
+        errors = np.abs(np.log(predicted / quantity))
+        # Twice too much is a relative error of 1, half of it one of 1/2: the square root makes them alike.
+        damped = np.minimum(1, OUTLIER / np.maximum(errors, 1e-3)) * np.minimum(1, quantity / predicted)
+        current = weights * np.sqrt(damped)
+    return np.asarray(found, dtype=np.float64)
+
+
+def _values(terms: tuple[str, ...], rows: Sequence[CostRow], devices: Sequence[Device]) -> Floats:
+    of_row = _seconds if terms == SECONDS else _bytes
+    return np.array([of_row(row, device) for row, device in zip(rows, devices, strict=True)]).reshape(-1, len(terms))
+
+
+def _seconds(row: CostRow, device: Device) -> list[float]:
+    terms, shape = bound_terms(row, device), row.shape
+    sms = max(1, round(device.transcendental_per_s * device.serial_step_s / EXP_PER_SM_AND_STEP))
+    documents, heads = shape.get("documents", 0), _heads(shape)
+    # Parts of a stick broken at random: sum of squares 2 t^2 / (D + 1), longest t / D (1 + ... + 1/D).
+    uneven = 2 * documents / (documents + 1) if documents else 1.0
+    longest = max(shape.get("t", 1), shape.get("s", 1), shape.get("m", 1))
+    if documents:
+        longest *= sum(1 / place for place in range(1, documents + 1)) / documents
+    programs = heads * (shape.get("b", 1) * math.ceil(shape.get("t", 1) / TILE) + documents)
+    step_s, wide = STEP * device.serial_step_s, row.dtype in ("float32", "float64")
+    return [
+        device.launch_s,
+        (row.launches - 1) * device.launch_s,
+        device.launch_s if documents else 0.0,
+        0.0 if wide else terms.matmul_s * uneven,
+        terms.matmul_s * uneven if wide else 0.0,
+        terms.vector_s * uneven,
+        terms.transcendental_s * uneven,
+        terms.memory_s,
+        row.saved_bytes / device.bytes_per_s,
+        math.ceil(longest / TILE) * step_s,
+        documents * device.launch_s,
+        math.ceil(programs / sms) * step_s,
+    ]
+
+
+def _bytes(row: CostRow, device: Device) -> list[float]:
+    shape = row.shape
+    b, t, heads = shape.get("b", 1), shape.get("t", 1), _heads(shape)
+    tokens = b * t * heads
+    sequences = shape.get("documents", 0) or b
+    width = shape.get("n", shape.get("k", 1)) * shape.get("p", shape.get("v", 1)) if "c" not in shape else 64 * shape.get("n", 1)
+    state = 4 * heads * width
+    chunks = b * math.ceil(t / TILE) + shape.get("documents", 0)
+    return [
+        512.0,
+        float(row.bytes_moved),
+        float(row.saved_bytes),
+        4.0 * tokens * TILE,
+        4.0 * tokens,
+        float(sequences * state),
+        float(chunks * state),
+    ]
+
+
+def _heads(shape: Mapping[str, int]) -> int:
+    """Channels stand in for heads where an operator has none, in groups of 64."""
+    return shape["h"] if "h" in shape else math.ceil(shape.get("c", TILE) / 64)
