@@ -25,8 +25,8 @@ from subquad_cost_model.rows import CostRow
 from subquad_cost_model.splits import fold, head_layout
 
 SECONDS = (
-    "start", "launches", "packed", "matmul 16", "matmul 32", "vector", "exponentials", "memory", "kept", "steps",
-    "documents", "waves",
+    "start", "launches", "packed", "matmul", "vector", "exponentials", "memory", "kept", "steps", "keys", "documents",
+    "waves",
 )  # fmt: skip
 STARTING = frozenset({"start", "launches", "packed", "documents", "blocks"})
 """Terms that no layout changes."""
@@ -35,7 +35,7 @@ STEP = 500
 """Dependent instructions of a walk's step, which loads a tile, multiplies it and waits: a microsecond on an H100."""
 PULL = 0.3
 """How firmly a kernel's factors are held near those of all kernels: the square of it counts like so many rows."""
-LAYOUT_PULL = 0.5
+LAYOUT_PULL = 1.0
 """How firmly a layout's level is held at that of its kernel: like so many rows, all work, at the level."""
 LEAST = 1e-12
 """A sum is a little more than nothing."""
@@ -162,22 +162,23 @@ def _seconds(row: CostRow, device: Device) -> list[float]:
     documents, heads = shape.get("documents", 0), _heads(shape)
     # Parts of a stick broken at random: sum of squares 2 t^2 / (D + 1), longest t / D (1 + ... + 1/D).
     uneven = 2 * documents / (documents + 1) if documents else 1.0
-    longest = max(shape.get("t", 1), shape.get("s", 1), shape.get("m", 1))
-    if documents:
-        longest *= sum(1 / place for place in range(1, documents + 1)) / documents
+    longest = sum(1 / place for place in range(1, documents + 1)) if documents else 1.0
+    # A query's program walks all keys that it sees, or all summaries.
+    summaries = shape.get("t", 1) // int(row.options.get("segment_len", 1)) + shape.get("m", 0) if "m" in shape else 0
+    keys = shape.get("s", summaries) / max(1, documents)
     programs = heads * (shape.get("b", 1) * math.ceil(shape.get("t", 1) / TILE) + documents)
-    step_s, wide = STEP * device.serial_step_s, row.dtype in ("float32", "float64")
+    step_s = STEP * device.serial_step_s
     return [
         device.launch_s,
         (row.launches - 1) * device.launch_s,
         device.launch_s if documents else 0.0,
-        0.0 if wide else terms.matmul_s * uneven,
-        terms.matmul_s * uneven if wide else 0.0,
+        terms.matmul_s * uneven,
         terms.vector_s * uneven,
         terms.transcendental_s * uneven,
         terms.memory_s,
         row.saved_bytes / device.bytes_per_s,
-        math.ceil(longest / TILE) * step_s,
+        row.serial_steps * longest * step_s,
+        math.ceil(keys * longest / TILE) * step_s,
         documents * device.launch_s,
         math.ceil(programs / sms) * step_s,
     ]

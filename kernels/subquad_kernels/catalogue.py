@@ -140,6 +140,8 @@ class Kernel:
     `first_calls_in_threads` is False where a first call must have the process to itself, as torch.compile's must.
     `launches` says how many device kernels one call starts, to within a third: a kernel composed of torch's own starts
     dozens, or some for every chunk, and then takes as long as the host needs to start them.
+    `serial_steps` counts the dependent steps of a kernel that cuts time where its operator's work does not (None: that
+    of the operator).
     """
 
     operator: str
@@ -152,6 +154,7 @@ class Kernel:
     origin: str = "subquad-kernels"
     first_calls_in_threads: bool = True
     launches: Callable[[Workload], int] = one_launch
+    serial_steps: Callable[[Workload], int] | None = None
 
     @property
     def key(self) -> str:

@@ -138,6 +138,14 @@ def _chunked_launches(workload: Workload) -> int:
     return 85 + 18 * steps if workload.phase == "forward" else 190 + 30 * steps
 
 
+def _fused_steps(workload: Workload) -> int:
+    """Chunks of a stretch, walked twice, and the states that pass from stretch to stretch, a tenth of a step each."""
+    shape = workload.shape
+    stretch, t = stretch_len(shape["n"], shape["p"]), shape["t"]
+    walks = 3 if workload.phase == "backward" else 2
+    return walks * (-(-min(t, stretch) // _CHUNK) + t // stretch // 10)
+
+
 _BOTH = frozenset({"cpu", "cuda"})
 _CUDA = frozenset({"cuda"})
 KERNELS = (
@@ -163,6 +171,7 @@ KERNELS = (
         supports=_fused_supports,
         devices=frozenset({"cuda"}),
         requires=("triton>=3.6",),
+        serial_steps=_fused_steps,
     ),
     Kernel(
         operator="gated_linear_attention",

@@ -177,6 +177,18 @@ def _chunked_launches(workload: Workload) -> int:
     return (45 + 2 * slots + documents) if workload.phase == "forward" else (75 + 4 * slots + documents)
 
 
+def _fused_steps(workload: Workload) -> int:
+    """Chunks that a program walks: all of its sequence where heads are enough, else those of a segment."""
+    shape = workload.shape
+    b, t, h, documents = shape["b"], shape["t"], shape["h"], shape.get("documents", 0)
+    walks = 2 if workload.phase == "backward" else 1
+    chunks = chunk_slots(t, documents)
+    if -(-shape["p"] // 64) * h * b >= 256:
+        return walks * chunks
+    # States pass from segment to segment in a small kernel of its own, a tenth of a walk's step each.
+    return walks * (min(chunks, segment_len(b, t, h) // CHUNK) + segments(b, t, h, documents) // 10)
+
+
 _BOTH = frozenset({"cpu", "cuda"})
 _CUDA = frozenset({"cuda"})
 KERNELS = (
@@ -202,6 +214,7 @@ KERNELS = (
         supports=_fused_supports,
         devices=frozenset({"cuda"}),
         requires=("triton>=3.6",),
+        serial_steps=_fused_steps,
     ),
     Kernel(
         operator="linear_attention",

@@ -126,6 +126,14 @@ def _chunked_launches(workload: Workload) -> int:
     return 10 + 9 * tokens // 5 if workload.phase == "forward" else 30 + 53 * tokens // 10
 
 
+def _fused_steps(workload: Workload) -> int:
+    """Tokens of a segment: time is cut where a tile of channels and a sequence are too few programs."""
+    shape = workload.shape
+    programs, t = -(-shape["c"] // 32) * shape["b"], shape["t"]
+    walks = 2 if workload.phase == "backward" else 1
+    return walks * (t if programs >= 528 else min(t, max(64, t * programs // 2112)))
+
+
 _BOTH = frozenset({"cpu", "cuda"})
 _CUDA = frozenset({"cuda"})
 KERNELS = (
@@ -151,6 +159,7 @@ KERNELS = (
         supports=_fused_supports,
         devices=frozenset({"cuda"}),
         requires=("triton>=3.6",),
+        serial_steps=_fused_steps,
     ),
     Kernel(
         operator="selective_scan",
