@@ -98,8 +98,8 @@ def _card(rows: Sequence[TimedRow], learned: LearnedEstimator, given: argparse.N
         "|---|---|---|---|---|",
         *(f"| {' | '.join(key)} | {count} |" for key, count in sorted(counts.items())),
         "",
-        f"Heads: {', '.join(sorted(learned.heads))}{', peak memory' if learned.peak else ''}. "
-        "Words and sizes beyond those of the rows are left to the roofline.",
+        f"Heads: {', '.join(sorted(learned.heads))}; peak memory: {', '.join(sorted(learned.peaks)) or 'none'}. "
+        "Kernels and words beyond those of the rows are left to the roofline, and sizes far beyond them.",
         "",
         "## Figures",
         "",

@@ -106,9 +106,7 @@ def judge(rows: Sequence[TimedRow], split: Split, fit: Fit) -> list[Verdict]:
         if cells:
             lost, time_lost, measured = _measuring(cells, estimates, asked)
             selector = f"{name}, at most {MOST_MEASURED} measured"
-            verdicts.append(
-                replace(blank, selector=selector, regret=lost, time_regret=time_lost, measured=measured)
-            )
+            verdicts.append(replace(blank, selector=selector, regret=lost, time_regret=time_lost, measured=measured))
     if not cells:
         return verdicts
     lost, time_lost = _choosing(cells, _fastest([row.seconds for row in asked]), asked)
@@ -129,7 +127,8 @@ def evaluate(
     """The verdicts of the learned model, roofline and constant on every split of these protocols, as they come.
 
     `learned` abstains where it would in use (the roofline answers); `learned, always` says what it would have said;
-    `calibrated` is fitted without the rows that were given back, and corrected by them; `physics` has no trees.
+    `calibrated` is fitted without the rows that were given back, and corrected by them; `physics` has no
+    trees, and the intervals of those that have.
     """
 
     def fit(seen: Sequence[TimedRow], given: Sequence[TimedRow]) -> dict[str, Estimator]:
@@ -137,7 +136,7 @@ def evaluate(
         found: dict[str, Estimator] = {
             "learned": learned,
             "learned, always": replace(learned, abstains=False),
-            "physics": replace(LearnedEstimator.fit(seen, trees=replace(trees, rounds=1, leaves=2)), abstains=False),
+            "physics": replace(learned, heads={phase: replace(h, point=None) for phase, h in learned.heads.items()}),
             "roofline": RooflineEstimator(),
             "constant": _constant(seen),
         }
@@ -145,9 +144,7 @@ def evaluate(
             theirs = {id(row) for row in given}
             before = LearnedEstimator.fit([row for row in seen if id(row) not in theirs], trees=trees)
             others = {row.device.name: row.device for row in seen if row.device.name != given[0].device.name}
-            found["calibrated"] = CalibratedEstimator.fit(
-                given, given[0].device, before, beside=tuple(others.values())
-            )
+            found["calibrated"] = CalibratedEstimator.fit(given, given[0].device, before, beside=tuple(others.values()))
         return found
 
     able = timed(rows)

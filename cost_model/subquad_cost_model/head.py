@@ -57,7 +57,7 @@ class TooFewRowsError(ValueError):
 class Head:
     """Answers z = log(quantity / its bound) for rows on devices, with the half width of an interval.
 
-        z = log(physics / bound) + trees       without a physics head the trees answer alone
+        z = log(physics / bound) + trees       without a physics head the trees answer alone, without a point it does
 
     Widths are the multiples of the spread that held the share `level` of out-of-fold residuals: `seen_width` on devices
     and layouts among the rows (by operator; `""` for all), `layout_width` on layouts left out (widths, heads and
@@ -65,7 +65,7 @@ class Head:
     `reach` are the smallest and largest of each axis by kernel, `layouts` those of each kernel.
     """
 
-    point: lightgbm.Booster
+    point: lightgbm.Booster | None
     spread: lightgbm.Booster
     vocabulary: Vocabulary
     level: float
@@ -93,6 +93,7 @@ class Head:
         doubts: Floats | None = None,
         terms: tuple[str, ...] = (),
         bounds: Floats | None = None,
+        far: bool = True,
     ) -> Head:
         """Fit to rows, their devices and their z.
 
@@ -101,7 +102,7 @@ class Head:
 
         Residuals are out of fold, and folds are of whole shapes: for the spread's trees, and for the widths. Those for
         new devices come from models that never saw the device's family, those for new layouts and for lengths beyond
-        all from models that saw no such layout, or only shorter (longer) rows.
+        all from models that saw no such layout, or only shorter (longer) rows; without `far` there are none of these.
 
         Raises: TooFewRowsError with fewer than 50 rows or 10 shapes; ModuleNotFoundError without lightgbm.
         """
@@ -136,10 +137,10 @@ class Head:
             seen_width[operator] = width if math.isfinite(width) else seen_width[""]
         families = np.array([device.family for device in devices])
         new_width = layout_width = beyond_width = math.inf
-        if len(set(families)) > 1:
+        if far and len(set(families)) > 1:
             new_residual = np.abs(z - table.out_of_group(families, trees, terms))
             new_width = worst_quantile(scores(families, new_residual), list(families), level)
-        if terms:
+        if far and terms:
             layouts = [head_layout(row) for row in rows]
             layout_width = width_of(np.array([fold(layout, FOLDS) for layout in layouts]), layouts)
             beyond_width = width_of(_ends(rows), groups)
@@ -170,7 +171,7 @@ class Head:
         if not rows:
             return np.empty(0), np.empty(0)
         features = feature_matrix(rows, [device] * len(rows), self.vocabulary)
-        z = _ask(self.point, features)
+        z = np.zeros(len(rows)) if self.point is None else _ask(self.point, features)
         if self.physics is not None:
             z = z + np.log(self.physics.predict(rows, [device] * len(rows)) / (1.0 if bounds is None else bounds))
         z = np.clip(z, self.lowest, self.highest)
@@ -192,12 +193,19 @@ class Head:
         reach = self.reach.get(words(row)[1], {})
         return any(not reach[axis][0] <= size <= reach[axis][1] for axis, size in row.shape.items() if axis in reach)
 
+    def knows(self, row: CostRow) -> bool:
+        """Whether rows like this one were among those of the fit, whatever the device: what memory needs."""
+        return self._stranger(row) is None
+
     def refusal(self, row: CostRow, device: Device) -> str | None:
         """Why the interval of this head holds nothing for the row; None if it does."""
         if device.kind not in self.kinds:
             return f"fitted to {', '.join(self.kinds)}, not {device.kind}"
         if device.name not in self.devices and not math.isfinite(self.new_width):
             return f"fitted to one family of devices, and not to {device.name}"
+        return self._stranger(row)
+
+    def _stranger(self, row: CostRow) -> str | None:
         for name, word in zip(CATEGORIES, words(row), strict=True):
             if word not in self.vocabulary.words[name]:
                 return f"{name} {word} is not among the rows it was fitted to"
@@ -229,7 +237,9 @@ class _Table:
     doubts: Floats
     bounds: Floats
 
-    def trained(self, inside: NDArray[np.bool_], trees: Trees, terms: tuple[str, ...], *, spread: bool = False) -> _Point:
+    def trained(
+        self, inside: NDArray[np.bool_], trees: Trees, terms: tuple[str, ...], *, spread: bool = False
+    ) -> _Point:
         """Physics and trees of the rows inside."""
         here = np.flatnonzero(inside)
         physics, target = None, self.z[here]

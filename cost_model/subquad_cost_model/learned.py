@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,11 +40,11 @@ class LearnedEstimator:
     it can be asked at all, moved into that interval: beyond 4096 tokens they were 13 % off, where the bound is off by
     a factor of five, but intervals held only 68 %. `abstains` False takes the head's intervals all the same.
 
-    `peak_bytes` are the peak head's, and the counted bytes where there is none or it knows no such row.
+    `peak_bytes` are those of the phase's peak head, and the counted bytes where there is none or it knows no such row.
     """
 
     heads: Mapping[str, Head]
-    peak: Head | None = None
+    peaks: Mapping[str, Head] = field(default_factory=dict)
     otherwise: Estimator = field(default_factory=RooflineEstimator)
     smaller: Smaller | None = None
     abstains: bool = True
@@ -59,7 +60,7 @@ class LearnedEstimator:
         smaller: Smaller | None = None,
         physics: bool = True,
     ) -> LearnedEstimator:
-        """A head per phase that has rows enough, and one for peak memory if it was observed.
+        """A head per phase that has rows enough, and one for its peak memory if that was observed.
 
         Each is a physical sum with trees for what that leaves, or with `physics` False trees alone.
 
@@ -76,14 +77,12 @@ class LearnedEstimator:
                 too_few.append(f"{phase}: {error}")
         if not heads:
             raise ValueError(f"nothing to fit ({'; '.join(too_few) or 'no row was timed'})")
-        observed = [row for row in able if row.peak_bytes and _counted_bytes(row.row)]
-        peak = None
-        if observed:
-            try:
-                peak = _peak_head(observed, level, trees, BYTES if physics else ())
-            except TooFewRowsError:
-                peak = None  # counted bytes answer
-        return cls(heads=heads, peak=peak, smaller=smaller)
+        peaks: dict[str, Head] = {}
+        for phase in heads:
+            observed = [row for row in able if row.row.phase == phase and row.peak_bytes and _counted_bytes(row.row)]
+            with contextlib.suppress(TooFewRowsError):  # counted bytes answer
+                peaks[phase] = _peak_head(observed, level, trees, BYTES if physics else ())
+        return cls(heads=heads, peaks=peaks, smaller=smaller)
 
     def predict(self, rows: Sequence[CostRow], device: Device) -> list[Estimate]:
         """One estimate per row, in order; its source is `model`, or that of `otherwise` with a note."""
@@ -152,13 +151,12 @@ class LearnedEstimator:
 
     def _peaks(self, rows: Sequence[CostRow], device: Device) -> list[int]:
         counted = [_counted_bytes(row) for row in rows]
-        if self.peak is None:
-            return counted
-        known = [index for index, row in enumerate(rows) if self.peak.refusal(row, device) is None]
-        bounds = np.array([counted[index] for index in known], dtype=np.float64)
-        z, _ = self.peak.predict([rows[index] for index in known], device, bounds)
-        for index, ratio in zip(known, np.exp(z), strict=True):
-            counted[index] = round(counted[index] * float(ratio))
+        for phase, head in self.peaks.items():
+            known = [i for i, row in enumerate(rows) if row.phase == phase and head.knows(row)]
+            bounds = np.array([counted[index] for index in known], dtype=np.float64)
+            z, _ = head.predict([rows[index] for index in known], device, bounds)
+            for index, ratio in zip(known, np.exp(z), strict=True):
+                counted[index] = round(counted[index] * float(ratio))
         return counted
 
 
@@ -177,7 +175,7 @@ def _peak_head(rows: Sequence[TimedRow], level: float, trees: Trees, terms: tupl
     z = np.log(np.array([row.peak_bytes for row in rows], dtype=np.float64) / bounds)
     return Head.fit(
         [row.row for row in rows], [row.device for row in rows], z,
-        level=level, trees=trees, terms=terms, bounds=bounds,
+        level=level, trees=trees, terms=terms, bounds=bounds, far=False,
     )  # fmt: skip
 
 

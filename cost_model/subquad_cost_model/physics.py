@@ -1,4 +1,4 @@
-"""The physics head: a quantity as a sum of what the row asks of a device, each times a factor that its kernel has shown.
+"""The physics head: a quantity as a sum of what the row asks of a device, each part times a factor of the kernel.
 
     seconds = start + exp(u_l) work,    start and work: sums over j of  c_kj x_j(row, device),    c >= 0
 
@@ -75,7 +75,7 @@ class Physics:
         s_j is the size of the term in these rows, c0 the factors of all kernels at this kernel's level. The level of a
         layout is then that of its residuals r_i, as far as its rows are work (the share p_i) and not start:
 
-            u = sum_i w_i p_i r_i / (sum_i w_i p_i^2 + LAYOUT_PULL)
+            u = median_i (r_i / p_i; w_i p_i^2)  N / (N + LAYOUT_PULL),    N = sum_i w_i p_i^2
         """
         values = _values(terms, rows, devices)
         weights = 1 / np.maximum(doubts, FINEST_DOUBT)
@@ -94,12 +94,16 @@ class Physics:
         level = cls(terms=terms, kernels=kernels, pooled=tuple(pooled.tolist()))
         starts, works = np.array([level._parts(row, value) for row, value in zip(rows, values, strict=True)]).T
         residuals, shares = np.log(quantity / (starts + works)), works / (starts + works)
-        sums: dict[str, list[float]] = defaultdict(lambda: [0.0, LAYOUT_PULL])
-        for row, weight, residual, share in zip(rows, weights, residuals, shares, strict=True):
-            both = sums[layout(row)]
-            both[0] += weight * share * residual
-            both[1] += weight * share**2
-        return replace(level, levels={name: over / under for name, (over, under) in sums.items()})
+        by_layout: dict[str, list[int]] = defaultdict(list)
+        for index, row in enumerate(rows):
+            by_layout[layout(row)].append(index)
+        counts = weights * shares**2
+        levels = {
+            name: _median(residuals[here] / np.maximum(shares[here], 0.1), counts[here])
+            * (counts[here].sum() / (counts[here].sum() + LAYOUT_PULL))
+            for name, here in by_layout.items()
+        }
+        return replace(level, levels={name: float(log_level) for name, log_level in levels.items()})
 
     def predict(self, rows: Sequence[CostRow], devices: Sequence[Device]) -> Floats:
         """The sum of each row on its device.
@@ -133,6 +137,13 @@ def layout(row: CostRow) -> str:
     """A short name of what a kernel is compiled for: all but batch and lengths."""
     _, kernel, dtype, variant = words(row)
     return format(fold(f"{head_layout(row)} {kernel} {dtype} {variant} {'documents' in row.shape}", 1 << 40), "x")
+
+
+def _median(values: Floats, weights: Floats) -> float:
+    """The weighted median."""
+    order = np.argsort(values)
+    reached = np.cumsum(weights[order])
+    return float(values[order][np.searchsorted(reached, reached[-1] / 2)])
 
 
 def _factors(values: Floats, quantity: Floats, weights: Floats, near: Floats, pull: float) -> Floats:
@@ -189,8 +200,8 @@ def _bytes(row: CostRow, device: Device) -> list[float]:
     b, t, heads = shape.get("b", 1), shape.get("t", 1), _heads(shape)
     tokens = b * t * heads
     sequences = shape.get("documents", 0) or b
-    width = shape.get("n", shape.get("k", 1)) * shape.get("p", shape.get("v", 1)) if "c" not in shape else 64 * shape.get("n", 1)
-    state = 4 * heads * width
+    wide, high = shape.get("p", shape.get("v", 1)), shape.get("n", shape.get("k", 1))
+    state = 4 * heads * (TILE if "c" in shape else wide) * high
     chunks = b * math.ceil(t / TILE) + shape.get("documents", 0)
     return [
         512.0,
