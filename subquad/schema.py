@@ -98,6 +98,7 @@ class CompilerConfig:
     fit: str | None = None  # folder of a fitted cost model; null: the newest that is shipped
     measure: bool = True
     measure_budget_s: float = 30.0
+    calibrate_budget_s: float = 120.0  # of `calibrate=auto`
 
 
 @dataclass(kw_only=True)
@@ -145,6 +146,7 @@ class RunConfig:
     deny: list[str] = field(default_factory=list)  # kernels, as NAME or operator/NAME, never to be chosen
     plan: str | None = None  # a plan.json to follow instead of choosing
     target: str = "auto"  # the machine at hand, or the name or path of a device file
+    calibrate: str = "offer"  # a device that the cost model does not know: offer (a line) | auto (at once) | never
     compile: bool = False  # torch.compile the rewritten model
     tracking: str = "csv"  # none | csv | wandb  (metrics.csv is always written)
     run_dir: str | None = None  # default: runs/<date>/<time>-<model>
