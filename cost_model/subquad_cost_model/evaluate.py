@@ -88,6 +88,7 @@ def judge(rows: Sequence[TimedRow], split: Split, fit: Fit) -> list[Verdict]:
         estimates = _estimates(estimator, asked)
         predicted_s, measured_s = [estimate.seconds for estimate in estimates], [row.seconds for row in asked]
         lost, time_lost = _choosing(cells, _fastest(predicted_s), asked)
+        steady, training, peaks = _errors(estimates, asked)
         verdicts.append(
             replace(
                 blank,
@@ -100,7 +101,9 @@ def judge(rows: Sequence[TimedRow], split: Split, fit: Fit) -> list[Verdict]:
                 width=interval_factor(estimates),
                 answered=sum(estimate.source == "model" for estimate in estimates) / len(estimates),
                 noise=Summary.of([row.doubt for row in asked]),
-                **_errors(estimates, asked),
+                steady_error=steady,
+                training_error=training,
+                peak_error=peaks,
             )
         )
         if cells:
@@ -233,7 +236,9 @@ def _measuring(
     return lost, time_lost, sum(counts) / len(counts)
 
 
-def _errors(estimates: Sequence[Estimate], rows: Sequence[TimedRow]) -> dict[str, Summary | None]:
+def _errors(
+    estimates: Sequence[Estimate], rows: Sequence[TimedRow]
+) -> tuple[Summary | None, Summary | None, Summary | None]:
     """Errors of the steady rows, of sums of forward and backward, and of peak bytes."""
     pairs = [(estimate.seconds, row.seconds) for estimate, row in zip(estimates, rows, strict=True)]
     steady = [pair for pair, row in zip(pairs, rows, strict=True) if row.doubt <= STEADY]
@@ -250,7 +255,7 @@ def _errors(estimates: Sequence[Estimate], rows: Sequence[TimedRow]) -> dict[str
     def summary(of: Sequence[tuple[float, float]]) -> Summary | None:
         return Summary.of(relative_errors(*zip(*of, strict=True))) if of else None
 
-    return {"steady_error": summary(steady), "training_error": summary(wholes), "peak_error": summary(peaks)}
+    return summary(steady), summary(wholes), summary(peaks)
 
 
 def _fastest(seconds: Sequence[float]) -> Choose:

@@ -241,7 +241,7 @@ class _Table:
         self, inside: NDArray[np.bool_], trees: Trees, terms: tuple[str, ...], *, spread: bool = False
     ) -> _Point:
         """Physics and trees of the rows inside."""
-        here = np.flatnonzero(inside)
+        here: list[int] = np.flatnonzero(inside).tolist()
         physics, target = None, self.z[here]
         weights = 1 / np.maximum(self.doubts[here], FINEST_DOUBT)
         if terms:
@@ -259,7 +259,7 @@ class _Table:
             out = groups == group
             if group == -1 or out.all():
                 continue
-            point, here = self.trained(~out, trees, terms, spread=spread), np.flatnonzero(out)
+            point, here = self.trained(~out, trees, terms, spread=spread), np.flatnonzero(out).tolist()
             found[here] = _ask(point.trees, self.features[here])
             if point.physics is not None:
                 rows, devices = [self.rows[i] for i in here], [self.devices[i] for i in here]

@@ -91,8 +91,8 @@ class Physics:
             if len(here) >= LEAST_ROWS:
                 near = _factors(values[here], quantity[here], weights[here] / weights[here].mean(), near, PULL)
             kernels[kernel] = tuple(near.tolist())
-        level = cls(terms=terms, kernels=kernels, pooled=tuple(pooled.tolist()))
-        starts, works = np.array([level._parts(row, value) for row, value in zip(rows, values, strict=True)]).T
+        flat = cls(terms=terms, kernels=kernels, pooled=tuple(pooled.tolist()))
+        starts, works = np.array([flat._parts(row, value) for row, value in zip(rows, values, strict=True)]).T
         residuals, shares = np.log(quantity / (starts + works)), works / (starts + works)
         by_layout: dict[str, list[int]] = defaultdict(list)
         for index, row in enumerate(rows):
@@ -103,7 +103,7 @@ class Physics:
             * (counts[here].sum() / (counts[here].sum() + LAYOUT_PULL))
             for name, here in by_layout.items()
         }
-        return replace(level, levels={name: float(log_level) for name, log_level in levels.items()})
+        return replace(flat, levels={name: float(log_level) for name, log_level in levels.items()})
 
     def predict(self, rows: Sequence[CostRow], devices: Sequence[Device]) -> Floats:
         """The sum of each row on its device.
