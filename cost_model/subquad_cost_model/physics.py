@@ -14,6 +14,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import numpy as np
 from scipy.optimize import nnls
@@ -22,7 +23,7 @@ from subquad_cost_model.bound import bound_terms
 from subquad_cost_model.device import Device
 from subquad_cost_model.features import EXP_PER_SM_AND_STEP, TILE, Floats, words
 from subquad_cost_model.rows import CostRow
-from subquad_cost_model.splits import fold, head_layout
+from subquad_cost_model.splits import LENGTHS, fold
 
 SECONDS = (
     "start", "launches", "packed", "matmul", "vector", "exponentials", "memory", "kept", "steps", "keys", "documents",
@@ -135,8 +136,13 @@ class Physics:
 
 def layout(row: CostRow) -> str:
     """A short name of what a kernel is compiled for: all but batch and lengths."""
-    _, kernel, dtype, variant = words(row)
-    return format(fold(f"{head_layout(row)} {kernel} {dtype} {variant} {'documents' in row.shape}", 1 << 40), "x")
+    widths = tuple(sorted((axis, size) for axis, size in row.shape.items() if axis not in LENGTHS))
+    return _short_name((*words(row), "documents" in row.shape, *widths))
+
+
+@lru_cache(maxsize=16_384)
+def _short_name(what: tuple[object, ...]) -> str:
+    return format(fold(repr(what), 1 << 40), "x")
 
 
 def _median(values: Floats, weights: Floats) -> float:

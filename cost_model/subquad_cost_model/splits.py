@@ -19,6 +19,8 @@ HELD_OUT = 5
 LONGEST_SEEN = 4096
 CALIBRATION = (0, 16, 64)
 """Rows per kernel of the held-out family that a model may see in S6."""
+LENGTHS = ("b", "t", "s", "m", "documents")
+"""Axes that are free within a head layout."""
 SPLITS = ("S0", "S1", "S2", "S3", "S4", "S5", "S6")
 
 
@@ -41,7 +43,7 @@ def shape_group(row: CostRow) -> str:
 
 def head_layout(row: CostRow) -> str:
     """All of the shape that is neither batch nor length."""
-    layout = {axis: size for axis, size in row.shape.items() if axis not in ("b", "t", "s", "m", "documents")}
+    layout = {axis: size for axis, size in row.shape.items() if axis not in LENGTHS}
     return json.dumps([row.operator, layout], sort_keys=True)
 
 
