@@ -195,7 +195,8 @@ def _physics(record: Mapping[str, Any] | None) -> Physics | None:
     return Physics(
         terms=tuple(record["terms"]),
         kernels={name: tuple(factors) for name, factors in record["kernels"].items()},
-        pooled=tuple(record["pooled"]),
+        pooled={kind: tuple(factors) for kind, factors in record["pooled"].items()},
+        kinds=dict(record["kinds"]),
         levels=dict(record["levels"]),
     )
 

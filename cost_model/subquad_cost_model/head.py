@@ -203,6 +203,8 @@ class Head:
             return f"fitted to {', '.join(self.kinds)}, not {device.kind}"
         if device.name not in self.devices and not math.isfinite(self.new_width):
             return f"fitted to one family of devices, and not to {device.name}"
+        if self.physics is not None and not math.isfinite(self._width(row, device)):
+            return "fitted to too few shapes to say how far beyond them, or on other layouts, it is off"
         return self._stranger(row)
 
     def _stranger(self, row: CostRow) -> str | None:
@@ -212,7 +214,7 @@ class Head:
         reach = self.reach[words(row)[1]]
         for axis, size in row.shape.items():
             smallest, largest = reach.get(axis, (size, size))
-            further = 1 if self.physics is None or not math.isfinite(self.beyond_width) else FURTHER.get(axis, WIDER)
+            further = 1 if self.physics is None else FURTHER.get(axis, WIDER)
             if not smallest <= size * further or not size <= largest * further:
                 return f"{axis}={size} is outside of the {smallest} to {largest} it was fitted to"
         return None

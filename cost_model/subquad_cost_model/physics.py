@@ -31,7 +31,7 @@ SECONDS = (
 )  # fmt: skip
 STARTING = frozenset({"start", "launches", "packed", "documents", "blocks"})
 """Terms that no layout changes."""
-BYTES = ("blocks", "moved", "kept", "row of scores", "scalars", "states", "states of chunks")
+BYTES = ("blocks", "moved", "kept", "row of scores", "scalars", "states", "states of chunks", "cache", "scores")
 STEP = 500
 """Dependent instructions of a walk's step, which loads a tile, multiplies it and waits: a microsecond on an H100."""
 PULL = 0.3
@@ -50,14 +50,16 @@ FINEST_DOUBT = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class Physics:
-    """Factors by kernel (with its operator), those of all kernels for one that was never measured, and u by layout.
+    """Factors by kernel (with its operator), those pooled over all kernels of a kind for one that was never measured,
+    and u by layout. Kinds are `fused` (one launch a call) and `composed`, and `kinds` says which a kernel is.
 
     `terms` says of what the sum is made: `SECONDS` or `BYTES`.
     """
 
     terms: tuple[str, ...]
     kernels: Mapping[str, tuple[float, ...]]
-    pooled: tuple[float, ...]
+    pooled: Mapping[str, tuple[float, ...]]
+    kinds: Mapping[str, str]
     levels: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -73,7 +75,7 @@ class Physics:
 
             min over c >= 0:  sum_i w_i (c x_i / y_i - 1)^2  +  PULL^2 sum_j (s_j (c_j - c0_j))^2
 
-        s_j is the size of the term in these rows, c0 the factors of all kernels at this kernel's level. The level of a
+        s_j is the size of the term in these rows, c0 the factors of its kind at this kernel's level. The level of a
         layout is then that of its residuals r_i, as far as its rows are work (the share p_i) and not start:
 
             u = median_i (r_i / p_i; w_i p_i^2)  N / (N + LAYOUT_PULL),    N = sum_i w_i p_i^2
@@ -81,18 +83,26 @@ class Physics:
         values = _values(terms, rows, devices)
         weights = 1 / np.maximum(doubts, FINEST_DOUBT)
         weights = weights / weights.mean()
-        pooled = _factors(values, quantity, weights, np.zeros(len(terms)), 0.05)
         of_kernel: dict[str, list[int]] = defaultdict(list)
+        of_kind: dict[str, list[int]] = defaultdict(list)
         for index, row in enumerate(rows):
             of_kernel[words(row)[1]].append(index)
+        kinds = {name: _kind(max(rows[index].launches for index in here)) for name, here in of_kernel.items()}
+        for index, row in enumerate(rows):
+            of_kind[kinds[words(row)[1]]].append(index)
+        pooled = {
+            kind: _factors(values[here], quantity[here], weights[here], np.zeros(len(terms)), 0.05)
+            for kind, here in of_kind.items()
+        }
         kernels = {}
         for kernel, here in of_kernel.items():
-            level = np.median(quantity[here] / np.maximum(values[here] @ pooled, 1e-15))
-            near = pooled * level
+            usual = pooled[kinds[kernel]]
+            near = usual * np.median(quantity[here] / np.maximum(values[here] @ usual, 1e-15))
             if len(here) >= LEAST_ROWS:
                 near = _factors(values[here], quantity[here], weights[here] / weights[here].mean(), near, PULL)
             kernels[kernel] = tuple(near.tolist())
-        flat = cls(terms=terms, kernels=kernels, pooled=tuple(pooled.tolist()))
+        of_kinds = {kind: tuple(factors.tolist()) for kind, factors in pooled.items()}
+        flat = cls(terms=terms, kernels=kernels, pooled=of_kinds, kinds=kinds)
         starts, works = np.array([flat._parts(row, value) for row, value in zip(rows, values, strict=True)]).T
         residuals, shares = np.log(quantity / (starts + works)), works / (starts + works)
         by_layout: dict[str, list[int]] = defaultdict(list)
@@ -109,8 +119,8 @@ class Physics:
     def predict(self, rows: Sequence[CostRow], devices: Sequence[Device]) -> Floats:
         """The sum of each row on its device.
 
-        A kernel that was never measured is taken to be like the fastest of its operator, unless the factors of all
-        kernels say more: a composed one starts more launches.
+        A kernel that was never measured is taken to be like the fastest of its operator and kind, unless the factors
+        of that kind say more.
         """
         values = _values(self.terms, rows, devices)
         return np.array([self._sum(row, value) for row, value in zip(rows, values, strict=True)], dtype=np.float64)
@@ -126,12 +136,20 @@ class Physics:
         if kernel in self.kernels:
             products = values * np.array(self.kernels[kernel])
         else:
-            rivals = [factors for name, factors in self.kernels.items() if name.startswith(f"{row.operator}/")]
-            products = max((values * np.array(self.pooled), *sorted(
-                (values * np.array(factors) for factors in rivals), key=lambda product: product.sum())[:1]),
-                key=lambda product: product.sum(),
-            )  # fmt: skip
+            kind, operator = _kind(row.launches), f"{row.operator}/"
+            usual = values * np.array(self.pooled.get(kind, next(iter(self.pooled.values()))))
+            rivals = [
+                values * np.array(factors)
+                for name, factors in self.kernels.items()
+                if name.startswith(operator) and self.kinds[name] == kind
+            ]
+            fastest = min(rivals, key=np.sum, default=usual)
+            products = max(usual, fastest, key=np.sum)
         return float(products[starting].sum()), max(float(products[~starting].sum()), LEAST)
+
+
+def _kind(launches: int) -> str:
+    return "fused" if launches == 1 else "composed"
 
 
 def layout(row: CostRow) -> str:
@@ -209,6 +227,7 @@ def _bytes(row: CostRow, device: Device) -> list[float]:
     wide, high = shape.get("p", shape.get("v", 1)), shape.get("n", shape.get("k", 1))
     state = 4 * heads * (TILE if "c" in shape else wide) * high
     chunks = b * math.ceil(t / TILE) + shape.get("documents", 0)
+    keys, element = shape.get("s", shape.get("m", 0)), {"float64": 8, "float32": 4}.get(row.dtype, 2)
     return [
         512.0,
         float(row.bytes_moved),
@@ -217,6 +236,9 @@ def _bytes(row: CostRow, device: Device) -> list[float]:
         4.0 * tokens,
         float(sequences * state),
         float(chunks * state),
+        # Under a window less of a cache is read than is held.
+        float(element * b * keys * shape.get("h_kv", 0) * (shape.get("k", 0) + shape.get("v", 0))),
+        4.0 * tokens * min(keys, int(row.options.get("window", 0)) or keys),
     ]
 
 
