@@ -87,6 +87,16 @@ def test_without_budgets_every_open_layer_gets_the_first_candidate_and_the_argum
     assert [block.mixer_name for block in model.blocks] == list(assignment.schedule)
 
 
+def test_half_of_a_block_is_a_candidate_only_where_the_recipe_names_it(absent: Target) -> None:
+    """A mixer may declare `candidate=False`, as RWKV's channel mix does: it sees two tokens, and costs least of all."""
+    mixers = {"half": {"mixer": "rwkv_channel_mix"}, "window": MIXERS["window"]}
+    filled, assignment = chosen(run_config("half", "auto", mixers=mixers), absent)
+    assert filled.model.schedule == ["half", "window"]
+    assert "half" not in assignment.reasons[1]
+    filled, _ = chosen(run_config("auto", mixers=mixers, candidates=["half"]), absent)
+    assert filled.model.schedule == ["half"]
+
+
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
 def test_the_schedule_is_the_best_of_all_that_meet_the_budgets(share: float, absent: Target) -> None:
     keys = ["softmax_attention", "segment_attention", "mamba", "window"]
@@ -137,6 +147,7 @@ def test_without_names_all_that_is_installed_is_asked_and_what_does_not_fit_is_d
     assert "mamba" in assignment.candidates
     assert "softmax_attention" in assignment.declined  # 34 is no multiple of its 4 heads
     assert assignment.schedule[0] in assignment.candidates
+    assert "rwkv_channel_mix" not in {**assignment.candidates, **assignment.declined}  # it is half of a block
     with pytest.raises(ConfigError, match="34"):
         assign_mixers(run_config("auto", mixers={}, d_model=34, candidates=["softmax_attention"]), absent)
 

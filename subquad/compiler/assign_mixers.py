@@ -147,13 +147,18 @@ def assigned(config: RunConfig, assignment: Assignment) -> RunConfig:
 def _candidates(config: RunConfig, model: ModelConfig) -> tuple[list[str], dict[str, str]]:
     """The keys to choose from, best first as far as an order is declared, and why others are left out.
 
-    Named ones must work. Without names: all of `model.mixers`, or all that is installed if the recipe holds none.
+    Named ones must work. Without names: all of `model.mixers`, or all that is installed if the recipe holds none, but
+    for those that declare `candidate=False`.
     """
     registry = load_registry()
-    named = list(dict.fromkeys(model.candidates)) or list(model.mixers)
+    named = list(dict.fromkeys(model.candidates)) or [
+        key
+        for key, entry in model.mixers.items()
+        if registry.mixer(entry["mixer"], where=f"model.mixers.{key}.mixer").candidate
+    ]
     entries: dict[str, Mapping[str, Any]] = {}
     specs: dict[str, MixerSpec] = {}
-    for key in named or registry.mixers:
+    for key in named or [name for name, spec in registry.mixers.items() if spec.candidate]:
         entry = model.mixers.get(key)
         if entry is None:
             spec = registry.mixer(key, where="model.candidates")

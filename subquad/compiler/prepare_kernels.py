@@ -17,9 +17,11 @@ import torch
 
 from subquad.cache import user_cache
 from subquad.compiler.measure_kernels import Call
+from subquad.compiler.shape_pool import stretched
 from subquad.compiler.workload import phases
 from subquad.registry import load_registry
 from subquad_kernels.catalogue import CATALOGUE
+from subquad_kernels.device_limits import device_limits
 from subquad_kernels.self_check import VerdictStore
 from subquad_kernels.workload import Workload
 
@@ -89,7 +91,10 @@ def _prepare(task: tuple[Job, str]) -> Prepared:
     if verdict.passed and kernel.compiles:
         try:
             with torch.no_grad():
-                Call.of(operator, kernel, last, device).run()
+                # A long sequence is cut among programs, by kernels that the smallest workload does not launch.
+                for workload in (last, stretched(last)):
+                    if kernel.supports(workload, device_limits(device)) is None:
+                        Call.of(operator, kernel, workload, device).run()
             _wait(device)
         except Exception as error:  # a stranger's kernel may raise anything; its rows will say so
             failure = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -29,7 +29,7 @@ from subquad_kernels.workload import Workload
 
 PREPARING = 0.35
 """The share of the budget that compiling and checking may take; layouts that are not ready then are left out."""
-MOST_OF_A_KERNEL = 0.08
+MOST_OF_A_KERNEL = 0.06
 """The share of the budget that one kernel may take: one that compiles for every length is then left out."""
 WRITE_EVERY_S = 20.0
 LARGEST_BOUND_S = {"cpu": 0.02, "cuda": 0.015}

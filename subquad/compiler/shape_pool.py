@@ -53,6 +53,8 @@ GROUPS = (1, 4, 1, 8)
 TAPS = (4, 4, 3, 2)
 SWITCHES = {"causal": (True, True, True, False)}
 """Options by which work halves, whose other side no example need declare."""
+LONG = 8192
+"""Tokens of the sequence that is compiled for beside the smallest workload."""
 PACKED, JITTERED = 1 / 3, 1 / 2
 """The share of layouts that are packed, and of lengths that are not made multiples of 64."""
 
@@ -101,6 +103,11 @@ def shapes(layout: Workload, kind: str, count: int, *, seed: int = 0) -> list[Wo
         workload = _drawn(layout, ranges, draw)
         found.setdefault(workload.key, workload)
     return list(found.values())
+
+
+def stretched(layout: Workload) -> Workload:
+    """A layout as one long sequence, or a few: kernels that share it among programs are those of its longer shapes."""
+    return _sized(layout, 1, LONG, 4 if "documents" in layout.shape else 0)
 
 
 def _variants(workloads: Sequence[Workload]) -> list[Mapping[str, Option]]:
@@ -169,7 +176,10 @@ def _sized(layout: Workload, b: int, t: int, documents: int) -> Workload:
     if "s" in shape:
         shape["s"] = t
     if "m" in shape:
-        shape["m"] = t // int(layout.options["segment_len"]) if layout.phase == "decode" else 0
+        past = t if layout.phase == "decode" else 0
+        # A summary for every segment, or a state for every bit of the length.
+        length = layout.options.get("segment_len")
+        shape["m"] = past.bit_length() if length is None else past // int(length)
     shape.pop("documents", None)
     if documents:
         shape["documents"] = documents

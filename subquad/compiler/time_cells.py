@@ -121,19 +121,18 @@ class CellTimer:
         arguments: Mapping[str, Any],
         copies: Sequence[Mapping[str, Any]],
     ) -> None:
-        """Call it twice, or capture it; what it raises becomes its row, and so does a call that takes long."""
+        """Call it twice, or capture it; what it raises becomes its row, and so does a call that takes long.
+
+        The second may still compile, which the third does not.
+        """
         try:
             call = Call.of(operator, rival.kernel, part, self._device, arguments)
             rival.call, rival.run = call, call.run
             call.run()
             self._wait()
-            started = time.perf_counter()
-            call.run()
-            self._wait()
-            second_s = time.perf_counter() - started
-            if second_s > LONGEST_CALL_S:
+            if self._once_s(call) > LONGEST_CALL_S and (once_s := self._once_s(call)) > LONGEST_CALL_S:
                 peak = call.held_bytes + added_bytes(call.run, self._device) if self._cuda else None
-                once = Timing(low_s=second_s / FEW_REPEATS, median_s=second_s, high_s=second_s * FEW_REPEATS, repeats=1)
+                once = Timing(low_s=once_s / FEW_REPEATS, median_s=once_s, high_s=once_s * FEW_REPEATS, repeats=1)
                 rival.timed = self._ok(rival, once, peak, {})
             elif copies:
                 self._capture(
@@ -141,6 +140,12 @@ class CellTimer:
                 )
         except Exception as error:  # a stranger's kernel may raise anything
             rival.timed = self._raised(rival, error)
+
+    def _once_s(self, call: Call) -> float:
+        started = time.perf_counter()
+        call.run()
+        self._wait()
+        return time.perf_counter() - started
 
     def _capture(self, rival: _Rival, calls: Sequence[Callable[[], object]]) -> None:
         """Replace the call by a graph of many; what cannot be captured is timed as it is, and the row says so."""
@@ -207,14 +212,17 @@ class CellTimer:
             self.seconds[rival.kernel.key] += spent * (0.5 / len(rivals) + 0.5 * share)
 
     def _too_slow(self, rival: _Rival) -> bool:
-        """By the measured row whose bound is nearest: both scale alike."""
-        pace = self._pace[rival.kernel.key, rival.row.phase, rival.row.dtype]
+        """By the measured row whose bound is nearest, of the same type where there is one: both scale alike."""
+        key, phase = rival.kernel.key, rival.row.phase
+        pace = self._pace[key, phase, rival.row.dtype] or [
+            known for (name, part, _), rows in self._pace.items() if (name, part) == (key, phase) for known in rows
+        ]
         if not pace:
             return False
         bound_s = lower_bound_s(rival.row, self._target.device)
         near_s, seconds = min(pace, key=lambda known: abs(math.log(known[0] / bound_s)))
         too_slow = seconds * bound_s / near_s > LONGEST_CALL_S
-        self.expected_too_slow[rival.kernel.key] += too_slow
+        self.expected_too_slow[key] += too_slow
         return too_slow
 
     def _ok(self, rival: _Rival, timing: Timing, peak: int | None, state: Mapping[str, Any]) -> TimedRow:

@@ -17,6 +17,9 @@ from subquad_kernels.softmax_attention.definition import scale_of
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Arguments, Outputs
 
+MOST_SHAPES = 4096
+"""How many shapes are compiled for, seconds each."""
+
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, causal: bool, window: int, scale: float | None
@@ -48,7 +51,7 @@ def _attend(
         # Triton and inductor warn about their own future; nothing the caller could mend.
         warnings.simplefilter("ignore")
         mask = create_block_mask(seen, None, None, t, s, device=q.device)
-        attention = _compiled() if q.device.type == "cuda" else flex_attention
+        attention: Any = _compiled if q.device.type == "cuda" else flex_attention
         out, lse = attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask, scale=scale_of(q, scale),
             enable_gqa=q.shape[2] != k.shape[2], return_lse=True,
@@ -77,6 +80,12 @@ def mask_function(
     return seen
 
 
+def _compiled(*arguments: Any, **named: Any) -> Any:
+    # Beyond a limit (8 shapes) torch would run the function as written, with all scores in memory, and only warn.
+    with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES, accumulated_recompile_limit=MOST_SHAPES):
+        return _compiler()(*arguments, **named)
+
+
 @lru_cache(maxsize=1)
-def _compiled() -> Any:
+def _compiler() -> Any:
     return torch.compile(flex_attention, dynamic=False)

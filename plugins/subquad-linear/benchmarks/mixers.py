@@ -22,7 +22,10 @@ from subquad import MixerContext
 from subquad.registry import load_registry
 from subquad_kernels.catalogue import load_attribute
 
-NAMES = ("retnet", "gla", "lightning", "mlstm", "delta_net", "gated_delta_net", "mamba2")
+NAMES = (
+    "retnet", "gla", "lightning", "mlstm", "slstm", "delta_net", "gated_delta_net", "rwkv6", "rwkv7", "log_linear",
+    "ttt_linear", "ttt_mlp", "mamba2", "mamba3", "log_linear_mamba2",
+)  # fmt: skip
 LENGTHS = (100, 1, 0, 411)
 
 
@@ -32,9 +35,14 @@ def build(name: str, d_model: int) -> nn.Module:
     torch.manual_seed(0)
     context = MixerContext(d_model=d_model, layer_index=1, num_layers=24, context_len=4096)
     make: Any = load_attribute(spec.build)
-    mixer = make(spec.config(), context)
+    heads = {"num_heads": d_model // 64} if name.startswith("rwkv") else {}  # the authors' width
+    mixer = make(spec.config(**heads), context)
     mixer.init_parameters(0.02)
     assert isinstance(mixer, nn.Module)
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            if not parameter.any():  # what a paper starts at zero would hide the rest
+                parameter.normal_(std=0.02)
     return mixer
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,12 +15,20 @@ from subquad_linear.config import (
     GatedLinearAttentionConfig,
     MatrixLSTMConfig,
     RetNetConfig,
+    RWKV6Config,
+    RWKV7Config,
+    RWKVChannelMixConfig,
+    ScalarLSTMConfig,
 )
 from subquad_linear.delta_net import DeltaNet
 from subquad_linear.gated_delta_net import GatedDeltaNet
 from subquad_linear.gated_linear_attention import GatedLinearAttention
 from subquad_linear.matrix_lstm import MatrixLSTM
 from subquad_linear.retnet import RetNet
+from subquad_linear.rwkv6 import RWKV6
+from subquad_linear.rwkv7 import RWKV7
+from subquad_linear.rwkv_channel_mix import RWKVChannelMix
+from subquad_linear.scalar_lstm import ScalarLSTM
 from subquad_linear.unit_length import UnitLength
 
 CONTEXT = MixerContext(d_model=16, layer_index=0, num_layers=2, context_len=64)
@@ -137,3 +147,133 @@ def test_a_constant_on_all_input_gates_changes_nothing_above_the_floor() -> None
         torch.testing.assert_close(mixer(x), first, rtol=1e-8, atol=1e-10)
         mixer.input_gate.bias.fill_(-10.0)
         assert not torch.allclose(mixer(x), first, rtol=1e-2)
+
+
+def rwkv7_of_one_stream() -> RWKV7:
+    """Nothing shifted nor forgotten; k is written and its direction taken out, at rates in context of 1."""
+    mixer = RWKV7(RWKV7Config(num_heads=2), CONTEXT)
+    mixer.init_parameters(0.3)
+    with torch.no_grad():
+        mixer.mix.zero_()
+        mixer.decay_base.fill_(-float("inf"))
+        mixer.rate_base.fill_(float("inf"))
+        mixer.removal.fill_(1)
+    return mixer.double()
+
+
+def test_rwkv6_without_decay_and_with_a_bonus_of_one_is_linear_attention() -> None:
+    """The state is read before the write, which a bonus of 1 makes up for: o = tril(R K^T) V."""
+    mixer = RWKV6(RWKV6Config(num_heads=2), CONTEXT)
+    mixer.init_parameters(0.3)
+    seen: list[Tensor] = []
+    mixer.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        mixer.mix.zero_()
+        mixer.decay_base.fill_(-float("inf"))
+        x = tokens(40)
+        mixer.double()
+        r, k, v = (proj(x).unflatten(-1, (2, 8)) for proj in (mixer.r_proj, mixer.k_proj, mixer.v_proj))
+        scores = torch.einsum("bihn,bjhn->bhij", r, k)
+        for bonus, visible in ((1.0, scores.tril()), (0.0, scores.tril(-1))):
+            mixer.bonus.fill_(bonus)
+            mixer(x)
+            torch.testing.assert_close(seen.pop(), torch.einsum("bhij,bjhp->bihp", visible, v), rtol=1e-10, atol=1e-12)
+
+
+def test_rwkv7_without_rates_in_context_has_the_state_of_rwkv6() -> None:
+    """a = 0 takes nothing out: what is left is a decay per channel and a write."""
+    sixth, seventh = RWKV6(RWKV6Config(num_heads=2), CONTEXT), rwkv7_of_one_stream()
+    sixth.init_parameters(0.3)
+    sixth.double()
+    rate = torch.linspace(-0.6, -0.01, 16, dtype=torch.float64)
+    x = tokens(40)
+    with torch.no_grad():
+        sixth.mix.zero_()
+        sixth.decay_base.copy_((-rate).log())
+        share = -rate / torch.exp(torch.tensor(-0.5, dtype=torch.float64))
+        seventh.decay_base.copy_((share / (1 - share)).log())
+        seventh.rate_base.fill_(-float("inf"))
+        seventh.replacement.zero_()
+        for name in ("k_proj", "v_proj"):
+            getattr(seventh, name).load_state_dict(getattr(sixth, name).state_dict())
+        _, expected = sixth.prefill(x, sixth.empty_carry(2))
+        _, found = seventh.prefill(x, seventh.empty_carry(2))
+    torch.testing.assert_close(found.state, expected.state, rtol=1e-12, atol=1e-14)
+
+
+def test_with_a_rate_of_one_rwkv7_replaces_what_a_key_held() -> None:
+    """The same token twice leaves the state of one; with a rate of 0 it leaves twice that."""
+    mixer, x = rwkv7_of_one_stream(), tokens(1)
+    with torch.no_grad():
+        _, once = mixer.prefill(x, mixer.empty_carry(2))
+        _, twice = mixer.prefill(x, once)
+        torch.testing.assert_close(twice.state, once.state, rtol=1e-12, atol=1e-14)
+        mixer.rate_base.fill_(-float("inf"))
+        mixer.replacement.zero_()
+        _, twice = mixer.prefill(x, once)
+        torch.testing.assert_close(twice.state, 2 * once.state, rtol=1e-12, atol=1e-14)
+
+
+def test_the_state_of_rwkv7_stays_bounded_at_its_slowest_decay() -> None:
+    """I - a c c^T with |c| = 1 and a in (0, 1) never lengthens what it meets: without decay too, 2000 tokens fit."""
+    mixer = rwkv7_of_one_stream()
+    with torch.no_grad():
+        _, short = mixer.prefill(tokens(100), mixer.empty_carry(2))
+        _, long = mixer.prefill(tokens(2000), mixer.empty_carry(2))
+    assert long.state.abs().max() < 3 * short.state.abs().max()
+
+
+def test_the_channel_mix_sees_a_token_and_the_one_before() -> None:
+    mixer = RWKVChannelMix(RWKVChannelMixConfig(receptance=True), CONTEXT)
+    mixer.init_parameters(0.3)
+    torch.nn.init.normal_(mixer.v_proj.weight)
+    mixer.double()
+    x = tokens(9).requires_grad_()
+    (gradient,) = torch.autograd.grad(mixer(x)[:, 5].sum(), x)
+    assert gradient.abs().amax((0, 2)).nonzero().flatten().tolist() == [4, 5]
+
+
+@pytest.mark.parametrize("kind", [RWKV6, RWKV7])
+@pytest.mark.parametrize("base", [-1e4, 100.0, 1e4])
+def test_decays_of_rwkv_beyond_all_bounds_stay_finite(kind: Any, base: float) -> None:
+    """RWKV-6's inner exponential would overflow at 89 in float32; a channel that forgets all holds the last token."""
+    config: Any = RWKV6Config(num_heads=2) if kind is RWKV6 else RWKV7Config(num_heads=2)
+    mixer = kind(config, CONTEXT)
+    mixer.init_parameters(0.3)
+    with torch.no_grad():
+        mixer.o_proj.weight.normal_()
+        mixer.mix.zero_()
+        mixer.decay_base[0] = base
+    x = tokens(150).float().requires_grad_()
+    y = mixer(x)
+    y.square().sum().backward()
+    assert y.isfinite().all()
+    for name, parameter in mixer.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    if kind is RWKV6 and base > 0:
+        _, carry = mixer.prefill(x, mixer.empty_carry(2))
+        last = mixer.k_proj(x)[:, -1, :1] * mixer.v_proj(x)[:, -1, :8]
+        torch.testing.assert_close(carry.state[:, 0, 0], last)
+
+
+def test_a_scalar_lstm_tells_the_parity_of_bits_by_weights_set_by_hand() -> None:
+    """A 1 forgets all and writes the opposite of what the head shows, a 0 keeps it: the sign is the parity."""
+    context = MixerContext(d_model=4, layer_index=0, num_layers=2, context_len=64)
+    mixer = ScalarLSTM(ScalarLSTMConfig(num_heads=1, conv_width=1), context).double()
+    bits = torch.randint(0, 2, (3, 200))
+    x = torch.zeros(3, 201, 4, dtype=torch.float64)
+    x[:, 1:, 1], x[:, 0, 2] = 30.0 * bits, 30.0  # the bit, and the mark of the first token
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.zero_()
+        mixer.conv.weight.fill_(1.0)
+        mixer.norm.weight.fill_(1.0)
+        mixer.conv_gates[0, 1:3, 0], mixer.conv_gates[0, 1:3, 1] = 1.0, -2.0  # i and f of every channel
+        mixer.bias[0, 0], mixer.bias[0, 1], mixer.bias[0, 3] = -30.0, 30.0, 30.0
+        mixer.input_gates[0, 2, 0, 0] = 5 / 30  # the first token writes +1 to channel 0
+        mixer.recurrent[0, 0, 2, 0] = -5.0
+        y = mixer(x)[:, 1:, 0]
+        assert torch.equal(y < 0, bits.cumsum(1) % 2 == 1)
+        assert y.abs().min() > 0.99 * y.abs().max()
+        mixer.recurrent.zero_()
+        assert not torch.equal(mixer(x)[:, 1:, 0] < 0, bits.cumsum(1) % 2 == 1)

@@ -101,12 +101,12 @@ def gla(m: Any, x: Tensor) -> Tensor:
     return (o * silu(x @ m.output.g_proj.weight.T)) @ m.output.o_proj.weight.T
 
 
-def convolved(x: Tensor, taps: Tensor) -> Tensor:
-    """y_t = silu( sum_j taps_j x_{t-w+1+j} ), zeros before the first token.  Shapes:  x: b t c    taps: c 1 w"""
+def convolved(x: Tensor, taps: Tensor, bias: Tensor | float = 0.0) -> Tensor:
+    """y_t = silu( bias + sum_j taps_j x_{t-w+1+j} ), zeros before the first token.  Shapes: x: b t c   taps: c 1 w"""
     width = taps.shape[-1]
     padded = torch.cat([x.new_zeros(x.shape[0], width - 1, x.shape[2]), x], dim=1)
     rows = [sum(padded[:, t + j] * taps[:, 0, j] for j in range(width)) for t in range(x.shape[1])]
-    return silu(torch.stack(rows, 1))  # type: ignore[arg-type]
+    return silu(torch.stack(rows, 1) + bias)  # type: ignore[arg-type]
 
 
 def unit(x: Tensor) -> Tensor:
@@ -128,12 +128,13 @@ def delta_states(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor) -
 
 def gated_delta_net(m: Any, x: Tensor) -> Tensor:
     """Yang, Kautz and Hatamizadeh 2024, equation 10 and section 3.4."""
-    h, n, p = m.num_heads, m.key_dim, m.value_dim
-    q, k, v = convolved(x @ m.qkv_proj.weight.T, m.conv.weight).split([h * n, h * n, h * p], dim=-1)
+    h, h_k, n, p = m.num_heads, m.num_key_heads, m.key_dim, m.value_dim
+    q, k, v = convolved(x @ m.qkv_proj.weight.T, m.conv.weight).split([h_k * n, h_k * n, h * p], dim=-1)
+    q, k = (heads(part, h_k).repeat_interleave(h // h_k, dim=2) for part in (q, k))
     beta = m.largest_write / (1 + torch.exp(-x @ m.write_proj.weight.T))
     step = torch.log1p(torch.exp(x @ m.decay_proj.weight.T + m.dt_bias))
     alpha = torch.exp(-torch.exp(m.A_log) * step)
-    o = delta_states(unit(heads(q, h)), unit(heads(k, h)), heads(v, h), alpha, beta)
+    o = delta_states(unit(q), unit(k), heads(v, h), alpha, beta)
     o = rms_norm(o, 1e-6, m.output.norm.weight).flatten(2)
     return (o * silu(x @ m.output.g_proj.weight.T)) @ m.output.o_proj.weight.T
 
@@ -187,6 +188,140 @@ def mlstm(m: Any, x: Tensor) -> Tensor:
     return (normal.flatten(2) * m.norm.weight / (1 + torch.exp(-x @ m.o_proj.weight.T))) @ m.out_proj.weight.T
 
 
+def sigmoid(x: Tensor) -> Tensor:
+    return 1 / (1 + torch.exp(-x))
+
+
+def step_back(x: Tensor) -> Tensor:
+    """x_{t-1} - x_t, the token before the first being zero."""
+    return torch.stack([(x[:, t - 1] if t else torch.zeros_like(x[:, 0])) - x[:, t] for t in range(x.shape[1])], 1)
+
+
+def low_rank(m: Any, x: Tensor, activation: Any = lambda y: y) -> Tensor:
+    return activation(x @ m.down.weight.T) @ m.up.weight.T  # type: ignore[no-any-return]
+
+
+def group_norm(m: Any, o: Tensor) -> Tensor:
+    """Shapes:  o: b t h p  ->  b t (h p)"""
+    centred = o - o.mean(-1, keepdim=True)
+    normal = centred / (centred.square().mean(-1, keepdim=True) + 64e-5).sqrt()
+    return normal.flatten(2) * m.weight + m.bias
+
+
+def rwkv6_streams(m: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Receptance, key, value, decay (0 to 1) and gate of Peng et al. 2024, section 4.2: equations 14 to 18."""
+    back, rank = step_back(x), m.mix_up.shape[1]
+    low = torch.tanh((x + back * m.first_mix) @ m.mix_down.weight.T)
+    inputs = [x + back * (m.mix[s] + low[..., s * rank : (s + 1) * rank] @ m.mix_up[s]) for s in range(5)]
+    w = torch.exp(-torch.exp(m.decay_base + low_rank(m.decay, inputs[0], torch.tanh)))
+    k, v, r, g = (z @ proj.weight.T for z, proj in zip(inputs[1:], (m.k_proj, m.v_proj, m.r_proj, m.g_proj)))
+    return *(heads(z, m.num_heads) for z in (r, k, v, w)), silu(g)  # type: ignore[return-value]
+
+
+def rwkv6_out(m: Any, outputs: list[Tensor], w: Tensor, gate: Tensor) -> Tensor:
+    """Leave the heads. A last token's decay reaches no output: its gradient is zero, not absent."""
+    return (group_norm(m.norm, torch.stack(outputs, 1) + 0 * w[:, -1:]) * gate) @ m.o_proj.weight.T
+
+
+def rwkv6(m: Any, x: Tensor) -> Tensor:
+    """Peng et al. 2024, equations 19 to 21, the recurrent form."""
+    r, k, v, w, gate = rwkv6_streams(m, x)
+    state, outputs = x.new_zeros(x.shape[0], m.num_heads, k.shape[-1], v.shape[-1]), []
+    for t in range(x.shape[1]):
+        written = k[:, t, :, :, None] * v[:, t, :, None, :]
+        outputs.append((r[:, t, :, :, None] * (state + m.bonus[..., None] * written)).sum(2))
+        state = w[:, t, :, :, None] * state + written
+    return rwkv6_out(m, outputs, w, gate)
+
+
+def rwkv6_parallel(m: Any, x: Tensor) -> Tensor:
+    """The same as a sum over pairs: key j reaches token i > j through the decays of the tokens between them."""
+    r, k, v, w, gate = rwkv6_streams(m, x)
+    outputs = []
+    for i in range(x.shape[1]):
+        o = (r[:, i] * m.bonus * k[:, i]).sum(-1, keepdim=True) * v[:, i]
+        for j in range(i):
+            o = o + (r[:, i] * w[:, j + 1 : i].prod(1) * k[:, j]).sum(-1, keepdim=True) * v[:, j]
+        outputs.append(o)
+    return rwkv6_out(m, outputs, w, gate)
+
+
+def rwkv7_streams(m: Any, x: Tensor) -> tuple[Tensor, ...]:
+    """Receptance, replacement key, value, decay, removal key, rate and gate of Peng et al. 2025, equations 4 to 14."""
+    h, back = m.num_heads, step_back(x)
+    x_r, x_w, x_k, x_v, x_a, x_g = (x + back * mix for mix in m.mix)
+    r, k, v = x_r @ m.r_proj.weight.T, x_k @ m.k_proj.weight.T, x_v @ m.v_proj.weight.T
+    w = torch.exp(-(2.718281828459045**-0.5) * sigmoid(m.decay_base + low_rank(m.decay, x_w, torch.tanh)))
+    a = sigmoid(m.rate_base + low_rank(m.rate, x_a))
+    removal = heads(k * m.removal, h)
+    removal = removal / removal.square().sum(-1, keepdim=True).sqrt()
+    written = k * (1 - m.replacement + a * m.replacement)
+    gate = low_rank(m.gate, x_g, sigmoid)
+    return heads(r, h), heads(written, h), heads(v, h), heads(w, h), removal, heads(a, h), gate
+
+
+def rwkv7_out(m: Any, o: Tensor, r: Tensor, k: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+    """Peng et al. 2025, equations 20 to 22."""
+    bonus = (r * m.bonus * k).sum(-1, keepdim=True) * v
+    return ((group_norm(m.norm, o) + bonus.flatten(2)) * gate) @ m.o_proj.weight.T
+
+
+def rwkv7(m: Any, x: Tensor) -> Tensor:
+    """Peng et al. 2025, equations 15 to 17: S_t (diag(w_t) - c_t^T (a_t * c_t)) + v_t^T k~_t, values by keys."""
+    r, k, v, w, c, a, gate = rwkv7_streams(m, x)
+    state, outputs = x.new_zeros(x.shape[0], m.num_heads, v.shape[-1], k.shape[-1]), []
+    for t in range(x.shape[1]):
+        transition = torch.diag_embed(w[:, t]) - c[:, t, :, :, None] * (a * c)[:, t, :, None, :]
+        state = state @ transition + v[:, t, :, :, None] * k[:, t, :, None, :]
+        outputs.append((state @ r[:, t, :, :, None]).squeeze(-1))
+    return rwkv7_out(m, torch.stack(outputs, 1), r, k, v, gate)
+
+
+def rwkv7_by_keys(m: Any, x: Tensor) -> Tensor:
+    """The same without a state: every key written so far, as the tokens after it have turned it."""
+    r, k, v, w, c, a, gate = rwkv7_streams(m, x)
+    keys, outputs = k[:, :0].transpose(1, 2), []
+    for t in range(x.shape[1]):
+        along = (keys * c[:, t, :, None]).sum(-1, keepdim=True)
+        keys = keys * w[:, t, :, None] - along * (a * c)[:, t, :, None]
+        keys = torch.cat([keys, k[:, t, :, None]], dim=2)
+        scores = (keys * r[:, t, :, None]).sum(-1)
+        outputs.append(torch.einsum("bhj,bjhp->bhp", scores, v[:, : t + 1]))
+    return rwkv7_out(m, torch.stack(outputs, 1), r, k, v, gate)
+
+
+def rwkv_channel_mix(m: Any, x: Tensor) -> Tensor:
+    """Peng et al. 2025, equation 23; with a receptance Peng et al. 2024, equations 22 to 25."""
+    back = step_back(x)
+    k = (x + back * m.k_mix) @ m.k_proj.weight.T
+    y = torch.where(k > 0, k * k, 0.0) @ m.v_proj.weight.T
+    return y if m.r_mix is None else sigmoid((x + back * m.r_mix) @ m.r_proj.weight.T) * y
+
+
+def slstm(m: Any, x: Tensor) -> Tensor:
+    """Beck et al. 2024, equations 8 to 17, with the stabiliser; c and n before it are zero, and m is i at first."""
+    h, p = m.num_heads, m.head_dim
+    u = heads(convolved(x, m.conv.weight, m.conv.bias), h)
+    from_u, from_x = (
+        torch.einsum("bthj,hjgp->bthgp", rows, weight)
+        for rows, weight in ((u, m.conv_gates), (heads(x, h), m.input_gates))
+    )
+    hidden = c = n = scale = x.new_zeros(x.shape[0], h, p)
+    outputs = []
+    for t in range(x.shape[1]):
+        mixed = torch.cat([from_u[:, t], from_x[:, t]], 2) + m.bias
+        i, f, z, o = (mixed + (hidden[:, :, :, None, None] * m.recurrent).sum(2)).unbind(2)
+        log_f = -torch.log1p(torch.exp(-f))
+        new_scale = torch.maximum(log_f + scale, i) if t else i
+        forget, write = torch.exp(log_f + scale - new_scale), torch.exp(i - new_scale)
+        c, n, scale = forget * c + write * torch.tanh(z), forget * n + write, new_scale
+        hidden = c / n / (1 + torch.exp(-o))
+        outputs.append(hidden)
+    o = torch.stack(outputs, 1)
+    centred = o - o.mean(-1, keepdim=True)
+    return (centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(2) * m.norm.weight
+
+
 CASES: list[tuple[str, dict[str, Any], Any]] = [
     ("retnet", {"num_heads": 3}, retnet),
     ("retnet", {"num_heads": 2, "expand_v": 1, "rope_theta": 50.0}, retnet),
@@ -195,17 +330,28 @@ CASES: list[tuple[str, dict[str, Any], Any]] = [
     ("gla", {"num_heads": 3, "expand_k": 1.0, "expand_v": 2.0, "gate_rank": 5, "gate_temperature": 2.0}, gla),
     ("gated_delta_net", {}, gated_delta_net),
     ("gated_delta_net", {"num_heads": 2, "key_dim": 7, "conv_width": 2, "negative_eigenvalues": True}, gated_delta_net),
+    ("gated_delta_net", {"num_heads": 6, "num_key_heads": 2, "key_dim": 5}, gated_delta_net),
     ("lightning", {"num_heads": 4}, lightning),
     ("lightning", {"num_heads": 3, "decays": "transnormer"}, lightning),
     ("mlstm", {"num_heads": 3, "gate_cap": 2.0}, mlstm),
     ("mlstm", {"num_heads": 2, "expand_k": 1.0}, mlstm),
+    ("slstm", {"num_heads": 3}, slstm),
+    ("slstm", {"num_heads": 2, "conv_width": 1}, slstm),
     ("delta_net", {"num_heads": 4}, delta_net),
     ("delta_net", {"num_heads": 3, "conv_width": 1, "negative_eigenvalues": True}, delta_net),
+    ("rwkv6", {"num_heads": 3}, rwkv6),
+    ("rwkv6", {"num_heads": 2, "mix_rank": 5, "decay_rank": 7, "blocks_per_layer": 2}, rwkv6_parallel),
+    ("rwkv7", {"num_heads": 3}, rwkv7),
+    ("rwkv7", {"num_heads": 2, "decay_rank": 5, "rate_rank": 7, "gate_rank": 9}, rwkv7_by_keys),
+    ("rwkv_channel_mix", {}, rwkv_channel_mix),
+    ("rwkv_channel_mix", {"receptance": True, "d_hidden": 33}, rwkv_channel_mix),
 ]
 
 
 @pytest.mark.parametrize(
-    ("name", "config", "equations"), CASES, ids=[f"{case[2].__name__}-{case[1]}" for case in CASES]
+    ("name", "config", "equations"),
+    [pytest.param(*case, marks=pytest.mark.oracle(case[0])) for case in CASES],
+    ids=[f"{case[2].__name__}-{case[1]}" for case in CASES],
 )
 @pytest.mark.parametrize("t", [1, 2, 71])  # 71: more than one chunk of the kernels
 def test_the_mixer_equals_the_paper_s_equations_with_all_gradients(

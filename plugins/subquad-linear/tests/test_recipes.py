@@ -43,6 +43,37 @@ def mlstm_block(d: int) -> int:
     return 4 * d * d + 2 * 4 * (d + 1) + d
 
 
+def rwkv6_layer(d: int) -> int:
+    """Peng et al. 2024, appendix: 13 d^2 + 464 d, two LayerNorms of 2 d among them; here of one RMSNorm of d each.
+
+    One of the two is counted here, the other by the test.
+    """
+    return 13 * d * d + 464 * d - 4 * d + d
+
+
+def rwkv7_layer(d: int) -> int:
+    """Peng et al. 2025, appendix: 12 d^2 + 2 d (d_w + d_a + d_g) + 19 d without the value residual; norms as above.
+
+    The value residual is 2 d d_v + d, its base among the 19 d.
+    """
+    return 12 * d * d + 2 * d * (64 + 64 + 128) + 18 * d - 4 * d + d
+
+
+def slstm_block(d: int) -> int:
+    """Beck et al. 2024: four gates and four recurrent maps of d^2 / 4; biases; taps of 4 and a bias; a norm of d."""
+    return 2 * d * d + 4 * d + 5 * d + d
+
+
+def log_linear_block(d: int) -> int:
+    """Guo et al. 2025 on GLA's block: a decay and 15 weights for each of 4 heads; L; a norm of d / 4."""
+    return 4 * d * d + 4 * (d + 1) + 4 * 15 * (d + 1) + d // 4
+
+
+def ttt_block(d: int, inner: int) -> int:
+    """Sun et al. 2024, released code: q, k, v, output of d^2, rates, 16 token scales, LN of heads and of all, and W."""
+    return 4 * d * d + 16 * (d + 1) + 16 + 2 * d + 2 * d + inner
+
+
 LAYOUTS = {
     # recipe: (parameters of a mixer, d_model, blocks, hidden width of SwiGLU, vocabulary, tied)
     "retnet_340m": (retnet_block(1024), 1024, 24, 1536, 32000, True),
@@ -51,6 +82,11 @@ LAYOUTS = {
     "delta_net_340m": (delta_net_block(1024), 1024, 24, 2816, 32000, False),
     "mlstm_340m": (mlstm_block(1024), 1024, 24, 2752, 32000, True),
     "lightning_340m": (lightning_block(1024), 1024, 24, 2560, 32000, True),
+    "rwkv6_470m": (rwkv6_layer(1024), 1024, 24, 0, 65536, False),  # layers of two blocks
+    "rwkv7_450m": (rwkv7_layer(1024), 1024, 24, 0, 65536, False),
+    "ttt_linear_350m": (ttt_block(1024, 1024 * (64 + 1)), 1024, 24, 2736, 32000, True),
+    "ttt_mlp_350m": (ttt_block(1024, 1024 * (8 * 64 + 5)), 1024, 24, 2736, 32000, True),
+    "log_linear_340m": (log_linear_block(1024), 1024, 24, 2816, 32000, True),
 }
 
 
@@ -69,7 +105,33 @@ def test_the_paper_s_size_has_the_parameter_count_of_its_block_layout(recipe: st
     assert f"{expected:,} parameters" in written.partition("\n")[0]
 
 
-@pytest.mark.parametrize("recipe", [name.rsplit("_", 1)[0] for name in LAYOUTS])
+def test_rwkv_has_the_published_count_but_for_what_is_left_out() -> None:
+    """Peng et al. 2024: 13 d^2 L + 464 d L + 4 d + 2 d V. Peng et al. 2025: RWKV7-World-0.4B has 450,767,872."""
+    d, layers, vocabulary = 1024, 24, 65536
+    norms = 2 * d * layers + 3 * d  # biases of LayerNorms, and the norm behind the embedding
+    value_residuals = (layers - 1) * (2 * d * 32 + d)
+    finch = 13 * d * d * layers + 464 * d * layers + 4 * d + 2 * d * vocabulary
+    for recipe, published in (("rwkv6_470m", finch), ("rwkv7_450m", 450_767_872 - value_residuals)):
+        config = load_config([f"model={recipe}"])
+        config.model.context_len = 4096
+        model = build_model(config.model, device="meta")
+        assert sum(parameter.numel() for parameter in model.parameters()) == published - norms, recipe
+
+
+def test_xlstm_has_seven_matrix_lstms_to_a_scalar_one() -> None:
+    config = load_config(["model=xlstm_340m"]).model
+    config.context_len = 4096
+    model = build_model(config, device="meta")
+    kinds = [type(block.mixer).__name__ for block in model.blocks]
+    assert (kinds.count("MatrixLSTM"), kinds.count("ScalarLSTM")) == (21, 3)
+    d = 1024
+    blocks = 21 * (mlstm_block(d) + 3 * d * 2752 + 2 * d) + 3 * (slstm_block(d) + 3 * d * 1344 + 2 * d)
+    expected = blocks + d + 32000 * d
+    assert sum(parameter.numel() for parameter in model.parameters()) == expected
+    assert f"| {expected:,} |" in README.partition("| `xlstm_340m` |")[2].partition("\n")[0]
+
+
+@pytest.mark.parametrize("recipe", [*(name.rsplit("_", 1)[0] for name in LAYOUTS), "slstm", "xlstm"])
 def test_the_laptop_size_composes_builds_and_learns(recipe: str) -> None:
     config = load_config([f"model={recipe}"]).model
     assert config.name == recipe
