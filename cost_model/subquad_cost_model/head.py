@@ -203,9 +203,10 @@ class Head:
             return f"fitted to {', '.join(self.kinds)}, not {device.kind}"
         if device.name not in self.devices and not math.isfinite(self.new_width):
             return f"fitted to one family of devices, and not to {device.name}"
-        if self.physics is not None and not math.isfinite(self._width(row, device)):
+        strange = self._stranger(row)
+        if strange is None and self.physics is not None and not math.isfinite(self._width(row, device)):
             return "fitted to too few shapes to say how far beyond them, or on other layouts, it is off"
-        return self._stranger(row)
+        return strange
 
     def _stranger(self, row: CostRow) -> str | None:
         for name, word in zip(CATEGORIES, words(row), strict=True):
