@@ -13,8 +13,8 @@ import torch
 
 from subquad.errors import ConfigError, DataError, ResumeError, RunError
 from subquad.schema import GenerateConfig, RunConfig
-from subquad.training.fit import train
 from subquad.training.continuation import Continuation, continued
+from subquad.training.fit import train
 from subquad.training.generate import generate, load_run
 from subquad.training.sampling import Sampler, Sampling, penalised, probabilities
 from subquad.training.text_stream import StopText, TextStream
