@@ -35,12 +35,22 @@ class ModelConfig:
     channel_mixer: ChannelMixerConfig | None = field(default_factory=ChannelMixerConfig)  # default of every entry
     tie_embeddings: bool = True
     norm_eps: float = 1e-6
+    logit_cap: float = 0.0  # logits become cap tanh(logits / cap); 0: they stay as they are
     init_std: float = 0.02
+    init_from: str | None = None  # hf:PATH_OR_ID, a Hugging Face checkpoint whose weights training starts from
 
     def __post_init__(self) -> None:
         for name in ("d_model", "num_layers"):
             if getattr(self, name) < 1:
                 raise ConfigError(what=f"{name} is {getattr(self, name)}", where=f"model.{name}", mend="use 1 or more")
+        if self.logit_cap < 0:
+            raise ConfigError(what=f"logit_cap is {self.logit_cap}", where="model.logit_cap", mend="use 0 or more")
+        if not self.schedule and self.init_from is None:
+            raise ConfigError(
+                what="the schedule is empty, and no checkpoint is named whose layout could be taken",
+                where="model.schedule",
+                mend="name a key of model.mixers, or model.init_from=hf:PATH_OR_ID",
+            )
         for key in self.schedule:
             if self.mixers and key not in self.mixers and key != AUTO:
                 raise ConfigError(
