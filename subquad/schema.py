@@ -184,6 +184,23 @@ class GenerateConfig:
 
 
 @dataclass(kw_only=True)
+class ExportConfig:
+    """What `export` needs: a run folder, a format, and a new folder to write into."""
+
+    run: str = "???"
+    format: str = "safetensors"  # safetensors: for subquad.load_model; hf: for transformers
+    out: str = "???"
+
+
+@dataclass(kw_only=True)
+class CompareConfig:
+    """What `compare` needs: run folders, and where the page goes."""
+
+    runs: list[str] = field(default_factory=list)
+    html: str | None = "compare.html"  # null: no page
+
+
+@dataclass(kw_only=True)
 class ProxyConfig:
     """What `proxy` measures: a trained run, the mixers to try in its layers, and how their loss is judged."""
 

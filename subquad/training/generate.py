@@ -15,8 +15,10 @@ import torch
 from subquad.compiler.report import bytes_text
 from subquad.errors import ConfigError, ResumeError
 from subquad.model.build import build_model
+from subquad.model.exported import CONFIG as EXPORTED
+from subquad.model.exported import load_model, read_model_config
 from subquad.model.language_model import LanguageModel
-from subquad.schema import GenerateConfig
+from subquad.schema import GenerateConfig, RunConfig
 from subquad.training.checkpoint import newest_checkpoint
 from subquad.training.compilation import compile_for_generation, device_of
 from subquad.training.continuation import Continuation, continued
@@ -79,20 +81,31 @@ def carry_line(sequences: Iterable[Continuation], model: LanguageModel) -> str:
 
 
 def load_run(path: Path, *, batch_size: int = 1) -> tuple[LanguageModel, Tokenizer, torch.device]:
-    """The model of a run folder, with kernels chosen for generation, and its tokenizer.  Raises: ResumeError."""
+    """The model of a run folder, with kernels chosen for generation, and its tokenizer; or of an exported folder.
+
+    Raises: ConfigError, NotFoundError, ResumeError.
+    """
     folder = RunFolder(path.absolute())
+    if not folder.config.exists() and (folder.path / EXPORTED).is_file():
+        return _loaded(load_model(path), RunConfig(model=read_model_config(path)), folder.path, batch_size)
     config = read_config(folder, f"run={path}")
     checkpoint = newest_checkpoint(folder.checkpoints)
     if checkpoint is None:
         raise ResumeError(
             what="the run holds no checkpoint that is whole", where=f"run={path}", mend="train it further first"
         )
-    device = device_of(config)
     model = build_model(config.model)
     model.load_state_dict(checkpoint.weights())
+    return _loaded(model, config, folder.path, batch_size)
+
+
+def _loaded(
+    model: LanguageModel, config: RunConfig, folder: Path, batch_size: int
+) -> tuple[LanguageModel, Tokenizer, torch.device]:
+    device = device_of(config)
     model.to(device).eval()
     compile_for_generation(model, config, batch_size)
-    return model, load_tokenizer(folder.path), device
+    return model, load_tokenizer(folder), device
 
 
 def _tokens(text: str, tokenizer: Tokenizer, config: GenerateConfig, index: int) -> list[int]:
