@@ -1,4 +1,4 @@
-"""Drawings as text that stands inside an HTML page: logarithmic axes, points, lines and grids of cells."""
+"""Drawings as text that stands inside an HTML page: logarithmic and plain axes, points, lines and grids of cells."""
 
 from __future__ import annotations
 
@@ -77,6 +77,50 @@ class LogPlot:
         return _svg(self.size, [*frame, *self.parts])
 
 
+def curves(
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    colours: Mapping[str, str],
+    *,
+    x_label: str,
+    y_label: str,
+    size: tuple[int, int] = (720, 320),
+) -> str:
+    """Lines by name on plain axes from zero (x) and from just below the least value (y); every point has a title."""
+    points = [point for line in lines.values() for point in line]
+    low_y, high_y = min(y for _, y in points), max(y for _, y in points)
+    margin = 0.05 * (high_y - low_y) or 0.05 * abs(high_y) or 1.0
+    x_limits = (0.0, max(x for x, _ in points) or 1.0)
+    y_limits = (max(0.0, low_y - margin) if low_y >= 0 else low_y - margin, high_y + margin)
+    left, top, right, bottom = LogPlot.LEFT, LogPlot.EDGE, size[0] - LogPlot.EDGE, size[1] - LogPlot.BOTTOM
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return (
+            round(left + (right - left) * (x - x_limits[0]) / (x_limits[1] - x_limits[0]), 2),
+            round(bottom - (bottom - top) * (y - y_limits[0]) / (y_limits[1] - y_limits[0]), 2),
+        )
+
+    parts = [tag("rect", x=left, y=top, width=right - left, height=bottom - top, fill="none", stroke="#888")]
+    for tick in _round_values(x_limits):
+        px, _ = at(tick, y_limits[0])
+        parts.append(tag("line", x1=px, x2=px, y1=top, y2=bottom, stroke="#ddd"))
+        parts.append(tag("text", f"{tick:,.4g}", x=px, y=bottom + 16, text_anchor="middle"))
+    for tick in _round_values(y_limits):
+        _, py = at(0, tick)
+        parts.append(tag("line", x1=left, x2=right, y1=py, y2=py, stroke="#ddd"))
+        parts.append(tag("text", f"{tick:,.6g}", x=left - 6, y=py + 4, text_anchor="end"))
+    for name, line in lines.items():
+        path = " ".join(f"{px},{py}" for px, py in (at(*point) for point in line))
+        parts.append(tag("polyline", points=path, fill="none", stroke=colours[name], stroke_width=1.5, data_line=name))
+        for x, y in line:
+            px, py = at(x, y)
+            title = tag("title", escape(f"{name}: {y:.6g} at {x:,.0f}"))
+            parts.append(tag("circle", title, cx=px, cy=py, r=2, fill=colours[name]))
+    parts.append(tag("text", escape(x_label), x=(left + right) / 2, y=bottom + 36, text_anchor="middle"))
+    turn = f"translate(12 {(top + bottom) / 2}) rotate(-90)"
+    parts.append(tag("text", escape(y_label), transform=turn, text_anchor="middle"))
+    return _svg(size, parts)
+
+
 def grid(
     columns: Sequence[object],
     rows: Sequence[object],
@@ -128,6 +172,15 @@ def _share(value: float, limits: tuple[float, float]) -> float:
 
 def _powers(limits: tuple[float, float]) -> range:
     return range(math.ceil(math.log10(limits[0]) - 1e-9), math.floor(math.log10(limits[1]) + 1e-9) + 1)
+
+
+def _round_values(limits: tuple[float, float]) -> list[float]:
+    """Three to eight multiples of 1, 2 or 5 times a power of ten."""
+    rough = (limits[1] - limits[0]) / 6
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
+    first, last = math.ceil(limits[0] / step - 1e-9), math.floor(limits[1] / step + 1e-9)
+    return [number * step for number in range(first, last + 1)]
 
 
 def _power_text(power: int) -> str:
