@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.fx import GraphModule
 
-CONTRACT_VERSION = "1.3"
+CONTRACT_VERSION = "1.2"
 """Grows by minor numbers when something is added, by major ones when something a plugin relies on is removed."""
 
 Carry: TypeAlias = "tuple[Tensor | int, ...]"

@@ -76,7 +76,9 @@ def test_a_misspelt_verb_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -
     assert "did you mean 'train'?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", ["explain", "warmup", "bench", "generate", "proxy", "plan", "plugins", "doctor"])
+@pytest.mark.parametrize(
+    "verb", ["explain", "warmup", "bench", "generate", "export", "compare", "proxy", "plan", "plugins", "doctor"]
+)
 def test_every_verb_with_arguments_has_help_of_its_own(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([verb, "--help"]) == 0
     assert verb in capsys.readouterr().out

@@ -8,8 +8,8 @@ from subquad.schema import ExportConfig
 
 HELP = """Write the newest weights of a run as a folder that others load.
 
-  python -m subquad export run=RUN_DIR out=FOLDER                 # for subquad.load_model(FOLDER) and generate run=FOLDER
-  python -m subquad export run=RUN_DIR format=hf out=FOLDER       # for transformers
+  python -m subquad export run=RUN_DIR out=FOLDER              # for subquad.load_model and generate run=FOLDER
+  python -m subquad export run=RUN_DIR format=hf out=FOLDER    # for transformers
 
 {keys}
 

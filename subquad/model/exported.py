@@ -84,3 +84,5 @@ def write_folder(folder: Path, config: Mapping[str, object], weights: Mapping[st
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    # safetensors lets only their owner read what it writes; these are for others.
+    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)

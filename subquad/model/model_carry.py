@@ -44,7 +44,7 @@ def joined(carries: Sequence[ModelCarry]) -> ModelCarry:
 
 
 def joinable(one: ModelCarry, other: ModelCarry) -> bool:
-    """Whether two carries differ only in their sequences: equal integers, and tensors of equal shapes but for the first.
+    """Whether two carries differ only in their sequences: equal integers, and shapes that agree but for the first axis.
 
     States of constant size always are; caches that grow, and mixers that count positions, are at equal lengths.
     """

@@ -13,7 +13,7 @@ from typing import Any
 from subquad.compiler.plan import Plan
 from subquad.compiler.plan_diff import plan_diff
 from subquad.compiler.report import bytes_text, seconds_text
-from subquad.errors import ConfigError, NotFoundError, SubquadError
+from subquad.errors import ConfigError, SubquadError
 from subquad.model.build import build_model
 from subquad.schema import RunConfig
 from subquad.training.metrics import read_metrics

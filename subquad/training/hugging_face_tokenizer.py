@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tokenizers import decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as TokenizerFile
+from tokenizers import decoders, models, pre_tokenizers
 
 from subquad.training.tokenizer import FILE_NAME, Tokenizer
 
