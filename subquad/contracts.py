@@ -19,7 +19,10 @@ CONTRACT_VERSION = "1.2"
 """Grows by minor numbers when something is added, by major ones when something a plugin relies on is removed."""
 
 Carry: TypeAlias = "tuple[Tensor | int, ...]"
-"""What a mixer hands from one call to the next: a NamedTuple of tensors and integers (a pytree)."""
+"""What a mixer hands from one call to the next: a NamedTuple of tensors and integers (a pytree).
+
+The first axis of every tensor is the batch, so that sequences can join and leave one; integers hold for all of them.
+"""
 
 
 class Growth(Enum):

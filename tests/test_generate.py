@@ -16,6 +16,7 @@ from subquad.schema import GenerateConfig, RunConfig
 from subquad.training.continuation import Continuation, continued
 from subquad.training.fit import train
 from subquad.training.generate import generate, load_run
+from subquad.training.prompts import read_prompts
 from subquad.training.sampling import Sampler, Sampling, penalised, probabilities
 from subquad.training.text_stream import StopText, TextStream
 from subquad.training.tokenizer import ByteTokenizer, SymbolTokenizer
@@ -115,6 +116,7 @@ def test_probabilities_are_the_softmax_under_its_limits() -> None:
         ({}, [0.2, 0.5, 0.3]),
         ({"top_k": 2}, [0, 0.625, 0.375]),
         ({"top_k": 99}, [0.2, 0.5, 0.3]),
+        ({"temperature": 1e-300}, [0, 1, 0]),
         ({"temperature": 0.5}, [0.04 / 0.38, 0.25 / 0.38, 0.09 / 0.38]),
         ({"top_p": 0.01}, [0, 1, 0]),  # the likeliest always stays
         ({"top_p": 0.6}, [0, 0.625, 0.375]),  # the token that passes the share is one of them
@@ -177,6 +179,24 @@ def test_a_file_of_prompts_gives_what_each_prompt_gives_alone(trained: Path, tmp
         generate(GenerateConfig(run=str(trained), prompts=str(lines), out=str(results)))
 
 
+def test_a_prompt_that_is_no_text_is_named(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b\\ud800"}\n')
+    for settings, where in (
+        ({"prompt": "b\udcff"}, "prompt"),
+        ({"prompts": "prompts.jsonl"}, "prompts.jsonl, prompt 1"),
+    ):
+        with pytest.raises(ConfigError, match="character 1 is half of a pair") as caught:
+            generate(GenerateConfig(run=str(trained), **settings))  # type: ignore[arg-type]
+        assert caught.value.where == where
+
+
+def test_only_newlines_part_prompts(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_bytes(
+        '{"prompt": "a\u2028b\x0cc"}\r\n{"prompt": "d"}'.replace("\x0c", "\\f").encode()
+    )
+    assert [prompt.text for prompt in read_prompts("prompts.jsonl")] == ["a\u2028b\x0cc", "d"]
+
+
 def test_a_file_of_lines_holds_a_prompt_each(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("the cat\n\na\n")
     out = io.StringIO()
@@ -216,6 +236,8 @@ def test_a_bad_file_of_prompts_is_named(name: str, content: str | None, what: st
         ({"min_p": -0.1}, "min_p"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"stop": [""]}, "stop"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, "seed"),
         ({"prompt": "a", "prompts": "b"}, "prompts"),
     ],
 )

@@ -109,12 +109,17 @@ def _loaded(
 
 
 def _tokens(text: str, tokenizer: Tokenizer, config: GenerateConfig, index: int) -> list[int]:
+    where = "prompt" if config.prompts is None else f"{config.prompts}, prompt {index}"
     try:
         return tokenizer.encode(text) or tokenizer.encode(FIRST_BYTE) or [0]
     except ConfigError as error:
-        if config.prompts is None:
-            raise
-        raise ConfigError(what=error.what, where=f"{config.prompts}, prompt {index}", mend=error.mend) from None
+        raise ConfigError(what=error.what, where=where, mend=error.mend) from None
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            what=f"character {error.start} is half of a pair (U+{ord(text[error.start]):04X}) and no text",
+            where=where,
+            mend="write it as UTF-8",
+        ) from None
 
 
 def _stream_one(model: LanguageModel, sequence: Continuation, device: torch.device, out: TextIO) -> None:
@@ -144,6 +149,8 @@ def _check(config: GenerateConfig) -> None:
     for name in ("max_tokens", "batch_size"):
         if getattr(config, name) < 1:
             raise ConfigError(what=f"{name} is {getattr(config, name)}", where=name, mend="use 1 or more")
+    if not 0 <= config.seed < 2**63:
+        raise ConfigError(what=f"seed is {config.seed}", where="seed", mend="use 0 or more, below 2^63")
     if config.prompt and config.prompts is not None:
         raise ConfigError(
             what="a prompt and a file of prompts are given", where="prompts", mend="leave one of them out"

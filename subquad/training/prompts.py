@@ -25,7 +25,8 @@ def read_prompts(file: str) -> list[Prompt]:
     """The prompts of a file, in order; blank lines are passed over.  Raises: DataError that names the line."""
     path = Path(file).expanduser()
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: a text may hold U+2028, as it stands in JSON.
+        lines = [line.removesuffix("\r") for line in path.read_bytes().decode("utf-8").split("\n")]
     except OSError as error:
         raise DataError(
             what=f"{path} cannot be read: {error.strerror}", where=f"prompts={file}", mend="name a readable file"

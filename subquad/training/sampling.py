@@ -82,7 +82,8 @@ class Sampler:
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """softmax(logits / temperature) under the limits, which is renormalised after each.  Shapes:  logits: v  ->  v"""
-    found = torch.softmax(logits / sampling.temperature, dim=0)
+    # From the largest down and in float64: no temperature makes a logit infinite, or is taken for 0.
+    found = torch.softmax((logits - logits.max()).double() / sampling.temperature, dim=0).to(logits.dtype)
     if 0 < sampling.top_k < len(found):
         found = _kept(found, logits >= logits.topk(sampling.top_k).values[-1])
     if sampling.top_p < 1:
