@@ -35,7 +35,9 @@ def runs(folders: Path, tiny_run: Callable[..., RunConfig]) -> tuple[str, str]:
     a, b = folders / "a", folders / "b"
     if not b.exists():
         train(tiny_run(str(a), max_steps=6, validate_every_n_steps=3))
-        train(tiny_run(str(b), max_steps=6, batch_size=3, run={"optimizer": {"name": "adamw", "lr": 1e-3}}))
+        train(
+            tiny_run(str(b), max_steps=6, batch_size=3, accumulate=2, run={"optimizer": {"name": "adamw", "lr": 1e-3}})
+        )
     return str(a), str(b)
 
 
@@ -47,22 +49,23 @@ def test_figures_are_those_of_the_folders(runs: tuple[str, str]) -> None:
     found = compare(runs)
     assert [run.name for run in found.runs] == ["a", "b"]
     assert found.gaps == []
-    for index, (path, batch) in enumerate(zip(runs, (2, 3))):
+    for index, (path, batch) in enumerate(zip(runs, (2, 6))):
         rows = read_metrics(Path(path) / "metrics.csv")
         assert row(found, "steps")[index] == "6"
-        assert row(found, "tokens")[index] == str(6 * batch * 32)
+        assert row(found, "tokens")[index] == f"{6 * batch * 32:,}"
         assert row(found, "validation loss, last (nats per token)")[index] == f"{rows[-1]['val/loss']:.4f}"
         measured = json.loads((Path(path) / "prediction.json").read_text())["measured"]["seconds"]
         assert row(found, "a step, measured")[index] == seconds_text(measured)
         count = sum(parameter.numel() for parameter in build_model(found.runs[index].config.model).parameters())
         assert row(found, "parameters")[index] == f"{count:,}"
-    assert found.runs[1].curve("train/loss")[-1][0] == 6 * 3 * 32, "over tokens, not steps"
+    assert found.runs[1].curve("train/loss")[-1][0] == 6 * 6 * 32, "over tokens, not steps"
 
 
 def test_only_what_differs_is_listed_of_the_configurations(runs: tuple[str, str]) -> None:
     assert dict(compare(runs).config) == {
         "optimizer.lr": ["0.003", "0.001"],
         "trainer.batch_size": ["2", "3"],
+        "trainer.accumulate": ["1", "2"],
         "trainer.validate_every_n_steps": ["3", "6"],
     }
 
@@ -92,7 +95,7 @@ def test_a_run_that_diverged_is_drawn_up_to_there(runs: tuple[str, str], tmp_pat
     loss = first.split(",")[1]
     metrics.write_text("\n".join([head, first, first.replace("1,", "2,", 1).replace(loss, "nan"), ""]))
     found = compare([runs[0], str(tmp_path / "b")])
-    assert found.runs[1].curve("train/loss") == [(96, float(loss))]
+    assert found.runs[1].curve("train/loss") == [(192, float(loss))]
     assert row(found, "training loss, last (nats per token)")[1] == "nan"
     assert "nan" not in "".join(value for _, attributes in Page(page(found)).found for value in attributes.values())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +23,17 @@ from subquad.training.text_stream import StopText, TextStream
 from subquad.training.tokenizer import ByteTokenizer, SymbolTokenizer
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("trained") / "run"
+
+
 @pytest.fixture
-def trained(tiny_run: Callable[..., RunConfig]) -> Path:
-    return train(tiny_run("run", max_steps=5)).run_dir
+def trained(tiny_run: Callable[..., RunConfig], once: Path, tmp_path: Path) -> Path:
+    """A run of a test's own: trained once, copied for each."""
+    if not once.exists():
+        train(tiny_run(str(once), max_steps=5))
+    return Path(shutil.copytree(once, tmp_path / "run"))
 
 
 def text_of(run: Path, **settings: object) -> str:
