@@ -188,15 +188,10 @@ def test_a_file_of_prompts_gives_what_each_prompt_gives_alone(trained: Path, tmp
         generate(GenerateConfig(run=str(trained), prompts=str(lines), out=str(results)))
 
 
-def test_a_prompt_that_is_no_text_is_named(trained: Path, tmp_path: Path) -> None:
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b\\ud800"}\n')
-    for settings, where in (
-        ({"prompt": "b\udcff"}, "prompt"),
-        ({"prompts": "prompts.jsonl"}, "prompts.jsonl, prompt 1"),
-    ):
-        with pytest.raises(ConfigError, match="character 1 is half of a pair") as caught:
-            generate(GenerateConfig(run=str(trained), **settings))  # type: ignore[arg-type]
-        assert caught.value.where == where
+def test_a_prompt_that_is_no_text_is_named(trained: Path) -> None:
+    with pytest.raises(ConfigError, match="character 1 is half of a pair") as caught:
+        generate(GenerateConfig(run=str(trained), prompt="b\udcff"))  # as Python reads bytes that are no UTF-8
+    assert caught.value.where == "prompt"
 
 
 def test_only_newlines_part_prompts(tmp_path: Path) -> None:
@@ -222,6 +217,7 @@ def test_a_file_of_lines_holds_a_prompt_each(trained: Path, tmp_path: Path) -> N
         ("bad.jsonl", '["a"]', "'prompt'"),
         ("bad.jsonl", '{"prompt": 3}', "'prompt'"),
         ("bad.jsonl", '{"prompt": "a", "text": "b"}', "'text'"),
+        ("bad.jsonl", '{"prompt": "a", "id": "\\ud800"}', "half of a pair"),
     ],
 )
 def test_a_bad_file_of_prompts_is_named(name: str, content: str | None, what: str, tmp_path: Path) -> None:

@@ -36,6 +36,11 @@ class Continuation:
         self._sampler = Sampler(Sampling.of(config), config.seed + index, prompt)
         self._stream, self._stop = TextStream(tokenizer), StopText(config.stop)
 
+    @property
+    def num_read(self) -> int:
+        """Tokens that the carry stands for: the last one drawn is not read, for nobody asks what comes after it."""
+        return len(self.prompt) + max(0, self.num_tokens - 1)
+
     def draw(self, logits: Tensor) -> tuple[int, str]:
         """Draw the next token and say what text has become certain; sets `ending` with the last.  Shapes:  logits: v"""
         token = self._sampler(logits)

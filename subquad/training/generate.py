@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TextIO
@@ -44,40 +45,43 @@ def generate(config: GenerateConfig, *, out: TextIO | None = None) -> list[str]:
     prompts = [Prompt(config.prompt)] if config.prompts is None else read_prompts(config.prompts)
     batch_size = min(config.batch_size, len(prompts))
     model, tokenizer, device = load_run(Path(config.run).expanduser(), batch_size=batch_size)
-    sequences = [
-        Continuation(index, _tokens(prompt.text, tokenizer, config, index), tokenizer, config)
-        for index, prompt in enumerate(prompts)
-    ]
+    tokens = [_tokens(prompt.text, tokenizer, config, index) for index, prompt in enumerate(prompts)]
     _check_stop_ids(config, tokenizer)
     results = None if config.out is None else open_results(config.out)
     started = time.monotonic()
+    texts, count, longest = [], 0, None
     with nullcontext(out or sys.stdout) if results is None else results.open("a", encoding="utf-8") as stream:
-        if config.prompts is None:
-            _stream_one(model, sequences[0], device, stream)
-        else:
-            for first in range(0, len(prompts), batch_size):
-                batch = slice(first, first + batch_size)
-                for _ in continued(model, sequences[batch], device):
-                    pass
-                for prompt, sequence in zip(prompts[batch], sequences[batch], strict=True):
-                    _write(prompt, sequence, stream)
+        for first in range(0, len(prompts), batch_size):
+            sequences = [
+                Continuation(index, tokens[index], tokenizer, config)
+                for index in range(first, min(first + batch_size, len(prompts)))
+            ]
+            for _, piece in continued(model, sequences, device):
+                if config.prompts is None:
+                    stream.write(piece)
+                    stream.flush()
+            for sequence in sequences:
+                stream.write("\n" if config.prompts is None else _result(prompts[sequence.index], sequence))
+                texts.append(sequence.text)
+                count += sequence.num_tokens
+                longest = sequence if longest is None else max(longest, sequence, key=lambda one: one.num_read)
+            stream.flush()
     seconds = time.monotonic() - started
-    count = sum(sequence.num_tokens for sequence in sequences)
+    assert longest is not None, "a file holds at least one prompt"
     print(f"{count} tokens, {count / seconds:,.0f} tokens/s on {device}", file=sys.stderr)
-    print(carry_line(sequences, model), file=sys.stderr)
-    return [sequence.text for sequence in sequences]
+    print(carry_line(longest, model), file=sys.stderr)
+    return texts
 
 
-def carry_line(sequences: Iterable[Continuation], model: LanguageModel) -> str:
-    """What the longest sequence has kept, in all and by mixer, and after how many tokens."""
-    longest = max(sequences, key=lambda sequence: len(sequence.prompt) + sequence.num_tokens)
-    names = [str(block.mixer_name) for block in model.blocks]
-    parts = [f"{name} {bytes_text(size)} in {names.count(name)} layers" for name, size in longest.carry_bytes.items()]
-    # The last token that was drawn has not been read: nobody asked for what comes after it.
-    read = len(longest.prompt) + longest.num_tokens - 1
-    return (
-        f"carry of a sequence after {read} tokens: {bytes_text(sum(longest.carry_bytes.values()))} ({', '.join(parts)})"
-    )
+def carry_line(sequence: Continuation, model: LanguageModel) -> str:
+    """What a sequence that has ended had kept, in all and by mixer, and after how many tokens."""
+    layers = Counter(str(block.mixer_name) for block in model.blocks)
+    parts = [
+        f"{name} {bytes_text(size)} in {layers[name]} layer{'s' if layers[name] > 1 else ''}"
+        for name, size in sequence.carry_bytes.items()
+    ]
+    total = bytes_text(sum(sequence.carry_bytes.values()))
+    return f"carry of a sequence after {sequence.num_read} tokens: {total} ({', '.join(parts)})"
 
 
 def load_run(path: Path, *, batch_size: int = 1) -> tuple[LanguageModel, Tokenizer, torch.device]:
@@ -122,15 +126,7 @@ def _tokens(text: str, tokenizer: Tokenizer, config: GenerateConfig, index: int)
         ) from None
 
 
-def _stream_one(model: LanguageModel, sequence: Continuation, device: torch.device, out: TextIO) -> None:
-    for _, piece in continued(model, [sequence], device):
-        out.write(piece)
-        out.flush()
-    out.write("\n")
-    out.flush()
-
-
-def _write(prompt: Prompt, sequence: Continuation, out: TextIO) -> None:
+def _result(prompt: Prompt, sequence: Continuation) -> str:
     record: Mapping[str, object] = {
         **prompt.others,
         "index": sequence.index,
@@ -140,8 +136,7 @@ def _write(prompt: Prompt, sequence: Continuation, out: TextIO) -> None:
         "ending": sequence.ending,
         "carry_bytes": sequence.carry_bytes,
     }
-    out.write(json.dumps(record, ensure_ascii=False) + "\n")
-    out.flush()
+    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def _check(config: GenerateConfig) -> None:

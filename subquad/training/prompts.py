@@ -63,6 +63,12 @@ def _of_json(line: str, where: str) -> Prompt:
         raise DataError(what=f"this is no JSON: {error}", where=where, mend=mend) from None
     if not isinstance(values, dict) or not isinstance(values.get("prompt"), str):
         raise DataError(what="this is no object with a text under 'prompt'", where=where, mend=mend)
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            what="an escape is half of a pair (U+D800 to U+DFFF) and no text", where=where, mend="write both halves"
+        ) from None
     others = {key: value for key, value in values.items() if key != "prompt"}
     taken = sorted(set(others) & set(WRITTEN))
     if taken:
