@@ -30,6 +30,7 @@ VERBS: Mapping[str, str] = MappingProxyType(
         "generate": 'continue a text: generate run=RUN_DIR prompt="def "',
         "export": "write a trained model for others: export run=RUN_DIR format=hf out=FOLDER",
         "compare": "lay runs side by side: compare runs=[RUN_DIR,OTHER_RUN_DIR]",
+        "evaluate": "judge a trained run by position, length and task: evaluate run=RUN_DIR suite=mqar",
         "proxy": "measure what other mixers would lose in a run's layers: proxy run=RUN_DIR candidates=[window]",
         "plan": "compare two plans: plan diff A/plan.json B/plan.json",
         "plugins": "list what is installed (--json); check NAME judges it; new NAME writes a package",

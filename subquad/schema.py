@@ -201,6 +201,22 @@ class CompareConfig:
 
 
 @dataclass(kw_only=True)
+class EvaluateConfig:
+    """What `evaluate` measures on a finished run, and on how much."""
+
+    run: str = "???"
+    suite: str = "auto"  # text, a synthetic task, lm_eval; auto: text, or the task that the run was trained on
+    lengths: list[int] = field(
+        default_factory=list
+    )  # tokens; []: trainer.seq_len, for text also its parts to an eighth
+    sizes: list[int] = field(default_factory=list)  # of a task: pairs, symbols, bits ...; []: as trained, or the usual
+    samples: int = 0  # rows, at each size; documents of each lm_eval task; 0: as many as in validation, 256, or all
+    batch_size: int = 0  # rows of trainer.seq_len tokens; 0: trainer.batch_size
+    tasks: list[str] = field(default_factory=list)  # names that lm_eval knows
+    seed: int = 0  # of the tasks' rows
+
+
+@dataclass(kw_only=True)
 class ProxyConfig:
     """What `proxy` measures: a trained run, the mixers to try in its layers, and how their loss is judged."""
 

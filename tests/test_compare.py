@@ -14,12 +14,11 @@ from test_html_report import Page
 from subquad.__main__ import main
 from subquad.commands.compare import compare_config
 from subquad.compiler.report import seconds_text
-from subquad.compiler.svg import curves
 from subquad.errors import ConfigError
 from subquad.model.build import build_model
 from subquad.schema import RunConfig
 from subquad.training.compare import Comparison, compare
-from subquad.training.compare_page import page
+from subquad.training.compare_page import curves, page
 from subquad.training.fit import train
 from subquad.training.metrics import read_metrics
 
@@ -124,13 +123,13 @@ def test_the_page_stands_alone_and_draws_every_curve(runs: tuple[str, str]) -> N
 
 
 def test_points_are_drawn_where_they_lie() -> None:
-    text = curves({"a": [(0, 1), (10, 3)], "b": [(5, 2)]}, {"a": "red", "b": "blue"}, x_label="x", y_label="y")
+    text = curves({"a": [(0, 1), (10, 3)], "b": [(5, 2)]}, {"a": "red", "b": "blue"}, "loss")
     circles = [attributes for name, attributes in Page(text).found if name == "circle"]
     (x0, y0), (x1, y1), (xm, ym) = ((float(c["cx"]), float(c["cy"])) for c in circles)
     assert (xm, ym) == pytest.approx(((x0 + x1) / 2, (y0 + y1) / 2), abs=0.02)
     assert x0 < x1 and y0 > y1, "larger values stand higher"
     for value in (0.0, 5.0, -2.0):  # a flat line has room around it
-        flat = curves({"a": [(0, value), (1, value)]}, {"a": "red"}, x_label="x", y_label="y")
+        flat = curves({"a": [(0, value), (1, value)]}, {"a": "red"}, "loss")
         assert all(math.isfinite(float(c["cy"])) for name, c in Page(flat).found if name == "circle")
 
 

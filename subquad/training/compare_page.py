@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
 from subquad.compiler.html_report import STYLE
-from subquad.compiler.svg import COLOURS, curves, tag
+from subquad.compiler.svg import COLOURS, LogPlot, tag
 from subquad.errors import ConfigError
 from subquad.training.compare import Comparison
 from subquad.training.run_folder import write_text
@@ -48,7 +48,7 @@ def page(comparison: Comparison) -> str:
     for column, label in CURVES.items():
         lines = {run.name: line for run in comparison.runs if (line := run.curve(column))}
         if lines:
-            body += [tag("h2", escape(label)), curves(lines, colours, x_label="tokens", y_label=label)]
+            body += [tag("h2", escape(label)), curves(lines, colours, label)]
     body.append(tag("h2", "Configurations"))
     body.append(_table("key", names, comparison.config) if comparison.config else tag("p", "They do not differ."))
     body.append(tag("h2", "Plans"))
@@ -58,6 +58,27 @@ def page(comparison: Comparison) -> str:
     title = tag("title", escape(f"{len(names)} runs: {', '.join(names)}"))
     head = f'<meta charset="utf-8">{title}{tag("style", STYLE)}'
     return f"<!doctype html>\n{tag('html', tag('head', head) + tag('body', chr(10).join(body)), lang='en')}\n"
+
+
+def curves(lines: Mapping[str, Sequence[tuple[float, float]]], colours: Mapping[str, str], label: str) -> str:
+    """Lines by name over tokens, from zero on, with room above and below them; a point's title says what it is."""
+    points = [point for line in lines.values() for point in line]
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    plot = LogPlot(
+        x=(0.0, max(x for x, _ in points) or 1.0),
+        y=(low - room, high + room),
+        x_label="tokens",
+        y_label=label,
+        size=(720, 320),
+        linear_x=True,
+        linear_y=True,
+    )
+    for name, line in lines.items():
+        plot.line(line, stroke=colours[name], stroke_width=1.5)
+        for x, y in line:
+            plot.point(x, y, f"{name}: {y:.6g} after {x:,.0f} tokens", colours[name], filled=False)
+    return plot.drawn()
 
 
 def _table(corner: str, names: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
