@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: kernels then run in Python, on the CPU
 
 from leaky_sum.operator import leaky_sum
+
 from subquad.testing.kernel_suite import KernelSuite
 from subquad.testing.mixer_suite import MixerSuite
 from subquad_kernels import DeviceLimits
