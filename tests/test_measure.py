@@ -222,6 +222,10 @@ def test_kernels_that_would_take_too_long_are_left_out(target: Target) -> None:
         larger = replace(larger, shape=dict(larger.shape) | {"b": 2 * larger.shape["b"]})
     assert timing.rows(ROTARY, kernels, replace(layout, shape=larger.shape)) == []
     assert timing.expected_too_slow == {"rotary/tables": 2}
+    # What one type took says enough of another that was not timed yet.
+    other = replace(layout, shape=dict(larger.shape) | {"b": 4 * larger.shape["b"]}, dtype="bfloat16")
+    assert timing.rows(ROTARY, kernels, other) == []
+    assert timing.expected_too_slow == {"rotary/tables": 4}
 
 
 def test_wrong_results_are_a_row_with_their_error_and_never_timed(
