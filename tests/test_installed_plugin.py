@@ -25,8 +25,8 @@ Python = Callable[..., str]
 
 AUTO = [
     "model=swift", "+mixer@model.mixers.softmax_attention=softmax_attention",
-    "model.mixers.softmax_attention.num_heads=2", "model.d_model=32", "model.num_layers=2", "model.channel_mixer.d_hidden=32", "model.schedule=[auto]",
-    "model.candidates=[softmax_attention,swift]",
+    "model.mixers.softmax_attention.num_heads=2", "model.d_model=32", "model.num_layers=2",
+    "model.channel_mixer.d_hidden=32", "model.schedule=[auto]", "model.candidates=[softmax_attention,swift]",
 ]  # fmt: skip
 SMALL = [
     "data=text_files", "data.files=[corpus.txt]", "trainer.max_steps=2", "trainer.seq_len=64", "trainer.batch_size=2",
