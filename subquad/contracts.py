@@ -22,7 +22,10 @@ A plugin says its major version by the entry-point group that it stands in: `sub
 """
 
 Carry: TypeAlias = "tuple[Tensor | int, ...]"
-"""What a mixer hands from one call to the next: a NamedTuple of tensors and integers (a pytree)."""
+"""What a mixer hands from one call to the next: a NamedTuple of tensors and integers (a pytree).
+
+The first axis of every tensor is the batch, so that sequences can join and leave one; integers hold for all of them.
+"""
 
 
 class Growth(Enum):
@@ -224,11 +227,17 @@ class ImportSpec:
 
     `build` names a `module:function`, called as `build(config: CheckpointConfig) -> ImportMap`. It refuses, by
     `config.demand` or a ConfigError, whatever our blocks cannot compute.
+
+    `export` names its inverse for models whose every block is `mixer`, called as `export(model: ModelConfig, mixer: its
+    config, channel_mixer: ChannelMixerConfig | None)`. It returns the entries of config.json that are not the same for
+    all architectures; `build` must read them back as that model, without any `Computed`, or the export is declined.
     """
 
     model_type: str
     summary: str
     build: str
+    mixer: str = ""
+    export: str = ""
 
     @property
     def name(self) -> str:

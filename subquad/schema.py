@@ -108,6 +108,7 @@ class CompilerConfig:
     fit: str | None = None  # folder of a fitted cost model; null: the newest that is shipped
     measure: bool = True
     measure_budget_s: float = 30.0
+    calibrate_budget_s: float = 120.0  # of `calibrate=auto`
 
 
 @dataclass(kw_only=True)
@@ -155,6 +156,7 @@ class RunConfig:
     deny: list[str] = field(default_factory=list)  # kernels, as NAME or operator/NAME, never to be chosen
     plan: str | None = None  # a plan.json to follow instead of choosing
     target: str = "auto"  # the machine at hand, or the name or path of a device file
+    calibrate: str = "offer"  # a device that the cost model does not know: offer (a line) | auto (at once) | never
     compile: bool = False  # torch.compile the rewritten model
     tracking: str = "csv"  # none | csv | wandb  (metrics.csv is always written)
     run_dir: str | None = None  # default: runs/<date>/<time>-<model>
@@ -165,14 +167,55 @@ class RunConfig:
 
 @dataclass(kw_only=True)
 class GenerateConfig:
-    """What `generate` needs: a run folder and how to sample."""
+    """What `generate` needs: a run folder, what to continue, and how to sample."""
 
     run: str = "???"
     prompt: str = ""
+    prompts: str | None = None  # a file of prompts, one a line, or of JSON objects (.jsonl); results are JSON lines
+    out: str | None = None  # a new file for what is written; null: stdout
+    batch_size: int = 8  # prompts of the file that are continued together
     max_tokens: int = 200
-    temperature: float = 0.8
+    temperature: float = 0.8  # 0: always the likeliest token
     top_k: int = 0  # 0: no limit
+    top_p: float = 1.0  # 1: no limit
+    min_p: float = 0.0  # of the largest probability; 0: no limit
+    repetition_penalty: float = 1.0  # 1: none
+    stop: list[str] = field(default_factory=list)  # texts before which a continuation ends
+    stop_ids: list[int] = field(default_factory=list)  # tokens before which it ends
     seed: int = 0
+
+
+@dataclass(kw_only=True)
+class ExportConfig:
+    """What `export` needs: a run folder, a format, and a new folder to write into."""
+
+    run: str = "???"
+    format: str = "safetensors"  # safetensors: for subquad.load_model; hf: for transformers
+    out: str = "???"
+
+
+@dataclass(kw_only=True)
+class CompareConfig:
+    """What `compare` needs: run folders, and where the page goes."""
+
+    runs: list[str] = field(default_factory=list)
+    html: str | None = "compare.html"  # null: no page
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    """What `evaluate` measures on a finished run, and on how much."""
+
+    run: str = "???"
+    suite: str = "auto"  # text, a synthetic task, lm_eval; auto: text, or the task that the run was trained on
+    lengths: list[int] = field(
+        default_factory=list
+    )  # tokens; []: trainer.seq_len, for text also its parts to an eighth
+    sizes: list[int] = field(default_factory=list)  # of a task: pairs, symbols, bits ...; []: as trained, or the usual
+    samples: int = 0  # rows, at each size; documents of each lm_eval task; 0: as many as in validation, 256, or all
+    batch_size: int = 0  # rows of trainer.seq_len tokens; 0: trainer.batch_size
+    tasks: list[str] = field(default_factory=list)  # names that lm_eval knows
+    seed: int = 0  # of the tasks' rows
 
 
 @dataclass(kw_only=True)

