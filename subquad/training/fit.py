@@ -39,7 +39,7 @@ from subquad.training.report import write_report
 from subquad.training.resume import check_same_data, resumed_config
 from subquad.training.run_folder import RunFolder
 from subquad.training.step_clock import StepClock
-from subquad.training.stopping import Interrupts, StopAfterStep
+from subquad.training.stopping import EXIT_TERMINATED, Interrupts, StopAfterStep
 from subquad.training.tokenizer import save_tokenizer
 from subquad.training.tracking import NoTracker, build_tracker, check_tracking
 from subquad.training.user_callbacks import build_callbacks
@@ -67,7 +67,8 @@ def train(config: RunConfig, *, overrides: Sequence[str] | None = None) -> Train
 
     data -> model -> plan -> fit -> final validation -> report; the last line printed is the run folder with that
     validation. `overrides` are those of the command line, if there is one (see `resume.resumed_config`).
-    Raises: SubquadError. On Ctrl-C the step is finished, a checkpoint written, and KeyboardInterrupt raised.
+    Raises: SubquadError. On Ctrl-C the step is finished, a checkpoint written, and KeyboardInterrupt raised;
+    on SIGTERM likewise, and SystemExit(143).
     """
     config = copy.deepcopy(config)  # sizes are filled in; the caller's stays as it is
     ranks = ranks_here(config.trainer)
@@ -260,13 +261,18 @@ def _fit(prepared: _Prepared, ranks: Ranks) -> TrainResult:
 
 
 def _run(trainer: L.Trainer, module: TrainingModule, data: TextData) -> None:
-    """Fit; an interrupt leaves as an interrupt, where Lightning would end the process with code 1."""
+    """Fit; an interrupt leaves as an interrupt, where Lightning would end the process with code 1.
+
+    On SIGTERM the step is finished, a checkpoint written and SystemExit raised.
+    """
     try:
         trainer.fit(module, datamodule=data)
     except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):
-            step = int(trainer.global_step)
-            print(f"interrupted after step {step}; go on with resume=RUN_DIR", file=sys.stderr, flush=True)
+        interrupted = isinstance(error.__context__, KeyboardInterrupt)
+        if interrupted or error.code == EXIT_TERMINATED:
+            said = f"{'interrupted' if interrupted else 'terminated'} after step {int(trainer.global_step)}"
+            print(f"{said}; go on with resume=RUN_DIR", file=sys.stderr, flush=True)
+        if interrupted:
             raise KeyboardInterrupt from None
         raise
 

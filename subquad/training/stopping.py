@@ -1,4 +1,4 @@
-"""When a run ends before its last step: Ctrl-C, the time limit, or a loss that is no number."""
+"""When a run ends before its last step: Ctrl-C, SIGTERM, the time limit, or a loss that is no number."""
 
 from __future__ import annotations
 
@@ -17,35 +17,47 @@ from subquad.errors import RunError
 from subquad.training.module import TrainingModule
 from subquad.training.recorder import Recorder
 
+EXIT_TERMINATED = 128 + signal.SIGTERM
+
 
 class Interrupts:
-    """Counts Ctrl-C: the first is remembered until the step is over, a second one stops the program where it is."""
+    """Hears Ctrl-C and SIGTERM: the first is remembered until the step is over, a second stops the program at once."""
 
     def __init__(self) -> None:
-        self.received = False
+        self.interrupted = False
+        self.terminated = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGINT over; elsewhere than in the main thread Python offers no way, and nothing is changed."""
+        """Take both signals over; elsewhere than in the main thread Python offers no way, and nothing is changed."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
-        def remember(signum: int, frame: FrameType | None) -> None:
-            self.received = True
+        def interrupt(signum: int, frame: FrameType | None) -> None:
+            self.interrupted = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-        before = signal.signal(signal.SIGINT, remember)
+        def terminate(signum: int, frame: FrameType | None) -> None:
+            self.terminated = True
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+        # A rank above 0 ignores Ctrl-C, which the terminal sends to every process; rank 0 tells it.
+        before = {signal.SIGTERM: signal.signal(signal.SIGTERM, terminate)}
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 class StopAfterStep(L.Callback):
     """Ends the run after a step, on all ranks at once.
 
-    On Ctrl-C the recorder writes a checkpoint and the interrupt goes on. A loss or a gradient that is not finite is an
+    On Ctrl-C the recorder writes a checkpoint and the interrupt goes on; on SIGTERM, which schedulers send before they
+    take the machine away, the checkpoint is written and the program exits with 143. A loss or a gradient that is not finite is an
     error, found before that step's checkpoint is written. Must stand after the recorder among the callbacks.
     """
 
@@ -73,8 +85,9 @@ class StopAfterStep(L.Callback):
         is_bad = looked_at and bool(self._bad)
         limit_s = config.trainer.max_seconds
         out_of_time = limit_s is not None and self._recorder.seconds > limit_s
-        is_bad, interrupted, out_of_time = _any_rank([is_bad, self._interrupts.received, out_of_time])
-        if is_bad or (interrupted and bool(self._bad)):
+        heard = [self._interrupts.interrupted, self._interrupts.terminated]
+        is_bad, interrupted, terminated, out_of_time = _any_rank([is_bad, *heard, out_of_time])
+        if is_bad or ((interrupted or terminated) and bool(self._bad)):
             raise RunError(
                 what=f"the loss or its gradient is not finite (loss {float(pl_module.step_loss):.4g},"
                 f" gradient norm {float(pl_module.gradient_norm):.4g})",
@@ -82,9 +95,9 @@ class StopAfterStep(L.Callback):
                 mend="lower optimizer.lr or trainer.gradient_clip_norm, or warm up longer"
                 " (trainer.learning_rate_warmup_steps); the last checkpoint stands from before it",
             )
-        if interrupted:
+        if interrupted or terminated:
             self._recorder.save_now(trainer, pl_module)
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt if interrupted else SystemExit(EXIT_TERMINATED)
         if out_of_time or step >= config.trainer.max_steps:
             trainer.should_stop = True  # Lightning validates once more before it leaves the loop
 
