@@ -30,27 +30,38 @@ class Interrupts:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Take both signals over; elsewhere than in the main thread Python offers no way, and nothing is changed."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def interrupt(signum: int, frame: FrameType | None) -> None:
-            self.interrupted = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        def terminate(signum: int, frame: FrameType | None) -> None:
-            self.terminated = True
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-        # A rank above 0 ignores Ctrl-C, which the terminal sends to every process; rank 0 tells it.
-        before = {signal.SIGTERM: signal.signal(signal.SIGTERM, terminate)}
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-            before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.listen()
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            if _in_main_thread():
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+    def listen(self) -> None:
+        """Take both signals over, also from Lightning, which sets a handler of its own as training starts.
+
+        Its handler of SIGTERM talks to other ranks from within the signal and loses the step.
+        """
+        if not _in_main_thread():
+            return
+        signal.signal(signal.SIGTERM, self._terminate)
+        # A rank above 0 ignores Ctrl-C, which the terminal sends to every process; rank 0 tells it.
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, self._interrupt)
+
+    def _interrupt(self, signum: int, frame: FrameType | None) -> None:
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _terminate(self, signum: int, frame: FrameType | None) -> None:
+        self.terminated = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 class StopAfterStep(L.Callback):
@@ -64,6 +75,10 @@ class StopAfterStep(L.Callback):
     def __init__(self, interrupts: Interrupts, recorder: Recorder) -> None:
         self._interrupts, self._recorder = interrupts, recorder
         self._bad: Tensor | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not (self._interrupts.interrupted or self._interrupts.terminated):
+            self._interrupts.listen()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
