@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -38,13 +39,19 @@ def drawn(dice: random.Random, longest_s: float) -> Death:
     kind = dice.choice(KINDS)
     if kind == "clock":
         return Death(kind, dice.uniform(0, longest_s))
-    return Death(kind, dice.randint(1, 400 if kind == "checkpoint" else 300))
+    return Death(kind, dice.randint(1, 400 if kind == "checkpoint" else 120))
+
+
+def start(config: RunConfig, death: Death | None = None, cache: Path | None = None) -> ForkServerProcess:
+    """Begin to train in another process, with a user cache of its own if one is given."""
+    process = FORKS.Process(target=_life, args=(config, death, cache))
+    process.start()
+    return process
 
 
 def live(config: RunConfig, death: Death | None) -> int | None:
     """Train in another process until it ends or dies; its exit code."""
-    process = FORKS.Process(target=_life, args=(config, death))
-    process.start()
+    process = start(config, death)
     if death is not None and death.kind == "clock":
         process.join(death.after)
         process.kill()
@@ -52,13 +59,15 @@ def live(config: RunConfig, death: Death | None) -> int | None:
     return process.exitcode
 
 
-def _life(config: RunConfig, death: Death | None) -> None:
+def _life(config: RunConfig, death: Death | None, cache: Path | None) -> None:
     import torch
 
     from subquad.training import fit, recorder
     from subquad.training.sources import packed_text
 
     torch.set_num_threads(1)
+    if cache is not None:
+        os.environ["SUBQUAD_CACHE"] = str(cache)
     # What a run prints is not the test's; a failure shows in the exit code.
     sys.stdout = sys.stderr = open(os.devnull, "w")
     if death is not None and death.kind == "checkpoint":

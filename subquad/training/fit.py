@@ -37,7 +37,7 @@ from subquad.training.progress import ProgressBar
 from subquad.training.recorder import Recorder
 from subquad.training.report import write_report
 from subquad.training.resume import check_same_data, resumed_config
-from subquad.training.run_folder import RunFolder
+from subquad.training.run_folder import RunFolder, disk_errors
 from subquad.training.step_clock import StepClock
 from subquad.training.stopping import EXIT_TERMINATED, Interrupts, StopAfterStep
 from subquad.training.tokenizer import save_tokenizer
@@ -80,8 +80,12 @@ def train(config: RunConfig, *, overrides: Sequence[str] | None = None) -> Train
         with process_group(ranks, prepared.folder.path):
             if ranks.from_outside and ranks.world_size > 1:
                 told_by_rank_zero(str(prepared.folder.path))
-            result = _fit(prepared, ranks)
-        write_report(prepared.folder, unigram_bits_per_byte=prepared.data.unigram_bits_per_byte, overrides=overrides)
+            with disk_errors(prepared.folder):
+                result = _fit(prepared, ranks)
+        with disk_errors(prepared.folder):
+            write_report(
+                prepared.folder, unigram_bits_per_byte=prepared.data.unigram_bits_per_byte, overrides=overrides
+            )
     print(result, flush=True)
     return result
 
@@ -118,12 +122,13 @@ def _started(config: RunConfig) -> _Prepared:
         plan, assignment=assignment or plan.assignment, prediction=predict_step(config, target_of(config), plan)
     )
     run_folder.create(folder)
-    run_folder.write_config(folder, config)
-    plan.save(folder.plan)
-    write_html(plan, target_of(config), CompileOptions.of_run(config), folder.page)
-    run_folder.write_json(folder.data, {"fingerprint": data.fingerprint})
-    run_folder.write_json(folder.environment, environment_record(device_of(config)))
-    save_tokenizer(data.tokenizer, folder.path)
+    with disk_errors(folder):
+        run_folder.write_config(folder, config)
+        plan.save(folder.plan)
+        write_html(plan, target_of(config), CompileOptions.of_run(config), folder.page)
+        run_folder.write_json(folder.data, {"fingerprint": data.fingerprint})
+        run_folder.write_json(folder.environment, environment_record(device_of(config)))
+        save_tokenizer(data.tokenizer, folder.path)
     return _Prepared(folder, config, data, model, plan, None)
 
 
@@ -139,7 +144,8 @@ def _resumed(asked: RunConfig, overrides: Sequence[str] | None) -> _Prepared:
             mend="start it again in another folder",
         )
     prepared = _prepared(folder, config, checkpoint)
-    run_folder.write_config(folder, config)
+    with disk_errors(folder):
+        run_folder.write_config(folder, config)
     return prepared
 
 

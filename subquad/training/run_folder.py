@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,10 +18,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from subquad.component_config import typed_config
-from subquad.errors import ConfigError, ResumeError
+from subquad.errors import ConfigError, ResumeError, RunError
 from subquad.schema import RunConfig
 
 FORMAT_VERSION = 1
+DISK_ERRORS = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+)
+"""A disk that is full, limited, write-protected or broken."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,21 @@ def create(folder: RunFolder) -> None:
         ) from None
     except OSError as error:
         raise _unwritable(folder.path, str(error.strerror)) from None
+
+
+@contextmanager
+def disk_errors(folder: RunFolder) -> Iterator[None]:
+    """Say of a disk that takes no more what can be done about it.  Raises: RunError in place of such an OSError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise RunError(
+            what=f"the run folder cannot be written: {error.strerror}",
+            where=str(error.filename or folder.path),
+            mend=f"make room or allow writing, then go on with resume={folder.path}: its checkpoints stand",
+        ) from error
 
 
 def write_config(folder: RunFolder, config: RunConfig) -> None:

@@ -1,0 +1,107 @@
+"""Faults in mid-run: what the machine, the disk or a kernel does to a run, and what is left of it afterwards."""
+
+from __future__ import annotations
+
+import errno
+import resource
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mortal_run
+import pytest
+import torch
+from compared_runs import assert_same_run
+
+from subquad.errors import RunError
+from subquad.schema import RunConfig
+from subquad.training import run_folder
+from subquad.training.fit import train
+from subquad.training.module import TrainingModule
+
+TinyRun = Callable[..., RunConfig]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Sums over threads differ in the last bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def at_step(step: int, monkeypatch: pytest.MonkeyPatch, happens: Callable[[TrainingModule], None]) -> None:
+    """Something happens as this step begins."""
+    original = TrainingModule.training_step
+
+    def training_step(self: TrainingModule, batch: Any, batch_idx: int) -> torch.Tensor:
+        if self.trainer.global_step + 1 == step:
+            happens(self)
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(TrainingModule, "training_step", training_step)
+
+
+# The disk
+
+
+@pytest.fixture
+def full_disk() -> Iterator[Callable[[object], None]]:
+    """From the call on the system lets no file grow beyond 20,000 bytes, whoever writes it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda _: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_ends_the_run_with_its_last_checkpoint_whole(
+    tiny_run: TinyRun, full_disk: Callable[[object], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = train(tiny_run("straight"))
+    config = tiny_run("full")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    at_step(6, monkeypatch, full_disk)
+    with pytest.raises(RunError, match="cannot be written: .*too large") as caught:
+        train(config)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"resume={config.run_dir}" in caught.value.mend
+    folder = run_folder.RunFolder(Path(str(config.run_dir)))
+    assert [path.name for path in folder.checkpoints.iterdir()] == ["step-4"], "what was begun takes no room"
+    monkeypatch.undo()
+    train(replace(config, resume=config.run_dir))
+    assert_same_run(folder.path, straight.run_dir)
+
+
+def test_a_run_folder_that_cannot_be_written_any_more_is_said(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_run("locked", max_steps=2)
+    train(config)
+
+    def locked(path: Path, text: str) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(run_folder, "write_text", locked)
+    with pytest.raises(RunError, match="Read-only file system") as caught:
+        train(tiny_run("locked", max_steps=3, run={"resume": config.run_dir}))
+    assert caught.value.where == str(Path(str(config.run_dir)) / "config.yaml")
+
+
+def test_a_home_that_cannot_be_written_costs_the_cache_and_not_the_run(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = train(tiny_run("straight", max_steps=2))
+    monkeypatch.setenv("SUBQUAD_CACHE", "/proc/subquad")
+    with pytest.warns(UserWarning, match="no cache: /proc/subquad cannot be written"):
+        without = train(tiny_run("without", max_steps=2))
+    assert without.validation_loss == straight.validation_loss
+
+
+def test_two_runs_that_begin_together_share_one_cache(tiny_run: TinyRun, tmp_path: Path) -> None:
+    runs = [mortal_run.start(tiny_run(name, max_steps=4), cache=tmp_path / "cache") for name in ("one", "two")]
+    for run in runs:
+        run.join()
+        assert run.exitcode == 0
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert len(list((tmp_path / "cache" / "tokens").glob("*.tokens"))) == 2
