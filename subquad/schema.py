@@ -70,6 +70,7 @@ class TrainerConfig:
     learning_rate_warmup_steps: int = 50
     final_learning_rate_fraction: float = 0.1  # cosine down to this share of the peak
     gradient_clip_norm: float = 1.0
+    nonfinite: str = "stop"  # stop | skip: what becomes of a step whose loss or gradient is not finite
     validate_every_n_steps: int = 200
     validation_batches: int = 16
     precision: str = "auto"  # auto | float32 | bfloat16

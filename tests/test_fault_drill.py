@@ -12,11 +12,12 @@ from typing import Any
 import mortal_run
 import pytest
 import torch
-from compared_runs import assert_same_run
+from compared_runs import assert_same_run, weights
 
 from subquad.errors import RunError
 from subquad.schema import RunConfig
-from subquad.training import run_folder
+from subquad.training import fit, run_folder
+from subquad.training.checkpoint import newest_checkpoint
 from subquad.training.fit import train
 from subquad.training.module import TrainingModule
 
@@ -105,3 +106,95 @@ def test_two_runs_that_begin_together_share_one_cache(tiny_run: TinyRun, tmp_pat
         assert run.exitcode == 0
     assert_same_run(tmp_path / "one", tmp_path / "two")
     assert len(list((tmp_path / "cache" / "tokens").glob("*.tokens"))) == 2
+
+
+# Numbers that are none
+
+
+class NanBackward(torch.autograd.Function):
+    """The identity, with gradients that are no numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * float("nan")
+
+
+def poison(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], torch.Tensor], steps: range
+) -> None:
+    """Within these steps the second block's channel mixer returns something else."""
+    build_model, step = fit.build_model, [0]
+    original = TrainingModule.training_step
+
+    def training_step(self: TrainingModule, batch: Any, batch_idx: int) -> torch.Tensor:
+        step[0] = self.trainer.global_step + 1
+        return original(self, batch, batch_idx)
+
+    def poisoned(config: Any) -> Any:
+        model = build_model(config)
+        model.get_submodule("blocks.1.channel_mixer").register_forward_hook(
+            lambda module, arguments, output: change(output) if module.training and step[0] in steps else output
+        )
+        return model
+
+    monkeypatch.setattr(TrainingModule, "training_step", training_step)
+    monkeypatch.setattr(fit, "build_model", poisoned)
+
+
+@pytest.mark.parametrize(
+    ("change", "first"),
+    [
+        (lambda output: output * float("inf"), "the output of blocks.1.channel_mixer (ChannelMixer)"),
+        (NanBackward.apply, "the gradient of blocks.1.channel_mixer."),
+    ],
+    ids=["forward", "backward"],
+)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_is_no_number_is_traced_to_its_layer_and_the_batch_is_kept(
+    change: Callable[[torch.Tensor], torch.Tensor],
+    first: str,
+    accumulate: int,
+    tiny_run: TinyRun,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = tiny_run("poisoned", max_steps=6, accumulate=accumulate)
+    poison(monkeypatch, change, range(6, 7))
+    with pytest.raises(RunError, match="not finite") as caught:
+        train(config)
+    assert f"first {first}" in caught.value.what
+    folder = run_folder.RunFolder(Path(str(config.run_dir)))
+    kept = torch.load(folder.nonfinite(6, 0), weights_only=True)
+    assert str(folder.nonfinite(6, 0)) in caught.value.where
+    monkeypatch.undo()
+    resumed = train(replace(config, resume=config.run_dir))
+    recorded = folder.samples(0).read_text().splitlines()[-1].split(",")
+    assert recorded == ["6", " ".join(str(i) for batch in kept["batches"] for i in batch["sample_ids"].tolist())]
+    assert resumed.validation_loss == train(tiny_run("straight", max_steps=6, accumulate=accumulate)).validation_loss
+
+
+def test_such_a_step_is_skipped_where_that_is_asked_for(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poison(monkeypatch, lambda output: output * float("nan"), range(6, 8))
+    config = tiny_run("skipping", nonfinite="skip")
+    result = train(config)
+    assert result.step == 12
+    assert all(torch.isfinite(tensor).all() for tensor in weights(result.run_dir).values())
+    said = capsys.readouterr().err
+    assert [f"step {step} is skipped" in said for step in range(5, 9)] == [False, True, True, False]
+    found = newest_checkpoint(result.run_dir / "checkpoints")
+    assert found is not None
+    assert {float(state["step"]) for state in found.trainer_state()["optimizer"]["state"].values()} == {10.0}
+
+
+def test_a_model_that_gives_no_number_any_more_is_not_skipped_for_ever(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, lambda output: output * float("nan"), range(3, 100))
+    with pytest.raises(RunError, match="11 steps in a row were") as caught:
+        train(tiny_run("skipping", nonfinite="skip", max_steps=20))
+    assert caught.value.where.startswith("step 13; ")

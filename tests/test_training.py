@@ -233,7 +233,8 @@ def test_a_loss_that_is_no_number_is_an_error_that_keeps_the_last_checkpoint(
     config = tiny_run("poisoned", validate_every_n_steps=100)
     with pytest.raises(RunError, match="not finite") as caught:
         train(config)
-    assert caught.value.where == "step 6"
+    assert caught.value.where.startswith("step 6; ")
+    assert "nothing that a repetition of the step finds" in caught.value.what
     assert "optimizer.lr" in caught.value.mend
     folder = RunFolder(Path(str(config.run_dir)))
     assert [path.name for path in folder.checkpoints.iterdir()] == ["step-4"]

@@ -178,6 +178,7 @@ def _check(config: RunConfig) -> None:
         ("precision", trainer.precision, ("auto", "float32", "bfloat16")),
         ("accelerator", trainer.accelerator, ("auto", "cpu", "cuda")),
         ("strategy", trainer.strategy, ("auto", "ddp")),
+        ("nonfinite", trainer.nonfinite, ("stop", "skip")),
     ):
         if value not in allowed:
             raise ConfigError(
@@ -234,7 +235,7 @@ def _fit(prepared: _Prepared, ranks: Ranks) -> TrainResult:
     tracker = build_tracker(config.tracking, folder.path, asdict(config)) if ranks.rank == 0 else NoTracker()
     recorder = Recorder(folder, tracker, rank=ranks.rank, resumed_at=resumed_at, spent_s=spent_s)
     interrupts = Interrupts()
-    callbacks: list[L.Callback] = [recorder, StopAfterStep(interrupts, recorder)]
+    callbacks: list[L.Callback] = [recorder, StopAfterStep(interrupts, recorder, folder)]
     if ranks.rank == 0:
         callbacks.append(StepClock(folder, tracker, prepared.plan.prediction))
     if config.trainer.progress_bar and ranks.rank == 0:

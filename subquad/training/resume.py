@@ -18,6 +18,7 @@ FREE_KEYS = frozenset(
         "trainer.validate_every_n_steps",
         "trainer.log_every_n_steps",
         "trainer.num_workers",
+        "trainer.nonfinite",
         "trainer.progress_bar",
         "checkpoint.every_n_steps",
         "checkpoint.keep",

@@ -74,6 +74,10 @@ class RunFolder:
     def loss_curve(self) -> Path:
         return self.path / "loss.png"
 
+    def nonfinite(self, step: int, rank: int) -> Path:
+        """The batches of a step whose loss or gradient was no number."""
+        return self.path / "nonfinite" / f"step-{step}-rank-{rank}.pt"
+
     def samples(self, rank: int) -> Path:
         """Which samples a rank consumed, step by step."""
         return self.path / "samples" / f"rank-{rank}.csv"
