@@ -69,7 +69,7 @@ def _life(config: RunConfig, death: Death | None, cache: Path | None) -> None:
     if cache is not None:
         os.environ["SUBQUAD_CACHE"] = str(cache)
     # What a run prints is not the test's; a failure shows in the exit code.
-    sys.stdout = sys.stderr = open(os.devnull, "w")
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if death is not None and death.kind == "checkpoint":
         recorder.write_checkpoint = _mortal(recorder.write_checkpoint, int(death.after))
     elif death is not None and death.kind == "token cache":

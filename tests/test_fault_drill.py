@@ -14,12 +14,14 @@ import pytest
 import torch
 from compared_runs import assert_same_run, weights
 
+from subquad.compiler.plan import Plan
 from subquad.errors import RunError
 from subquad.schema import RunConfig
 from subquad.training import fit, run_folder
 from subquad.training.checkpoint import newest_checkpoint
 from subquad.training.fit import train
 from subquad.training.module import TrainingModule
+from subquad_kernels.catalogue import CATALOGUE
 
 TinyRun = Callable[..., RunConfig]
 
@@ -63,7 +65,7 @@ def test_a_full_disk_ends_the_run_with_its_last_checkpoint_whole(
     config = tiny_run("full")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     at_step(6, monkeypatch, full_disk)
-    with pytest.raises(RunError, match="cannot be written: .*too large") as caught:
+    with pytest.raises(RunError, match=r"cannot be written: .*too large") as caught:
         train(config)
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert f"resume={config.run_dir}" in caught.value.mend
@@ -123,9 +125,7 @@ class NanBackward(torch.autograd.Function):
         return gradient * float("nan")
 
 
-def poison(
-    monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], torch.Tensor], steps: range
-) -> None:
+def poison(monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], torch.Tensor], steps: range) -> None:
     """Within these steps the second block's channel mixer returns something else."""
     build_model, step = fit.build_model, [0]
     original = TrainingModule.training_step
@@ -198,3 +198,65 @@ def test_a_model_that_gives_no_number_any_more_is_not_skipped_for_ever(
     with pytest.raises(RunError, match="11 steps in a row were") as caught:
         train(tiny_run("skipping", nonfinite="skip", max_steps=20))
     assert caught.value.where.startswith("step 13; ")
+
+
+# Kernels
+
+
+def break_kernel(monkeypatch: pytest.MonkeyPatch, name: str, phase: str, error: Exception) -> None:
+    """From now on a kernel of softmax attention raises."""
+
+    def breaks(*arguments: Any, **named: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(CATALOGUE.kernel("softmax_attention", name).torch_half, phase, breaks)
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+@pytest.mark.parametrize("step", [2, 7], ids=["before any checkpoint", "after one"])
+def test_a_kernel_that_fails_in_mid_run_is_denied_and_the_run_goes_back(
+    phase: str, step: int, tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    straight = train(tiny_run("straight"))
+    plan = Plan.load(straight.run_dir / "plan.json")
+    (chosen,) = {choice.chosen for choice in plan.choices if choice.used and choice.operator == "softmax_attention"}
+    assert chosen != "reference"
+
+    at_step(step, monkeypatch, lambda _: break_kernel(monkeypatch, chosen, phase, torch.OutOfMemoryError("no room")))
+    capsys.readouterr()
+    result = train(tiny_run("broken"))
+    said = capsys.readouterr().err
+    back = "back to the beginning" if step == 2 else "back to the checkpoint of step 4"
+    assert f"the kernel softmax_attention/{chosen} failed (OutOfMemoryError: no room); it is denied" in said
+    assert back in said
+    assert result.step == 12
+    assert result.validation_loss == pytest.approx(straight.validation_loss, rel=1e-4)
+    config = run_folder.read_config(run_folder.RunFolder(result.run_dir), "run_dir")
+    assert config.deny == [f"softmax_attention/{chosen}"]
+    after_all = Plan.load(result.run_dir / "plan.json")
+    assert chosen not in {choice.chosen for choice in after_all.choices if choice.operator == "softmax_attention"}
+    others = [choice for choice in plan.choices if choice.operator != "softmax_attention"]
+    assert [choice for choice in after_all.choices if choice.operator != "softmax_attention"] == others
+    ids = [
+        int(line.split(",")[0]) for line in run_folder.RunFolder(result.run_dir).samples(0).read_text().splitlines()[1:]
+    ]
+    assert ids == list(range(1, 13))
+
+
+def test_a_pinned_kernel_that_fails_ends_the_run_and_is_named(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_run("pinned", run={"kernel": {"softmax_attention": "reference"}})
+    at_step(3, monkeypatch, lambda _: break_kernel(monkeypatch, "reference", "forward", ValueError("odd")))
+    with pytest.raises(
+        RunError, match=r"softmax_attention/reference failed \(ValueError: odd\), and the recipe pins it"
+    ):
+        train(config)
+
+
+def test_a_resumed_run_may_deny_a_kernel(tiny_run: TinyRun) -> None:
+    config = tiny_run("denying", max_steps=4)
+    chosen = {choice.chosen for choice in Plan.load(train(config).run_dir / "plan.json").choices if choice.used}
+    train(tiny_run("denying", max_steps=6, run={"resume": config.run_dir, "deny": sorted(chosen - {"reference"})}))
+    after = Plan.load(Path(str(config.run_dir)) / "plan.json")
+    assert not chosen & {choice.chosen for choice in after.choices if choice.used}

@@ -24,9 +24,7 @@ STEPS = 60
 
 
 @pytest.mark.parametrize(("kills", "seed"), [(10, 1), pytest.param(50, 2, marks=pytest.mark.slow)])
-def test_kills_at_random_moments_change_nothing(
-    kills: int, seed: int, tiny_run: TinyRun, tmp_path: Path
-) -> None:
+def test_kills_at_random_moments_change_nothing(kills: int, seed: int, tiny_run: TinyRun, tmp_path: Path) -> None:
     """SIGKILL by the clock, while a checkpoint is written and while tokens are cached, then resume, over and over.
 
     A run that holds no checkpoint yet is started again in another folder, as its error says. Equal means: weights to

@@ -29,6 +29,7 @@ from subquad.training import run_folder
 from subquad.training.checkpoint import Checkpoint, newest_checkpoint
 from subquad.training.compilation import compiled, device_of, plan_of, target_of, uses_bfloat16
 from subquad.training.data import TextData, build_data
+from subquad.training.denial import denied_after, deny, free_memory, message, without_denied
 from subquad.training.distributed import Ranks, process_group, ranks_here, share_of_threads, told_by_rank_zero
 from subquad.training.environment import environment_record
 from subquad.training.module import TrainingModule, Validation
@@ -81,13 +82,34 @@ def train(config: RunConfig, *, overrides: Sequence[str] | None = None) -> Train
             if ranks.from_outside and ranks.world_size > 1:
                 told_by_rank_zero(str(prepared.folder.path))
             with disk_errors(prepared.folder):
-                result = _fit(prepared, ranks)
+                prepared, result = _fit_without_failing_kernels(prepared, ranks)
         with disk_errors(prepared.folder):
             write_report(
                 prepared.folder, unigram_bits_per_byte=prepared.data.unigram_bits_per_byte, overrides=overrides
             )
     print(result, flush=True)
     return result
+
+
+def _fit_without_failing_kernels(prepared: _Prepared, ranks: Ranks) -> tuple[_Prepared, TrainResult]:
+    """Fit; when a kernel raises, deny it and go on from the last checkpoint, as often as another one can run."""
+    while True:
+        try:
+            return prepared, _fit(prepared, ranks)
+        except Exception as error:
+            folder, config = prepared.folder, prepared.config
+            kernel = denied_after(error, config, folder, ranks.world_size)
+            if kernel is None:
+                raise
+            plan = deny(kernel, error, config, prepared.plan, packed=prepared.data.source.packed)
+            failure = error.with_traceback(None)  # lets go of the tensors of the attempt
+        plan.save(folder.plan)
+        run_folder.write_config(folder, config)
+        checkpoint = newest_checkpoint(folder.checkpoints)
+        print(message(kernel, failure, checkpoint.step if checkpoint else 0), file=sys.stderr, flush=True)
+        del prepared
+        free_memory()
+        prepared = _prepared(folder, config, checkpoint)
 
 
 def train_as_other_rank(run_dir: Path) -> None:
@@ -145,6 +167,7 @@ def _resumed(asked: RunConfig, overrides: Sequence[str] | None) -> _Prepared:
         )
     prepared = _prepared(folder, config, checkpoint)
     with disk_errors(folder):
+        prepared.plan.save(folder.plan)
         run_folder.write_config(folder, config)
     return prepared
 
@@ -162,7 +185,8 @@ def _prepared(folder: RunFolder, config: RunConfig, checkpoint: Checkpoint | Non
     data, model, config = _built(config)
     recorded = run_folder.read_json(folder.data)
     check_same_data(recorded["fingerprint"], data.fingerprint, str(folder.data))
-    model, plan = compiled(model, config, Plan.load(folder.plan), packed=data.source.packed)
+    plan = without_denied(Plan.load(folder.plan), config, packed=data.source.packed)
+    model, plan = compiled(model, config, plan, packed=data.source.packed)
     return _Prepared(folder, config, data, model, plan, checkpoint)
 
 

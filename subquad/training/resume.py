@@ -23,9 +23,10 @@ FREE_KEYS = frozenset(
         "checkpoint.every_n_steps",
         "checkpoint.keep",
         "tracking",
+        "deny",  # nodes whose kernel is denied get another; the rest of the plan stays
     }
 )
-"""Keys that a resumed run may change: none of them touches weights that are already computed, data order or kernels."""
+"""Keys that a resumed run may change: none of them touches weights that are already computed or data order."""
 PLACES = ("resume", "run_dir")
 """They say where the run lies, not what it is."""
 

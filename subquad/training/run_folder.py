@@ -22,9 +22,7 @@ from subquad.errors import ConfigError, ResumeError, RunError
 from subquad.schema import RunConfig
 
 FORMAT_VERSION = 1
-DISK_ERRORS = frozenset(
-    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-)
+DISK_ERRORS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO))
 """A disk that is full, limited, write-protected or broken."""
 
 
