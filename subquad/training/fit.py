@@ -38,6 +38,7 @@ from subquad.training.progress import ProgressBar
 from subquad.training.recorder import Recorder
 from subquad.training.report import write_report
 from subquad.training.resume import check_same_data, resumed_config
+from subquad.training.room import check_room
 from subquad.training.run_folder import RunFolder, disk_errors
 from subquad.training.step_clock import StepClock
 from subquad.training.stopping import EXIT_TERMINATED, Interrupts, StopAfterStep
@@ -77,7 +78,7 @@ def train(config: RunConfig, *, overrides: Sequence[str] | None = None) -> Train
         if ranks.from_outside and ranks.rank > 0:
             with process_group(ranks, None):
                 return _fit(_joined(RunFolder(Path(told_by_rank_zero(None)))), ranks)
-        prepared = _resumed(config, overrides) if config.resume else _started(config)
+        prepared = _started(config) if config.resume is None else _resumed(config, overrides)
         with process_group(ranks, prepared.folder.path):
             if ranks.from_outside and ranks.world_size > 1:
                 told_by_rank_zero(str(prepared.folder.path))
@@ -229,6 +230,7 @@ def _built(config: RunConfig) -> tuple[TextData, LanguageModel, RunConfig]:
     data = build_data(config)
     _fill(config, "vocab_size", data.vocab_size, "the tokenizer's size")
     _fill(config, "context_len", config.trainer.seq_len, "trainer.seq_len")
+    check_room(config, device_of(config))
     torch.manual_seed(config.seed)
     model = build_model(config.model)
     model.activation_checkpointing = config.trainer.activation_checkpointing

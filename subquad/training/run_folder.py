@@ -95,6 +95,10 @@ def new_run_folder(config: RunConfig) -> RunFolder:
     else:
         path = Path(config.run_dir).expanduser()
     folder = RunFolder(path.absolute())
+    try:
+        folder.path.exists()
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a zero byte
+        raise _unwritable(path, getattr(error, "strerror", None) or str(error)) from None
     if any(file.exists() for file in (folder.config, folder.metrics, folder.checkpoints)):
         raise ConfigError(
             what="the run folder already holds a run",
@@ -148,9 +152,13 @@ def write_config(folder: RunFolder, config: RunConfig) -> None:
 
 def read_config(folder: RunFolder, where: str) -> RunConfig:
     """The configuration of a run; `where` is the option that named the folder.  Raises: ResumeError."""
-    if not folder.config.is_file():
+    try:
+        is_there = folder.config.is_file()
+    except (OSError, ValueError):  # a name that is too long, or holds a zero byte
+        is_there = False
+    if not is_there:
         raise ResumeError(
-            what=f"{folder.path} is not a run folder: it holds no config.yaml" if folder.path.is_dir()
+            what=f"{folder.path} is not a run folder: it holds no config.yaml" if os.path.isdir(folder.path)
             else f"there is no folder {folder.path}",
             where=where,
             mend="name the folder that `train` printed in its last line",
