@@ -68,7 +68,13 @@ NAMES = (
 )  # fmt: skip
 NO_FILES = ["", "\0", "a\0b", "\ud800", "x" * 5000, "gone", ".", "/proc/self/mem", "../" * 60 + "gone", "~", "☃/☃"]
 NO_FOLDERS = ["\0", "\ud800", "x" * 5000, "/proc/run", "/dev/null/run", "corpus.txt/run"]
-PATHS = {"run_dir": NO_FOLDERS, "resume": NO_FILES, "plan": NO_FILES, "data.files": NO_FILES, "tokenizer.file": NO_FILES}
+PATHS = {
+    "run_dir": NO_FOLDERS,
+    "resume": NO_FILES,
+    "plan": NO_FILES,
+    "data.files": NO_FILES,
+    "tokenizer.file": NO_FILES,
+}
 CODE: list[object] = [
     {"_target_": "os.mkdir", "path": "executed"},
     {"_target_": "os.system", "command": "touch executed"},
@@ -128,9 +134,9 @@ def bad_changes() -> st.SearchStrategy[Change]:
     numbers = st.sampled_from([(key(name), value) for name, values in BAD_NUMBERS.items() for value in values])
     text = st.text(min_size=1, max_size=12).map(lambda word: f"{word}?")
     names = st.tuples(st.sampled_from([key(name) for name in NAMES]), text)
-    paths = st.sampled_from([
-        (key(name), [value] if name == "data.files" else value) for name, values in PATHS.items() for value in values
-    ])
+    paths = st.sampled_from(
+        [(key(name), [value] if name == "data.files" else value) for name, values in PATHS.items() for value in values]
+    )
     strangers = st.tuples(st.sampled_from(SECTIONS), text.filter(lambda word: "$" not in word), st.integers()).map(
         lambda drawn: ((*drawn[0], drawn[1]), drawn[2])
     )
