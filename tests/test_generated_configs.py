@@ -1,4 +1,4 @@
-"""Configurations that are wrong in one place, drawn from the schema: each is refused in three lines, and that is all."""
+"""Configurations wrong in one place, drawn from the schema: each is refused in three lines, and that is all."""
 
 from __future__ import annotations
 

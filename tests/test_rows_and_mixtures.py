@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import tracemalloc
 from collections import Counter
@@ -49,7 +50,7 @@ def documents(source: PackedText, split: Split) -> list[bytes]:
     """The documents of a split, cut out of its tokens."""
     arrays = source._arrays[split]
     starts = arrays.document_starts
-    return [bytes(arrays.tokens[a:b].tolist()) for a, b in zip(starts[:-1], starts[1:])]
+    return [bytes(arrays.tokens[a:b].tolist()) for a, b in itertools.pairwise(starts)]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl without a last newline", "string", "large_string"])

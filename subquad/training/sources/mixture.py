@@ -1,9 +1,9 @@
 """Several sources, mixed by weight.
 
-Source k of n_k samples owns  m_k = max(n_k, round(w_k N))  numbers in a row, with  N = max_k n_k / w_k  and weights that
-add up to 1; number i of them is its sample  i mod n_k.  So the shuffled order of an epoch, which permutes all numbers,
-shows source k with probability w_k at each place, every sample of every source, and none much oftener than another of
-its source.
+Source k of n_k samples owns  m_k = max(n_k, round(w_k N))  numbers in a row, with  N = max_k n_k / w_k  and weights
+that add up to 1; number i of them is its sample  i mod n_k.  The shuffled order of an epoch permutes all numbers, so
+that it shows source k with probability w_k at each place, every sample of every source at least once, and no sample
+more than once oftener than another of its source.
 """
 
 from __future__ import annotations

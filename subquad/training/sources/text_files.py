@@ -22,7 +22,7 @@ from subquad.training.sources.source import DataContext
 
 
 def build(config: TextFilesConfig, context: DataContext) -> PackedText:
-    """The files as rows.  Raises: DataError for a missing, unreadable, empty or non-UTF-8 file, or a row without text."""
+    """The files as rows.  Raises: DataError for a missing, unreadable, empty or non-UTF-8 file, a row without text."""
     paths = files_of(config.files, "data.files")
     held_out = files_of(config.validation_files, "data.validation_files")
     paths = [path for path in paths if path not in held_out]
