@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 DISTRIBUTIONS := -e kernels -e cost_model -e ".[train,hf,triton,dev]" -e plugins/subquad-scout -e plugins/subquad-ssm -e plugins/subquad-linear
 PYPROJECTS := pyproject.toml kernels/pyproject.toml cost_model/pyproject.toml plugins/subquad-scout/pyproject.toml plugins/subquad-ssm/pyproject.toml plugins/subquad-linear/pyproject.toml
 STAMP := $(VENV)/.installed
+# A process a core, up to eight, of 1 to 2 GB each (conftest.py gives each one thread).
+PYTEST := -m pytest -n logical --maxprocesses 8 --dist worksteal
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 # The versions of the machines with GPUs, in an environment of their own: several GB, a CUDA build that runs on CPUs.
@@ -30,10 +32,10 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/python -m pytest -m "not gpu and not slow"
+	$(BIN)/python $(PYTEST) -m "not gpu and not slow"
 
 test-all: lint
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python $(PYTEST) -m "not gpu"
 
 install-gpu-versions: $(TWIN_STAMP)
 
@@ -45,4 +47,4 @@ $(TWIN_STAMP): constraints.txt constraints-gpu.txt $(PYPROJECTS) tools/check_pyt
 	touch $(TWIN_STAMP)
 
 test-gpu-versions: $(TWIN_STAMP)
-	$(TWIN)/bin/python -m pytest -m "not gpu and not slow" plugins tests/test_compiler.py tests/test_foreign_torch.py $(addprefix kernels/tests/test_,$(addsuffix .py,segment_attention segment_attention_tiled selective_scan causal_conv causal_conv_fused softmax_attention rotary))
+	$(TWIN)/bin/python $(PYTEST) -m "not gpu and not slow" plugins tests/test_compiler.py tests/test_foreign_torch.py $(addprefix kernels/tests/test_,$(addsuffix .py,segment_attention segment_attention_tiled selective_scan causal_conv causal_conv_fused softmax_attention rotary))

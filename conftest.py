@@ -1,4 +1,4 @@
-"""What every test may rely on: no network, no account, a cache of its own, two threads."""
+"""What every test may rely on: no network, no account, a cache of its own, a core to itself."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch counts the cores: each worker has one, and so has what it starts.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
+from oracle_record import OracleRecord
 
 if not torch.cuda.is_available():
     # Before anybody imports triton: its kernels then run in Python, on the CPU.
@@ -15,6 +21,16 @@ if not torch.cuda.is_available():
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record-oracles", metavar="FILE", help="write which mixers agreed with their oracles")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--record-oracles", None)
+    if path is not None:
+        config.pluginmanager.register(OracleRecord(Path(path).absolute()))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
         AdapterSpec,
         Carry,
         ComponentSpec,
+        Computed,
         Growth,
+        ImportMap,
+        ImportSpec,
         Mixer,
         MixerContext,
         MixerSpec,
@@ -32,6 +35,9 @@ if TYPE_CHECKING:
     )
     from subquad.hookspecs import hookimpl
     from subquad.model.build import build_model
+    from subquad.model.checkpoint_config import CheckpointConfig
+    from subquad.model.import_weights import import_weights
+    from subquad.schema import ChannelMixerConfig, ModelConfig
     from subquad.training.fit import train
 
 __version__ = "0.1.0"
@@ -39,7 +45,9 @@ __version__ = "0.1.0"
 _HOMES = {
     "AdapterSpec": "contracts", "Carry": "contracts", "ComponentSpec": "contracts", "Growth": "contracts",
     "Mixer": "contracts", "MixerContext": "contracts", "MixerSpec": "contracts", "PassOutcome": "contracts",
-    "PassSpec": "contracts",
+    "PassSpec": "contracts", "Computed": "contracts", "ImportMap": "contracts", "ImportSpec": "contracts",
+    "ChannelMixerConfig": "schema", "ModelConfig": "schema", "CheckpointConfig": "model.checkpoint_config",
+    "import_weights": "model.import_weights",
     "ConfigError": "errors", "DataError": "errors", "NotFoundError": "errors", "PluginError": "errors",
     "ResumeError": "errors", "RunError": "errors", "SubquadError": "errors",
     "build_model": "model.build", "compile_model": "compiler.compile_model", "hookimpl": "hookspecs",
@@ -47,9 +55,10 @@ _HOMES = {
 }  # fmt: skip
 
 __all__ = [
-    "AdapterSpec", "Carry", "ComponentSpec", "ConfigError", "DataError", "Example", "Growth", "Mixer", "MixerContext",
-    "MixerSpec", "NotFoundError", "PassOutcome", "PassSpec", "PluginError", "ResumeError", "RunError", "SubquadError",
-    "build_model", "compile_model", "hookimpl", "load_config", "train",
+    "AdapterSpec", "Carry", "ChannelMixerConfig", "CheckpointConfig", "ComponentSpec", "Computed", "ConfigError",
+    "DataError", "Example", "Growth", "ImportMap", "ImportSpec", "Mixer", "MixerContext", "MixerSpec", "ModelConfig",
+    "NotFoundError", "PassOutcome", "PassSpec", "PluginError", "ResumeError", "RunError", "SubquadError",
+    "build_model", "compile_model", "hookimpl", "import_weights", "load_config", "train",
 ]  # fmt: skip
 
 

@@ -28,6 +28,7 @@ VERBS: Mapping[str, str] = MappingProxyType(
         "calibrate": "correct the cost model by a few rows of this device: calibrate budget_s=120",
         "warmup": "compile, check and measure what a run will call: warmup model=scout_mamba",
         "generate": 'continue a text: generate run=RUN_DIR prompt="def "',
+        "evaluate": "judge a trained run by position, length and task: evaluate run=RUN_DIR suite=mqar",
         "proxy": "measure what other mixers would lose in a run's layers: proxy run=RUN_DIR candidates=[window]",
         "plan": "compare two plans: plan diff A/plan.json B/plan.json",
         "plugins": "list what is installed (--json); check NAME judges it; new NAME writes a package",

@@ -84,6 +84,10 @@ def to_run_config(composed: DictConfig, registry: Registry | None = None) -> Run
     with composition_errors(registry):
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), values))
     assert isinstance(config, RunConfig)
+    if config.model.init_from is not None:
+        from subquad.model.import_layout import with_layout  # loads torch, which few compositions need
+
+        config.model = with_layout(config.model)
     _check_mixers(config, registry)
     _check_candidates(config, registry)
     _check_component("data", config.data, registry)

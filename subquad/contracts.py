@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+
+from subquad.schema import ModelConfig
 
 if TYPE_CHECKING:
     import torch
@@ -20,13 +23,25 @@ Carry: TypeAlias = "tuple[Tensor | int, ...]"
 
 
 class Growth(Enum):
-    """How work or carry grows with the number of tokens t; the value is the exponent of t that bounds it."""
+    """How work or carry grows with the number of tokens t; values order them: the exponent of t, a bit more with a log.
+
+    LOGARITHMIC is log t, LOG_LINEAR t log t.
+    """
 
     CONSTANT = 0.0
+    LOGARITHMIC = 0.01
     SQRT = 0.5
     LINEAR = 1.0
+    LOG_LINEAR = 1.01
     POWER_1_5 = 1.5
     QUADRATIC = 2.0
+
+    def exponent(self, t: int, longer: int) -> float:
+        """The power of t that it is between two lengths: 1 + log_2(12 / 11) for t log t from 2048 to 4096."""
+        power = round(self.value, 1)
+        if power == self.value:
+            return power
+        return power + math.log(math.log(longer) / math.log(t)) / math.log(longer / t)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,3 +187,47 @@ class AdapterSpec:
     module_class: str
     build: str
     distinct_heads: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Computed:
+    """A tensor of ours that is `transform(*tensors)` of those that a checkpoint keeps under `names`."""
+
+    names: tuple[str, ...]
+    transform: Callable[..., Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportMap:
+    """One of our models, and where each of its tensors stands in a Hugging Face checkpoint: our names <- theirs.
+
+    `outer` has what is outside of blocks (`embedding.weight`, `norm.weight`, `lm_head.weight`). `blocks` has, for each
+    key of `model.mixers`, the names below `blocks.N.`; theirs go on from `block_prefix`, in which `{}` is N.
+    `copies` names tensors of theirs that repeat another one (a tied head): they may be there, and must be equal.
+    `ignored` are regular expressions of tensors that say nothing (constants kept as buffers).
+    """
+
+    model: ModelConfig
+    outer: Mapping[str, str | Computed]
+    block_prefix: str
+    blocks: Mapping[str, Mapping[str, str | Computed]]
+    copies: Mapping[str, str]
+    ignored: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportSpec:
+    """Declares how checkpoints of one `model_type` of Hugging Face become our models (`model.init_from=hf:...`).
+
+    `build` names a `module:function`, called as `build(config: CheckpointConfig) -> ImportMap`. It refuses, by
+    `config.demand` or a ConfigError, whatever our blocks cannot compute.
+    """
+
+    model_type: str
+    summary: str
+    build: str
+
+    @property
+    def name(self) -> str:
+        """What errors and tables call it."""
+        return self.model_type

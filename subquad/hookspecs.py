@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pluggy
 
-from subquad.contracts import AdapterSpec, ComponentSpec, MixerSpec, PassSpec
+from subquad.contracts import AdapterSpec, ComponentSpec, ImportSpec, MixerSpec, PassSpec
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Kernel, Operator
@@ -49,3 +49,8 @@ def subquad_provide_config_packages() -> Iterable[str]:  # type: ignore[empty-bo
 @hookspec
 def subquad_provide_components() -> Iterable[ComponentSpec]:  # type: ignore[empty-body]
     """Declare the optimizers and data sources this plugin provides."""
+
+
+@hookspec
+def subquad_provide_imports() -> Iterable[ImportSpec]:  # type: ignore[empty-body]
+    """Declare the Hugging Face architectures whose checkpoints this plugin can load into its mixers."""

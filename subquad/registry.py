@@ -14,7 +14,7 @@ from typing import TypeAlias, TypeVar
 import pluggy
 
 from subquad import hookspecs
-from subquad.contracts import AdapterSpec, ComponentKind, ComponentSpec, MixerSpec, PassSpec
+from subquad.contracts import AdapterSpec, ComponentKind, ComponentSpec, ImportSpec, MixerSpec, PassSpec
 from subquad.errors import NotFoundError, PluginError, suggestion
 from subquad_kernels.catalogue import CATALOGUE, CatalogueError, Kernel, Operator
 
@@ -29,12 +29,18 @@ KNOWN_PLUGINS: Mapping[str, str] = MappingProxyType(
         "lightning": "subquad-linear",
         "mamba": "subquad-ssm",
         "mamba2": "subquad-ssm",
+        "mamba3": "subquad-ssm",
         "mlstm": "subquad-linear",
         "retnet": "subquad-linear",
         "segment_attention": "subquad-scout",
+        "slstm": "subquad-linear",
     }
 )
 """Mixers of plugins that are published with subquad: named when a recipe asks for one that is not installed."""
+KNOWN_IMPORTS: Mapping[str, str] = MappingProxyType(
+    {"mamba": "subquad-ssm", "mamba2": "subquad-ssm", "qwen3_next": "subquad-linear", "xlstm": "subquad-linear"}
+)
+"""Architectures whose checkpoints these plugins load, named in the same way."""
 
 HOOKS = tuple(name for name in dir(hookspecs) if name.startswith("subquad_provide"))
 Answers: TypeAlias = "dict[str, dict[str, list[object]]]"
@@ -87,6 +93,7 @@ class Registry:
     kernels: Mapping[str, Kernel]  # key: operator/kernel
     adapters: Mapping[str, AdapterSpec]
     passes: Mapping[str, PassSpec]
+    imports: Mapping[str, ImportSpec]  # key: model_type
     components: Mapping[tuple[ComponentKind, str], ComponentSpec]
     config_packages: Mapping[str, PluginRecord]
     origins: Mapping[Hashable, PluginRecord]
@@ -108,6 +115,16 @@ class Registry:
         have = [known for known_kind, known in self.components if known_kind == kind]
         raise NotFoundError(
             what=f"no {kind} component is called '{name}'", where=where or kind, mend=self._mend(name, have, None)
+        )
+
+    def checkpoint_import(self, model_type: str, where: str) -> ImportSpec:
+        """Who loads checkpoints of a Hugging Face `model_type`.  Raises: NotFoundError."""
+        if model_type in self.imports:
+            return self.imports[model_type]
+        raise NotFoundError(
+            what=f"no plugin loads checkpoints of model_type '{model_type}'",
+            where=where,
+            mend=self._mend(model_type, self.imports, KNOWN_IMPORTS.get(model_type)),
         )
 
     def origin(self, spec: Hashable) -> str:
@@ -218,9 +235,7 @@ def _refuse_misspelt_hooks(manager: pluggy.PluginManager, plugin: object, record
         ) from None
 
 
-def _collect(
-    declared_by: Answers, records: dict[str, PluginRecord], problems: tuple[PluginProblem, ...]
-) -> Registry:
+def _collect(declared_by: Answers, records: dict[str, PluginRecord], problems: tuple[PluginProblem, ...]) -> Registry:
     origins: dict[Hashable, PluginRecord] = {}
 
     def ask(hook: str) -> list[tuple[PluginRecord, object]]:
@@ -287,6 +302,7 @@ def _collect(
         kernels=MappingProxyType(kernels),
         adapters=MappingProxyType(named("subquad_provide_adapters", AdapterSpec, "adapters")),
         passes=MappingProxyType(named("subquad_provide_passes", PassSpec, "passes")),
+        imports=MappingProxyType(named("subquad_provide_imports", ImportSpec, "imports of checkpoints")),
         components=MappingProxyType(components),
         config_packages=MappingProxyType(
             {str(package): record for record, package in ask("subquad_provide_config_packages")}

@@ -57,7 +57,9 @@ class ModelConfig:
     channel_mixer: ChannelMixerConfig | None = field(default_factory=ChannelMixerConfig)  # default of every entry
     tie_embeddings: bool = True
     norm_eps: float = 1e-6
+    logit_cap: float = 0.0  # logits become cap tanh(logits / cap); 0: they stay as they are
     init_std: float = 0.02
+    init_from: str | None = None  # hf:PATH_OR_ID, a Hugging Face checkpoint whose weights training starts from
 
     def __post_init__(self) -> None:
         _check_limits(
@@ -69,7 +71,14 @@ class ModelConfig:
             context_len=(0, INFINITY),
             norm_eps=(0, 1),
             init_std=(0, 1e3),
+            logit_cap=(0, INFINITY),
         )
+        if not self.schedule and self.init_from is None:
+            raise ConfigError(
+                what="the schedule is empty, and no checkpoint is named whose layout could be taken",
+                where="model.schedule",
+                mend="name a key of model.mixers, or model.init_from=hf:PATH_OR_ID",
+            )
         for key in self.schedule:
             if self.mixers and key not in self.mixers and key != AUTO:
                 raise ConfigError(
@@ -222,6 +231,22 @@ class GenerateConfig:
     temperature: float = 0.8
     top_k: int = 0  # 0: no limit
     seed: int = 0
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    """What `evaluate` measures on a finished run, and on how much."""
+
+    run: str = "???"
+    suite: str = "auto"  # text, a synthetic task, lm_eval; auto: text, or the task that the run was trained on
+    lengths: list[int] = field(
+        default_factory=list
+    )  # tokens; []: trainer.seq_len, for text also its parts to an eighth
+    sizes: list[int] = field(default_factory=list)  # of a task: pairs, symbols, bits ...; []: as trained, or the usual
+    samples: int = 0  # rows, at each size; documents of each lm_eval task; 0: as many as in validation, 256, or all
+    batch_size: int = 0  # rows of trainer.seq_len tokens; 0: trainer.batch_size
+    tasks: list[str] = field(default_factory=list)  # names that lm_eval knows
+    seed: int = 0  # of the tasks' rows
 
 
 @dataclass(kw_only=True)

@@ -79,6 +79,7 @@ def test_the_window_cache_stops_growing() -> None:
     assert carry.position == 9
 
 
+@pytest.mark.oracle("softmax_attention")
 def test_softmax_attention_equals_torchs_own_on_rotated_heads() -> None:
     """Rotation written out with complex numbers, pair (i, i + k/2) as real and imaginary part."""
     full, _ = build_pair(window=4)

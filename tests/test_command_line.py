@@ -162,7 +162,8 @@ def test_plugins_says_why_a_kernel_is_not_usable(
 def test_plugins_as_tables_shows_growth_and_origin(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plugins"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    (row,) = [line for line in lines if line.split()[:1] == ["mamba"]]
+    row, checkpoint = (line for line in lines if line.split()[:1] == ["mamba"])
+    assert "without biases" in checkpoint
     assert row.split()[1:3] == ["t", "1"]
     assert "subquad-ssm 0.1.0" in row
 

@@ -47,6 +47,7 @@ def completed(line: str, folder: Path) -> list[str]:
         ("subquad warmup trainer.max_st", {"trainer.max_steps="}),
         ("subquad bench ker", {"kernels="}),
         ("subquad generate pro", {"prompt="}),
+        ("subquad evaluate s", {"suite=", "sizes=", "samples=", "seed="}),
         ("subquad plugins --", {"--json"}),
     ],
 )

@@ -20,7 +20,7 @@ from subquad.schema import RunConfig, TrainerConfig
 from subquad.training import distributed
 from subquad.training.checkpoint import newest_checkpoint
 from subquad.training.distributed import VARIABLES, Ranks, process_group, ranks_here, share_of_threads
-from subquad.training.fit import train
+from subquad.training.fit import TrainResult, train
 from subquad.training.metrics import read_metrics
 from subquad.training.run_folder import RunFolder
 
@@ -41,21 +41,32 @@ def sample_ids(run_dir: Path, rank: int) -> list[list[int]]:
     return [[int(number) for number in line.split(",")[1].split()] for line in lines]
 
 
-def test_two_jobs_of_two_processes_run_one_after_the_other(tiny_run: TinyRun) -> None:
-    """As a sweep does; and two ranks of 2 rows do what one process does with 4."""
+def in_two_processes(config: RunConfig) -> TrainResult:
+    """The run; nothing of its processes is left behind."""
     before = {name: os.environ.get(name) for name in VARIABLES}
-    jobs = [train(tiny_run(f"job{job}", max_steps=4, devices=2, run={"data": MQAR})) for job in range(2)]
+    result = train(config)
     assert {name: os.environ.get(name) for name in VARIABLES} == before
     assert not dist.is_initialized()
-    assert jobs[0].validation_loss == jobs[1].validation_loss
-    assert all(torch.equal(weights(jobs[1].run_dir)[name], value) for name, value in weights(jobs[0].run_dir).items())
+    return result
 
-    alone = train(tiny_run("alone", max_steps=4, batch_size=4, run={"data": MQAR}))
-    both = [one + two for one, two in zip(sample_ids(jobs[0].run_dir, 0), sample_ids(jobs[0].run_dir, 1))]
-    assert both == sample_ids(alone.run_dir, 0)
-    for left, right in zip(read_metrics(jobs[0].run_dir / "metrics.csv"), read_metrics(alone.run_dir / "metrics.csv")):
+
+def test_two_processes_of_two_rows_do_what_one_does_with_four(tiny_run: TinyRun) -> None:
+    shared = in_two_processes(tiny_run("shared", max_steps=4, devices=2, run={"data": MQAR})).run_dir
+    alone = train(tiny_run("alone", max_steps=4, batch_size=4, run={"data": MQAR})).run_dir
+    both = [one + two for one, two in zip(sample_ids(shared, 0), sample_ids(shared, 1))]
+    assert both == sample_ids(alone, 0)
+    for left, right in zip(read_metrics(shared / "metrics.csv"), read_metrics(alone / "metrics.csv")):
         assert left["train/loss"] == pytest.approx(right["train/loss"], rel=1e-4)
         assert left["gradient_norm"] == pytest.approx(right["gradient_norm"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_two_jobs_of_two_processes_run_one_after_the_other(tiny_run: TinyRun) -> None:
+    """As a sweep does."""
+    configs = [tiny_run(f"job{job}", max_steps=4, devices=2, run={"data": MQAR}) for job in range(2)]
+    first, second = (in_two_processes(config) for config in configs)
+    assert first.validation_loss == second.validation_loss
+    assert all(torch.equal(weights(second.run_dir)[name], value) for name, value in weights(first.run_dir).items())
 
 
 def test_a_rank_that_dies_before_it_joins_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

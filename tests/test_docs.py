@@ -19,12 +19,14 @@ from subquad.compiler.quality.measure import PROXIES
 from subquad.component_config import defaults_of
 from subquad.registry import load_registry
 from subquad.training.metrics import COLUMNS
+from subquad.training.tasks.catalogue import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 HOST = (ROOT / "subquad" / "README.md").read_text(encoding="utf-8")
 COMPILER = (ROOT / "subquad" / "compiler" / "README.md").read_text(encoding="utf-8")
 ROOMS = ("subquad", "conf", "kernels", "cost_model", "plugins", "tests", "examples")
+EVALUATION = (ROOT / "subquad" / "training" / "evaluation" / "README.md").read_text(encoding="utf-8")
 LONGEST_LINE_OF_A_SCREEN = 90
 
 
@@ -99,6 +101,17 @@ def test_every_adapter_of_ours_stands_in_the_readme_of_the_compiler() -> None:
     registry = load_registry()
     ours = [name for name, spec in registry.adapters.items() if registry.origins[spec].name == "builtin"]
     assert named == ours
+
+
+def test_every_key_of_evaluate_and_every_task_stands_in_the_readme_of_evaluation() -> None:
+    keys = [field.name for field in dataclasses.fields(schema.EvaluateConfig)]
+    keys_table = EVALUATION.partition("| key of `evaluate` |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \|", keys_table, flags=re.M) == keys
+    tasks_table = EVALUATION.partition("| task |")[2].partition("\n\n")[0]
+    rows = [tuple(cell.strip() for cell in row.split("|")[1:-1]) for row in tasks_table.splitlines() if "`" in row]
+    assert [row[0] for row in rows] == [f"`{name}`" for name in TASKS]
+    assert [row[2] for row in rows] == [task.counts for task in TASKS.values()]
+    assert [row[3] for row in rows] == [task.paper for task in TASKS.values()]
 
 
 def test_every_proxy_stands_in_the_readme_of_the_compiler() -> None:

@@ -31,12 +31,14 @@ def run(arguments: list[str], site: Path, cwd: Path) -> subprocess.CompletedProc
     )
 
 
-def test_the_example_plugin_is_discovered_under_its_name(gated_conv_path: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_example_plugin_is_listed_with_its_distribution(gated_conv_path: Path, tmp_path: Path) -> None:
     result = run(["subquad", "plugins", "--json"], gated_conv_path, tmp_path)
     assert result.returncode == 0, result.stderr
     assert "subquad-gated-conv" in json.dumps(json.loads(result.stdout))
 
 
+@pytest.mark.slow
 def test_the_example_plugin_trains(gated_conv_path: Path, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("the quick brown fox jumps over the lazy dog\n\n" * 400)
@@ -54,6 +56,7 @@ def test_the_example_plugin_trains(gated_conv_path: Path, tmp_path: Path) -> Non
 
 
 def test_the_example_plugins_own_tests_pass(gated_conv_path: Path, tmp_path: Path) -> None:
+    """Among them that it is discovered under its name."""
     tests = EXAMPLES / "02_write_a_plugin" / "test_gated_conv.py"
     arguments = ["pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tests)]
     result = run(arguments, gated_conv_path, tmp_path)

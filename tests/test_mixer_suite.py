@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import mutant_mixers
 import pytest
@@ -121,3 +122,15 @@ def test_the_sound_mixer_keeps_its_promises_for_other_seeds() -> None:
     for seed in (1, 2):
         suite = type("Seeded", (suite_of("Sound"),), {"seed": seed})
         assert list(broken(suite)) == [DISCOVERY]
+
+
+def test_logarithms_are_measured_between_two_lengths() -> None:
+    assert [growth.exponent(2048, 4096) for growth in (Growth.CONSTANT, Growth.SQRT, Growth.LINEAR)] == [0, 0.5, 1]
+    assert Growth.LOGARITHMIC.exponent(2048, 4096) == pytest.approx(math.log2(12 / 11))
+    assert Growth.LOG_LINEAR.exponent(256, 512) == pytest.approx(1 + math.log2(9 / 8))
+
+
+def test_a_cache_that_grows_with_t_is_found_where_a_logarithm_is_declared() -> None:
+    promise = "carry_grows_no_faster_than_declared"
+    suite = suite_of("DeclaresASmallerCarryThanItHas", carry_growth=Growth.LOGARITHMIC)
+    assert "t^0.17 is declared" in str(broken(suite, only=promise)[promise].broken)

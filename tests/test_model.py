@@ -19,6 +19,7 @@ PUBLISHED = {
     "scout_swa_470m": 469_570_560,
     "scout_swa_1_57b": 1_569_835_008,
     "mamba2_370m": 368_346_624,
+    "log_linear_mamba2_825m": 825_465_312,
 }
 MIXERS: dict[str, Any] = {
     "mamba": {"mixer": "mamba", "state_dim": 4},
@@ -50,7 +51,7 @@ def test_the_papers_sizes_have_the_papers_parameter_counts(recipe: str, paramete
     assert all(parameter.device.type == "meta" for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("recipe", ["scout_mamba", "scout_swa", "transformer", "mamba", "mamba2"])
+@pytest.mark.parametrize("recipe", ["scout_mamba", "scout_swa", "transformer", "mamba", "mamba2", "log_linear_mamba2"])
 def test_every_laptop_recipe_builds_and_runs(recipe: str) -> None:
     config = load_config([f"model={recipe}"])
     config.model.vocab_size, config.model.context_len = 256, config.trainer.seq_len

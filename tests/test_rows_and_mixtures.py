@@ -24,7 +24,7 @@ from subquad.training.sources.configs import MixtureConfig, TextFilesConfig
 from subquad.training.sources.mixture import Mixture
 from subquad.training.sources.mixture import build as build_mixture
 from subquad.training.sources.packed_text import PackedText
-from subquad.training.sources.source import DataContext, Sample, Split
+from subquad.training.sources.source import DataContext, Sample, Split, TextSource
 from subquad.training.tokenizer import ByteTokenizer, SymbolTokenizer
 
 TEXTS = ["first", "zweites Stück", "", "第三", "a\nb\r\nc", 'with "quotes" and \\', "x" * 300, "🦆 last of them"]
@@ -215,6 +215,10 @@ def test_a_mixture_of_files_trains_from_both_and_resumes_by_its_fingerprint(tmp_
     share = float(sum(rows.float().mean() for rows in has_c)) / len(has_c)
     assert 0.55 < share < 0.9
     assert all(batch["cu_seqlens"] is not None for batch in batches)
+    assert isinstance(data.source, TextSource)
+    for split, index in (("train", 0), ("train", data.source.num_samples("train") - 1), ("validation", 0)):
+        widths = data.source.bytes_of_targets(split, index)  # type: ignore[arg-type]
+        assert widths.sum() == data.source.sample(split, index).target_bytes > 0  # type: ignore[arg-type]
     before = data.fingerprint
     sources["rows"]["weight"] = 1
     assert build_data(config).fingerprint != before

@@ -76,9 +76,8 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).detach().abs().max() / expected.detach().abs().max().clamp(min=1e-12))
 
 
-@pytest.mark.parametrize(
-    ("segment_len", "length", "tie"), [(4, 23, True), (1, 9, False), (10, 7, True), (3, 1, False)]
-)
+@pytest.mark.oracle("mamba", "segment_attention")
+@pytest.mark.parametrize(("segment_len", "length", "tie"), [(4, 23, True), (1, 9, False), (10, 7, True), (3, 1, False)])
 def test_scout_mamba_equals_its_equations(segment_len: int, length: int, tie: bool) -> None:
     model = small_scout(segment_len, tie=tie)
     tokens = torch.randint(0, VOCAB, (length,))

@@ -3,7 +3,8 @@
     python kernels/benchmarks/growth.py OUT.json [--limit-s 60] [--only OPERATOR ...] [--tiny]
 
 bfloat16, one sequence, 8 heads of 64 or 512 channels. Operators whose work grows with t go from 32,768 to 1,048,576
-tokens; segment_attention, whose work grows with t^2 / segment_len, to 262,144 with segments of 64 and of 10. `seconds`
+tokens, slstm_scan, which launches kernels for every token, to 8,192; segment_attention, whose work grows with
+t^2 / segment_len, to 262,144 with segments of 64 and of 10. `seconds`
 is one forward and backward through the operator (the least of three, each waited for); `peak_bytes` what it allocates
 at most beyond its inputs; `growth` the ratios of both to the row before, at half as many tokens. Without a GPU, or with
 --tiny, widths and lengths are small, and memory is not measured.
@@ -30,6 +31,8 @@ from subquad_kernels.workload import Workload
 WIDTHS = {"b": 1, "h": 8, "h_kv": 8, "h_k": 8, "k": 64, "v": 64, "n": 64, "p": 64, "c": 512, "w": 4}
 VECTOR_STATE = 16
 LENGTHS = tuple(32_768 << doubling for doubling in range(6))
+STEPWISE = ("slstm_scan",)
+STEPWISE_LENGTHS = (2_048, 4_096, 8_192)
 SEGMENTS = (64, 10)
 SEGMENT_LENGTHS = tuple(32_768 << doubling for doubling in range(4))
 TINY_LENGTHS = (64, 128, 256)
@@ -89,7 +92,8 @@ def measure(operator: Operator, case: Workload, device: str) -> dict[str, Any]:
 def series(tiny: bool) -> Iterator[tuple[Operator, dict[str, Any], tuple[int, ...]]]:
     """Operators, what their options are changed to, and lengths."""
     for operator in linear_operators():
-        yield operator, {}, TINY_LENGTHS if tiny else LENGTHS
+        lengths = STEPWISE_LENGTHS if operator.name in STEPWISE else LENGTHS
+        yield operator, {}, TINY_LENGTHS if tiny else lengths
     for segment_len in SEGMENTS:
         operator = CATALOGUE.operator("segment_attention")
         yield operator, {"segment_len": segment_len}, TINY_LENGTHS if tiny else SEGMENT_LENGTHS

@@ -7,10 +7,13 @@ from subquad_kernels.causal_conv import declaration as causal_conv
 from subquad_kernels.delta_rule import declaration as delta_rule
 from subquad_kernels.gated_linear_attention import declaration as gated_linear_attention
 from subquad_kernels.linear_attention import declaration as linear_attention
+from subquad_kernels.log_linear_attention import declaration as log_linear_attention
 from subquad_kernels.rotary import declaration as rotary
 from subquad_kernels.segment_attention import declaration as segment_attention
 from subquad_kernels.selective_scan import declaration as selective_scan
+from subquad_kernels.slstm_scan import declaration as slstm_scan
 from subquad_kernels.softmax_attention import declaration as softmax_attention
+from subquad_kernels.ttt_scan import declaration as ttt_scan
 
 _DECLARATIONS = (
     softmax_attention,
@@ -21,6 +24,9 @@ _DECLARATIONS = (
     linear_attention,
     gated_linear_attention,
     delta_rule,
+    slstm_scan,
+    log_linear_attention,
+    ttt_scan,
 )
 
 OPERATORS: tuple[Operator, ...] = tuple(declaration.OPERATOR for declaration in _DECLARATIONS)

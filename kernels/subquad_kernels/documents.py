@@ -14,10 +14,12 @@ class DocumentGroup:
     """Documents whose lengths share a power of two.
 
     Shapes:  tokens: n l  (positions in the packed sequence, clamped where a row is padding)    real: n l
+             documents: n, their numbers
     """
 
     tokens: Tensor
     real: Tensor
+    documents: Tensor
 
     def pad(self, packed: Tensor) -> Tensor:
         """Lay the group's documents side by side, zeros after their ends.  Shapes:  packed: 1 t ...  ->  n l ..."""
@@ -46,7 +48,7 @@ def document_groups(cu_seqlens: Tensor) -> Iterator[DocumentGroup]:
         chosen = size_class == size
         start, length = starts[chosen, None], lengths[chosen, None]
         offsets = torch.arange(int(length.max()), device=cu_seqlens.device)
-        yield DocumentGroup(start + torch.minimum(offsets, length - 1), offsets < length)
+        yield DocumentGroup(start + torch.minimum(offsets, length - 1), offsets < length, chosen.nonzero()[:, 0])
 
 
 def document_ids(cu_seqlens: Tensor, length: int) -> Tensor:

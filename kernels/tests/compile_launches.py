@@ -1,11 +1,12 @@
 """Compile ahead of time what a kernel's calls launch, without a GPU, and print what each launch takes of the device.
 
-    python kernels/tests/compile_launches.py OPERATOR KERNEL TARGET,... [--all]
+    python kernels/tests/compile_launches.py OPERATOR KERNEL TARGET,... [--sample | --all]
 
 Run as a script and not in the interpreter of Triton: forward and backward are called on CPU tensors, and in place of
 each launch its kernel is compiled with the types, constants and alignments of the arguments. One JSON line a launch:
-registers a thread, bytes of memory a thread that registers spilled to, bytes of shared memory a program. Without --all
-the calls are those of a training step in bfloat16; with it every case, in float32 as well.
+registers a thread, bytes of memory a thread that registers spilled to, bytes of shared memory a program. The calls are
+those of a training step in bfloat16, for every example of the operator; with --sample for one that is packed and one of
+a single token, with --all every case, in float32 as well.
 """
 
 from __future__ import annotations
@@ -67,6 +68,13 @@ def cases(operator: Operator, everything: bool) -> Iterator[Workload]:
                     yield replace(example, shape=shape | {"n": n, "p": p}, dtype="bfloat16")
             elif "n" in shape:
                 yield replace(example, shape=shape | {"n": 64}, dtype="bfloat16")
+
+
+def sample(supported: list[Workload]) -> list[Workload]:
+    """The first packed case and the first of one token, or the first of all where neither is."""
+    packed = [case for case in supported if "documents" in case.shape]
+    decodes = [case for case in supported if case.phase == "decode"]
+    return [*packed[:1], *decodes[:1]] or supported[:1]
 
 
 class Compiled:
@@ -140,9 +148,8 @@ def main(operator_name: str, kernel_name: str, targets: str, *flags: str) -> Non
     compiled = Compiled(names)
     JITFunction.run = lambda jitted, *args, **named: compiled.launch(jitted, *args, **named)  # type: ignore[method-assign]
     hopper = DeviceLimits(kind="cuda", name="any", capability=(9, 0))
-    for case in cases(operator, "--all" in flags):
-        if kernel.supports(case, hopper) is not None:
-            continue
+    supported = [case for case in cases(operator, "--all" in flags) if kernel.supports(case, hopper) is None]
+    for case in sample(supported) if "--sample" in flags else supported:
         compiled.case = f"{case.dtype} {case.phase} {dict(case.shape)}"
         arguments = operator.torch_half.sample_inputs(case, seed=0, device="cpu")
         outputs = kernel.torch_half.forward(**arguments)

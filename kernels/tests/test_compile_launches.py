@@ -66,6 +66,12 @@ def assert_sound(kernel: Kernel, launches: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("kernel", TRITON_KERNELS)
+def test_a_packed_step_and_a_decode_compile_for_hopper_and_do_not_spill(kernel: Kernel) -> None:
+    assert_sound(kernel, compiled(kernel, "sm_90", "--sample"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", TRITON_KERNELS)
 def test_the_launches_of_a_training_step_compile_for_hopper_and_do_not_spill(kernel: Kernel) -> None:
     assert_sound(kernel, compiled(kernel, "sm_90"))
 

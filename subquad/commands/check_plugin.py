@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -193,6 +194,7 @@ def as_json(name: str, config: CheckConfig, verdicts: list[Verdict]) -> dict[str
         "target": config.target,
         "device": torch.cuda.get_device_name(config.target) if on_cuda else "cpu",
         "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
         "seed": config.seed,
         "d_model": config.d_model,
         "config": config.config,

@@ -28,6 +28,10 @@ _subquad_complete() {
         bench)
             COMPREPLY=($(compgen -W "operator= target= kernels= dtype= shapes= options= plot=" -- "$word"))
             ;;
+        evaluate)
+            choices="run= suite= lengths= sizes= samples= batch_size= tasks= seed="
+            COMPREPLY=($(compgen -W "$choices" -- "$word"))
+            ;;
         proxy)
             COMPREPLY=($(compgen -W "run= candidates= proxy= steps= learning_rate= batches= out= seed=" -- "$word"))
             ;;

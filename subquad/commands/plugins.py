@@ -23,8 +23,10 @@ ACTIONS = {"new": "subquad.commands.new_plugin", "check": "subquad.commands.chec
 """Modules by the word after `plugins`; imported only then: one of them loads torch."""
 GROWTH = {
     Growth.CONSTANT: "1",
+    Growth.LOGARITHMIC: "log t",
     Growth.SQRT: "t^0.5",
     Growth.LINEAR: "t",
+    Growth.LOG_LINEAR: "t log t",
     Growth.POWER_1_5: "t^1.5",
     Growth.QUADRATIC: "t^2",
 }
@@ -100,6 +102,10 @@ def inventory(registry: Registry) -> dict[str, Any]:
             {"name": graph_pass.name, "summary": graph_pass.summary, "origin": registry.origin(graph_pass)}
             for graph_pass in registry.passes.values()
         ],
+        "imports": [
+            {"model_type": spec.model_type, "summary": spec.summary, "origin": registry.origin(spec)}
+            for spec in registry.imports.values()
+        ],
         "config_packages": [
             {"name": package, "origin": record.origin} for package, record in registry.config_packages.items()
         ],
@@ -168,6 +174,7 @@ def _tables(content: dict[str, Any]) -> list[str]:
     for kind, title, keys in (
         ("adapters", "Adapters", ("name", "module_class", "origin")),
         ("passes", "Graph passes", ("name", "summary", "origin")),
+        ("imports", "Checkpoints that load (model.init_from)", ("model_type", "summary", "origin")),
         ("problems", "Skipped plugins", ("name", "distribution", "reason", "mend")),
     ):
         if content[kind]:

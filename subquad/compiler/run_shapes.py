@@ -23,7 +23,7 @@ def is_packed(config: RunConfig) -> bool:
     return config.data.get("name") not in UNPACKED_SOURCES
 
 
-UNPACKED_SOURCES = ("mqar", "copying")
+UNPACKED_SOURCES = ("synthetic", "mqar", "copying")
 """Data sources whose rows are one document each."""
 
 

@@ -176,7 +176,10 @@ def _sized(layout: Workload, b: int, t: int, documents: int) -> Workload:
     if "s" in shape:
         shape["s"] = t
     if "m" in shape:
-        shape["m"] = t // int(layout.options["segment_len"]) if layout.phase == "decode" else 0
+        past = t if layout.phase == "decode" else 0
+        # A summary for every segment, or a state for every bit of the length.
+        length = layout.options.get("segment_len")
+        shape["m"] = past.bit_length() if length is None else past // int(length)
     shape.pop("documents", None)
     if documents:
         shape["documents"] = documents

@@ -1,4 +1,4 @@
-"""Drawings as text that stands inside an HTML page: logarithmic axes, points, lines and grids of cells."""
+"""Drawings as text, inside an HTML page or a file of their own: logarithmic axes, points, lines and grids of cells."""
 
 from __future__ import annotations
 
@@ -20,13 +20,18 @@ def tag(name: str, text: str = "", /, **attributes: object) -> str:
 
 @dataclass(kw_only=True)
 class LogPlot:
-    """A plot on two logarithmic axes; what is added is in the units of the axes."""
+    """A plot on two logarithmic axes, or with `linear_y`; what is added is in the units of the axes.
+
+    Ticks of x stand at powers of ten, or at `x_ticks`.
+    """
 
     x: tuple[float, float]
     y: tuple[float, float]
     x_label: str
     y_label: str
     size: tuple[int, int] = (720, 420)
+    linear_y: bool = False
+    x_ticks: Sequence[float] = ()
     parts: list[str] = field(default_factory=list)
 
     LEFT, BOTTOM, EDGE = 70, 46, 14
@@ -36,7 +41,7 @@ class LogPlot:
         width, height = self.size[0] - self.LEFT - self.EDGE, self.size[1] - self.BOTTOM - self.EDGE
         return (
             round(self.LEFT + width * _share(x, self.x), 2),
-            round(self.EDGE + height * (1 - _share(y, self.y)), 2),
+            round(self.EDGE + height * (1 - (_linear_share if self.linear_y else _share)(y, self.y)), 2),
         )
 
     def line(self, points: Sequence[tuple[float, float]], **attributes: object) -> None:
@@ -59,18 +64,19 @@ class LogPlot:
         self.parts.append(tag("text", escape(text), x=px, y=py, **attributes))
 
     def drawn(self) -> str:
-        """The plot with its frame and ticks at powers of ten."""
+        """The plot with its frame and ticks."""
         left, bottom = self.at(self.x[0], self.y[0])
         right, top = self.at(self.x[1], self.y[1])
         frame = [tag("rect", x=left, y=top, width=right - left, height=bottom - top, fill="none", stroke="#888")]
-        for power in _powers(self.x):
-            px, _ = self.at(10.0**power, self.y[0])
+        x_ticks = [(x, f"{x:g}") for x in self.x_ticks] or _power_ticks(self.x)
+        for x, label in x_ticks:
+            px, _ = self.at(x, self.y[0])
             frame.append(tag("line", x1=px, x2=px, y1=top, y2=bottom, stroke="#ddd"))
-            frame.append(tag("text", _power_text(power), x=px, y=bottom + 16, text_anchor="middle"))
-        for power in _powers(self.y):
-            _, py = self.at(self.x[0], 10.0**power)
+            frame.append(tag("text", label, x=px, y=bottom + 16, text_anchor="middle"))
+        for y, label in _linear_ticks(self.y) if self.linear_y else _power_ticks(self.y):
+            _, py = self.at(self.x[0], y)
             frame.append(tag("line", x1=left, x2=right, y1=py, y2=py, stroke="#ddd"))
-            frame.append(tag("text", _power_text(power), x=left - 6, y=py + 4, text_anchor="end"))
+            frame.append(tag("text", label, x=left - 6, y=py + 4, text_anchor="end"))
         frame.append(tag("text", escape(self.x_label), x=(left + right) / 2, y=bottom + 36, text_anchor="middle"))
         turn = f"translate(16 {(top + bottom) / 2}) rotate(-90)"
         frame.append(tag("text", escape(self.y_label), transform=turn, text_anchor="middle"))
@@ -126,9 +132,27 @@ def _share(value: float, limits: tuple[float, float]) -> float:
     return math.log(value / limits[0]) / math.log(limits[1] / limits[0])
 
 
-def _powers(limits: tuple[float, float]) -> range:
-    return range(math.ceil(math.log10(limits[0]) - 1e-9), math.floor(math.log10(limits[1]) + 1e-9) + 1)
+def _linear_share(value: float, limits: tuple[float, float]) -> float:
+    return (value - limits[0]) / (limits[1] - limits[0])
 
 
-def _power_text(power: int) -> str:
-    return f"10{tag('tspan', str(power), dy=-5, font_size='8')}"
+def _power_ticks(limits: tuple[float, float]) -> list[tuple[float, str]]:
+    powers = range(math.ceil(math.log10(limits[0]) - 1e-9), math.floor(math.log10(limits[1]) + 1e-9) + 1)
+    return [(10.0**power, f"10{tag('tspan', str(power), dy=-5, font_size='8')}") for power in powers]
+
+
+def _linear_ticks(limits: tuple[float, float]) -> list[tuple[float, str]]:
+    """Multiples of 1, 2 or 5 times a power of ten, five to ten of them."""
+    rough = (limits[1] - limits[0]) / 5
+    unit = 10.0 ** math.floor(math.log10(rough))
+    step = max(factor * unit for factor in (1, 2, 5) if factor * unit <= rough)
+    first, last = math.ceil(limits[0] / step - 1e-9), math.floor(limits[1] / step + 1e-9)
+    return [(number * step, f"{number * step:.6g}") for number in range(first, last + 1)]
+
+
+def standalone(drawing: str) -> str:
+    """A drawing as the text of an .svg file: with its namespace, a white ground and a font."""
+    opening, rest = drawing.split(">", 1)
+    style = "text { font: 11px system-ui, sans-serif; fill: #333 }"
+    ground = tag("rect", width="100%", height="100%", fill="white")
+    return f'{opening} xmlns="http://www.w3.org/2000/svg">{tag("style", style)}{ground}{rest}\n'

@@ -212,14 +212,17 @@ class CellTimer:
             self.seconds[rival.kernel.key] += spent * (0.5 / len(rivals) + 0.5 * share)
 
     def _too_slow(self, rival: _Rival) -> bool:
-        """By the measured row whose bound is nearest: both scale alike."""
-        pace = self._pace[rival.kernel.key, rival.row.phase, rival.row.dtype]
+        """By the measured row whose bound is nearest, of the same type where there is one: both scale alike."""
+        key, phase = rival.kernel.key, rival.row.phase
+        pace = self._pace[key, phase, rival.row.dtype] or [
+            known for (name, part, _), rows in self._pace.items() if (name, part) == (key, phase) for known in rows
+        ]
         if not pace:
             return False
         bound_s = lower_bound_s(rival.row, self._target.device)
         near_s, seconds = min(pace, key=lambda known: abs(math.log(known[0] / bound_s)))
         too_slow = seconds * bound_s / near_s > LONGEST_CALL_S
-        self.expected_too_slow[rival.kernel.key] += too_slow
+        self.expected_too_slow[key] += too_slow
         return too_slow
 
     def _ok(self, rival: _Rival, timing: Timing, peak: int | None, state: Mapping[str, Any]) -> TimedRow:

@@ -1,8 +1,8 @@
-"""What the built-in mixers promise; imports no torch."""
+"""What the built-in mixers promise, and which checkpoints load into them; imports no torch."""
 
 from __future__ import annotations
 
-from subquad.contracts import Growth, MixerSpec
+from subquad.contracts import Growth, ImportSpec, MixerSpec
 from subquad.mixers.configs import SoftmaxAttentionConfig, WindowConfig
 
 MIXERS = (
@@ -25,5 +25,18 @@ MIXERS = (
         work_growth=Growth.LINEAR,
         carry_growth=Growth.CONSTANT,
         operators=("rotary", "softmax_attention"),
+    ),
+)
+
+IMPORTS = (
+    ImportSpec(
+        model_type="llama",
+        summary="softmax_attention and SwiGLU; without biases and scaled rotary positions",
+        build="subquad.mixers.llama_import:llama",
+    ),
+    ImportSpec(
+        model_type="mistral",
+        summary="window, or softmax_attention where no sliding window is set, and SwiGLU",
+        build="subquad.mixers.llama_import:mistral",
     ),
 )

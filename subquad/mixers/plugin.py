@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from subquad.compiler.foreign.declarations import ADAPTERS
-from subquad.contracts import AdapterSpec, ComponentSpec, MixerSpec
+from subquad.contracts import AdapterSpec, ComponentSpec, ImportSpec, MixerSpec
 from subquad.hookspecs import hookimpl
-from subquad.mixers.declarations import MIXERS
+from subquad.mixers.declarations import IMPORTS, MIXERS
 from subquad.training.optimizer_declarations import OPTIMIZERS
 from subquad.training.sources.declarations import DATA_SOURCES
 from subquad_kernels.builtin import KERNELS, OPERATORS
@@ -42,3 +42,8 @@ def subquad_provide_adapters() -> Iterable[AdapterSpec]:
 @hookimpl
 def subquad_provide_components() -> Iterable[ComponentSpec]:
     return [*DATA_SOURCES, *OPTIMIZERS]
+
+
+@hookimpl
+def subquad_provide_imports() -> Iterable[ImportSpec]:
+    return IMPORTS

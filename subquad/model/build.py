@@ -32,6 +32,7 @@ class Entry:
 def build_model(config: ModelConfig, *, device: torch.device | str | None = None) -> LanguageModel:
     """Build the model on a device and draw its parameters from torch's random state; on `meta` only shapes are made.
 
+    Weights that `config.init_from` names are not read: `import_weights(model, config)` does that.
     Raises: ConfigError, NotFoundError.
     """
     for name in ("vocab_size", "context_len"):
@@ -50,6 +51,7 @@ def build_model(config: ModelConfig, *, device: torch.device | str | None = None
             norm_eps=config.norm_eps,
             tie_embeddings=config.tie_embeddings,
             no_decay={entry.spec.name: entry.spec.no_decay for entry in entries.values()},
+            logit_cap=config.logit_cap,
         )
     if torch.device(device or "cpu").type != "meta":
         model.init_parameters(config.init_std)

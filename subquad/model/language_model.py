@@ -20,6 +20,7 @@ ModelCarry = tuple[Carry, ...]
 class LanguageModel(nn.Module):
     """logits = W_head RMSNorm( block_n( ... block_1( Embed(tokens) ) ) ).  Shapes:  tokens: b t (int64)  ->  b t vocab
 
+    With a `logit_cap` c > 0 logits become c tanh(logits / c) (Gemma Team 2024, section 2; xLSTM 7B).
     `no_decay` maps a mixer's registry name to the parameters that weight decay leaves alone. With
     `activation_checkpointing` a block's activations are computed again in the backward instead of kept.
     """
@@ -33,6 +34,7 @@ class LanguageModel(nn.Module):
         norm_eps: float,
         tie_embeddings: bool,
         no_decay: Mapping[str, tuple[str, ...]],
+        logit_cap: float = 0.0,
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, d_model)
@@ -40,6 +42,7 @@ class LanguageModel(nn.Module):
         self.norm = nn.RMSNorm(d_model, eps=norm_eps)
         # Tied: the embedding's weight is read a second time, and is one entry of the state dict.
         self.lm_head = None if tie_embeddings else nn.Linear(d_model, vocab_size, bias=False)
+        self.logit_cap = logit_cap
         self.activation_checkpointing = False
         self._no_decay = dict(no_decay)
 
@@ -109,7 +112,8 @@ class LanguageModel(nn.Module):
 
     def _logits(self, x: Tensor) -> Tensor:
         head = self.embedding.weight if self.lm_head is None else self.lm_head.weight
-        return linear(self.norm(x), head)
+        logits = linear(self.norm(x), head)
+        return self.logit_cap * torch.tanh(logits / self.logit_cap) if self.logit_cap else logits
 
     def _blocks(self) -> Iterable[Block]:
         return self.blocks  # type: ignore[return-value]

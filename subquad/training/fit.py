@@ -23,6 +23,7 @@ from subquad.compiler.plan import Plan
 from subquad.compiler.predict_step import predict_step
 from subquad.errors import ConfigError, ResumeError, suggestion
 from subquad.model.build import build_model
+from subquad.model.import_weights import import_weights
 from subquad.model.language_model import LanguageModel
 from subquad.schema import RunConfig
 from subquad.training import run_folder
@@ -139,7 +140,7 @@ def _started(config: RunConfig) -> _Prepared:
     folder = run_folder.new_run_folder(config)
     followed = plan_of(config)
     config, assignment = with_mixers(config, target_of(config), followed)
-    data, model, config = _built(config)
+    data, model, config = _built(config, starts=True)
     model, plan = compiled(model, config, followed, packed=data.source.packed)
     plan = replace(
         plan, assignment=assignment or plan.assignment, prediction=predict_step(config, target_of(config), plan)
@@ -183,7 +184,7 @@ def _joined(folder: RunFolder) -> _Prepared:
 
 def _prepared(folder: RunFolder, config: RunConfig, checkpoint: Checkpoint | None) -> _Prepared:
     """What the folder of a run describes, built with its plan, to start at that checkpoint."""
-    data, model, config = _built(config)
+    data, model, config = _built(config, starts=checkpoint is None)
     recorded = run_folder.read_json(folder.data)
     check_same_data(recorded["fingerprint"], data.fingerprint, str(folder.data))
     plan = without_denied(Plan.load(folder.plan), config, packed=data.source.packed)
@@ -225,14 +226,25 @@ def _check(config: RunConfig) -> None:
     target_of(config)
 
 
-def _built(config: RunConfig) -> tuple[TextData, LanguageModel, RunConfig]:
-    """Data and model, seeded; the sizes that the configuration left to the data are filled in."""
+def _built(config: RunConfig, *, starts: bool) -> tuple[TextData, LanguageModel, RunConfig]:
+    """Data and model, seeded; the sizes that the configuration left to the data are filled in.
+
+    A run that starts, instead of going on from a checkpoint of its own, reads the weights that `init_from` names.
+    """
     data = build_data(config)
     _fill(config, "vocab_size", data.vocab_size, "the tokenizer's size")
     _fill(config, "context_len", config.trainer.seq_len, "trainer.seq_len")
     check_room(config, device_of(config))
     torch.manual_seed(config.seed)
     model = build_model(config.model)
+    if starts and config.model.init_from is not None:
+        import_weights(model, config.model)
+        if config.tokenizer.kind != "file":
+            warnings.warn(
+                f"{config.model.init_from} numbers tokens by its own vocabulary, and tokenizer={config.tokenizer.kind}"
+                " by another: use tokenizer=file tokenizer.file=FOLDER/tokenizer.json",
+                stacklevel=2,
+            )
     model.activation_checkpointing = config.trainer.activation_checkpointing
     return data, model, config
 

@@ -76,6 +76,14 @@ class RunFolder:
         """The batches of a step whose loss or gradient was no number."""
         return self.path / "nonfinite" / f"step-{step}-rank-{rank}.pt"
 
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation.json"
+
+    @property
+    def evaluation_report(self) -> Path:
+        return self.path / "evaluation.md"
+
     def samples(self, rank: int) -> Path:
         """Which samples a rank consumed, step by step."""
         return self.path / "samples" / f"rank-{rank}.csv"

@@ -22,7 +22,10 @@ from subquad import MixerContext
 from subquad.registry import load_registry
 from subquad_kernels.catalogue import load_attribute
 
-NAMES = ("retnet", "gla", "lightning", "mlstm", "delta_net", "gated_delta_net", "rwkv6", "rwkv7", "mamba2")
+NAMES = (
+    "retnet", "gla", "lightning", "mlstm", "slstm", "delta_net", "gated_delta_net", "rwkv6", "rwkv7", "log_linear",
+    "ttt_linear", "ttt_mlp", "mamba2", "mamba3", "log_linear_mamba2",
+)  # fmt: skip
 LENGTHS = (100, 1, 0, 411)
 
 

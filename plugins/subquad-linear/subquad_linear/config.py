@@ -73,6 +73,7 @@ class GatedDeltaNetConfig:
     """The delta rule with a decay per head and token, behind a short convolution (Gated DeltaNet, 2024)."""
 
     num_heads: int = 6
+    num_key_heads: int = 0  # heads of queries and keys, each shared by as many heads of values; 0: num_heads
     key_dim: int = 0  # width of one head's keys; 0: 0.75 d_model / num_heads, which makes a mixer 6 d_model^2
     expand_v: int = 2  # width of a head's values / width of its keys
     conv_width: int = 4  # tokens the short convolution sees, the current one included
@@ -82,6 +83,12 @@ class GatedDeltaNetConfig:
         at_least_one(self, "num_heads", "expand_v", "conv_width")
         if self.key_dim < 0:
             raise ConfigError(what=f"key_dim is {self.key_dim}", where="key_dim", mend="use 1 or more, or 0")
+        if self.num_key_heads < 0 or (self.num_key_heads and self.num_heads % self.num_key_heads):
+            raise ConfigError(
+                what=f"{self.num_heads} heads cannot share {self.num_key_heads} key heads",
+                where="num_key_heads",
+                mend="use a divisor of num_heads, or 0",
+            )
 
 
 @dataclass(kw_only=True)
@@ -187,3 +194,57 @@ class RWKVChannelMixConfig:
         if self.d_hidden:
             return self.d_hidden
         return max(32, int(3.5 * d_model) // 32 * 32) if self.receptance else 4 * d_model
+
+
+@dataclass(kw_only=True)
+class ScalarLSTMConfig:
+    """A recurrent network with exponential gates, whose heads mix their hidden states (sLSTM of xLSTM, 2024)."""
+
+    num_heads: int = 4
+    conv_width: int = 4  # tokens that the input and the forget gate see, the current one included
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "num_heads", "conv_width")
+
+
+@dataclass(kw_only=True)
+class LogLinearConfig:
+    """Gated linear attention over log t states, each read with a weight of its own (log-linear attention, 2025)."""
+
+    num_heads: int = 4
+    expand_k: float = 0.5  # width of all keys / d_model
+    expand_v: float = 1.0  # width of all values / d_model
+    gate_temperature: float = 16.0  # divides log decays: the larger, the slower the states forget
+    num_levels: int = 0  # weights of a token; 0: as many as model.context_len asks for, its bits and one
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "num_heads")
+        positive(self, "expand_k", "expand_v", "gate_temperature")
+        if self.num_levels < 0:
+            raise ConfigError(what=f"num_levels is {self.num_levels}", where="num_levels", mend="use 1 or more, or 0")
+
+    def resolved_levels(self, context_len: int) -> int:
+        """The bits of the largest number below `context_len`, and one for the token itself."""
+        return self.num_levels or (context_len - 1).bit_length() + 1
+
+
+@dataclass(kw_only=True)
+class TTTLinearConfig:
+    """A linear map as state, trained on the tokens it meets (TTT-Linear, 2024)."""
+
+    num_heads: int = 4
+    mini_batch: int = 16  # tokens whose gradients are taken at the same weights
+    base_rate: float = 1.0  # largest learning rate of the inner model, before it is divided by a head's width
+    rope_theta: float = 10_000.0  # base of the rotary angles, whose positions restart with every mini-batch
+    gate: bool = False  # multiply the output by gelu(W_g x), as in the paper's Mamba backbone
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "num_heads", "mini_batch")
+        positive(self, "base_rate", "rope_theta")
+
+
+@dataclass(kw_only=True)
+class TTTMLPConfig(TTTLinearConfig):
+    """A two-layer model as state, trained on the tokens it meets (TTT-MLP, 2024)."""
+
+    base_rate: float = 0.1  # largest learning rate of the inner model, before it is divided by a head's width

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 class DeltaCarry(NamedTuple):
     """What a mixer on the delta rule remembers, of a size that does not depend on t.
 
-    Shapes:  conv_inputs: b (w-1) c, the last inputs of the convolution, c = 2 h n + h p    state: b h n p (fp32)
+    Shapes:  conv_inputs: b (w-1) c, the last inputs of the convolution, c = 2 h_k n + h p    state: b h n p (fp32)
     """
 
     conv_inputs: Tensor

@@ -27,19 +27,21 @@ class GatedDeltaNet(DeltaMemory):
     [q, k, v] = silu(conv(W x)), q and k then scaled to length one;  beta = sigmoid(W_b x), doubled with
     `negative_eigenvalues`;  g = -exp(A_log) softplus(W_a x + dt_bias);  y = W_o( RMSNorm_head(o) * silu(W_g x) ).
 
-    Shapes:  x: b t d  ->  b t d      h heads of n = key_dim keys and p = expand_v n values; beta, g: b t h
+    Shapes:  x: b t d  ->  b t d      h heads of n = key_dim keys and p = expand_v n values; beta, g: b t h;
+             `num_key_heads` h_k < h: head i reads the queries and keys of key head i // (h / h_k)
     Source: Yang, Kautz and Hatamizadeh 2024 (Gated delta networks), sections 3.1 and 3.4; Grazzi et al. 2024
-            (negative eigenvalues). W_q, W_k and W_v are one map here, as are their convolutions.
+            (negative eigenvalues); Qwen Team 2025 (Qwen3-Next: shared key heads). W_q, W_k and W_v are one map here,
+            as are their convolutions.
     """
 
     def __init__(self, config: GatedDeltaNetConfig, context: MixerContext) -> None:
         super().__init__()
         d, h = context.d_model, config.num_heads
-        self.num_heads = h
+        self.num_heads, self.num_key_heads = h, config.num_key_heads or h
         self.key_dim = config.key_dim or width_of_a_head(0.75 * d, h, "keys")
         self.value_dim = config.expand_v * self.key_dim
         self.largest_write = 2.0 if config.negative_eigenvalues else 1.0
-        channels = h * (2 * self.key_dim + self.value_dim)
+        channels = 2 * self.num_key_heads * self.key_dim + h * self.value_dim
         self.qkv_proj = nn.Linear(d, channels, bias=False)
         # Holds the taps (c 1 w) and draws them; the operator computes.
         self.conv = nn.Conv1d(channels, channels, config.conv_width, groups=channels, bias=False)
@@ -74,10 +76,10 @@ class GatedDeltaNet(DeltaMemory):
         qkv, conv_inputs = causal_conv(
             self.qkv_proj(x), self.conv.weight.squeeze(1), initial_state=conv_inputs, cu_seqlens=cu_seqlens
         )
-        keys, values = self.num_heads * self.key_dim, self.num_heads * self.value_dim
+        keys, values = self.num_key_heads * self.key_dim, self.num_heads * self.value_dim
         q, k, v = qkv.split([keys, keys, values], dim=-1)
-        q = self.unit_length(q.unflatten(-1, (self.num_heads, self.key_dim)))
-        k = self.unit_length(k.unflatten(-1, (self.num_heads, self.key_dim)))
+        q = self.unit_length(q.unflatten(-1, (self.num_key_heads, self.key_dim)))
+        k = self.unit_length(k.unflatten(-1, (self.num_key_heads, self.key_dim)))
         v = v.unflatten(-1, (self.num_heads, self.value_dim))
         write_gate = self.largest_write * torch.sigmoid(self.write_proj(x))
         # Rates and biases are fp32, which makes the decays fp32 where products are rounded to 8 bits.

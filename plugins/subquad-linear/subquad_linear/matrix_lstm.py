@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from subquad import MixerContext
 from subquad_kernels.operators import linear_attention
 from subquad_linear.config import MatrixLSTMConfig, width_of_a_head
+from subquad_linear.head_layer_norm import HeadLayerNorm
 
 NORM_EPS = 1e-6
 INPUT_BIAS, FIRST_FORGET_BIAS, LAST_FORGET_BIAS = -10.0, 3.0, 6.0
@@ -22,24 +23,6 @@ class MatrixLSTMCarry(NamedTuple):
 
     state: Tensor
     normalizer: Tensor
-
-
-class HeadLayerNorm(nn.Module):
-    """y = (x - mean x) / sqrt(var x + eps) * weight, each head by itself, in fp32 or wider; y has the type of x.
-
-    Shapes:  x: b t h p  ->  b t (h p)    weight: h p
-    Source: Beck et al. 2024 (xLSTM), figure 11; Ba et al. 2016.
-    """
-
-    def __init__(self, num_heads: int, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(num_heads * width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Centre and scale each head."""
-        exact = torch.promote_types(x.dtype, torch.float32)
-        normal = F.layer_norm(x.to(exact), x.shape[-1:], eps=NORM_EPS).flatten(-2)
-        return (normal * self.weight.to(exact)).to(x.dtype)
 
 
 class MatrixLSTM(nn.Module):
@@ -66,7 +49,7 @@ class MatrixLSTM(nn.Module):
         self.o_proj = nn.Linear(d, d, bias=False)
         self.input_gate = nn.Linear(d, h)
         self.forget_gate = nn.Linear(d, h)
-        self.norm = HeadLayerNorm(h, self.value_dim)
+        self.norm = HeadLayerNorm(h, self.value_dim, NORM_EPS)
         self.out_proj = nn.Linear(d, d, bias=False)
 
     @torch.no_grad()

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from subquad import Growth, MixerSpec, hookimpl
+from subquad import Growth, ImportSpec, MixerSpec, hookimpl
 from subquad_linear.config import (
     DeltaNetConfig,
     GatedDeltaNetConfig,
     GatedLinearAttentionConfig,
     LightningConfig,
+    LogLinearConfig,
     MatrixLSTMConfig,
     RetNetConfig,
     RWKV6Config,
     RWKV7Config,
     RWKVChannelMixConfig,
+    ScalarLSTMConfig,
+    TTTLinearConfig,
+    TTTMLPConfig,
 )
 
 RWKV7_LOW_RANK = ("decay", "rate", "gate")
@@ -131,5 +135,72 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             work_growth=Growth.LINEAR,
             carry_growth=Growth.CONSTANT,
             candidate=False,  # it sees two tokens
+        ),
+        MixerSpec(
+            name="slstm",
+            summary="recurrent network with exponential gates and memory mixing; serial in t",
+            paper="Beck et al. 2024 (arXiv 2405.04517)",
+            config=ScalarLSTMConfig,
+            build="subquad_linear.scalar_lstm:ScalarLSTM",
+            work_growth=Growth.LINEAR,
+            carry_growth=Growth.CONSTANT,
+            no_decay=("bias",),
+            # Gates act exponentially on the state: 8 bits of a bias change what is remembered.
+            float32_parameters=("bias",),
+            operators=("causal_conv", "slstm_scan"),
+        ),
+        MixerSpec(
+            name="log_linear",
+            summary="linear attention with a decay per head and token, over log t states with weights from the token",
+            paper="Guo et al. 2025 (arXiv 2506.04761)",
+            config=LogLinearConfig,
+            build="subquad_linear.log_linear:LogLinear",
+            work_growth=Growth.LOG_LINEAR,
+            carry_growth=Growth.LOGARITHMIC,
+            no_decay=("L", "decay_proj.bias"),
+            # They weigh whole states, and decide how fast these decay.
+            float32_parameters=("L", "decay_proj.bias"),
+            operators=("log_linear_attention",),
+        ),
+        MixerSpec(
+            name="ttt_linear",
+            summary="a linear map as state, trained on the tokens it meets by mini-batch gradient descent",
+            paper="Sun et al. 2024 (arXiv 2407.04620)",
+            config=TTTLinearConfig,
+            build="subquad_linear.ttt:linear",
+            work_growth=Growth.LINEAR,
+            carry_growth=Growth.CONSTANT,
+            no_decay=("b1", "norm_bias", "norm_weight"),
+            # What the inner model starts from and is trained by; LN takes what is common to all of a last bias away.
+            float32_parameters=("W1", "norm_bias", "norm_weight", "rate_proj.bias", "token_scale"),
+            operators=("ttt_scan",),
+        ),
+        MixerSpec(
+            name="ttt_mlp",
+            summary="a two-layer model as state, trained on the tokens it meets by mini-batch gradient descent",
+            paper="Sun et al. 2024 (arXiv 2407.04620)",
+            config=TTTMLPConfig,
+            build="subquad_linear.ttt:mlp",
+            work_growth=Growth.LINEAR,
+            carry_growth=Growth.CONSTANT,
+            no_decay=("b1", "b2", "norm_bias", "norm_weight"),
+            float32_parameters=("W1", "W2", "b1", "norm_bias", "norm_weight", "rate_proj.bias", "token_scale"),
+            operators=("ttt_scan",),
+        ),
+    ]
+
+
+@hookimpl
+def subquad_provide_imports() -> Iterable[ImportSpec]:
+    return [
+        ImportSpec(
+            model_type="qwen3_next",
+            summary="gated_delta_net and SwiGLU; without full_attention layers and experts",
+            build="subquad_linear.imports:qwen3_next",
+        ),
+        ImportSpec(
+            model_type="xlstm",
+            summary="mlstm and SwiGLU, as in xLSTM 7B; without biases of projections",
+            build="subquad_linear.imports:xlstm",
         ),
     ]

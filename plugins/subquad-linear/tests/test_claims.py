@@ -18,6 +18,7 @@ from subquad_linear.config import (
     RWKV6Config,
     RWKV7Config,
     RWKVChannelMixConfig,
+    ScalarLSTMConfig,
 )
 from subquad_linear.delta_net import DeltaNet
 from subquad_linear.gated_delta_net import GatedDeltaNet
@@ -27,6 +28,7 @@ from subquad_linear.retnet import RetNet
 from subquad_linear.rwkv6 import RWKV6
 from subquad_linear.rwkv7 import RWKV7
 from subquad_linear.rwkv_channel_mix import RWKVChannelMix
+from subquad_linear.scalar_lstm import ScalarLSTM
 from subquad_linear.unit_length import UnitLength
 
 CONTEXT = MixerContext(d_model=16, layer_index=0, num_layers=2, context_len=64)
@@ -252,3 +254,26 @@ def test_decays_of_rwkv_beyond_all_bounds_stay_finite(kind: Any, base: float) ->
         _, carry = mixer.prefill(x, mixer.empty_carry(2))
         last = mixer.k_proj(x)[:, -1, :1] * mixer.v_proj(x)[:, -1, :8]
         torch.testing.assert_close(carry.state[:, 0, 0], last)
+
+
+def test_a_scalar_lstm_tells_the_parity_of_bits_by_weights_set_by_hand() -> None:
+    """A 1 forgets all and writes the opposite of what the head shows, a 0 keeps it: the sign is the parity."""
+    context = MixerContext(d_model=4, layer_index=0, num_layers=2, context_len=64)
+    mixer = ScalarLSTM(ScalarLSTMConfig(num_heads=1, conv_width=1), context).double()
+    bits = torch.randint(0, 2, (3, 200))
+    x = torch.zeros(3, 201, 4, dtype=torch.float64)
+    x[:, 1:, 1], x[:, 0, 2] = 30.0 * bits, 30.0  # the bit, and the mark of the first token
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.zero_()
+        mixer.conv.weight.fill_(1.0)
+        mixer.norm.weight.fill_(1.0)
+        mixer.conv_gates[0, 1:3, 0], mixer.conv_gates[0, 1:3, 1] = 1.0, -2.0  # i and f of every channel
+        mixer.bias[0, 0], mixer.bias[0, 1], mixer.bias[0, 3] = -30.0, 30.0, 30.0
+        mixer.input_gates[0, 2, 0, 0] = 5 / 30  # the first token writes +1 to channel 0
+        mixer.recurrent[0, 0, 2, 0] = -5.0
+        y = mixer(x)[:, 1:, 0]
+        assert torch.equal(y < 0, bits.cumsum(1) % 2 == 1)
+        assert y.abs().min() > 0.99 * y.abs().max()
+        mixer.recurrent.zero_()
+        assert not torch.equal(mixer(x)[:, 1:, 0] < 0, bits.cumsum(1) % 2 == 1)

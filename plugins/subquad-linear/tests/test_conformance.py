@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from subquad.testing.mixer_suite import MixerSuite, carry_bytes
 
@@ -79,12 +80,12 @@ class TestGatedDeltaNet(LinearMixerSuite):
     state_bytes = 4 * 6 * 2 * 4 + 3 * 4 * (2 * 12 + 24)
 
 
-class TestGatedDeltaNetWithSignFlips(LinearMixerSuite):
+class TestGatedDeltaNetWithSignFlipsAndSharedKeys(LinearMixerSuite):
     mixer = "gated_delta_net"
     config: ClassVar = {
-        "num_heads": 2, "key_dim": 5, "expand_v": 1, "conv_width": 2, "negative_eigenvalues": True,
+        "num_heads": 2, "num_key_heads": 1, "key_dim": 5, "expand_v": 1, "conv_width": 2, "negative_eigenvalues": True,
     }  # fmt: skip
-    state_bytes = 4 * 2 * 5 * 5 + 4 * (3 * 10)
+    state_bytes = 4 * 2 * 5 * 5 + 4 * (2 * 5 + 10)
 
 
 class TestDeltaNet(LinearMixerSuite):
@@ -149,3 +150,25 @@ class TestRWKVChannelMix(MixerSuite):
 class TestRWKVChannelMixWithReceptance(MixerSuite):
     mixer = "rwkv_channel_mix"
     config: ClassVar = {"receptance": True, "d_hidden": 24, "blocks_per_layer": 1}
+
+
+class ScalarLSTMSuite(LinearMixerSuite):
+    """The mixer starts with no recurrent weights; those of the suite are drawn, so that hidden states matter."""
+
+    def build(self, *, seed: int = 0, device: str | None = None) -> Any:
+        """The small mixer, its heads mixing their memory."""
+        mixer = super().build(seed=seed, device=device)
+        if mixer.recurrent.device.type != "meta":
+            nn.init.normal_(mixer.recurrent, std=0.5)
+        return mixer
+
+
+class TestScalarLSTM(ScalarLSTMSuite):
+    mixer = "slstm"
+    state_bytes = 4 * 3 * 16 + 3 * 4 * 16
+
+
+class TestScalarLSTMOfOneHead(ScalarLSTMSuite):
+    mixer = "slstm"
+    config: ClassVar = {"num_heads": 1, "conv_width": 1}
+    state_bytes = 4 * 3 * 16

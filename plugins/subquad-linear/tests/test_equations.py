@@ -101,12 +101,12 @@ def gla(m: Any, x: Tensor) -> Tensor:
     return (o * silu(x @ m.output.g_proj.weight.T)) @ m.output.o_proj.weight.T
 
 
-def convolved(x: Tensor, taps: Tensor) -> Tensor:
-    """y_t = silu( sum_j taps_j x_{t-w+1+j} ), zeros before the first token.  Shapes:  x: b t c    taps: c 1 w"""
+def convolved(x: Tensor, taps: Tensor, bias: Tensor | float = 0.0) -> Tensor:
+    """y_t = silu( bias + sum_j taps_j x_{t-w+1+j} ), zeros before the first token.  Shapes: x: b t c   taps: c 1 w"""
     width = taps.shape[-1]
     padded = torch.cat([x.new_zeros(x.shape[0], width - 1, x.shape[2]), x], dim=1)
     rows = [sum(padded[:, t + j] * taps[:, 0, j] for j in range(width)) for t in range(x.shape[1])]
-    return silu(torch.stack(rows, 1))  # type: ignore[arg-type]
+    return silu(torch.stack(rows, 1) + bias)  # type: ignore[arg-type]
 
 
 def unit(x: Tensor) -> Tensor:
@@ -128,12 +128,13 @@ def delta_states(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, beta: Tensor) -
 
 def gated_delta_net(m: Any, x: Tensor) -> Tensor:
     """Yang, Kautz and Hatamizadeh 2024, equation 10 and section 3.4."""
-    h, n, p = m.num_heads, m.key_dim, m.value_dim
-    q, k, v = convolved(x @ m.qkv_proj.weight.T, m.conv.weight).split([h * n, h * n, h * p], dim=-1)
+    h, h_k, n, p = m.num_heads, m.num_key_heads, m.key_dim, m.value_dim
+    q, k, v = convolved(x @ m.qkv_proj.weight.T, m.conv.weight).split([h_k * n, h_k * n, h * p], dim=-1)
+    q, k = (heads(part, h_k).repeat_interleave(h // h_k, dim=2) for part in (q, k))
     beta = m.largest_write / (1 + torch.exp(-x @ m.write_proj.weight.T))
     step = torch.log1p(torch.exp(x @ m.decay_proj.weight.T + m.dt_bias))
     alpha = torch.exp(-torch.exp(m.A_log) * step)
-    o = delta_states(unit(heads(q, h)), unit(heads(k, h)), heads(v, h), alpha, beta)
+    o = delta_states(unit(q), unit(k), heads(v, h), alpha, beta)
     o = rms_norm(o, 1e-6, m.output.norm.weight).flatten(2)
     return (o * silu(x @ m.output.g_proj.weight.T)) @ m.output.o_proj.weight.T
 
@@ -297,6 +298,30 @@ def rwkv_channel_mix(m: Any, x: Tensor) -> Tensor:
     return y if m.r_mix is None else sigmoid((x + back * m.r_mix) @ m.r_proj.weight.T) * y
 
 
+def slstm(m: Any, x: Tensor) -> Tensor:
+    """Beck et al. 2024, equations 8 to 17, with the stabiliser; c and n before it are zero, and m is i at first."""
+    h, p = m.num_heads, m.head_dim
+    u = heads(convolved(x, m.conv.weight, m.conv.bias), h)
+    from_u, from_x = (
+        torch.einsum("bthj,hjgp->bthgp", rows, weight)
+        for rows, weight in ((u, m.conv_gates), (heads(x, h), m.input_gates))
+    )
+    hidden = c = n = scale = x.new_zeros(x.shape[0], h, p)
+    outputs = []
+    for t in range(x.shape[1]):
+        mixed = torch.cat([from_u[:, t], from_x[:, t]], 2) + m.bias
+        i, f, z, o = (mixed + (hidden[:, :, :, None, None] * m.recurrent).sum(2)).unbind(2)
+        log_f = -torch.log1p(torch.exp(-f))
+        new_scale = torch.maximum(log_f + scale, i) if t else i
+        forget, write = torch.exp(log_f + scale - new_scale), torch.exp(i - new_scale)
+        c, n, scale = forget * c + write * torch.tanh(z), forget * n + write, new_scale
+        hidden = c / n / (1 + torch.exp(-o))
+        outputs.append(hidden)
+    o = torch.stack(outputs, 1)
+    centred = o - o.mean(-1, keepdim=True)
+    return (centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(2) * m.norm.weight
+
+
 CASES: list[tuple[str, dict[str, Any], Any]] = [
     ("retnet", {"num_heads": 3}, retnet),
     ("retnet", {"num_heads": 2, "expand_v": 1, "rope_theta": 50.0}, retnet),
@@ -305,10 +330,13 @@ CASES: list[tuple[str, dict[str, Any], Any]] = [
     ("gla", {"num_heads": 3, "expand_k": 1.0, "expand_v": 2.0, "gate_rank": 5, "gate_temperature": 2.0}, gla),
     ("gated_delta_net", {}, gated_delta_net),
     ("gated_delta_net", {"num_heads": 2, "key_dim": 7, "conv_width": 2, "negative_eigenvalues": True}, gated_delta_net),
+    ("gated_delta_net", {"num_heads": 6, "num_key_heads": 2, "key_dim": 5}, gated_delta_net),
     ("lightning", {"num_heads": 4}, lightning),
     ("lightning", {"num_heads": 3, "decays": "transnormer"}, lightning),
     ("mlstm", {"num_heads": 3, "gate_cap": 2.0}, mlstm),
     ("mlstm", {"num_heads": 2, "expand_k": 1.0}, mlstm),
+    ("slstm", {"num_heads": 3}, slstm),
+    ("slstm", {"num_heads": 2, "conv_width": 1}, slstm),
     ("delta_net", {"num_heads": 4}, delta_net),
     ("delta_net", {"num_heads": 3, "conv_width": 1, "negative_eigenvalues": True}, delta_net),
     ("rwkv6", {"num_heads": 3}, rwkv6),
@@ -321,7 +349,9 @@ CASES: list[tuple[str, dict[str, Any], Any]] = [
 
 
 @pytest.mark.parametrize(
-    ("name", "config", "equations"), CASES, ids=[f"{case[2].__name__}-{case[1]}" for case in CASES]
+    ("name", "config", "equations"),
+    [pytest.param(*case, marks=pytest.mark.oracle(case[0])) for case in CASES],
+    ids=[f"{case[2].__name__}-{case[1]}" for case in CASES],
 )
 @pytest.mark.parametrize("t", [1, 2, 71])  # 71: more than one chunk of the kernels
 def test_the_mixer_equals_the_paper_s_equations_with_all_gradients(

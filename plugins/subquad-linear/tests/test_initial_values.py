@@ -20,6 +20,7 @@ from subquad_linear.config import (
     RWKV6Config,
     RWKV7Config,
     RWKVChannelMixConfig,
+    ScalarLSTMConfig,
 )
 from subquad_linear.delta_net import DeltaNet
 from subquad_linear.gated_delta_net import GatedDeltaNet
@@ -30,6 +31,7 @@ from subquad_linear.retnet import RetNet
 from subquad_linear.rwkv6 import RWKV6
 from subquad_linear.rwkv7 import RWKV7
 from subquad_linear.rwkv_channel_mix import RWKVChannelMix
+from subquad_linear.scalar_lstm import ScalarLSTM
 
 
 def context(d_model: int = 64, *, layer_index: int = 0, num_layers: int = 4) -> MixerContext:
@@ -198,6 +200,18 @@ def test_a_model_of_rwkv_starts_with_blocks_that_add_nothing() -> None:
     torch.testing.assert_close(model(ids), expected)
 
 
+def test_a_scalar_lstm_starts_without_mixing_and_forgets_from_slow_to_fast() -> None:
+    for layer, power in ((0, 0.3), (3, 1.6)):
+        mixer = initialised(ScalarLSTM(ScalarLSTMConfig(), context(d_model=256, layer_index=layer)))
+        assert (mixer.recurrent == 0).all()
+        assert (mixer.bias[:, [0, 2, 3]] == 0).all()
+        expected = [5 - 12 * (j / 63) ** power for j in range(64)]
+        torch.testing.assert_close(mixer.bias[:, 1], torch.tensor(expected).expand(4, 64))
+        for gates in (mixer.conv_gates, mixer.input_gates):
+            assert gates.std().item() == pytest.approx(math.sqrt(2 / (5 * 256)), rel=0.02)
+    assert initialised(ScalarLSTM(ScalarLSTMConfig(num_heads=64), context())).bias[:, 1].tolist() == [[5.0]] * 64
+
+
 @pytest.mark.parametrize(
     ("config", "key"),
     [
@@ -206,6 +220,7 @@ def test_a_model_of_rwkv_starts_with_blocks_that_add_nothing() -> None:
         (GatedLinearAttentionConfig, "expand_k"), (GatedLinearAttentionConfig, "gate_temperature"),
         (GatedDeltaNetConfig, "num_heads"), (GatedDeltaNetConfig, "expand_v"), (GatedDeltaNetConfig, "conv_width"),
         (LightningConfig, "num_heads"), (MatrixLSTMConfig, "num_heads"),
+        (ScalarLSTMConfig, "num_heads"), (ScalarLSTMConfig, "conv_width"),
         (MatrixLSTMConfig, "gate_cap"), (DeltaNetConfig, "num_heads"), (DeltaNetConfig, "conv_width"),
         (RWKV6Config, "num_heads"), (RWKV6Config, "mix_rank"), (RWKV6Config, "decay_rank"),
         (RWKV7Config, "num_heads"), (RWKV7Config, "blocks_per_layer"), (RWKVChannelMixConfig, "blocks_per_layer"),
@@ -221,6 +236,8 @@ def test_heads_that_do_not_divide_the_width_are_refused_by_name() -> None:
         RetNet(RetNetConfig(num_heads=7), context())
     with pytest.raises(ConfigError, match="3 heads do not share 32 channels of keys"):
         GatedLinearAttention(GatedLinearAttentionConfig(num_heads=3), context())
+    with pytest.raises(ConfigError, match="5 heads do not share 64 channels of the model"):
+        ScalarLSTM(ScalarLSTMConfig(num_heads=5), context())
     with pytest.raises(ConfigError, match="4 heads"):
         GatedDeltaNet(GatedDeltaNetConfig(num_heads=4), context(d_model=8))
     with pytest.raises(ConfigError, match="3 heads"):

@@ -59,6 +59,21 @@ def rwkv7_layer(d: int) -> int:
     return 12 * d * d + 2 * d * (64 + 64 + 128) + 18 * d - 4 * d + d
 
 
+def slstm_block(d: int) -> int:
+    """Beck et al. 2024: four gates and four recurrent maps of d^2 / 4; biases; taps of 4 and a bias; a norm of d."""
+    return 2 * d * d + 4 * d + 5 * d + d
+
+
+def log_linear_block(d: int) -> int:
+    """Guo et al. 2025 on GLA's block: a decay and 15 weights for each of 4 heads; L; a norm of d / 4."""
+    return 4 * d * d + 4 * (d + 1) + 4 * 15 * (d + 1) + d // 4
+
+
+def ttt_block(d: int, inner: int) -> int:
+    """Sun et al. 2024, released code: q, k, v, output of d^2, rates, 16 token scales, LN of heads and of all, and W."""
+    return 4 * d * d + 16 * (d + 1) + 16 + 2 * d + 2 * d + inner
+
+
 LAYOUTS = {
     # recipe: (parameters of a mixer, d_model, blocks, hidden width of SwiGLU, vocabulary, tied)
     "retnet_340m": (retnet_block(1024), 1024, 24, 1536, 32000, True),
@@ -69,6 +84,9 @@ LAYOUTS = {
     "lightning_340m": (lightning_block(1024), 1024, 24, 2560, 32000, True),
     "rwkv6_470m": (rwkv6_layer(1024), 1024, 24, 0, 65536, False),  # layers of two blocks
     "rwkv7_450m": (rwkv7_layer(1024), 1024, 24, 0, 65536, False),
+    "ttt_linear_350m": (ttt_block(1024, 1024 * (64 + 1)), 1024, 24, 2736, 32000, True),
+    "ttt_mlp_350m": (ttt_block(1024, 1024 * (8 * 64 + 5)), 1024, 24, 2736, 32000, True),
+    "log_linear_340m": (log_linear_block(1024), 1024, 24, 2816, 32000, True),
 }
 
 
@@ -100,7 +118,20 @@ def test_rwkv_has_the_published_count_but_for_what_is_left_out() -> None:
         assert sum(parameter.numel() for parameter in model.parameters()) == published - norms, recipe
 
 
-@pytest.mark.parametrize("recipe", [name.rsplit("_", 1)[0] for name in LAYOUTS])
+def test_xlstm_has_seven_matrix_lstms_to_a_scalar_one() -> None:
+    config = load_config(["model=xlstm_340m"]).model
+    config.context_len = 4096
+    model = build_model(config, device="meta")
+    kinds = [type(block.mixer).__name__ for block in model.blocks]
+    assert (kinds.count("MatrixLSTM"), kinds.count("ScalarLSTM")) == (21, 3)
+    d = 1024
+    blocks = 21 * (mlstm_block(d) + 3 * d * 2752 + 2 * d) + 3 * (slstm_block(d) + 3 * d * 1344 + 2 * d)
+    expected = blocks + d + 32000 * d
+    assert sum(parameter.numel() for parameter in model.parameters()) == expected
+    assert f"| {expected:,} |" in README.partition("| `xlstm_340m` |")[2].partition("\n")[0]
+
+
+@pytest.mark.parametrize("recipe", [*(name.rsplit("_", 1)[0] for name in LAYOUTS), "slstm", "xlstm"])
 def test_the_laptop_size_composes_builds_and_learns(recipe: str) -> None:
     config = load_config([f"model={recipe}"]).model
     assert config.name == recipe

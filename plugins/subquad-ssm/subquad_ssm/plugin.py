@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from subquad import Growth, MixerSpec, hookimpl
-from subquad_ssm.config import Mamba2Config, MambaConfig
+from subquad import Growth, ImportSpec, MixerSpec, hookimpl
+from subquad_ssm.config import LogLinearMamba2Config, Mamba2Config, Mamba3Config, MambaConfig
+
+
+@hookimpl
+def subquad_provide_config_packages() -> Iterable[str]:
+    return ["subquad_ssm.conf"]
 
 
 @hookimpl
@@ -35,5 +40,45 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             no_decay=("A_log", "D", "dt_bias"),
             float32_parameters=("A_log", "D", "dt_bias"),
             operators=("causal_conv", "linear_attention"),
+        ),
+        MixerSpec(
+            name="mamba3",
+            summary="complex state-space model by a trapezoidal rule, with one input a token or several",
+            paper="Lahoti et al. 2026 (arXiv 2603.15569)",
+            config=Mamba3Config,
+            build="subquad_ssm.mamba3:Mamba3",
+            work_growth=Growth.LINEAR,
+            carry_growth=Growth.CONSTANT,
+            no_decay=("D", "dt_bias", "B_bias", "C_bias"),
+            float32_parameters=("D", "dt_bias", "B_bias", "C_bias"),
+            operators=("linear_attention",),
+        ),
+        MixerSpec(
+            name="log_linear_mamba2",
+            summary="Mamba-2 over log t states, each read with a weight from the token",
+            paper="Guo et al. 2025 (arXiv 2506.04761)",
+            config=LogLinearMamba2Config,
+            build="subquad_ssm.log_linear_mamba2:LogLinearMamba2",
+            work_growth=Growth.LOG_LINEAR,
+            carry_growth=Growth.LOGARITHMIC,
+            no_decay=("A_log", "D", "L", "dt_bias"),
+            float32_parameters=("A_log", "D", "L", "dt_bias"),
+            operators=("causal_conv", "log_linear_attention"),
+        ),
+    ]
+
+
+@hookimpl
+def subquad_provide_imports() -> Iterable[ImportSpec]:
+    return [
+        ImportSpec(
+            model_type="mamba",
+            summary="mamba; without biases of projections",
+            build="subquad_ssm.imports:mamba",
+        ),
+        ImportSpec(
+            model_type="mamba2",
+            summary="mamba2; without biases of projections and limits of step sizes",
+            build="subquad_ssm.imports:mamba2",
         ),
     ]

@@ -96,6 +96,7 @@ def test_initialising_twice_draws_again_and_never_leaves_the_paper_s_ranges() ->
     assert mixer.dt_proj.weight.abs().max() <= mixer.dt_rank**-0.5
 
 
+@pytest.mark.oracle("mamba")
 @pytest.mark.parametrize("config", [{}, {"conv_width": 1, "state_dim": 1}, {"expand": 1, "conv_width": 2}], ids=str)
 def test_the_mixer_equals_the_block_written_from_the_equations(config: dict[str, int]) -> None:
     mixer = build(**config).double()

@@ -103,6 +103,7 @@ def dual(m: Mamba2, x: Tensor) -> Tensor:
     return left(m, torch.einsum("bhij,bjhp->bihp", scores, dt[..., None] * u), u, z)
 
 
+@pytest.mark.oracle("mamba2")
 @pytest.mark.parametrize(
     ("form", "config", "t"),
     [(form, config, t) for config in (SMALL, GROUPED) for form, t in ((recurrence, 1), (recurrence, 83), (dual, 17))],

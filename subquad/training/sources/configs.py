@@ -150,6 +150,26 @@ class CopyingConfig:
             )
 
 
+@dataclass(kw_only=True)
+class SyntheticConfig:
+    """A task with exact answers in one or several sizes (`subquad/training/tasks`); `evaluate suite=TASK` judges it."""
+
+    task: str = "mqar"
+    sizes: list[int] = field(default_factory=list)  # pairs, symbols, bits ...; [] means the usual ones that fit
+    vocab_size: int = 0  # 0: the task's
+    train_samples: int = 100_000
+    validation_samples: int = 2_000
+    seed: int = 0  # of the samples; their order follows the run's seed
+
+    def __post_init__(self) -> None:
+        for name in ("train_samples", "validation_samples"):
+            _check_positive(name, getattr(self, name))
+        if self.vocab_size < 0:
+            raise ConfigError(
+                what=f"vocab_size is {self.vocab_size}", where="data.vocab_size", mend="use 0 for the task's, or more"
+            )
+
+
 def _check_fraction(fraction: float) -> None:
     if not 0 < fraction < 1:
         raise ConfigError(

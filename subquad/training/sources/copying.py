@@ -1,10 +1,4 @@
-"""Copying: read symbols, and after a marker give them back in order.
-
-    s_1 _ _ s_2 _ s_3 ... s_k  |  s_1 s_2 ... s_{k-1}        targets from the marker on: s_1 s_2 ... s_k
-
-Plain: the symbols stand together at the beginning, so that a fixed delay solves it. Selective: they are scattered
-among blanks, so that only what depends on the content can.  Source: Gu and Dao 2023 (Mamba), Section 3.1.
-"""
+"""Copying, plain or selective (`tasks/copying.py`), with one number of symbols."""
 
 from __future__ import annotations
 
@@ -14,10 +8,9 @@ import numpy as np
 
 from subquad.errors import ConfigError
 from subquad.training.sources.configs import CopyingConfig
-from subquad.training.sources.source import IGNORED, DataContext, Sample, Split
+from subquad.training.sources.source import DataContext, Sample, Split
+from subquad.training.tasks import copying
 from subquad.training.tokenizer import SymbolTokenizer
-
-BLANK, MARKER, FIRST_SYMBOL = 0, 1, 2
 
 
 class Copying:
@@ -44,16 +37,9 @@ class Copying:
     def sample(self, split: Split, index: int) -> Sample:
         config = self._config
         random = np.random.default_rng((config.seed, ("train", "validation").index(split), index))
-        count = config.num_symbols
-        symbols = random.integers(FIRST_SYMBOL, config.vocab_size, size=count)
-        room = self._seq_len - count  # tokens before the marker
-        places = np.sort(random.choice(room, size=count, replace=False)) if config.selective else np.arange(count)
-        tokens = np.full(self._seq_len, BLANK, dtype=np.int64)
-        targets = np.full(self._seq_len, IGNORED, dtype=np.int64)
-        tokens[places] = symbols
-        tokens[room] = MARKER
-        tokens[room + 1 :] = symbols[:-1]
-        targets[room:] = symbols
+        tokens, targets = copying.draw(
+            random, self._seq_len, config.num_symbols, config.vocab_size, selective=config.selective
+        )
         return Sample(tokens, targets, np.zeros(0, dtype=np.int64), 0)
 
 

@@ -15,6 +15,7 @@ DATA_SOURCES: tuple[ComponentSpec, ...] = tuple(
         ("text_files", configs.TextFilesConfig, "files of your own: UTF-8 text, JSON Lines, Parquet"),
         ("mixture", configs.MixtureConfig, "several sources by weight"),
         ("hf", configs.HfConfig, "a Hugging Face data set (extra hf)"),
+        ("synthetic", configs.SyntheticConfig, "a synthetic task with exact answers: task=mqar, parity, needle ..."),
         ("mqar", configs.MqarConfig, "synthetic: multi-query associative recall"),
         ("copying", configs.CopyingConfig, "synthetic: copy the symbols seen before"),
     )

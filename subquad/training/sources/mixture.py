@@ -11,10 +11,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 
+import numpy as np
+from numpy.typing import NDArray
+
 from subquad.errors import ConfigError
 from subquad.training.sources.build import build_source
 from subquad.training.sources.configs import MixtureConfig
-from subquad.training.sources.source import DataContext, Sample, Source, Split
+from subquad.training.sources.source import DataContext, Sample, Source, Split, TextSource
 
 MOST_SAMPLES = 2**60
 """Their numbers are 64-bit integers."""
@@ -61,12 +64,25 @@ class Mixture:
         return self._ends[split][-1]
 
     def sample(self, split: Split, index: int) -> Sample:
+        source, number = self._place(split, index)
+        return source.sample(split, number)
+
+    def _place(self, split: Split, index: int) -> tuple[Source, int]:
         begin = 0
         for source, end in zip(self._sources, self._ends[split]):
             if index < end:
-                return source.sample(split, (index - begin) % source.num_samples(split))
+                return source, (index - begin) % source.num_samples(split)
             begin = end
         raise IndexError(index)
+
+
+class TextMixture(Mixture):
+    """A mixture of texts alone, which tells the bytes of each target."""
+
+    def bytes_of_targets(self, split: Split, index: int) -> NDArray[np.int64]:
+        source, number = self._place(split, index)
+        assert isinstance(source, TextSource)
+        return source.bytes_of_targets(split, number)
 
 
 def build(config: MixtureConfig, context: DataContext) -> Mixture:
@@ -76,4 +92,5 @@ def build(config: MixtureConfig, context: DataContext) -> Mixture:
         fields = dict(entry)
         weights[key] = float(fields.pop("weight", 1.0))
         sources[key] = build_source(fields, context, f"data.sources.{key}")
-    return Mixture(sources, weights)
+    is_text = all(isinstance(source, TextSource) for source in sources.values())
+    return (TextMixture if is_text else Mixture)(sources, weights)

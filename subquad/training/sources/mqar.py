@@ -1,10 +1,4 @@
-"""Multi-query associative recall: read key-value pairs, later give the value of each key that appears.
-
-    k_1 v_1 k_2 v_2 ... k_p v_p   0 k_3 0 0 k_1 0 ...        target at each later key: its value
-
-Source: Arora et al. 2023 (Zoology), Appendix E: distinct keys, values drawn with replacement, and the place of a
-query drawn with probability proportional to (1 + gap)^(power - 1), so that most are near and some are far.
-"""
+"""Multi-query associative recall (`tasks/mqar.py`) with one number of pairs."""
 
 from __future__ import annotations
 
@@ -14,10 +8,9 @@ import numpy as np
 
 from subquad.errors import ConfigError
 from subquad.training.sources.configs import MqarConfig
-from subquad.training.sources.source import IGNORED, DataContext, Sample, Split
+from subquad.training.sources.source import DataContext, Sample, Split
+from subquad.training.tasks import mqar
 from subquad.training.tokenizer import SymbolTokenizer
-
-FILLER = 0
 
 
 class Mqar:
@@ -44,18 +37,7 @@ class Mqar:
     def sample(self, split: Split, index: int) -> Sample:
         config = self._config
         random = np.random.default_rng((config.seed, ("train", "validation").index(split), index))
-        middle = config.vocab_size // 2
-        keys = random.choice(np.arange(1, middle), size=config.num_pairs, replace=False)
-        values = random.integers(middle, config.vocab_size, size=config.num_pairs)
-        tokens = np.full(self._seq_len, FILLER, dtype=np.int64)
-        targets = np.full(self._seq_len, IGNORED, dtype=np.int64)
-        prefix = 2 * config.num_pairs
-        tokens[0:prefix:2], tokens[1:prefix:2] = keys, values
-        # Queries stand at even distances behind the pairs, as in the paper's code.
-        slots = (self._seq_len - prefix) // 2
-        weights = (1.0 + np.arange(slots)) ** (config.power - 1)
-        places = prefix + 2 * random.choice(slots, size=config.num_pairs, replace=False, p=weights / weights.sum())
-        tokens[places], targets[places] = keys, values
+        tokens, targets = mqar.draw(random, self._seq_len, config.num_pairs, config.vocab_size, config.power)
         return Sample(tokens, targets, np.zeros(0, dtype=np.int64), 0)
 
 

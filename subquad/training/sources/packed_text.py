@@ -74,6 +74,15 @@ class PackedText:
         return (len(self._arrays[split].tokens) - 1) // self._seq_len
 
     def sample(self, split: Split, index: int) -> Sample:
+        stretch, targets, starts = self._stretch(split, index)
+        target_bytes = int(self._widths(split, index, targets).sum())
+        return Sample(stretch[:-1], targets, starts[starts < self._seq_len], target_bytes)
+
+    def bytes_of_targets(self, split: Split, index: int) -> NDArray[np.int64]:
+        return self._widths(split, index, self._stretch(split, index)[1])
+
+    def _stretch(self, split: Split, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """The tokens of a row and the one behind it, the targets, and where documents begin among 1 .. t."""
         arrays = self._arrays[split]
         begin = index * self._seq_len
         stretch = arrays.tokens[begin : begin + self._seq_len + 1].astype(np.int64)
@@ -82,12 +91,15 @@ class PackedText:
         first, last = np.searchsorted(arrays.document_starts, (begin + 1, begin + self._seq_len + 1))
         starts = np.asarray(arrays.document_starts[first:last]) - begin
         targets[starts - 1] = IGNORED
-        predicted = targets != IGNORED
-        if arrays.token_bytes is None:
-            target_bytes = int(np.count_nonzero(predicted))
-        else:
-            target_bytes = int(arrays.token_bytes[begin + 1 : begin + self._seq_len + 1][predicted].sum())
-        return Sample(stretch[:-1], targets, starts[starts < self._seq_len], target_bytes)
+        return stretch, targets, starts
+
+    def _widths(self, split: Split, index: int, targets: NDArray[np.int64]) -> NDArray[np.int64]:
+        predicted, token_bytes = targets != IGNORED, self._arrays[split].token_bytes
+        if token_bytes is None:
+            return np.asarray(predicted, dtype=np.int64)
+        begin = index * self._seq_len
+        widths = token_bytes[begin + 1 : begin + self._seq_len + 1]
+        return np.where(predicted, np.asarray(widths, dtype=np.int64), 0)
 
 
 def unigram_bits_per_byte(train_counts: NDArray[np.int64], validation_counts: NDArray[np.int64]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +54,14 @@ class Source(Protocol):
 
     def sample(self, split: Split, index: int) -> Sample:
         """The sample of that number."""
+
+
+@runtime_checkable
+class TextSource(Source, Protocol):
+    """A source that also tells bytes target by target, for bits per byte of a part of a sample."""
+
+    def bytes_of_targets(self, split: Split, index: int) -> NDArray[np.int64]:
+        """How many bytes of text each target of a sample stands for, 0 where nothing is predicted.  Shapes:  t"""
 
 
 @dataclass(frozen=True, kw_only=True)

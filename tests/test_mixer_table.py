@@ -1,0 +1,119 @@
+"""The table of mixers is what the records say, and the documents hold it as the command writes it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from oracle_record import OracleRecord
+
+from subquad.registry import load_registry
+from subquad.testing.mixer_suite import MixerSuite
+from subquad.testing.verdict import promises
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def loaded() -> ModuleType:
+    """tools/mixer_table.py, which is no package."""
+    spec = importlib.util.spec_from_file_location("mixer_table", ROOT / "tools" / "mixer_table.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tool(tmp_path: Path) -> Any:
+    """The tool, on records of its own."""
+    module = loaded()
+    module.VERDICTS = module.BENCHMARKS = tmp_path
+    return module
+
+
+def cells(tool: Any, mixer: str) -> dict[str, str]:
+    """A row of the table by its header."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tool.table().splitlines() if "|" in line]
+    row = next(line for line in lines if line[0] == f"`{mixer}`")
+    return dict(zip(lines[0], row))
+
+
+def test_the_documents_hold_the_table_of_the_records() -> None:
+    tool = loaded()
+    for path in tool.DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        assert tool.with_table(text, tool.table()) == text, f"{path.name}: run python tools/mixer_table.py write"
+
+
+def test_every_mixer_has_been_judged_and_compared() -> None:
+    tool = loaded()
+    for mixer in load_registry().mixers:
+        assert tool.promises_of(mixer, "cpu"), f"run python tools/mixer_table.py judge {mixer}"
+        assert cells(tool, mixer)["oracle"] != "-", f"mark a test of {mixer} with pytest.mark.oracle, and record it"
+
+
+def test_every_promise_of_a_column_is_one_of_the_suite() -> None:
+    tool = loaded()
+    assert {name for names in (*tool.COLUMNS.values(), tool.GROWS) for name in names} <= set(promises(MixerSuite))
+
+
+def test_a_broken_promise_shows_and_a_missing_record_is_no_yes(tool: Any) -> None:
+    assert set(cells(tool, "window").values()) == {"`window`", "-", "no"}
+    kept = dict.fromkeys(promises(MixerSuite), True) | {"packed_documents_equal_separate_ones": False}
+    del kept["compiles_without_graph_breaks"]
+    verdict = {"kind": "mixer", "name": "window", "promises": [{"name": n, "kept": k} for n, k in kept.items()]}
+    record = {"device": "cpu", "torch": "2", "date": "2026-11-29", "verdicts": [verdict]}
+    (tool.VERDICTS / "window.cpu.json").write_text(json.dumps(record))
+    found = cells(tool, "window")
+    assert (found["forward"], found["packed"], found["compile"]) == ("yes", "NO", "-")
+    assert (found["CPU"], found["growth: work, carry"]) == (f"{len(kept) - 1} of {len(kept)}", "t, 1")
+
+
+def test_times_are_of_one_case_and_a_record_with_a_rival_is_preferred(tool: Any) -> None:
+    def row(name: str, t: int, ms: float, **more: Any) -> dict[str, Any]:
+        return {"case": {"name": name, "t": t, "n": 64, "p": 64}, "both_device_ms": ms} | more
+
+    newer = {"device": "GPU", "timings": [row("A", 8192, 9.0)]}
+    rivals = [
+        {"rival": "slow", "case": "A", "both_device_ms": 8.0},
+        {"rival": "fast", "case": "A", "both_device_ms": 5.0},
+    ]
+    rivals += [
+        {"rival": "other", "case": "B", "both_device_ms": 1.0},
+        {"rival": "late", "case": "A", "failure": "late"},
+    ]
+    older = {
+        "device": "GPU",
+        "timings": [row("A", 2048, 1.0), row("A", 8192, 2.0, tuned=True), row("A", 8192, 4.0)],
+        "rivals": rivals,
+    }
+    (tool.BENCHMARKS / "linear_attention_gpu_2026-12-01.json").write_text(json.dumps(newer))
+    (tool.BENCHMARKS / "linear_attention_rivals_gpu_2026-11-30.json").write_text(json.dumps(older))
+    assert cells(tool, "retnet")["on a GPU, beside rivals"] == "`linear_attention` 4.00 ms (n 64, p 64), fast 5.00 ms"
+
+
+def test_oracles_are_counted_by_mixer_and_a_skipped_one_is_not(tmp_path: Path) -> None:
+    record = OracleRecord(tmp_path / "oracles.json")
+    item = SimpleNamespace(iter_markers=lambda name: [SimpleNamespace(args=("a", "b"))])
+    for when, outcome in (
+        ("setup", "passed"), ("call", "passed"), ("call", "failed"), ("setup", "failed"), ("call", "skipped"),
+    ):  # fmt: skip
+        report = SimpleNamespace(
+            when=when,
+            outcome=outcome,
+            skipped=outcome == "skipped",
+            failed=outcome == "failed",
+            passed=outcome == "passed",
+        )
+        steps = record.pytest_runtest_makereport(item)  # type: ignore[arg-type]
+        next(steps)
+        with pytest.raises(StopIteration):
+            steps.send(report)  # type: ignore[attr-defined]
+    record.pytest_sessionfinish()
+    assert json.loads(record.path.read_text())["mixers"] == {
+        "a": {"passed": 1, "failed": 2}, "b": {"passed": 1, "failed": 2}
+    }  # fmt: skip
