@@ -26,7 +26,7 @@ def _check_limits(config: object, section: str, **limits: tuple[float, float]) -
             raise ConfigError(
                 what=f"{name} is {value}",
                 where=f"{section}.{name}" if section else name,
-                mend=f"use {least} or more" if most == INFINITY else f"use a number from {least} to {most}",
+                mend=f"use {least} or more" + ("" if most == INFINITY else f", at most {most}"),
             )
 
 

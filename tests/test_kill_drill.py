@@ -20,7 +20,7 @@ from subquad.training.checkpoint import newest_checkpoint
 
 TinyRun = Callable[..., RunConfig]
 
-STEPS = 60
+STEPS = 36
 
 
 @pytest.mark.parametrize(("kills", "seed"), [(10, 1), pytest.param(50, 2, marks=pytest.mark.slow)])
@@ -32,15 +32,13 @@ def test_kills_at_random_moments_change_nothing(kills: int, seed: int, tiny_run:
     """
 
     def config(name: str, resume: bool = False) -> RunConfig:
-        made = tiny_run(name, max_steps=STEPS, every=3, validate_every_n_steps=20, log_every_n_steps=5)
+        made = tiny_run(name, max_steps=STEPS, every=3, validate_every_n_steps=12, log_every_n_steps=5)
         return replace(made, resume=made.run_dir if resume else None)
 
     straight = tmp_path / "straight"
-    assert live(config("straight"), None) == 0  # learns what the cache keeps: verdicts, tokens
     begun = time.monotonic()
-    assert live(config("timed"), None) == 0
-    longest_s = time.monotonic() - begun
-    assert_same_run(tmp_path / "timed", straight)
+    assert live(config("straight"), None) == 0
+    longest_s = (time.monotonic() - begun) / 2  # the first life also checks kernels, the server's start among it
 
     cache, dice = Path(os.environ["SUBQUAD_CACHE"]), random.Random(seed)
     killed: Counter[str] = Counter()
