@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from subquad.hookspecs import hookimpl
     from subquad.model.build import build_model
     from subquad.model.checkpoint_config import CheckpointConfig
+    from subquad.model.exported import load_model
     from subquad.model.import_weights import import_weights
     from subquad.schema import ChannelMixerConfig, ModelConfig
     from subquad.training.fit import train
@@ -47,7 +48,7 @@ _HOMES = {
     "Mixer": "contracts", "MixerContext": "contracts", "MixerSpec": "contracts", "PassOutcome": "contracts",
     "PassSpec": "contracts", "Computed": "contracts", "ImportMap": "contracts", "ImportSpec": "contracts",
     "ChannelMixerConfig": "schema", "ModelConfig": "schema", "CheckpointConfig": "model.checkpoint_config",
-    "import_weights": "model.import_weights",
+    "import_weights": "model.import_weights", "load_model": "model.exported",
     "ConfigError": "errors", "DataError": "errors", "NotFoundError": "errors", "PluginError": "errors",
     "ResumeError": "errors", "RunError": "errors", "SubquadError": "errors",
     "build_model": "model.build", "compile_model": "compiler.compile_model", "hookimpl": "hookspecs",
@@ -58,7 +59,7 @@ __all__ = [
     "AdapterSpec", "Carry", "ChannelMixerConfig", "CheckpointConfig", "ComponentSpec", "Computed", "ConfigError",
     "DataError", "Example", "Growth", "ImportMap", "ImportSpec", "Mixer", "MixerContext", "MixerSpec", "ModelConfig",
     "NotFoundError", "PassOutcome", "PassSpec", "PluginError", "ResumeError", "RunError", "SubquadError",
-    "build_model", "compile_model", "hookimpl", "import_weights", "load_config", "train",
+    "build_model", "compile_model", "hookimpl", "import_weights", "load_config", "load_model", "train",
 ]  # fmt: skip
 
 

@@ -28,6 +28,8 @@ VERBS: Mapping[str, str] = MappingProxyType(
         "calibrate": "correct the cost model by a few rows of this device: calibrate budget_s=120",
         "warmup": "compile, check and measure what a run will call: warmup model=scout_mamba",
         "generate": 'continue a text: generate run=RUN_DIR prompt="def "',
+        "export": "write a trained model for others: export run=RUN_DIR format=hf out=FOLDER",
+        "compare": "lay runs side by side: compare runs=[RUN_DIR,OTHER_RUN_DIR]",
         "evaluate": "judge a trained run by position, length and task: evaluate run=RUN_DIR suite=mqar",
         "proxy": "measure what other mixers would lose in a run's layers: proxy run=RUN_DIR candidates=[window]",
         "plan": "compare two plans: plan diff A/plan.json B/plan.json",

@@ -19,7 +19,10 @@ CONTRACT_VERSION = "1.2"
 """Grows by minor numbers when something is added, by major ones when something a plugin relies on is removed."""
 
 Carry: TypeAlias = "tuple[Tensor | int, ...]"
-"""What a mixer hands from one call to the next: a NamedTuple of tensors and integers (a pytree)."""
+"""What a mixer hands from one call to the next: a NamedTuple of tensors and integers (a pytree).
+
+The first axis of every tensor is the batch, so that sequences can join and leave one; integers hold for all of them.
+"""
 
 
 class Growth(Enum):
@@ -221,11 +224,17 @@ class ImportSpec:
 
     `build` names a `module:function`, called as `build(config: CheckpointConfig) -> ImportMap`. It refuses, by
     `config.demand` or a ConfigError, whatever our blocks cannot compute.
+
+    `export` names its inverse for models whose every block is `mixer`, called as `export(model: ModelConfig, mixer: its
+    config, channel_mixer: ChannelMixerConfig | None)`. It returns the entries of config.json that are not the same for
+    all architectures; `build` must read them back as that model, without any `Computed`, or the export is declined.
     """
 
     model_type: str
     summary: str
     build: str
+    mixer: str = ""
+    export: str = ""
 
     @property
     def name(self) -> str:

@@ -160,6 +160,7 @@ class CompilerConfig:
     fit: str | None = None  # folder of a fitted cost model; null: the newest that is shipped
     measure: bool = True
     measure_budget_s: float = 30.0
+    calibrate_budget_s: float = 120.0  # of `calibrate=auto`
 
     def __post_init__(self) -> None:
         _check_limits(self, "compiler", measure_budget_s=(0, INFINITY))
@@ -210,6 +211,7 @@ class RunConfig:
     deny: list[str] = field(default_factory=list)  # kernels, as NAME or operator/NAME, never to be chosen
     plan: str | None = None  # a plan.json to follow instead of choosing
     target: str = "auto"  # the machine at hand, or the name or path of a device file
+    calibrate: str = "offer"  # a device that the cost model does not know: offer (a line) | auto (at once) | never
     compile: bool = False  # torch.compile the rewritten model
     tracking: str = "csv"  # none | csv | wandb  (metrics.csv is always written)
     run_dir: str | None = None  # default: runs/<date>/<time>-<model>
@@ -223,14 +225,39 @@ class RunConfig:
 
 @dataclass(kw_only=True)
 class GenerateConfig:
-    """What `generate` needs: a run folder and how to sample."""
+    """What `generate` needs: a run folder, what to continue, and how to sample."""
 
     run: str = "???"
     prompt: str = ""
+    prompts: str | None = None  # a file of prompts, one a line, or of JSON objects (.jsonl); results are JSON lines
+    out: str | None = None  # a new file for what is written; null: stdout
+    batch_size: int = 8  # prompts of the file that are continued together
     max_tokens: int = 200
-    temperature: float = 0.8
+    temperature: float = 0.8  # 0: always the likeliest token
     top_k: int = 0  # 0: no limit
+    top_p: float = 1.0  # 1: no limit
+    min_p: float = 0.0  # of the largest probability; 0: no limit
+    repetition_penalty: float = 1.0  # 1: none
+    stop: list[str] = field(default_factory=list)  # texts before which a continuation ends
+    stop_ids: list[int] = field(default_factory=list)  # tokens before which it ends
     seed: int = 0
+
+
+@dataclass(kw_only=True)
+class ExportConfig:
+    """What `export` needs: a run folder, a format, and a new folder to write into."""
+
+    run: str = "???"
+    format: str = "safetensors"  # safetensors: for subquad.load_model; hf: for transformers
+    out: str = "???"
+
+
+@dataclass(kw_only=True)
+class CompareConfig:
+    """What `compare` needs: run folders, and where the page goes."""
+
+    runs: list[str] = field(default_factory=list)
+    html: str | None = "compare.html"  # null: no page
 
 
 @dataclass(kw_only=True)

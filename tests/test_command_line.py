@@ -76,7 +76,9 @@ def test_a_misspelt_verb_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -
     assert "did you mean 'train'?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", ["explain", "warmup", "bench", "generate", "proxy", "plan", "plugins", "doctor"])
+@pytest.mark.parametrize(
+    "verb", ["explain", "warmup", "bench", "generate", "export", "compare", "proxy", "plan", "plugins", "doctor"]
+)
 def test_every_verb_with_arguments_has_help_of_its_own(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([verb, "--help"]) == 0
     assert verb in capsys.readouterr().out
@@ -445,12 +447,24 @@ def test_generate_takes_a_prompt_literally() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "stops"),
+    [("", []), ("\n\n", ["\n\n"]), ("a, ${b}", ["a, ${b}"]), ('["\\n", "- x"]', ["\n", "- x"])],
+)
+def test_generate_reads_one_stop_string_or_a_list(text: str, stops: list[str]) -> None:
+    config = generate.generate_config(["run=x", f"stop={text}", "stop_ids=[3,4]", "top_p=0.9"])
+    assert (config.stop, config.stop_ids, config.top_p) == (stops, [3, 4], 0.9)
+
+
+@pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (["prompt=x"], "run=RUN_DIR"),
         (["run=x", "promt=x"], "did you mean 'prompt'?"),
         (["run=x", "hello"], "key=value"),
         (["run=x", "max_tokens=many"], "generate.max_tokens"),
+        (["run=x", "stop=[3]"], "generate.stop"),
+        (["run=x", "stop=[a"], "generate.stop"),
+        (["run=x", "stop_ids=[a]"], "generate.stop_ids"),
     ],
 )
 def test_generate_says_what_is_wrong(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:

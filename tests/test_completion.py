@@ -46,7 +46,7 @@ def completed(line: str, folder: Path) -> list[str]:
         ("PROGRAM train trainer.max_st", {"trainer.max_steps="}),
         ("subquad warmup trainer.max_st", {"trainer.max_steps="}),
         ("subquad bench ker", {"kernels="}),
-        ("subquad generate pro", {"prompt="}),
+        ("subquad generate pro", {"prompt=", "prompts="}),
         ("subquad evaluate s", {"suite=", "sizes=", "samples=", "seed="}),
         ("subquad plugins --", {"--json"}),
     ],

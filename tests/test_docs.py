@@ -24,6 +24,7 @@ from subquad.training.tasks.catalogue import TASKS
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 HOST = (ROOT / "subquad" / "README.md").read_text(encoding="utf-8")
+SOURCES = (ROOT / "subquad" / "training" / "sources" / "README.md").read_text(encoding="utf-8")
 COMPILER = (ROOT / "subquad" / "compiler" / "README.md").read_text(encoding="utf-8")
 ROOMS = ("subquad", "conf", "kernels", "cost_model", "plugins", "tests", "examples")
 EVALUATION = (ROOT / "subquad" / "training" / "evaluation" / "README.md").read_text(encoding="utf-8")
@@ -57,13 +58,13 @@ def test_the_readmes_recipes_compose(arguments: list[str]) -> None:
     assert load_config(overrides).model.num_layers > 0
 
 
-@pytest.mark.parametrize("arguments", commands(TRAINING), ids=str)
-def test_the_commands_of_the_readme_of_training_compose(arguments: list[str]) -> None:
+@pytest.mark.parametrize("arguments", commands(SOURCES), ids=str)
+def test_the_commands_of_the_readme_of_sources_compose(arguments: list[str]) -> None:
     assert load_config(arguments[1:]).data["name"] in ("text_files", "mixture")
 
 
 def test_every_fault_names_tests_that_exist() -> None:
-    table = TRAINING.partition("| fault |")[2].partition("\n\n")[0]
+    table = (ROOT / "tests" / "README.md").read_text(encoding="utf-8").partition("| fault |")[2].partition("\n\n")[0]
     named = set(re.findall(r"`(test_\w+\.py)`", table))
     assert len(named) > 5
     assert all((ROOT / "tests" / name).exists() for name in named)
@@ -78,6 +79,14 @@ def test_every_verb_stands_in_the_readme_and_no_other() -> None:
 def test_every_key_of_bench_stands_in_the_readme_of_the_host() -> None:
     keys = [field.name for field in dataclasses.fields(schema.BenchConfig)]
     assert re.findall(r"^\| `(\w+)` \|", HOST.partition("`bench operator=NAME`")[2], flags=re.M) == keys
+
+
+@pytest.mark.parametrize("verb", ["generate", "export", "compare"])
+def test_every_key_of_what_reads_runs_stands_in_the_readme_of_training(verb: str) -> None:
+    keys = [field.name for field in dataclasses.fields(getattr(schema, f"{verb.capitalize()}Config"))]
+    table = TRAINING.partition(f"| key of `{verb}` |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| (`.+?`) \|", table, flags=re.M)
+    assert re.findall(r"`(\w+)`", " ".join(rows)) == keys
 
 
 def test_every_key_of_measure_stands_in_the_readme_of_the_compiler() -> None:

@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fit.add_argument("rows", type=Path, help="parquet file, or a folder of them")
     fit.add_argument("out", type=Path, help="folder for the fit")
     fit.add_argument("--figures", type=Path, help="file whose text ends the card: what `evaluate` printed")
+    fit.add_argument("--judge", default="", help="splits to judge such a fit by first, for the end of the card")
     judge = verbs.add_parser("evaluate", help="judge learned model, roofline and constant on rows they did not see")
     judge.add_argument("rows", type=Path, help="parquet file, or a folder of them")
     judge.add_argument("--splits", default="S0,S1,S2,S5", help=f"of {', '.join(SPLITS)}, with commas between")
@@ -63,7 +64,11 @@ def _public(given: argparse.Namespace) -> None:
 def _fit(given: argparse.Namespace) -> None:
     rows = read_timed_rows(given.rows)
     learned = LearnedEstimator.fit(rows, trees=_trees(given))
-    figures = given.figures.read_text(encoding="utf-8") if given.figures else "Not judged.\n"
+    if given.judge:
+        verdicts = evaluate(rows, given.judge.split(","), trees=_trees(given))
+        figures = "\n".join([HEADER, *(as_markdown(verdict) for verdict in verdicts)]) + "\n"
+    else:
+        figures = given.figures.read_text(encoding="utf-8") if given.figures else "Not judged.\n"
     save_fit(learned, given.out, card=_card(rows, learned, given, figures))
     print(f"{given.out}: heads {', '.join(sorted(learned.heads))}; {_contents(rows)}")
 
@@ -77,7 +82,8 @@ def _evaluate(given: argparse.Namespace) -> None:
 
 
 def _trees(given: argparse.Namespace) -> Trees:
-    return Trees(rounds=given.rounds, leaves=given.leaves, threads=given.threads)
+    spread = {"spread_rounds": max(1, given.rounds // 4), "spread_leaves": max(3, given.leaves // 4)}
+    return Trees(rounds=given.rounds, leaves=given.leaves, threads=given.threads, **spread)
 
 
 def _contents(rows: Sequence[TimedRow]) -> str:
@@ -97,8 +103,8 @@ def _card(rows: Sequence[TimedRow], learned: LearnedEstimator, given: argparse.N
         "|---|---|---|---|---|",
         *(f"| {' | '.join(key)} | {count} |" for key, count in sorted(counts.items())),
         "",
-        f"Heads: {', '.join(sorted(learned.heads))}{', peak memory' if learned.peak else ''}. "
-        "Words and sizes beyond those of the rows are left to the roofline.",
+        f"Heads: {', '.join(sorted(learned.heads))}; peak memory: {', '.join(sorted(learned.peaks)) or 'none'}. "
+        "Kernels and words beyond those of the rows are left to the roofline, and sizes far beyond them.",
         "",
         "## Figures",
         "",

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from operator import itemgetter
 
+from subquad_cost_model.calibration import CalibratedEstimator
 from subquad_cost_model.constant import ConstantEstimator
 from subquad_cost_model.estimator import Estimate, Estimator
 from subquad_cost_model.head import USUAL, Trees
@@ -28,8 +29,12 @@ from subquad_cost_model.roofline import RooflineEstimator
 from subquad_cost_model.splits import Split, shape_group, splits
 from subquad_cost_model.timed_rows import TimedRow, timed
 
-Fit = Callable[[Sequence[TimedRow]], Mapping[str, Estimator]]
-"""The estimators to compare, fitted to rows."""
+Fit = Callable[[Sequence[TimedRow], Sequence[TimedRow]], Mapping[str, Estimator]]
+"""The estimators to compare, fitted to rows, and to those of the held-out device that were given back."""
+MOST_MEASURED = 3
+"""Rivals of a cell that are measured where intervals overlap."""
+STEADY = 0.015
+"""Rows whose repeats lie within 3 % of each other (spec 5, rule 5)."""
 Cell = Mapping[str, int]
 """The rivals for one shape, phase and dtype on one device: kernel to index of its row."""
 Choose = Callable[[Cell], int]
@@ -41,7 +46,10 @@ class Verdict:
 
     `regret` is over cells: a shape, phase and dtype on a device with rivals (`cells` of them); `time_regret` is the sum
     of chosen over the sum of best seconds - 1. `error`, `covered` and `width` are over rows; None for selectors that
-    predict nothing. `answered` is the share of rows that the model did not leave to its fallback.
+    predict nothing. `answered` is the share of rows that the model did not leave to its fallback. `steady_error` is
+    over the rows whose repeats agree, `training_error` over sums of a kernel's forward and backward, `peak_error` over
+    peak bytes; `noise` is half the range of a row's repeats over its median, the floor under every error. `measured` is
+    how many rivals of a cell a choice measured.
     """
 
     split: str
@@ -57,6 +65,11 @@ class Verdict:
     covered: float | None = None
     width: float | None = None
     answered: float | None = None
+    steady_error: Summary | None = None
+    training_error: Summary | None = None
+    peak_error: Summary | None = None
+    noise: Summary | None = None
+    measured: float | None = None
 
 
 def judge(rows: Sequence[TimedRow], split: Split, fit: Fit) -> list[Verdict]:
@@ -70,10 +83,12 @@ def judge(rows: Sequence[TimedRow], split: Split, fit: Fit) -> list[Verdict]:
         split=split.name, held_out=split.held_out, fitted=len(seen), judged=len(asked), cells=len(cells), selector=""
     )
     verdicts = []
-    for name, estimator in fit(seen).items():
+    given = [rows[index] for index in split.given]
+    for name, estimator in fit(seen, given).items():
         estimates = _estimates(estimator, asked)
         predicted_s, measured_s = [estimate.seconds for estimate in estimates], [row.seconds for row in asked]
         lost, time_lost = _choosing(cells, _fastest(predicted_s), asked)
+        steady, training, peaks = _errors(estimates, asked)
         verdicts.append(
             replace(
                 blank,
@@ -85,8 +100,16 @@ def judge(rows: Sequence[TimedRow], split: Split, fit: Fit) -> list[Verdict]:
                 covered=coverage(estimates, measured_s),
                 width=interval_factor(estimates),
                 answered=sum(estimate.source == "model" for estimate in estimates) / len(estimates),
+                noise=Summary.of([row.doubt for row in asked]),
+                steady_error=steady,
+                training_error=training,
+                peak_error=peaks,
             )
         )
+        if cells:
+            lost, time_lost, measured = _measuring(cells, estimates, asked)
+            selector = f"{name}, at most {MOST_MEASURED} measured"
+            verdicts.append(replace(blank, selector=selector, regret=lost, time_regret=time_lost, measured=measured))
     if not cells:
         return verdicts
     lost, time_lost = _choosing(cells, _fastest([row.seconds for row in asked]), asked)
@@ -106,17 +129,26 @@ def evaluate(
 ) -> Iterator[Verdict]:
     """The verdicts of the learned model, roofline and constant on every split of these protocols, as they come.
 
-    `learned` abstains where it would in use (the roofline answers); `learned, always` says what it would have said.
+    `learned` abstains where it would in use (the roofline answers); `learned, always` says what it would have said;
+    `calibrated` is fitted without the rows that were given back, and corrected by them; `physics` has no
+    trees, and the intervals of those that have.
     """
 
-    def fit(seen: Sequence[TimedRow]) -> dict[str, Estimator]:
+    def fit(seen: Sequence[TimedRow], given: Sequence[TimedRow]) -> dict[str, Estimator]:
         learned = LearnedEstimator.fit(seen, trees=trees)
-        return {
+        found: dict[str, Estimator] = {
             "learned": learned,
             "learned, always": replace(learned, abstains=False),
+            "physics": replace(learned, heads={phase: replace(h, point=None) for phase, h in learned.heads.items()}),
             "roofline": RooflineEstimator(),
             "constant": _constant(seen),
         }
+        if given and len({row.device.name for row in given}) == 1:
+            theirs = {id(row) for row in given}
+            before = LearnedEstimator.fit([row for row in seen if id(row) not in theirs], trees=trees)
+            others = {row.device.name: row.device for row in seen if row.device.name != given[0].device.name}
+            found["calibrated"] = CalibratedEstimator.fit(given, given[0].device, before, beside=tuple(others.values()))
+        return found
 
     able = timed(rows)
     for protocol in protocols:
@@ -131,20 +163,29 @@ def as_line(verdict: Verdict) -> str:
 
 HEADER = (
     "| split | held out | fitted / judged | selector | regret mean / p95 / max % (cells) "
-    "| error mean / median / p90 % | in 90 % interval (factor) | answered |\n|---|---|---|---|---|---|---|---|"
+    "| error mean / median / p90 % | of steady rows | of forward + backward | of peak bytes | noise mean / median % "
+    "| in 90 % interval (factor) | answered |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
 def as_markdown(verdict: Verdict) -> str:
     """One line of the table that `HEADER` opens."""
-    lost, error = verdict.regret, verdict.error
+    lost, noise = verdict.regret, verdict.noise
+
+    def errors(of: Summary | None) -> str:
+        return _percent(of.mean, of.median, of.p90) if of else ""
+
     cells = (
         verdict.split,
         verdict.held_out,
         f"{verdict.fitted} / {verdict.judged}",
-        verdict.selector,
+        verdict.selector + (f" ({verdict.measured:.1f})" if verdict.measured is not None else ""),
         f"{_percent(lost.mean, lost.p95, lost.largest)} ({verdict.cells})" if lost else "",
-        _percent(error.mean, error.median, error.p90) if error else "",
+        errors(verdict.error),
+        errors(verdict.steady_error),
+        errors(verdict.training_error),
+        errors(verdict.peak_error),
+        _percent(noise.mean, noise.median) if noise else "",
         f"{verdict.covered:.1%} ({verdict.width:.2f})" if verdict.covered is not None else "",
         f"{verdict.answered:.0%}" if verdict.answered is not None else "",
     )
@@ -175,6 +216,46 @@ def _choosing(cells: Sequence[Cell], choose: Choose, rows: Sequence[TimedRow]) -
         chosen_s += chosen.seconds
         best_s += min(measured_s.values())
     return Summary.of(lost), chosen_s / best_s - 1
+
+
+def _measuring(
+    cells: Sequence[Cell], estimates: Sequence[Estimate], rows: Sequence[TimedRow]
+) -> tuple[Summary | None, float | None, float]:
+    """Regret where the rivals that may be the fastest are measured, the most promising ones first."""
+    counts: list[int] = []
+
+    def choose(cell: Cell) -> int:
+        best_high_s = min(estimates[index].high_s for index in cell.values())
+        still_open = [index for index in cell.values() if estimates[index].low_s <= best_high_s]
+        promising = sorted(still_open, key=lambda index: estimates[index].seconds)
+        measured = promising[:MOST_MEASURED] if len(promising) > 1 else []
+        counts.append(len(measured))
+        return min(measured, key=lambda index: rows[index].seconds) if measured else promising[0]
+
+    lost, time_lost = _choosing(cells, choose, rows)
+    return lost, time_lost, sum(counts) / len(counts)
+
+
+def _errors(
+    estimates: Sequence[Estimate], rows: Sequence[TimedRow]
+) -> tuple[Summary | None, Summary | None, Summary | None]:
+    """Errors of the steady rows, of sums of forward and backward, and of peak bytes."""
+    pairs = [(estimate.seconds, row.seconds) for estimate, row in zip(estimates, rows, strict=True)]
+    steady = [pair for pair, row in zip(pairs, rows, strict=True) if row.doubt <= STEADY]
+    peaks = [(e.peak_bytes, r.peak_bytes) for e, r in zip(estimates, rows, strict=True) if r.peak_bytes]
+    halves: dict[tuple[str, ...], dict[str, tuple[float, float]]] = defaultdict(dict)
+    for pair, row in zip(pairs, rows, strict=True):
+        halves[row.device.name, replace(row.row, phase="").key][row.row.phase] = pair
+    wholes = [
+        (of["forward"][0] + of["backward"][0], of["forward"][1] + of["backward"][1])
+        for of in halves.values()
+        if {"forward", "backward"} <= set(of)
+    ]
+
+    def summary(of: Sequence[tuple[float, float]]) -> Summary | None:
+        return Summary.of(relative_errors(*zip(*of, strict=True))) if of else None
+
+    return summary(steady), summary(wholes), summary(peaks)
 
 
 def _fastest(seconds: Sequence[float]) -> Choose:

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,8 +73,14 @@ def schema_hash() -> str:
 
 def words(row: CostRow) -> tuple[str, str, str, str]:
     """The row's categories: operator, kernel (with its operator), dtype, and the options that are no lengths."""
-    variant = {name: value for name, value in row.options.items() if isinstance(value, bool | str)}
-    return row.operator, f"{row.operator}/{row.kernel}", row.dtype, json.dumps(variant, sort_keys=True)
+    variant = tuple((name, value) for name, value in row.options.items() if isinstance(value, bool | str))
+    return row.operator, f"{row.operator}/{row.kernel}", row.dtype, _as_json(variant)
+
+
+@lru_cache(maxsize=4096)
+def _as_json(pairs: tuple[tuple[str, bool | str], ...]) -> str:
+    """Thousands of rows share a few variants."""
+    return json.dumps(dict(pairs), sort_keys=True)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A fitted model as files of text: trees, widths, a card, and a manifest that vouches for them.
 
 manifest.json       format, features' hash, versions, date; the sha256 of every other file
-heads.json          words, widths, reach of each head
+heads.json          words, widths, reach of each head, and its physics head
 <head>.point.txt    trees for z, LightGBM's own text; <head>.spread.txt those for its spread
 card.md             what it was fitted to, how it was judged, where it is wrong
 """
@@ -13,7 +13,7 @@ import json
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,14 +23,18 @@ from subquad_cost_model.estimator import Estimator
 from subquad_cost_model.features import Vocabulary, schema_hash
 from subquad_cost_model.head import Head
 from subquad_cost_model.learned import LearnedEstimator
+from subquad_cost_model.physics import BYTES, SECONDS, Physics
 from subquad_cost_model.roofline import RooflineEstimator
 
 if TYPE_CHECKING:
     import lightgbm
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)
+"""Fits of version 1 have no physics head and one head for peaks at most."""
 MANIFEST, HEADS, CARD = "manifest.json", "heads.json", "card.md"
-PEAK = "peak"
+PEAK = "peak_"
+"""Before the phase, in the names of heads for peak memory."""
 FITS = Path(__file__).parent / "fits"
 
 
@@ -65,9 +69,10 @@ def save_fit(estimator: LearnedEstimator, folder: Path, *, card: str) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
-    heads = {**estimator.heads, **({PEAK: estimator.peak} if estimator.peak else {})}
+    heads = {**estimator.heads, **{f"{PEAK}{phase}": head for phase, head in estimator.peaks.items()}}
     texts = {HEADS: json.dumps({name: _head_record(head) for name, head in heads.items()}, indent=1) + "\n", CARD: card}
     for name, head in heads.items():
+        assert head.point is not None, "a head without trees is for comparison alone"
         texts[f"{name}.point.txt"] = head.point.model_to_string()
         texts[f"{name}.spread.txt"] = head.spread.model_to_string()
     for name, text in texts.items():
@@ -95,8 +100,8 @@ def load_fit(folder: Path) -> LearnedEstimator:
         }
     except (ValueError, KeyError, TypeError, AttributeError, lightgbm.basic.LightGBMError) as error:
         raise FitError(f"{folder} is not a fit: {type(error).__name__}: {error}") from None
-    peak = heads.pop(PEAK, None)
-    return LearnedEstimator(heads=heads, peak=peak)
+    peaks = {name.removeprefix(PEAK): heads.pop(name) for name in list(heads) if name.startswith(PEAK)}
+    return LearnedEstimator(heads=heads, peaks=peaks)
 
 
 def learned_or_roofline(folder: Path, *, smaller: Smaller | None = None) -> Estimator:
@@ -123,8 +128,8 @@ def _vouched(folder: Path) -> dict[str, str]:
         raise FitError(f"there is no fit in {folder} ({error.strerror})") from None
     except (ValueError, KeyError, TypeError) as error:
         raise FitError(f"{folder / MANIFEST} is no manifest: {type(error).__name__}: {error}") from None
-    if version != FORMAT_VERSION:
-        raise FitError(f"{folder} has format version {version}; this package reads {FORMAT_VERSION}")
+    if version not in READABLE:
+        raise FitError(f"{folder} has format version {version}; this package reads {' and '.join(map(str, READABLE))}")
     if features != schema_hash():
         raise FitError(f"{folder} was fitted to other features ({features}; here {schema_hash()}): fit it again")
     texts: dict[str, str] = {}
@@ -152,6 +157,10 @@ def _head_record(head: Head) -> dict[str, Any]:
         "devices": list(head.devices),
         "kinds": list(head.kinds),
         "reach": head.reach,
+        "layout_width": _finite(head.layout_width),
+        "beyond_width": _finite(head.beyond_width),
+        "layouts": {kernel: sorted(layouts) for kernel, layouts in sorted(head.layouts.items())},
+        "physics": None if head.physics is None else asdict(head.physics),
     }
 
 
@@ -171,6 +180,24 @@ def _head(record: Mapping[str, Any], point: lightgbm.Booster, spread: lightgbm.B
             kernel: {axis: (smallest, largest) for axis, (smallest, largest) in axes.items()}
             for kernel, axes in record["reach"].items()
         },
+        layout_width=_width(record.get("layout_width")),
+        beyond_width=_width(record.get("beyond_width")),
+        layouts={kernel: frozenset(layouts) for kernel, layouts in record.get("layouts", {}).items()},
+        physics=_physics(record.get("physics")),
+    )
+
+
+def _physics(record: Mapping[str, Any] | None) -> Physics | None:
+    if record is None:
+        return None
+    if tuple(record["terms"]) not in (SECONDS, BYTES):
+        raise ValueError("its physics head has other terms than this package's: fit it again")
+    return Physics(
+        terms=tuple(record["terms"]),
+        kernels={name: tuple(factors) for name, factors in record["kernels"].items()},
+        pooled={kind: tuple(factors) for kind, factors in record["pooled"].items()},
+        kinds=dict(record["kinds"]),
+        levels=dict(record["levels"]),
     )
 
 

@@ -1,11 +1,11 @@
-"""One learned quantity: trees for the logarithm of a ratio, trees for its spread, and how far to widen it."""
+"""One learned quantity: a physical sum and trees for what it leaves, trees for the spread, and how far to widen it."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from subquad_cost_model.conformal import grouped_quantile, worst_quantile
 from subquad_cost_model.device import Device
 from subquad_cost_model.features import CATEGORIES, NAMES, Floats, Vocabulary, feature_matrix, words
+from subquad_cost_model.physics import FINEST_DOUBT, Physics, layout
 from subquad_cost_model.rows import CostRow
-from subquad_cost_model.splits import fold, shape_group
+from subquad_cost_model.splits import fold, head_layout, shape_group
 
 if TYPE_CHECKING:
     import lightgbm
@@ -25,6 +26,11 @@ LEAST_ROWS, LEAST_SHAPES = 50, 10
 """With fewer shapes no finite interval holds nine in ten of the next."""
 SPREAD_FLOOR = 0.01
 """Repeats of a timing differ by this much (0.3 % in the median, 2.8 % at the ninth decile of NVIDIA's tables)."""
+
+FURTHER: Mapping[str, int] = {"b": 16, "t": 64, "s": 64, "m": 64, "documents": 16, "c": 4, "h": 4, "h_k": 4, "h_kv": 4}
+WIDER = 2
+"""So many times beyond the sizes that were measured a physics head is asked, along a length or a number, along a width:
+`beyond_width` was found on the longest third of rows, six octaves at most beyond the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +57,15 @@ class TooFewRowsError(ValueError):
 class Head:
     """Answers z = log(quantity / its bound) for rows on devices, with the half width of an interval.
 
-    `seen_width` and `new_width` are the multiples of the spread that held the share `level` of out-of-fold residuals:
-    on devices among the rows (by operator; `""` for all), and on devices of families left out. `reach` are the
-    smallest and largest of each axis by kernel.
+        z = log(physics / bound) + trees       without a physics head the trees answer alone, without a point it does
+
+    Widths are the multiples of the spread that held the share `level` of out-of-fold residuals: `seen_width` on devices
+    and layouts among the rows (by operator; `""` for all), `layout_width` on layouts left out (widths, heads and
+    options), `beyond_width` on lengths beyond those that were left, `new_width` on devices of families left out.
+    `reach` are the smallest and largest of each axis by kernel, `layouts` those of each kernel.
     """
 
-    point: lightgbm.Booster
+    point: lightgbm.Booster | None
     spread: lightgbm.Booster
     vocabulary: Vocabulary
     level: float
@@ -67,6 +76,10 @@ class Head:
     devices: tuple[str, ...]
     kinds: tuple[str, ...]
     reach: Mapping[str, Mapping[str, tuple[int, int]]]
+    layout_width: float = math.inf
+    beyond_width: float = math.inf
+    layouts: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    physics: Physics | None = None
 
     @classmethod
     def fit(
@@ -77,11 +90,19 @@ class Head:
         *,
         level: float = 0.9,
         trees: Trees = USUAL,
+        doubts: Floats | None = None,
+        terms: tuple[str, ...] = (),
+        bounds: Floats | None = None,
+        far: bool = True,
     ) -> Head:
         """Fit to rows, their devices and their z.
 
+        `doubts` are relative errors of the rows' timings: a row counts the less the larger they are. With `terms` a
+        physics head of these stands before the trees; `bounds` are what z is relative to, 1 where none are given.
+
         Residuals are out of fold, and folds are of whole shapes: for the spread's trees, and for the widths. Those for
-        new devices come from models that never saw the device's family.
+        new devices come from models that never saw the device's family, those for new layouts and for lengths beyond
+        all from models that saw no such layout, or only shorter (longer) rows; without `far` there are none of these.
 
         Raises: TooFewRowsError with fewer than 50 rows or 10 shapes; ModuleNotFoundError without lightgbm.
         """
@@ -91,26 +112,42 @@ class Head:
                 f"{len(rows)} rows of {len(set(groups))} shapes are too few: {LEAST_ROWS} and {LEAST_SHAPES} are needed"
             )
         vocabulary = Vocabulary.of(rows)
-        features = feature_matrix(rows, devices, vocabulary)
+        doubts = np.zeros(len(rows)) if doubts is None else doubts
+        bounds = np.ones(len(rows)) if bounds is None else bounds
+        table = _Table(rows, devices, feature_matrix(rows, devices, vocabulary), z, doubts, bounds)
         folds = np.array([fold(group, FOLDS) for group in groups])
-        residual = np.abs(z - _out_of_group(features, z, folds, trees, spread=False))
-        log_spread = np.log(residual + SPREAD_FLOOR)
-        scores = residual / np.exp(_out_of_group(features, log_spread, folds, trees, spread=True))
-        seen_width = {"": grouped_quantile(scores, groups, level)}
+        residual = np.abs(z - table.out_of_group(folds, trees, terms))
+        spreads = replace(table, z=np.log(residual + SPREAD_FLOOR))
+
+        def scores(held_out: NDArray[np.generic], residual: Floats) -> Floats:
+            return residual / np.exp(spreads.out_of_group(held_out, trees, (), spread=True))
+
+        def width_of(held_out: NDArray[np.generic], units: Sequence[str]) -> float:
+            """Of groups left out one by one; rows of no group (-1) are never left out."""
+            out = held_out != -1
+            found = scores(held_out, np.abs(z - table.out_of_group(held_out, trees, terms)))
+            return grouped_quantile(found[out], [unit for unit, one in zip(units, out, strict=True) if one], level)
+
+        seen = scores(folds, residual)
+        seen_width = {"": grouped_quantile(seen, groups, level)}
         for operator in vocabulary.words["operator"]:
             here = [index for index, row in enumerate(rows) if row.operator == operator]
-            width = grouped_quantile(scores[here], [groups[index] for index in here], level)
+            width = grouped_quantile(seen[here], [groups[index] for index in here], level)
             # Shapes too few for a quantile of their own borrow that of all.
             seen_width[operator] = width if math.isfinite(width) else seen_width[""]
         families = np.array([device.family for device in devices])
-        new_width = math.inf
-        if len(set(families)) > 1:
-            new_residual = np.abs(z - _out_of_group(features, z, families, trees, spread=False))
-            new_spread = np.exp(_out_of_group(features, log_spread, families, trees, spread=True))
-            new_width = worst_quantile(new_residual / new_spread, list(families), level)
+        new_width = layout_width = beyond_width = math.inf
+        if far and len(set(families)) > 1:
+            new_residual = np.abs(z - table.out_of_group(families, trees, terms))
+            new_width = worst_quantile(scores(families, new_residual), list(families), level)
+        if far and terms:
+            layouts = [head_layout(row) for row in rows]
+            layout_width = width_of(np.array([fold(layout, FOLDS) for layout in layouts]), layouts)
+            beyond_width = width_of(_ends(rows), groups)
+        final = table.trained(np.ones(len(rows), dtype=bool), trees, terms)
         return cls(
-            point=_grow(features, z, trees, spread=False),
-            spread=_grow(features, log_spread, trees, spread=True),
+            point=final.trees,
+            spread=_grow(table.features, spreads.z, trees, spread=True),
             vocabulary=vocabulary,
             level=level,
             seen_width=seen_width,
@@ -120,21 +157,45 @@ class Head:
             devices=tuple(sorted({device.name for device in devices})),
             kinds=tuple(sorted({device.kind for device in devices})),
             reach=_reach(rows),
+            layout_width=layout_width,
+            beyond_width=beyond_width,
+            layouts=_layouts(rows) if terms else {},
+            physics=final.physics,
         )
 
-    def predict(self, rows: Sequence[CostRow], device: Device) -> tuple[Floats, Floats]:
-        """z of each row, and the half width of its interval (infinite on a device whose family was the only one)."""
+    def predict(self, rows: Sequence[CostRow], device: Device, bounds: Floats | None = None) -> tuple[Floats, Floats]:
+        """z of each row, and the half width of its interval (infinite on a device whose family was the only one).
+
+        `bounds` are what z is relative to, as in `fit`.
+        """
         if not rows:
             return np.empty(0), np.empty(0)
         features = feature_matrix(rows, [device] * len(rows), self.vocabulary)
-        z = np.clip(_ask(self.point, features), self.lowest, self.highest)
+        z = np.zeros(len(rows)) if self.point is None else _ask(self.point, features)
+        if self.physics is not None:
+            z = z + np.log(self.physics.predict(rows, [device] * len(rows)) / (1.0 if bounds is None else bounds))
+        z = np.clip(z, self.lowest, self.highest)
         spread = np.exp(_ask(self.spread, features))
         return z, spread * np.array([self._width(row, device) for row in rows])
 
     def _width(self, row: CostRow, device: Device) -> float:
         if device.name not in self.devices:
             return self.new_width
-        return self.seen_width.get(row.operator, self.seen_width[""])
+        width = self.seen_width.get(row.operator, self.seen_width[""])
+        if self.physics is None:
+            return width
+        if layout(row) not in self.layouts.get(words(row)[1], ()):
+            width = max(width, self.layout_width)
+        return max(width, self.beyond_width) if self._beyond(row) else width
+
+    def _beyond(self, row: CostRow) -> bool:
+        """Whether the row lies outside of the sizes that were measured."""
+        reach = self.reach.get(words(row)[1], {})
+        return any(not reach[axis][0] <= size <= reach[axis][1] for axis, size in row.shape.items() if axis in reach)
+
+    def knows(self, row: CostRow) -> bool:
+        """Whether rows like this one were among those of the fit, whatever the device: what memory needs."""
+        return self._stranger(row) is None
 
     def refusal(self, row: CostRow, device: Device) -> str | None:
         """Why the interval of this head holds nothing for the row; None if it does."""
@@ -142,18 +203,76 @@ class Head:
             return f"fitted to {', '.join(self.kinds)}, not {device.kind}"
         if device.name not in self.devices and not math.isfinite(self.new_width):
             return f"fitted to one family of devices, and not to {device.name}"
+        strange = self._stranger(row)
+        if strange is None and self.physics is not None and not math.isfinite(self._width(row, device)):
+            return "fitted to too few shapes to say how far beyond them, or on other layouts, it is off"
+        return strange
+
+    def _stranger(self, row: CostRow) -> str | None:
         for name, word in zip(CATEGORIES, words(row), strict=True):
             if word not in self.vocabulary.words[name]:
                 return f"{name} {word} is not among the rows it was fitted to"
         reach = self.reach[words(row)[1]]
         for axis, size in row.shape.items():
             smallest, largest = reach.get(axis, (size, size))
-            if not smallest <= size <= largest:
+            further = 1 if self.physics is None else FURTHER.get(axis, WIDER)
+            if not smallest <= size * further or not size <= largest * further:
                 return f"{axis}={size} is outside of the {smallest} to {largest} it was fitted to"
         return None
 
 
-def _grow(features: Floats, target: Floats, trees: Trees, *, spread: bool) -> lightgbm.Booster:
+@dataclass(frozen=True)
+class _Point:
+    """What answers for z: a physics head, where there is one, and trees."""
+
+    trees: lightgbm.Booster
+    physics: Physics | None
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Rows on devices with all that a fit needs of them."""
+
+    rows: Sequence[CostRow]
+    devices: Sequence[Device]
+    features: Floats
+    z: Floats
+    doubts: Floats
+    bounds: Floats
+
+    def trained(
+        self, inside: NDArray[np.bool_], trees: Trees, terms: tuple[str, ...], *, spread: bool = False
+    ) -> _Point:
+        """Physics and trees of the rows inside."""
+        here: list[int] = np.flatnonzero(inside).tolist()
+        physics, target = None, self.z[here]
+        weights = 1 / np.maximum(self.doubts[here], FINEST_DOUBT)
+        if terms:
+            rows, devices = [self.rows[i] for i in here], [self.devices[i] for i in here]
+            physics = Physics.fit(terms, rows, devices, self.bounds[here] * np.exp(target), self.doubts[here])
+            target = target - np.log(physics.predict(rows, devices) / self.bounds[here])
+        return _Point(_grow(self.features[here], target, trees, spread=spread, weights=weights), physics)
+
+    def out_of_group(
+        self, groups: NDArray[np.generic], trees: Trees, terms: tuple[str, ...], *, spread: bool = False
+    ) -> Floats:
+        """For each row the answer of a model that saw no row of its group; 0 for those of no group (-1)."""
+        found = np.zeros_like(self.z)
+        for group in np.unique(groups):
+            out = groups == group
+            if group == -1 or out.all():
+                continue
+            point, here = self.trained(~out, trees, terms, spread=spread), np.flatnonzero(out).tolist()
+            found[here] = _ask(point.trees, self.features[here])
+            if point.physics is not None:
+                rows, devices = [self.rows[i] for i in here], [self.devices[i] for i in here]
+                found[here] += np.log(point.physics.predict(rows, devices) / self.bounds[here])
+        return found
+
+
+def _grow(
+    features: Floats, target: Floats, trees: Trees, *, spread: bool, weights: Floats | None = None
+) -> lightgbm.Booster:
     import lightgbm
 
     parameters: dict[str, Any] = {
@@ -174,6 +293,7 @@ def _grow(features: Floats, target: Floats, trees: Trees, *, spread: bool) -> li
     data = lightgbm.Dataset(
         features,
         target,
+        weight=weights,
         feature_name=[name.replace(" ", "_") for name in NAMES],
         categorical_feature=list(range(len(NAMES) - len(CATEGORIES), len(NAMES))),
         params={"verbosity": -1},
@@ -182,17 +302,6 @@ def _grow(features: Floats, target: Floats, trees: Trees, *, spread: bool) -> li
         # It warns that it uses the categorical features it was told to use.
         warnings.filterwarnings("ignore", message="categorical_feature in param dict is overridden")
         return lightgbm.train(parameters, data, trees.spread_rounds if spread else trees.rounds)
-
-
-def _out_of_group(
-    features: Floats, target: Floats, groups: NDArray[np.generic], trees: Trees, *, spread: bool
-) -> Floats:
-    """For each row the answer of trees that saw no row of its group."""
-    found = np.empty_like(target)
-    for group in np.unique(groups):
-        inside = groups == group
-        found[inside] = _ask(_grow(features[~inside], target[~inside], trees, spread=spread), features[inside])
-    return found
 
 
 def _ask(booster: lightgbm.Booster, features: Floats) -> Floats:
@@ -207,3 +316,18 @@ def _reach(rows: Sequence[CostRow]) -> dict[str, dict[str, tuple[int, int]]]:
             smallest, largest = of_kernel.get(axis, (size, size))
             of_kernel[axis] = min(smallest, size), max(largest, size)
     return reach
+
+
+def _layouts(rows: Sequence[CostRow]) -> dict[str, frozenset[str]]:
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        found.setdefault(words(row)[1], set()).add(layout(row))
+    return {kernel: frozenset(layouts) for kernel, layouts in found.items()}
+
+
+def _ends(rows: Sequence[CostRow]) -> NDArray[np.int64]:
+    """1 for the longest third of the rows, 0 for the shortest sixth, -1 for those between; of equal ones, by batch."""
+    lengths = [max(row.shape.get(axis, 1) for axis in ("t", "s", "m")) for row in rows]
+    sizes = np.array([length + 1e-6 * row.shape.get("b", 1) for length, row in zip(lengths, rows, strict=True)])
+    short, long = np.quantile(sizes, [1 / 6, 2 / 3])
+    return np.where(sizes > long, 1, np.where(sizes < short, 0, -1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from subquad_cost_model.device import Device
 from subquad_cost_model.envelope import Smaller, largest_below, with_smaller
 from subquad_cost_model.estimator import Estimate, Estimator
 from subquad_cost_model.head import USUAL, Head, TooFewRowsError, Trees
+from subquad_cost_model.physics import BYTES, SECONDS
 from subquad_cost_model.roofline import RooflineEstimator
 from subquad_cost_model.rows import CostRow
 from subquad_cost_model.timed_rows import TimedRow, timed
@@ -38,11 +40,11 @@ class LearnedEstimator:
     it can be asked at all, moved into that interval: beyond 4096 tokens they were 13 % off, where the bound is off by
     a factor of five, but intervals held only 68 %. `abstains` False takes the head's intervals all the same.
 
-    `peak_bytes` are the peak head's, and the counted bytes where there is none or it knows no such row.
+    `peak_bytes` are those of the phase's peak head, and the counted bytes where there is none or it knows no such row.
     """
 
     heads: Mapping[str, Head]
-    peak: Head | None = None
+    peaks: Mapping[str, Head] = field(default_factory=dict)
     otherwise: Estimator = field(default_factory=RooflineEstimator)
     smaller: Smaller | None = None
     abstains: bool = True
@@ -56,8 +58,11 @@ class LearnedEstimator:
         level: float = 0.9,
         trees: Trees = USUAL,
         smaller: Smaller | None = None,
+        physics: bool = True,
     ) -> LearnedEstimator:
-        """A head per phase that has rows enough, and one for peak memory if it was observed.
+        """A head per phase that has rows enough, and one for its peak memory if that was observed.
+
+        Each is a physical sum with trees for what that leaves, or with `physics` False trees alone.
 
         Raises: ValueError when no phase has rows enough; ModuleNotFoundError without lightgbm.
         """
@@ -67,19 +72,17 @@ class LearnedEstimator:
         for phase in sorted({row.row.phase for row in able}):
             of_phase = [row for row in able if row.row.phase == phase]
             try:
-                heads[phase] = _head(of_phase, [_log_latency(row) for row in of_phase], level, trees)
+                heads[phase] = _latency_head(of_phase, level, trees, SECONDS if physics else ())
             except TooFewRowsError as error:
                 too_few.append(f"{phase}: {error}")
         if not heads:
             raise ValueError(f"nothing to fit ({'; '.join(too_few) or 'no row was timed'})")
-        observed = [row for row in able if row.peak_bytes and _counted_bytes(row.row)]
-        peak = None
-        if observed:
-            try:
-                peak = _head(observed, [_log_peak(row) for row in observed], level, trees)
-            except TooFewRowsError:
-                peak = None  # counted bytes answer
-        return cls(heads=heads, peak=peak, smaller=smaller)
+        peaks: dict[str, Head] = {}
+        for phase in heads:
+            observed = [row for row in able if row.row.phase == phase and row.peak_bytes and _counted_bytes(row.row)]
+            with contextlib.suppress(TooFewRowsError):  # counted bytes answer
+                peaks[phase] = _peak_head(observed, level, trees, BYTES if physics else ())
+        return cls(heads=heads, peaks=peaks, smaller=smaller)
 
     def predict(self, rows: Sequence[CostRow], device: Device) -> list[Estimate]:
         """One estimate per row, in order; its source is `model`, or that of `otherwise` with a note."""
@@ -135,39 +138,45 @@ class LearnedEstimator:
     def _seconds(self, rows: Sequence[CostRow], device: Device) -> tuple[list[float], list[float], list[float]]:
         """Seconds, low and high of each row by itself."""
         z, width = np.empty(len(rows)), np.empty(len(rows))
+        bound_s = np.array([lower_bound_s(row, device) for row in rows])
         lowest = np.empty(len(rows))
         for phase in {row.phase for row in rows}:
             here = [index for index, row in enumerate(rows) if row.phase == phase]
-            z[here], width[here] = self.heads[phase].predict([rows[index] for index in here], device)
+            z[here], width[here] = self.heads[phase].predict([rows[i] for i in here], device, bound_s[here])
             lowest[here] = self.heads[phase].lowest
         floor = np.minimum(PROBE_FLOOR if device.origin == "probed" else SHEET_FLOOR, lowest)
-        bound_s = np.array([lower_bound_s(row, device) for row in rows])
         low_s = bound_s * np.exp(np.maximum(z - width, floor))
         high_s = bound_s * np.exp(np.minimum(z + width, np.maximum(z, CEILING)))
         return (bound_s * np.exp(z)).tolist(), low_s.tolist(), high_s.tolist()
 
     def _peaks(self, rows: Sequence[CostRow], device: Device) -> list[int]:
         counted = [_counted_bytes(row) for row in rows]
-        if self.peak is None:
-            return counted
-        known = [index for index, row in enumerate(rows) if self.peak.refusal(row, device) is None]
-        z, _ = self.peak.predict([rows[index] for index in known], device)
-        for index, ratio in zip(known, np.exp(z), strict=True):
-            counted[index] = round(counted[index] * float(ratio))
+        for phase, head in self.peaks.items():
+            known = [i for i, row in enumerate(rows) if row.phase == phase and head.knows(row)]
+            bounds = np.array([counted[index] for index in known], dtype=np.float64)
+            z, _ = head.predict([rows[index] for index in known], device, bounds)
+            for index, ratio in zip(known, np.exp(z), strict=True):
+                counted[index] = round(counted[index] * float(ratio))
         return counted
 
 
-def _head(rows: Sequence[TimedRow], z: Sequence[float], level: float, trees: Trees) -> Head:
-    return Head.fit([row.row for row in rows], [row.device for row in rows], np.array(z), level=level, trees=trees)
+def _latency_head(rows: Sequence[TimedRow], level: float, trees: Trees, terms: tuple[str, ...]) -> Head:
+    bounds = np.array([lower_bound_s(row.row, row.device) for row in rows])
+    z = np.log(np.array([row.seconds for row in rows]) / bounds)
+    doubts = np.array([row.doubt for row in rows])
+    return Head.fit(
+        [row.row for row in rows], [row.device for row in rows], z,
+        level=level, trees=trees, doubts=doubts, terms=terms, bounds=bounds,
+    )  # fmt: skip
 
 
-def _log_latency(row: TimedRow) -> float:
-    return math.log(row.seconds / lower_bound_s(row.row, row.device))
-
-
-def _log_peak(row: TimedRow) -> float:
-    assert row.peak_bytes is not None
-    return math.log(row.peak_bytes / _counted_bytes(row.row))
+def _peak_head(rows: Sequence[TimedRow], level: float, trees: Trees, terms: tuple[str, ...]) -> Head:
+    bounds = np.array([_counted_bytes(row.row) for row in rows], dtype=np.float64)
+    z = np.log(np.array([row.peak_bytes for row in rows], dtype=np.float64) / bounds)
+    return Head.fit(
+        [row.row for row in rows], [row.device for row in rows], z,
+        level=level, trees=trees, terms=terms, bounds=bounds, far=False,
+    )  # fmt: skip
 
 
 def _counted_bytes(row: CostRow) -> int:

@@ -12,7 +12,8 @@ class CostRow:
     """One kernel on one workload.
 
     `shape` and `options` describe the workload; `flops` ... `saved_bytes` are its work, counted and not measured (a
-    multiply-add is 2 FLOPs). `kernel_version` changes when the kernel's code does, so that old measurements expire.
+    multiply-add is 2 FLOPs). `launches` are the device kernels that this kernel starts, one after the other, as it
+    declares them. `kernel_version` changes when the kernel's code does, so that old measurements expire.
     """
 
     operator: str
@@ -27,6 +28,7 @@ class CostRow:
     bytes_moved: int = 0
     serial_steps: int = 1
     saved_bytes: int = 0
+    launches: int = 1
     kernel_version: str = ""
 
     @property

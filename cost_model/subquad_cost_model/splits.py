@@ -19,17 +19,21 @@ HELD_OUT = 5
 LONGEST_SEEN = 4096
 CALIBRATION = (0, 16, 64)
 """Rows per kernel of the held-out family that a model may see in S6."""
+LENGTHS = ("b", "t", "s", "m", "documents")
+"""Axes that are free within a head layout."""
 SPLITS = ("S0", "S1", "S2", "S3", "S4", "S5", "S6")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Indices of the rows to fit and to judge; `held_out` names what is missing from the first."""
+    """Indices of the rows to fit and to judge; `held_out` names what is missing from the first, but for the rows that
+    were `given` back."""
 
     name: str
     held_out: str
     fit: tuple[int, ...]
     judge: tuple[int, ...]
+    given: tuple[int, ...] = ()
 
 
 def shape_group(row: CostRow) -> str:
@@ -39,7 +43,7 @@ def shape_group(row: CostRow) -> str:
 
 def head_layout(row: CostRow) -> str:
     """All of the shape that is neither batch nor length."""
-    layout = {axis: size for axis, size in row.shape.items() if axis not in ("b", "t", "s", "m", "documents")}
+    layout = {axis: size for axis, size in row.shape.items() if axis not in LENGTHS}
     return json.dumps([row.operator, layout], sort_keys=True)
 
 
@@ -58,7 +62,7 @@ def splits(rows: Sequence[TimedRow], name: str, *, salt: str = "") -> Iterator[S
     """The splits of one protocol; those that would leave either side empty are left out.
 
     S0 shapes, S1 head layouts, S2 sequences longer than 4096, S3 each kernel, S4 each operator, S5 each family of
-    devices, S6 the same with a few rows per kernel of the family given back.
+    devices (each device, where all are of one family), S6 the same with a few rows per kernel of it given back.
     """
     if name == "S0":
         yield from _by(rows, name, "one shape in five", lambda r: is_held_out(r.row, salt))
@@ -71,15 +75,21 @@ def splits(rows: Sequence[TimedRow], name: str, *, salt: str = "") -> Iterator[S
     elif name == "S4":
         yield from _each(rows, name, lambda r: r.row.operator)
     elif name == "S5":
-        yield from _each(rows, name, lambda r: r.device.family)
+        yield from _each(rows, name, _unseen_device(rows))
     elif name == "S6":
-        for split in _each(rows, name, lambda r: r.device.family):
+        for split in _each(rows, name, _unseen_device(rows)):
             for count in CALIBRATION[1:]:
                 calibrated = _given_back(rows, split, count, salt)
                 if calibrated.judge:
                     yield calibrated
     else:
         raise ValueError(f"no split is called {name!r}; there are {', '.join(SPLITS)}")
+
+
+def _unseen_device(rows: Sequence[TimedRow]) -> Callable[[TimedRow], str]:
+    """What stands for a device that was never seen."""
+    one_family = len({row.device.family for row in rows}) == 1
+    return lambda row: row.device.name if one_family else row.device.family
 
 
 def _by(rows: Sequence[TimedRow], name: str, held_out: str, judged: Callable[[TimedRow], bool]) -> Iterator[Split]:
@@ -116,4 +126,5 @@ def _given_back(rows: Sequence[TimedRow], split: Split, count: int, salt: str) -
         held_out=split.held_out,
         fit=(*split.fit, *sorted(given)),
         judge=tuple(index for index in split.judge if shape_group(rows[index].row) not in seen),
+        given=tuple(sorted(given)),
     )

@@ -16,7 +16,9 @@ from typing import Any, Literal, get_args
 from subquad_cost_model.device import Device
 from subquad_cost_model.rows import CostRow
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = {"1": ("launches",), "2": ()}
+"""Versions that are read, each with the columns that it lacks: these have their defaults."""
 _FORMAT_KEY = b"subquad_cost_model.timed_rows"
 Status = Literal["ok", "oom", "unsupported", "wrong"]
 STATUSES: tuple[str, ...] = get_args(Status)
@@ -73,6 +75,13 @@ class TimedRow:
         """The median; NaN where it was not timed."""
         return math.nan if self.median_s is None else self.median_s
 
+    @property
+    def doubt(self) -> float:
+        """Half the range of the repeats over their median: what a second measurement may differ by; 0 if not timed."""
+        if self.median_s is None or self.low_s is None or self.high_s is None:
+            return 0.0
+        return (self.high_s - self.low_s) / 2 / self.median_s
+
 
 def timed(rows: Iterable[TimedRow]) -> list[TimedRow]:
     """Those that ran."""
@@ -118,9 +127,11 @@ def read_timed_rows(path: Path) -> list[TimedRow]:
     except (pa.ArrowException, OSError) as error:
         raise TimedRowsError(f"{path} cannot be read as parquet: {error}") from None
     version = (table.schema.metadata or {}).get(_FORMAT_KEY, b"none").decode()
-    if version != str(FORMAT_VERSION):
-        raise TimedRowsError(f"{path} has format version {version}; this package reads {FORMAT_VERSION}")
+    if version not in READABLE:
+        raise TimedRowsError(f"{path} has format version {version}; this package reads {', '.join(READABLE)}")
     expected, found = dict(_schema_of(pa)), {field.name: field.type for field in table.schema}
+    for name in READABLE[version]:
+        del expected[name]
     wrong = [f"{name} is {found.get(name, 'missing')}" for name in expected if found.get(name) != expected[name]]
     if wrong:
         raise TimedRowsError(f"{path}: {', '.join(wrong)}")
@@ -147,7 +158,7 @@ def _schema_of(pa: Any) -> list[tuple[str, Any]]:
 
 
 def _parsed(record: dict[str, Any]) -> TimedRow:
-    row = {f.name: record[f.name] for f in fields(CostRow)}
+    row = {f.name: record[f.name] for f in fields(CostRow) if f.name in record}
     return TimedRow(
         row=CostRow(**row | {name: json.loads(row[name]) for name in _ROW_JSON}),
         device=_device(record["device"]),

@@ -50,7 +50,7 @@ def by_selector(verdicts: Sequence[Verdict]) -> dict[str, Verdict]:
 def test_the_truth_has_no_regret_and_its_double_only_error() -> None:
     rows = planted.table(seed=0, shapes=20, noise=0.0)
     split = Split(name="S", held_out="all", fit=(), judge=tuple(range(len(rows))))
-    found = by_selector(judge(rows, split, lambda seen: {"true": Clairvoyant(1), "double": Clairvoyant(2)}))
+    found = by_selector(judge(rows, split, lambda seen, given: {"true": Clairvoyant(1), "double": Clairvoyant(2)}))
     for name, error, covered in (("true", 0.0, 1.0), ("double", 1.0, 0.0)):
         verdict = found[name]
         assert verdict.regret and verdict.error
@@ -68,7 +68,7 @@ def test_random_and_always_lose_what_can_be_counted_by_hand() -> None:
         key: {r.row.kernel: r.seconds for r, of_it in zip(rows, keys, strict=True) if of_it == key} for key in keys
     }
     split = Split(name="S", held_out="all", fit=(), judge=tuple(range(len(rows))))
-    found = by_selector(judge(rows, split, lambda seen: {}))
+    found = by_selector(judge(rows, split, lambda seen, given: {}))
     assert set(found) == {"oracle", "random", "always wide", "always narrow"}
     wide = [regret("wide", cell) for cell in cells.values()]
     narrow = [regret("narrow", cell) for cell in cells.values()]

@@ -159,7 +159,7 @@ def test_a_doubled_shape_never_takes_less_time(learned: LearnedEstimator) -> Non
         ({"dtype": "float32"}, "dtype float32 is not among"),
         ({"options": {"causal": False}}, 'variant {"causal": false} is not among'),
         ({"phase": "decode"}, "no head for phase decode"),
-        ({"shape": {"b": 1, "t": 40000, "h": 4, "k": 64}}, "t=40000 is outside of the"),
+        ({"shape": {"b": 1, "t": 10**6, "h": 4, "k": 64}}, "t=1000000 is outside of the"),
         ({"shape": {"b": 1, "t": 64, "h": 4, "k": 8}}, "k=8 is outside of the 64 to 128"),
     ],
     ids=str,
@@ -186,9 +186,12 @@ def test_beyond_its_lengths_the_seconds_stay_near_the_truth_and_the_interval_hol
     short = LearnedEstimator.fit(planted.table(seed=16, shapes=100, lengths=range(4, 11)), trees=SMALL)
     long = planted.table(seed=17, shapes=30, lengths=[12, 13])
     estimates, measured_s = judge(short, long)
-    assert {estimate.source for estimate in estimates} == {"bound"}
-    assert coverage(estimates, measured_s) == 1
-    assert error(short, long) - 1 < 0.2 * (error(RooflineEstimator(), long) - 1)
+    assert {estimate.source for estimate in estimates} == {"model"}
+    assert coverage(estimates, measured_s) > 0.85
+    assert error(short, long) - 1 < 0.3 * (error(RooflineEstimator(), long) - 1)
+    without = LearnedEstimator.fit(planted.table(seed=16, shapes=100, lengths=range(4, 11)), trees=SMALL, physics=False)
+    left, _ = judge(without, long[:12])
+    assert {estimate.source for estimate in left} == {"bound"}, "trees alone do not go on"
 
 
 def test_one_family_of_devices_says_nothing_about_others() -> None:
@@ -235,7 +238,9 @@ def test_a_saved_fit_answers_the_same(learned: LearnedEstimator, tmp_path: Path)
     assert (tmp_path / "fit" / "card.md").read_text() == "# Planted\n"
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "heads.json", "forward.point.txt", "peak.spread.txt", "card.md"])
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "heads.json", "forward.point.txt", "peak_forward.spread.txt", "card.md"]
+)
 @pytest.mark.parametrize("how", ["missing", "cut off", "one byte changed"])
 def test_a_damaged_fit_is_refused_and_the_roofline_stands_in_visibly(
     learned: LearnedEstimator, tmp_path: Path, name: str, how: str
@@ -257,7 +262,7 @@ def test_a_damaged_fit_is_refused_and_the_roofline_stands_in_visibly(
     assert estimate.note.startswith("the learned model is not used:")
 
 
-@pytest.mark.parametrize(("key", "value"), [("format_version", 2), ("features", "0" * 16)])
+@pytest.mark.parametrize(("key", "value"), [("format_version", 3), ("features", "0" * 16)])
 def test_a_fit_of_another_version_or_other_features_is_refused(
     learned: LearnedEstimator, tmp_path: Path, key: str, value: object
 ) -> None:
@@ -266,7 +271,7 @@ def test_a_fit_of_another_version_or_other_features_is_refused(
     save_fit(learned, tmp_path, card="")
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {key: value}))
-    with pytest.raises(FitError, match=r"format version 2|other features"):
+    with pytest.raises(FitError, match=r"format version 3|other features"):
         load_fit(tmp_path)
 
 

@@ -116,3 +116,21 @@ def test_families_tell_designs_apart(make_device: Devices) -> None:
     assert b200 == b300
     assert len({b200, a100, l40s}) == 3
     assert make_device(kind="cpu", name="a cpu").family == "a cpu"
+
+
+def test_a_table_of_the_first_version_is_read_with_one_launch_a_row(table: list[TimedRow], tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    write_timed_rows(path, table)
+    whole = parquet.read_table(path)
+    old = whole.drop_columns(["launches"]).replace_schema_metadata({b"subquad_cost_model.timed_rows": b"1"})
+    parquet.write_table(old, path)
+    assert read_timed_rows(path) == table
+    assert {row.row.launches for row in read_timed_rows(path)} == {1}
+    parquet.write_table(whole.drop_columns(["launches"]), path)
+    with pytest.raises(TimedRowsError, match="launches is missing"):
+        read_timed_rows(path)
+
+
+def test_doubt_is_half_the_range_of_the_repeats(table: list[TimedRow]) -> None:
+    assert table[0].doubt == pytest.approx(0.5)
+    assert table[1].doubt == 0

@@ -125,6 +125,11 @@ class Operator:
         return hash(self.name)
 
 
+def one_launch(workload: Workload) -> int:
+    """A fused kernel, or one that starts a few device kernels at any size."""
+    return 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
     """One way to compute an operator.
@@ -133,6 +138,10 @@ class Kernel:
     strings of optional distributions, and `extensions` the compiled modules that a build of the first of them may lack;
     a kernel that is not installed is a reported fact, never an ImportError.
     `first_calls_in_threads` is False where a first call must have the process to itself, as torch.compile's must.
+    `launches` says how many device kernels one call starts, to within a third: a kernel composed of torch's own starts
+    dozens, or some for every chunk, and then takes as long as the host needs to start them.
+    `serial_steps` counts the dependent steps of a kernel that cuts time where its operator's work does not (None: that
+    of the operator).
     """
 
     operator: str
@@ -144,6 +153,8 @@ class Kernel:
     extensions: tuple[str, ...] = ()
     origin: str = "subquad-kernels"
     first_calls_in_threads: bool = True
+    launches: Callable[[Workload], int] = one_launch
+    serial_steps: Callable[[Workload], int] | None = None
 
     @property
     def key(self) -> str:

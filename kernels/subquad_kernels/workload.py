@@ -54,6 +54,21 @@ class Workload:
         return hash(self.key)
 
 
+def longest_document(shape: Mapping[str, int]) -> int:
+    """Tokens of the longest document that is to be expected where ends are drawn evenly; t where nothing is packed.
+
+    t / D (1 + 1/2 + ... + 1/D)      (the longest of D parts of a broken stick, Holst 1980)
+    """
+    t, documents = shape.get("t", 1), shape.get("documents", 0)
+    return round(t / documents * sum(1 / place for place in range(1, documents + 1))) if documents else t
+
+
+def document_sizes(shape: Mapping[str, int]) -> int:
+    """Into how many powers of two the lengths of packed documents are expected to fall; 1 where nothing is packed."""
+    documents = shape.get("documents", 0)
+    return min(documents, 3 * documents.bit_length() // 2) if documents else 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class Work:
     """What a workload costs on any device: counted from its shape, never measured.

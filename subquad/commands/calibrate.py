@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
@@ -38,22 +36,14 @@ def run(arguments: list[str]) -> int:
     request = calibrate_config(arguments)
     import pyarrow  # noqa: F401  (missing, it is said before minutes of measuring)
 
-    from subquad.cache import user_cache
-    from subquad.compiler.calibrate import calibrate, source_model
+    from subquad.compiler.calibrate import calibrate_and_keep
     from subquad.compiler.target import require_local, resolve_target
     from subquad.registry import load_registry
 
     load_registry()  # fills the catalogue
     check_names("calibrate", operators=request.operators)
     target = require_local(resolve_target(request.target), request.target, verb="calibrate")
-    source, beside = source_model(request.fit, target.kind)
-    cache = user_cache("calibration")
-    with tempfile.TemporaryDirectory() as temporary:
-        done = calibrate(
-            target, source, beside, cache or Path(temporary),
-            budget_s=request.budget_s, operators=request.operators, seed=request.seed,
-        )  # fmt: skip
-    print(as_text(done))
+    print(as_text(calibrate_and_keep(target, request)))
     return 0
 
 

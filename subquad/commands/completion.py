@@ -23,7 +23,14 @@ _subquad_complete() {
             COMPREPLY=($(compgen -W "$choices" -- "$word"))
             ;;
         generate)
-            COMPREPLY=($(compgen -W "run= prompt= max_tokens= temperature= top_k= seed=" -- "$word"))
+            choices="run= prompt= prompts= out= batch_size= max_tokens= temperature= top_k= top_p= min_p="
+            COMPREPLY=($(compgen -W "$choices repetition_penalty= stop= stop_ids= seed=" -- "$word"))
+            ;;
+        export)
+            COMPREPLY=($(compgen -W "run= format= out=" -- "$word"))
+            ;;
+        compare)
+            COMPREPLY=($(compgen -W "runs= html=" -- "$word"))
             ;;
         bench)
             COMPREPLY=($(compgen -W "operator= target= kernels= dtype= shapes= options= plot=" -- "$word"))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from subquad.cache import user_cache
 from subquad.compiler.estimators import own_fit
 from subquad.compiler.profile import profile_path
 from subquad.compiler.sample_kernels import Plan, SampleRun
 from subquad.compiler.target import Target
 from subquad.compiler.workload import halved_rows
 from subquad.errors import ConfigError
+from subquad.schema import CalibrateConfig
 from subquad_cost_model import (
     CalibratedEstimator,
     Device,
@@ -96,6 +99,17 @@ def calibrate(
         figures = {"before": before and asdict(before), "after": after and asdict(after)}
         save_profile(path, calibrated, [row.row for row in fitted], figures)
     return Calibration(calibrated=calibrated, fitted=len(fitted), before=before, after=after, path=path)
+
+
+def calibrate_and_keep(target: Target, request: CalibrateConfig) -> Calibration:
+    """Calibrate as asked, by rows in the user's cache that a later call goes on with.  Raises: ConfigError."""
+    source, beside = source_model(request.fit, target.kind)
+    cache = user_cache("calibration")
+    with tempfile.TemporaryDirectory() as temporary:
+        return calibrate(
+            target, source, beside, cache or Path(temporary),
+            budget_s=request.budget_s, operators=request.operators, seed=request.seed,
+        )  # fmt: skip
 
 
 def worth(estimator: Estimator, rows: Sequence[TimedRow]) -> Worth:

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from subquad.compiler.assign_mixers import with_mixers
 from subquad.compiler.choose import Chooser
 from subquad.compiler.html_report import write_html
+from subquad.compiler.know_device import know_device
 from subquad.compiler.options import CompileOptions
 from subquad.compiler.pipeline import capture_model, make_plan
 from subquad.compiler.plan import Plan
@@ -41,6 +42,7 @@ def explain(config: RunConfig, html: Path | None = None) -> str:
 def explained_plan(config: RunConfig) -> Plan:
     """The plan itself."""
     target = resolve_target(config.target)
+    know_device(target, config)
     chooser = Chooser(target, CompileOptions.of_run(config))
     config, assignment = with_mixers(config, target, chooser=chooser)
     plan = plan_of_shapes(config, target, chooser)

@@ -20,9 +20,9 @@ def tag(name: str, text: str = "", /, **attributes: object) -> str:
 
 @dataclass(kw_only=True)
 class LogPlot:
-    """A plot on two logarithmic axes, or with `linear_y`; what is added is in the units of the axes.
+    """A plot on two logarithmic axes, or with `linear_x`, `linear_y`; what is added is in the units of the axes.
 
-    Ticks of x stand at powers of ten, or at `x_ticks`.
+    Ticks stand at powers of ten, or at round numbers of a linear axis; those of x also at `x_ticks`.
     """
 
     x: tuple[float, float]
@@ -30,6 +30,7 @@ class LogPlot:
     x_label: str
     y_label: str
     size: tuple[int, int] = (720, 420)
+    linear_x: bool = False
     linear_y: bool = False
     x_ticks: Sequence[float] = ()
     parts: list[str] = field(default_factory=list)
@@ -40,7 +41,7 @@ class LogPlot:
         """Where a point lies in pixels."""
         width, height = self.size[0] - self.LEFT - self.EDGE, self.size[1] - self.BOTTOM - self.EDGE
         return (
-            round(self.LEFT + width * _share(x, self.x), 2),
+            round(self.LEFT + width * (_linear_share if self.linear_x else _share)(x, self.x), 2),
             round(self.EDGE + height * (1 - (_linear_share if self.linear_y else _share)(y, self.y)), 2),
         )
 
@@ -68,7 +69,8 @@ class LogPlot:
         left, bottom = self.at(self.x[0], self.y[0])
         right, top = self.at(self.x[1], self.y[1])
         frame = [tag("rect", x=left, y=top, width=right - left, height=bottom - top, fill="none", stroke="#888")]
-        x_ticks = [(x, f"{x:g}") for x in self.x_ticks] or _power_ticks(self.x)
+        own_ticks = _linear_ticks(self.x) if self.linear_x else _power_ticks(self.x)
+        x_ticks = [(x, f"{x:g}") for x in self.x_ticks] or own_ticks
         for x, label in x_ticks:
             px, _ = self.at(x, self.y[0])
             frame.append(tag("line", x1=px, x2=px, y1=top, y2=bottom, stroke="#ddd"))

@@ -105,8 +105,9 @@ def cost_row(operator: Operator, kernel: Kernel, workload: Workload) -> CostRow:
         vector_flops=work.vector_flops,
         transcendental_ops=work.transcendental_ops,
         bytes_moved=work.bytes_moved,
-        serial_steps=work.serial_steps,
+        serial_steps=kernel.serial_steps(workload) if kernel.serial_steps else work.serial_steps,
         saved_bytes=work.saved_bytes,
+        launches=kernel.launches(workload),
         kernel_version=kernel.version,
     )
 

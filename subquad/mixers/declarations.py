@@ -33,10 +33,14 @@ IMPORTS = (
         model_type="llama",
         summary="softmax_attention and SwiGLU; without biases and scaled rotary positions",
         build="subquad.mixers.llama_import:llama",
+        mixer="softmax_attention",
+        export="subquad.mixers.llama_import:llama_config",
     ),
     ImportSpec(
         model_type="mistral",
         summary="window, or softmax_attention where no sliding window is set, and SwiGLU",
         build="subquad.mixers.llama_import:mistral",
+        mixer="window",
+        export="subquad.mixers.llama_import:mistral_config",
     ),
 )

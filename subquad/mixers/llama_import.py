@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from subquad.contracts import ImportMap
+from subquad.mixers.configs import SoftmaxAttentionConfig, WindowConfig
 from subquad.model.checkpoint_config import CheckpointConfig
 from subquad.schema import ChannelMixerConfig, ModelConfig
 
@@ -34,6 +35,34 @@ def mistral(theirs: CheckpointConfig) -> ImportMap:
     if not window:
         return _decoder(theirs, "softmax_attention", heads, {})
     return _decoder(theirs, "window", heads, {"window": window})
+
+
+def llama_config(
+    model: ModelConfig, mixer: SoftmaxAttentionConfig, channel_mixer: ChannelMixerConfig | None
+) -> dict[str, object]:
+    """What config.json says of `softmax_attention` in every block."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "num_attention_heads": mixer.num_heads,
+        "num_key_value_heads": mixer.num_kv_heads or mixer.num_heads,
+        "head_dim": mixer.head_dim or model.d_model // mixer.num_heads,
+        # Without a channel mixer the layouts differ, whatever stands here.
+        "intermediate_size": 1 if channel_mixer is None else channel_mixer.d_hidden,
+        "hidden_act": "silu",
+        "rms_norm_eps": model.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": mixer.rope_theta},
+        "max_position_embeddings": model.context_len,
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
+
+
+def mistral_config(
+    model: ModelConfig, mixer: WindowConfig, channel_mixer: ChannelMixerConfig | None
+) -> dict[str, object]:
+    """What config.json says of `window` in every block."""
+    attention = llama_config(model, mixer, channel_mixer)
+    return attention | {"architectures": ["MistralForCausalLM"], "sliding_window": mixer.window}
 
 
 def _decoder(theirs: CheckpointConfig, mixer: str, key_heads: int, options: Mapping[str, Any]) -> ImportMap:

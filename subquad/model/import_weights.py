@@ -69,11 +69,11 @@ def sources(mapped: ImportMap, ours: list[str], theirs: list[str]) -> dict[str, 
 
 def _as_computed(source: str | Computed, prefix: str) -> Computed:
     if isinstance(source, str):
-        return Computed(names=(prefix + source,), transform=_unchanged)
+        return Computed(names=(prefix + source,), transform=unchanged)
     return Computed(names=tuple(prefix + name for name in source.names), transform=source.transform)
 
 
-def _unchanged(tensor: Tensor) -> Tensor:
+def unchanged(tensor: Tensor) -> Tensor:
     return tensor
 
 
@@ -86,7 +86,7 @@ def _check_shape(name: str, one: Computed, theirs: CheckpointTensors, ours: Tens
     except RuntimeError as error:  # a shape that the map did not expect
         raise _misshapen(name, ours, f"{shown} does not fit: {str(error).splitlines()[0]}", where) from None
     if found != tuple(ours.shape):
-        became = "" if one.transform is _unchanged else f", which becomes {found}"
+        became = "" if one.transform is unchanged else f", which becomes {found}"
         raise _misshapen(name, ours, f"the checkpoint has {shown}{became}", where)
 
 

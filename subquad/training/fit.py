@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from subquad.compiler.assign_mixers import with_mixers
 from subquad.compiler.html_report import write_html
+from subquad.compiler.know_device import know_device
 from subquad.compiler.options import CompileOptions
 from subquad.compiler.plan import Plan
 from subquad.compiler.predict_step import predict_step
@@ -139,6 +140,8 @@ def _started(config: RunConfig) -> _Prepared:
     _check(config)
     folder = run_folder.new_run_folder(config)
     followed = plan_of(config)
+    if followed is None:
+        know_device(target_of(config), config)
     config, assignment = with_mixers(config, target_of(config), followed)
     data, model, config = _built(config, starts=True)
     model, plan = compiled(model, config, followed, packed=data.source.packed)

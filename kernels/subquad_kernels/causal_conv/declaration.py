@@ -100,6 +100,17 @@ def _causal_conv1d_supports(workload: Workload, limits: DeviceLimits) -> str | N
     return None
 
 
+def _taps_launches(workload: Workload) -> int:
+    """Two for each tap forward, five backward, and the masks of documents."""
+    each = 5 if workload.phase == "backward" else 2
+    return 2 + each * workload.shape["w"] + (20 if "documents" in workload.shape else 0)
+
+
+def _conv1d_launches(workload: Workload) -> int:
+    """The convolution with what surrounds it, and the lay-out of documents."""
+    return (8 if workload.phase == "backward" else 5) + (18 if "documents" in workload.shape else 0)
+
+
 _BOTH = frozenset({"cpu", "cuda"})
 _CUDA = frozenset({"cuda"})
 KERNELS = (
@@ -116,6 +127,7 @@ KERNELS = (
         implementation=f"{_HERE}.taps",
         supports=_anything,
         devices=_BOTH,
+        launches=_taps_launches,
     ),
     Kernel(
         operator="causal_conv",
@@ -123,6 +135,7 @@ KERNELS = (
         implementation=f"{_HERE}.conv1d",
         supports=_anything,
         devices=_BOTH,
+        launches=_conv1d_launches,
     ),
     Kernel(
         operator="causal_conv",

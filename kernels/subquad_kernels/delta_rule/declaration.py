@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from subquad_kernels.catalogue import Kernel, Operator, Tolerance
 from subquad_kernels.optional_packages import FLA, gated_backward_defect, half_only
-from subquad_kernels.workload import DeviceLimits, DType, Phase, Work, Workload
+from subquad_kernels.workload import DeviceLimits, DType, Phase, Work, Workload, longest_document
 
 _HERE = "subquad_kernels.delta_rule"
 
@@ -161,6 +161,19 @@ def _fla_recurrent_supports(workload: Workload, limits: DeviceLimits) -> str | N
     return "computes in float32, not in float64" if workload.dtype == "float64" else None
 
 
+def _chunked_launches(workload: Workload) -> int:
+    """A loop over chunks; over sixteenths of them where every key channel decays by itself."""
+    if workload.phase == "decode":
+        return 67
+    steps = -(-longest_document(workload.shape) // CHUNK)
+    forward = workload.phase == "forward"
+    if workload.options["decay"] == "vector":
+        return (10 + 260 * steps) if forward else (10 + 860 * steps)
+    if workload.options["decay"] == "none":
+        return 10 + (57 if forward else 102) * steps
+    return 10 + (63 if forward else 154) * steps
+
+
 _BOTH = frozenset({"cpu", "cuda"})
 _CUDA = frozenset({"cuda"})
 KERNELS = (
@@ -177,6 +190,7 @@ KERNELS = (
         implementation=f"{_HERE}.chunked",
         supports=_anything,
         devices=_BOTH,
+        launches=_chunked_launches,
     ),
     Kernel(
         operator="delta_rule",

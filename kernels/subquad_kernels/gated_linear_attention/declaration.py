@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from subquad_kernels.catalogue import Kernel, Operator, Tolerance
 from subquad_kernels.optional_packages import FLA, half_only
-from subquad_kernels.workload import ELEMENT_BYTES, DeviceLimits, DType, Option, Phase, Work, Workload
+from subquad_kernels.workload import ELEMENT_BYTES, DeviceLimits, DType, Option, Phase, Work, Workload, longest_document
 
 _HERE = "subquad_kernels.gated_linear_attention"
 
@@ -130,6 +130,22 @@ def _fla_recurrent_supports(workload: Workload, limits: DeviceLimits) -> str | N
     return None
 
 
+def _chunked_launches(workload: Workload) -> int:
+    """A loop over chunks between products of all of them."""
+    if workload.phase == "decode":
+        return 7
+    steps = -(-longest_document(workload.shape) // 64)
+    return 85 + 18 * steps if workload.phase == "forward" else 190 + 30 * steps
+
+
+def _fused_steps(workload: Workload) -> int:
+    """Chunks of a stretch, walked twice, and the states that pass from stretch to stretch, a tenth of a step each."""
+    shape = workload.shape
+    stretch, t = stretch_len(shape["n"], shape["p"]), shape["t"]
+    walks = 3 if workload.phase == "backward" else 2
+    return walks * (-(-min(t, stretch) // _CHUNK) + t // stretch // 10)
+
+
 _BOTH = frozenset({"cpu", "cuda"})
 _CUDA = frozenset({"cuda"})
 KERNELS = (
@@ -146,6 +162,7 @@ KERNELS = (
         implementation=f"{_HERE}.chunked",
         supports=_anything,
         devices=_BOTH,
+        launches=_chunked_launches,
     ),
     Kernel(
         operator="gated_linear_attention",
@@ -154,6 +171,7 @@ KERNELS = (
         supports=_fused_supports,
         devices=frozenset({"cuda"}),
         requires=("triton>=3.6",),
+        serial_steps=_fused_steps,
     ),
     Kernel(
         operator="gated_linear_attention",

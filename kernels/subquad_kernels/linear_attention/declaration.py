@@ -168,6 +168,27 @@ def _mamba_supports(workload: Workload, limits: DeviceLimits) -> str | None:
     return half_only(workload)
 
 
+def _chunked_launches(workload: Workload) -> int:
+    """A short loop over the chunks of all documents between products of all of them."""
+    documents = workload.shape.get("documents", 0)
+    slots = chunk_slots(workload.shape["t"], documents)
+    if workload.phase == "decode":
+        return 44
+    return (45 + 2 * slots + documents) if workload.phase == "forward" else (75 + 4 * slots + documents)
+
+
+def _fused_steps(workload: Workload) -> int:
+    """Chunks that a program walks: all of its sequence where heads are enough, else those of a segment."""
+    shape = workload.shape
+    b, t, h, documents = shape["b"], shape["t"], shape["h"], shape.get("documents", 0)
+    walks = 2 if workload.phase == "backward" else 1
+    chunks = chunk_slots(t, documents)
+    if -(-shape["p"] // 64) * h * b >= 256:
+        return walks * chunks
+    # States pass from segment to segment in a small kernel of its own, a tenth of a walk's step each.
+    return walks * (min(chunks, segment_len(b, t, h) // CHUNK) + segments(b, t, h, documents) // 10)
+
+
 _BOTH = frozenset({"cpu", "cuda"})
 _CUDA = frozenset({"cuda"})
 KERNELS = (
@@ -184,6 +205,7 @@ KERNELS = (
         implementation=f"{_HERE}.chunked",
         supports=_anything,
         devices=_BOTH,
+        launches=_chunked_launches,
     ),
     Kernel(
         operator="linear_attention",
@@ -192,6 +214,7 @@ KERNELS = (
         supports=_fused_supports,
         devices=frozenset({"cuda"}),
         requires=("triton>=3.6",),
+        serial_steps=_fused_steps,
     ),
     Kernel(
         operator="linear_attention",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from subquad_kernels.catalogue import Kernel, Operator, Tolerance
-from subquad_kernels.workload import DeviceLimits, DType, Option, Phase, Work, Workload
+from subquad_kernels.workload import DeviceLimits, DType, Option, Phase, Work, Workload, longest_document
 
 _HERE = "subquad_kernels.log_linear_attention"
 
@@ -106,6 +106,14 @@ def _anything(workload: Workload, limits: DeviceLimits) -> str | None:
     return None
 
 
+def _chunked_launches(workload: Workload) -> int:
+    """Some for every level of the tree over chunks."""
+    if workload.phase == "decode":
+        return 73
+    levels = (-(-longest_document(workload.shape) // CHUNK) - 1).bit_length()
+    return 50 + 13 * levels if workload.phase == "forward" else 105 + 40 * levels
+
+
 _BOTH = frozenset({"cpu", "cuda"})
 KERNELS = (
     Kernel(
@@ -121,5 +129,6 @@ KERNELS = (
         implementation=f"{_HERE}.chunked:CHUNKED",
         supports=_anything,
         devices=_BOTH,
+        launches=_chunked_launches,
     ),
 )

@@ -68,6 +68,11 @@ def _fused_supports(workload: Workload, limits: DeviceLimits) -> str | None:
     return None
 
 
+def _tables_launches(workload: Workload) -> int:
+    """Two tables, and products and sums of halves for q and for k; positions where documents are packed."""
+    return 27 + (5 if "documents" in workload.shape else 0)
+
+
 _BOTH = frozenset({"cpu", "cuda"})
 KERNELS = (
     Kernel(
@@ -77,7 +82,14 @@ KERNELS = (
         supports=_anything,
         devices=_BOTH,
     ),
-    Kernel(operator="rotary", name="tables", implementation=f"{_HERE}.tables", supports=_anything, devices=_BOTH),
+    Kernel(
+        operator="rotary",
+        name="tables",
+        implementation=f"{_HERE}.tables",
+        supports=_anything,
+        devices=_BOTH,
+        launches=_tables_launches,
+    ),
     Kernel(
         operator="rotary",
         name="fused",

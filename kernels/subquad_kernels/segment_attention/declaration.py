@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from subquad_kernels.catalogue import Kernel, Operator, Tolerance
-from subquad_kernels.workload import DeviceLimits, DType, Phase, Work, Workload
+from subquad_kernels.workload import DeviceLimits, DType, Phase, Work, Workload, document_sizes, longest_document
 
 _HERE = "subquad_kernels.segment_attention"
 
@@ -42,6 +42,7 @@ def work(workload: Workload) -> Work:
         bytes_moved=inputs + outputs + lse,
         saved_bytes=0 if workload.phase == "decode" else inputs + outputs + lse,
     )
+
 
 def _example(dtype: DType, phase: Phase = "forward", segment_len: int = 5, **shape: int) -> Workload:
     axes = {"b": 2, "t": 37, "h": 4, "h_kv": 2, "k": 16, "v": 16, "m": 0} | shape
@@ -102,6 +103,28 @@ def _tiled_supports(workload: Workload, limits: DeviceLimits) -> str | None:
     return None
 
 
+def _compacted_launches(workload: Workload) -> int:
+    """A loop over tiles of 256 queries, once more for each size of documents; little where no summary is seen."""
+    if workload.phase == "decode":
+        return 24
+    forward, sizes = workload.phase == "forward", document_sizes(workload.shape)
+    if workload.shape["t"] <= int(workload.options["segment_len"]):
+        return 8 if forward else 24
+    laid_out = (20 if forward else 30) * sizes if "documents" in workload.shape else 0
+    tiles = -(-longest_document(workload.shape) // 256) + sizes - 1
+    return laid_out + 7 * sizes + 24 * tiles if forward else laid_out + 26 * sizes + 30 * tiles
+
+
+def _merge_launches(workload: Workload) -> int:
+    """Two calls of attention and their merge, once more for each size of documents, which are laid out before."""
+    if workload.phase == "decode":
+        return 29
+    forward, packed = workload.phase == "forward", "documents" in workload.shape
+    if workload.shape["t"] <= int(workload.options["segment_len"]):
+        return 6 if forward else 19
+    return ((29 if forward else 42) + (20 if packed else 0)) * document_sizes(workload.shape)
+
+
 _BOTH = frozenset({"cpu", "cuda"})
 KERNELS = (
     Kernel(
@@ -117,6 +140,7 @@ KERNELS = (
         implementation=f"{_HERE}.compacted",
         supports=_anything,
         devices=_BOTH,
+        launches=_compacted_launches,
     ),
     Kernel(
         operator="segment_attention",
@@ -124,6 +148,7 @@ KERNELS = (
         implementation=f"{_HERE}.sdpa_merge",
         supports=_merge_supports,
         devices=_BOTH,
+        launches=_merge_launches,
     ),
     Kernel(
         operator="segment_attention",

@@ -118,6 +118,22 @@ def _mamba_step_supports(workload: Workload, limits: DeviceLimits) -> str | None
     return "computes in float32, not in float64" if workload.dtype == "float64" else None
 
 
+def _chunked_launches(workload: Workload) -> int:
+    """A loop over tokens within a loop over chunks, of one document after the other."""
+    if workload.phase == "decode":
+        return 13
+    tokens = workload.shape["t"]
+    return 10 + 9 * tokens // 5 if workload.phase == "forward" else 30 + 53 * tokens // 10
+
+
+def _fused_steps(workload: Workload) -> int:
+    """Tokens of a segment: time is cut where a tile of channels and a sequence are too few programs."""
+    shape = workload.shape
+    programs, t = -(-shape["c"] // 32) * shape["b"], shape["t"]
+    walks = 2 if workload.phase == "backward" else 1
+    return walks * (t if programs >= 528 else min(t, max(64, t * programs // 2112)))
+
+
 _BOTH = frozenset({"cpu", "cuda"})
 _CUDA = frozenset({"cuda"})
 KERNELS = (
@@ -134,6 +150,7 @@ KERNELS = (
         implementation=f"{_HERE}.chunked",
         supports=_anything,
         devices=_BOTH,
+        launches=_chunked_launches,
     ),
     Kernel(
         operator="selective_scan",
@@ -142,6 +159,7 @@ KERNELS = (
         supports=_fused_supports,
         devices=frozenset({"cuda"}),
         requires=("triton>=3.6",),
+        serial_steps=_fused_steps,
     ),
     Kernel(
         operator="selective_scan",

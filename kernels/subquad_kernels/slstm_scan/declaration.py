@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from subquad_kernels.catalogue import Kernel, Operator, Tolerance
-from subquad_kernels.workload import DeviceLimits, DType, Phase, Work, Workload
+from subquad_kernels.workload import DeviceLimits, DType, Phase, Work, Workload, longest_document
 
 _HERE = "subquad_kernels.slstm_scan"
 
@@ -82,6 +82,11 @@ def _anything(workload: Workload, limits: DeviceLimits) -> str | None:
     return None
 
 
+def _stepwise_launches(workload: Workload) -> int:
+    """Eleven for every token; its gradient computes the states again."""
+    return 20 if workload.phase == "decode" else 11 * (longest_document(workload.shape) + 1)
+
+
 _BOTH = frozenset({"cpu", "cuda"})
 KERNELS = (
     Kernel(
@@ -97,5 +102,6 @@ KERNELS = (
         implementation=f"{_HERE}.stepwise",
         supports=_anything,
         devices=_BOTH,
+        launches=_stepwise_launches,
     ),
 )

@@ -59,6 +59,7 @@ def work(workload: Workload) -> Work:
         saved_bytes=0 if workload.phase == "decode" else inputs + outputs + lse,
     )
 
+
 def _example(dtype: DType, phase: Phase = "forward", window: int = 0, **shape: int) -> Workload:
     axes = {"b": 2, "t": 37, "s": 37, "h": 4, "h_kv": 2, "k": 16, "v": 16} | shape
     options = {"causal": True, "window": window}
@@ -162,6 +163,11 @@ def _flash_attn_supports(workload: Workload, limits: DeviceLimits) -> str | None
     return _flash_supports(workload, limits)
 
 
+def _windowed_launches(workload: Workload) -> int:
+    """Products over blocks of the window, and the lay-out of documents."""
+    return (24 if workload.phase == "forward" else 42) + (10 if "documents" in workload.shape else 0)
+
+
 _BOTH = frozenset({"cpu", "cuda"})
 _CUDA = frozenset({"cuda"})
 KERNELS = (
@@ -208,6 +214,7 @@ KERNELS = (
         implementation=f"{_HERE}.windowed",
         supports=_windowed_supports,
         devices=_BOTH,
+        launches=_windowed_launches,
     ),
     Kernel(
         operator="softmax_attention",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from subquad_kernels.catalogue import Kernel, Operator, Tolerance
-from subquad_kernels.workload import DeviceLimits, DType, Option, Phase, Work, Workload
+from subquad_kernels.workload import DeviceLimits, DType, Option, Phase, Work, Workload, longest_document
 
 _HERE = "subquad_kernels.ttt_scan"
 
@@ -108,6 +108,15 @@ def _anything(workload: Workload, limits: DeviceLimits) -> str | None:
     return None
 
 
+def _dual_launches(workload: Workload) -> int:
+    """A loop over mini-batches; an inner network of two layers takes more."""
+    if workload.phase == "decode":
+        return 102
+    steps = -(-longest_document(workload.shape) // int(workload.options["mini_batch"]))
+    each = 56 if workload.phase == "forward" else 181
+    return 5 + steps * (each if workload.options["inner"] == "linear" else 5 * each // 3)
+
+
 _BOTH = frozenset({"cpu", "cuda"})
 KERNELS = (
     Kernel(
@@ -123,5 +132,6 @@ KERNELS = (
         implementation=f"{_HERE}.dual_form:DUAL_FORM",
         supports=_anything,
         devices=_BOTH,
+        launches=_dual_launches,
     ),
 )

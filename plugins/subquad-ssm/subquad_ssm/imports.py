@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from subquad import CheckpointConfig, ImportMap, ModelConfig
+from subquad import ChannelMixerConfig, CheckpointConfig, ImportMap, ModelConfig
+from subquad_ssm.config import Mamba2Config, MambaConfig
 from subquad_ssm.mamba2 import NORM_EPS
 
 BLOCK = {
@@ -52,6 +53,34 @@ def mamba2(theirs: CheckpointConfig) -> ImportMap:
         MAMBA2,
         tied=theirs.get("tie_word_embeddings", False),
     )
+
+
+def mamba_config(model: ModelConfig, mixer: MambaConfig, channel_mixer: ChannelMixerConfig | None) -> dict[str, object]:
+    """What config.json says of `mamba` in every block."""
+    return {
+        "architectures": ["MambaForCausalLM"],
+        "state_size": mixer.state_dim,
+        "expand": mixer.expand,
+        "conv_kernel": mixer.conv_width,
+        "time_step_rank": mixer.resolved_dt_rank(model.d_model),
+        "layer_norm_epsilon": model.norm_eps,
+    }
+
+
+def mamba2_config(
+    model: ModelConfig, mixer: Mamba2Config, channel_mixer: ChannelMixerConfig | None
+) -> dict[str, object]:
+    """What config.json says of `mamba2` in every block."""
+    return {
+        "architectures": ["Mamba2ForCausalLM"],
+        "state_size": mixer.state_dim,
+        "expand": mixer.expand,
+        "head_dim": mixer.head_dim,
+        "num_heads": mixer.expand * model.d_model // mixer.head_dim,
+        "n_groups": mixer.num_groups,
+        "conv_kernel": mixer.conv_width,
+        "layer_norm_epsilon": model.norm_eps,
+    }
 
 
 def _backbone(

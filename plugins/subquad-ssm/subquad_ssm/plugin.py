@@ -75,10 +75,14 @@ def subquad_provide_imports() -> Iterable[ImportSpec]:
             model_type="mamba",
             summary="mamba; without biases of projections",
             build="subquad_ssm.imports:mamba",
+            mixer="mamba",
+            export="subquad_ssm.imports:mamba_config",
         ),
         ImportSpec(
             model_type="mamba2",
             summary="mamba2; without biases of projections and limits of step sizes",
             build="subquad_ssm.imports:mamba2",
+            mixer="mamba2",
+            export="subquad_ssm.imports:mamba2_config",
         ),
     ]

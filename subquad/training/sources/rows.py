@@ -1,7 +1,7 @@
 """Files of many documents: JSON Lines and Parquet, a row each, read from the file whenever they are asked for.
 
 Kept in memory are a place and a length for each row, and of a Parquet file the row group that was read last. So memory
-grows with the number of documents (measured in `subquad/training/README.md`), not with their text.
+grows with the number of documents (measured in README.md beside this), not with their text.
 """
 
 from __future__ import annotations

@@ -1,0 +1,247 @@
+"""The physics head: a quantity as a sum of what the row asks of a device, each part times a factor of the kernel.
+
+    seconds = start + exp(u_l) work,    start and work: sums over j of  c_kj x_j(row, device),    c >= 0
+
+x_j are seconds that the units work, launches, steps that wait for each other, waves of programs; k is the kernel, l its
+layout: widths, heads, dtype and options, for which it was compiled, and which may cost it registers or a path of its
+own. Such a sum has no trees' steps and goes on beyond what was measured: twice the tokens of a linear operator take
+twice the time. Bytes at the peak are a sum alike, of other terms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import numpy as np
+from scipy.optimize import nnls
+
+from subquad_cost_model.bound import bound_terms
+from subquad_cost_model.device import Device
+from subquad_cost_model.features import EXP_PER_SM_AND_STEP, TILE, Floats, words
+from subquad_cost_model.rows import CostRow
+from subquad_cost_model.splits import LENGTHS, fold
+
+SECONDS = (
+    "start", "launches", "packed", "matmul", "vector", "exponentials", "memory", "kept", "steps", "keys", "documents",
+    "waves",
+)  # fmt: skip
+STARTING = frozenset({"start", "launches", "packed", "documents", "blocks"})
+"""Terms that no layout changes."""
+BYTES = ("blocks", "moved", "kept", "row of scores", "scalars", "states", "states of chunks", "cache", "scores")
+STEP = 500
+"""Dependent instructions of a walk's step, which loads a tile, multiplies it and waits: a microsecond on an H100."""
+PULL = 0.3
+"""How firmly a kernel's factors are held near those of all kernels: the square of it counts like so many rows."""
+LAYOUT_PULL = 1.0
+"""How firmly a layout's level is held at that of its kernel: like so many rows, all work, at the level."""
+LEAST = 1e-12
+"""A sum is a little more than nothing."""
+LEAST_ROWS = 6
+"""Of a kernel with fewer rows only the level is its own."""
+OUTLIER = 0.15
+"""Log errors beyond this count by their size, not its square."""
+FINEST_DOUBT = 0.05
+"""Rows whose repeats lie closer together than this are equally good."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Physics:
+    """Factors by kernel (with its operator), those pooled over all kernels of a kind for one that was never measured,
+    and u by layout. Kinds are `fused` (one launch a call) and `composed`, and `kinds` says which a kernel is.
+
+    `terms` says of what the sum is made: `SECONDS` or `BYTES`.
+    """
+
+    terms: tuple[str, ...]
+    kernels: Mapping[str, tuple[float, ...]]
+    pooled: Mapping[str, tuple[float, ...]]
+    kinds: Mapping[str, str]
+    levels: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def fit(
+        cls,
+        terms: tuple[str, ...],
+        rows: Sequence[CostRow],
+        devices: Sequence[Device],
+        quantity: Floats,
+        doubts: Floats,
+    ) -> Physics:
+        """Non-negative least squares of relative errors, row i weighing 1 / doubts_i, outliers less at each round.
+
+            min over c >= 0:  sum_i w_i (c x_i / y_i - 1)^2  +  PULL^2 sum_j (s_j (c_j - c0_j))^2
+
+        s_j is the size of the term in these rows, c0 the factors of its kind at this kernel's level. The level of a
+        layout is then that of its residuals r_i, as far as its rows are work (the share p_i) and not start:
+
+            u = median_i (r_i / p_i; w_i p_i^2)  N / (N + LAYOUT_PULL),    N = sum_i w_i p_i^2
+        """
+        values = _values(terms, rows, devices)
+        weights = 1 / np.maximum(doubts, FINEST_DOUBT)
+        weights = weights / weights.mean()
+        of_kernel: dict[str, list[int]] = defaultdict(list)
+        of_kind: dict[str, list[int]] = defaultdict(list)
+        for index, row in enumerate(rows):
+            of_kernel[words(row)[1]].append(index)
+        kinds = {name: _kind(max(rows[index].launches for index in here)) for name, here in of_kernel.items()}
+        for index, row in enumerate(rows):
+            of_kind[kinds[words(row)[1]]].append(index)
+        pooled = {
+            kind: _factors(values[here], quantity[here], weights[here], np.zeros(len(terms)), 0.05)
+            for kind, here in of_kind.items()
+        }
+        kernels = {}
+        for kernel, here in of_kernel.items():
+            usual = pooled[kinds[kernel]]
+            near = usual * np.median(quantity[here] / np.maximum(values[here] @ usual, 1e-15))
+            if len(here) >= LEAST_ROWS:
+                near = _factors(values[here], quantity[here], weights[here] / weights[here].mean(), near, PULL)
+            kernels[kernel] = tuple(near.tolist())
+        of_kinds = {kind: tuple(factors.tolist()) for kind, factors in pooled.items()}
+        flat = cls(terms=terms, kernels=kernels, pooled=of_kinds, kinds=kinds)
+        starts, works = np.array([flat._parts(row, value) for row, value in zip(rows, values, strict=True)]).T
+        residuals, shares = np.log(quantity / (starts + works)), works / (starts + works)
+        by_layout: dict[str, list[int]] = defaultdict(list)
+        for index, row in enumerate(rows):
+            by_layout[layout(row)].append(index)
+        counts = weights * shares**2
+        levels = {
+            name: _median(residuals[here] / np.maximum(shares[here], 0.1), counts[here])
+            * (counts[here].sum() / (counts[here].sum() + LAYOUT_PULL))
+            for name, here in by_layout.items()
+        }
+        return replace(flat, levels={name: float(log_level) for name, log_level in levels.items()})
+
+    def predict(self, rows: Sequence[CostRow], devices: Sequence[Device]) -> Floats:
+        """The sum of each row on its device.
+
+        A kernel that was never measured is taken to be like the fastest of its operator and kind, unless the factors
+        of that kind say more.
+        """
+        values = _values(self.terms, rows, devices)
+        return np.array([self._sum(row, value) for row, value in zip(rows, values, strict=True)], dtype=np.float64)
+
+    def _sum(self, row: CostRow, values: Floats) -> float:
+        start, work = self._parts(row, values)
+        return start + work * math.exp(self.levels.get(layout(row), 0.0))
+
+    def _parts(self, row: CostRow, values: Floats) -> tuple[float, float]:
+        """What starts the kernel, and its work."""
+        starting = np.array([name in STARTING for name in self.terms])
+        kernel = words(row)[1]
+        if kernel in self.kernels:
+            products = values * np.array(self.kernels[kernel])
+        else:
+            kind, operator = _kind(row.launches), f"{row.operator}/"
+            usual = values * np.array(self.pooled.get(kind, next(iter(self.pooled.values()))))
+            rivals = [
+                values * np.array(factors)
+                for name, factors in self.kernels.items()
+                if name.startswith(operator) and self.kinds[name] == kind
+            ]
+            fastest = min(rivals, key=np.sum, default=usual)
+            products = max(usual, fastest, key=np.sum)
+        return float(products[starting].sum()), max(float(products[~starting].sum()), LEAST)
+
+
+def _kind(launches: int) -> str:
+    return "fused" if launches == 1 else "composed"
+
+
+def layout(row: CostRow) -> str:
+    """A short name of what a kernel is compiled for: all but batch and lengths."""
+    widths = tuple(sorted((axis, size) for axis, size in row.shape.items() if axis not in LENGTHS))
+    return _short_name((*words(row), "documents" in row.shape, *widths))
+
+
+@lru_cache(maxsize=16_384)
+def _short_name(what: tuple[object, ...]) -> str:
+    return format(fold(repr(what), 1 << 40), "x")
+
+
+def _median(values: Floats, weights: Floats) -> float:
+    """The weighted median."""
+    order = np.argsort(values)
+    reached = np.cumsum(weights[order])
+    return float(values[order][np.searchsorted(reached, reached[-1] / 2)])
+
+
+def _factors(values: Floats, quantity: Floats, weights: Floats, near: Floats, pull: float) -> Floats:
+    ratios = values / quantity[:, None]
+    sizes = np.sqrt((ratios**2).mean(axis=0)) + 1e-12
+    found, current = near, weights
+    for _ in range(12):
+        system = np.vstack([ratios / sizes * current[:, None], pull * np.eye(len(sizes))])
+        solved, _ = nnls(system, np.concatenate([current, pull * sizes * near]), maxiter=2000)
+        found = solved / sizes
+        predicted = np.maximum(values @ found, 1e-15)
+        errors = np.abs(np.log(predicted / quantity))
+        # Twice too much is a relative error of 1, half of it one of 1/2: the square root makes them alike.
+        damped = np.minimum(1, OUTLIER / np.maximum(errors, 1e-3)) * np.minimum(1, quantity / predicted)
+        current = weights * np.sqrt(damped)
+    return np.asarray(found, dtype=np.float64)
+
+
+def _values(terms: tuple[str, ...], rows: Sequence[CostRow], devices: Sequence[Device]) -> Floats:
+    of_row = _seconds if terms == SECONDS else _bytes
+    return np.array([of_row(row, device) for row, device in zip(rows, devices, strict=True)]).reshape(-1, len(terms))
+
+
+def _seconds(row: CostRow, device: Device) -> list[float]:
+    terms, shape = bound_terms(row, device), row.shape
+    sms = max(1, round(device.transcendental_per_s * device.serial_step_s / EXP_PER_SM_AND_STEP))
+    documents, heads = shape.get("documents", 0), _heads(shape)
+    # Parts of a stick broken at random: sum of squares 2 t^2 / (D + 1), longest t / D (1 + ... + 1/D).
+    uneven = 2 * documents / (documents + 1) if documents else 1.0
+    longest = sum(1 / place for place in range(1, documents + 1)) if documents else 1.0
+    # A query's program walks all keys that it sees, or all summaries.
+    summaries = shape.get("t", 1) // int(row.options.get("segment_len", 1)) + shape.get("m", 0) if "m" in shape else 0
+    keys = shape.get("s", summaries) / max(1, documents)
+    programs = heads * (shape.get("b", 1) * math.ceil(shape.get("t", 1) / TILE) + documents)
+    step_s = STEP * device.serial_step_s
+    return [
+        device.launch_s,
+        (row.launches - 1) * device.launch_s,
+        device.launch_s if documents else 0.0,
+        terms.matmul_s * uneven,
+        terms.vector_s * uneven,
+        terms.transcendental_s * uneven,
+        terms.memory_s,
+        row.saved_bytes / device.bytes_per_s,
+        row.serial_steps * longest * step_s,
+        math.ceil(keys * longest / TILE) * step_s,
+        documents * device.launch_s,
+        math.ceil(programs / sms) * step_s,
+    ]
+
+
+def _bytes(row: CostRow, device: Device) -> list[float]:
+    shape = row.shape
+    b, t, heads = shape.get("b", 1), shape.get("t", 1), _heads(shape)
+    tokens = b * t * heads
+    sequences = shape.get("documents", 0) or b
+    wide, high = shape.get("p", shape.get("v", 1)), shape.get("n", shape.get("k", 1))
+    state = 4 * heads * (TILE if "c" in shape else wide) * high
+    chunks = b * math.ceil(t / TILE) + shape.get("documents", 0)
+    keys, element = shape.get("s", shape.get("m", 0)), {"float64": 8, "float32": 4}.get(row.dtype, 2)
+    return [
+        512.0,
+        float(row.bytes_moved),
+        float(row.saved_bytes),
+        4.0 * tokens * TILE,
+        4.0 * tokens,
+        float(sequences * state),
+        float(chunks * state),
+        # Under a window less of a cache is read than is held.
+        float(element * b * keys * shape.get("h_kv", 0) * (shape.get("k", 0) + shape.get("v", 0))),
+        4.0 * tokens * min(keys, int(row.options.get("window", 0)) or keys),
+    ]
+
+
+def _heads(shape: Mapping[str, int]) -> int:
+    """Channels stand in for heads where an operator has none, in groups of 64."""
+    return shape["h"] if "h" in shape else math.ceil(shape.get("c", TILE) / 64)

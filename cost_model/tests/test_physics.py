@@ -1,0 +1,96 @@
+"""The physics head recovers planted sums, goes on beyond the sizes it saw, and heeds what rows are worth."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import planted
+import pytest
+
+from subquad_cost_model import CostRow
+from subquad_cost_model.bound import bound_terms
+from subquad_cost_model.physics import BYTES, SECONDS, Physics
+
+DEVICE = planted.DEVICES[1]
+LAUNCH_S, SHARE = 4e-6, 0.25
+"""What a launch of the planted kernels costs, and which part of the bandwidth they reach."""
+
+
+def composed(kernel: str, t: int, b: int = 1, h: int = 8, k: int = 64) -> CostRow:
+    """A row whose kernel starts two launches for every 64 tokens."""
+    return replace(planted.row(kernel, b, t, h, k=k), launches=1 + 2 * -(-t // 64), options={"causal": True})
+
+
+def truth_s(row: CostRow, level: float = 1.0) -> float:
+    return LAUNCH_S * row.launches + level * bound_terms(row, DEVICE).memory_s / SHARE
+
+
+def drawn(seed: int, kernel: str = "wide", most_t: int = 2048, count: int = 40) -> list[CostRow]:
+    draw = random.Random(seed)
+    return [composed(kernel, draw.randint(64, most_t), b=draw.randint(1, 64)) for _ in range(count)]
+
+
+def fitted(rows: list[CostRow], seconds: list[float], doubts: list[float] | None = None) -> Physics:
+    return Physics.fit(SECONDS, rows, [DEVICE] * len(rows), np.array(seconds), np.array(doubts or [0.01] * len(rows)))
+
+
+def errors(physics: Physics, rows: list[CostRow], seconds: list[float]) -> list[float]:
+    found = physics.predict(rows, [DEVICE] * len(rows))
+    return [abs(one / truth - 1) for one, truth in zip(found, seconds, strict=True)]
+
+
+def test_a_planted_sum_is_recovered_and_goes_on_sixteen_times_beyond() -> None:
+    rows = drawn(0)
+    physics = fitted(rows, [truth_s(row) for row in rows])
+    inside, beyond = drawn(1), [composed("wide", t, b=4) for t in (8192, 16_384, 32_768)]
+    assert max(errors(physics, inside, [truth_s(row) for row in inside])) < 0.05
+    assert max(errors(physics, beyond, [truth_s(row) for row in beyond])) < 0.1
+
+
+def test_launches_tell_kernels_of_equal_work_apart() -> None:
+    rows = [*drawn(2, count=30), *(replace(row, kernel="narrow", launches=1) for row in drawn(2, count=30))]
+    physics = fitted(rows, [truth_s(row) for row in rows])
+    few, many = (replace(composed(name, 4096), launches=count) for name, count in (("narrow", 1), ("wide", 129)))
+    one_s, other_s = physics.predict([few, many], [DEVICE, DEVICE])
+    assert other_s - one_s == pytest.approx(128 * LAUNCH_S, rel=0.1)
+
+
+def test_rows_in_doubt_and_outliers_count_less() -> None:
+    rows = drawn(3)
+    seconds = [truth_s(row) * (3 if place % 4 == 0 else 1) for place, row in enumerate(rows)]
+    new = drawn(4)
+    truths = [truth_s(row) for row in new]
+    doubted = fitted(rows, seconds, [1.0 if place % 4 == 0 else 0.01 for place in range(len(rows))])
+    believed = fitted(rows, seconds)
+    assert np.mean(errors(doubted, new, truths)) < 0.5 * np.mean(errors(believed, new, truths))
+    assert np.mean(errors(believed, new, truths)) < 0.3, "a quarter of rows thrice as slow moves it by less"
+
+
+def test_a_layout_has_a_level_of_its_own_but_its_launches_have_not() -> None:
+    usual, slow = drawn(5, count=30), [replace(row, dtype="float16") for row in drawn(6, count=10)]
+    rows = [*usual, *slow]
+    physics = fitted(rows, [truth_s(row, 2.5 if row.dtype == "float16" else 1) for row in rows])
+    new = [replace(row, dtype="float16") for row in drawn(7)]
+    truths = [truth_s(row, 2.5) for row in new]
+    found, flat = (np.median(errors(one, new, truths)) for one in (physics, replace(physics, levels={})))
+    assert found < 0.15
+    assert found < 0.75 * flat
+
+
+def test_a_kernel_never_measured_is_like_the_fastest_of_its_operator() -> None:
+    rows = [*drawn(8, "wide"), *drawn(9, "narrow")]
+    physics = fitted(rows, [truth_s(row) * (5 if row.kernel == "narrow" else 1) for row in rows])
+    row = composed("wide", 1000)
+    known, unknown = physics.predict([row, replace(row, kernel="new")], [DEVICE, DEVICE])
+    assert unknown == pytest.approx(known, rel=0.3)
+
+
+def test_bytes_at_the_peak_are_a_sum_as_well() -> None:
+    rows = drawn(10)
+    peaks = np.array([1.5 * row.bytes_moved + row.saved_bytes for row in rows])
+    physics = Physics.fit(BYTES, rows, [DEVICE] * len(rows), peaks, np.zeros(len(rows)))
+    new = drawn(11)
+    found = physics.predict(new, [DEVICE] * len(new))
+    assert found == pytest.approx([1.5 * row.bytes_moved + row.saved_bytes for row in new], rel=0.02)

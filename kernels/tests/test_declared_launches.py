@@ -1,0 +1,77 @@
+"""The launches that kernels of torch's own declare are those that a call makes, to within a third."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import subquad_kernels.operators  # noqa: F401  (registers what is declared)
+from subquad_kernels.catalogue import CATALOGUE, Kernel, one_launch
+from subquad_kernels.workload import Phase, Workload, longest_document
+
+NOTHING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_local_scalar_dense"}
+SIZES = {"t": 300, "h": 1, "h_k": 1, "h_kv": 1, "k": 4, "v": 4, "n": 4, "p": 4, "c": 4, "b": 1}
+COMPOSED = [
+    kernel for operator in CATALOGUE for kernel in CATALOGUE.kernels(operator.name) if kernel.launches is not one_launch
+]
+
+
+class Counting(TorchDispatchMode):
+    """Counts calls of aten that compute something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += not func.is_view and func._schema.name.split("::")[1] not in NOTHING
+        return func(*args, **(kwargs or {}))
+
+
+def counted(kernel: Kernel, workload: Workload) -> int:
+    operator = CATALOGUE.operator(kernel.operator)
+    with torch.no_grad():
+        arguments = operator.torch_half.sample_inputs(workload, seed=0, device="cpu")
+        outputs = kernel.torch_half.forward(**arguments)
+        gradients = tuple(torch.randn_like(output) for output in outputs[: len(operator.outputs)])
+        with Counting() as mode:
+            if workload.phase == "backward":
+                kernel.torch_half.backward(arguments, outputs, gradients)
+            else:
+                kernel.torch_half.forward(**arguments)
+    return mode.count
+
+
+def workload_of(kernel: Kernel, phase: Phase, t: int) -> Workload:
+    """The operator's first example of this phase at a length, narrow: widths change no count."""
+    examples = CATALOGUE.operator(kernel.operator).examples
+    example = next(e for e in examples if (e.phase == "decode") == (phase == "decode") and "documents" not in e.shape)
+    shape = {axis: SIZES.get(axis, size) for axis, size in example.shape.items()}
+    options = dict(example.options) | ({"window": 64} if kernel.name == "windowed" else {})
+    if phase != "decode":
+        shape |= {axis: t for axis in ("t", "s") if axis in shape}
+        shape |= {"m": 0} if "m" in shape else {}
+    else:
+        shape["t"] = 1
+    return Workload(operator=kernel.operator, shape=shape, dtype="float32", phase=phase, options=options)
+
+
+@pytest.mark.parametrize("kernel", COMPOSED, ids=lambda kernel: kernel.key)
+@pytest.mark.parametrize("phase", ["forward", "backward", "decode"])
+def test_declared_launches_are_those_of_a_call(kernel: Kernel, phase: Phase) -> None:
+    if phase == "decode" and kernel.name == "windowed":
+        pytest.skip("a window's decode is not its own")
+    for t in (300, 900):
+        workload = workload_of(kernel, phase, t)
+        assert kernel.launches(workload) == pytest.approx(counted(kernel, workload), rel=0.34), (workload.shape, phase)
+
+
+def test_the_longest_of_drawn_documents_is_what_is_expected() -> None:
+    draw = torch.Generator().manual_seed(0)
+    t, documents = 10_000, 8
+    cuts = torch.randint(0, t + 1, (4000, documents - 1), generator=draw).sort(dim=1).values
+    ends = torch.cat([torch.zeros(4000, 1), cuts, torch.full((4000, 1), t)], dim=1)
+    longest = ends.diff(dim=1).max(dim=1).values.mean().item()
+    assert longest_document({"t": t, "documents": documents}) == pytest.approx(longest, rel=0.02)
+    assert longest_document({"t": 7}) == 7

@@ -1,0 +1,129 @@
+"""Sequences continued together: each becomes what it becomes alone, whatever the mixers carry."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from subquad.model.build import build_model
+from subquad.model.language_model import LanguageModel, ModelCarry
+from subquad.model.model_carry import carry_bytes, joinable, joined, selected
+from subquad.registry import load_registry
+from subquad.schema import GenerateConfig, ModelConfig
+from subquad.training import continuation
+from subquad.training.continuation import Continuation, continued
+from subquad.training.tokenizer import SymbolTokenizer
+
+MIXERS = (
+    "segment_attention", "softmax_attention", "window", "mamba", "mamba2", "retnet", "gated_delta_net",
+)  # fmt: skip
+SMALL = {"num_heads": 2, "head_dim": 16, "window": 4, "segment_len": 3, "state_dim": 8}
+"""Sizes for a width of 32, where a mixer's config has such a field."""
+CONSTANT = {"mamba", "mamba2", "gated_delta_net"}
+"""Those whose carries are alike at all lengths: a state, and no position."""
+PROMPTS = [[1, 2, 3, 4, 5], [7], [3, 3], [5, 4, 3, 2, 1], [2] * 11]
+
+
+def small(mixer: str) -> dict[str, object]:
+    known = [field.name for field in dataclasses.fields(load_registry().mixer(mixer).config)]
+    return {name: size for name, size in SMALL.items() if name in known}
+
+
+def model_of(*mixers: str) -> LanguageModel:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        d_model=32,
+        num_layers=len(mixers),
+        vocab_size=16,
+        context_len=64,
+        schedule=list(mixers),
+        mixers={mixer: {"mixer": mixer, **small(mixer)} for mixer in mixers},
+        init_std=0.3,  # so that predictions differ from token to token
+    )
+    # In float64 batched matrix products round where no draw notices.
+    return build_model(config).double().eval()
+
+
+def tokens_of(model: LanguageModel, prompts: list[list[int]], **settings: object) -> list[Continuation]:
+    config = GenerateConfig(**({"max_tokens": 7, "temperature": 1.0} | settings))  # type: ignore[arg-type]
+    sequences = [Continuation(i, prompt, SymbolTokenizer(16), config) for i, prompt in enumerate(prompts)]
+    for _ in continued(model, sequences, torch.device("cpu")):
+        pass
+    return sequences
+
+
+@pytest.mark.parametrize("mixers", [*((name,) for name in MIXERS), ("mamba", "segment_attention")], ids="-".join)
+def test_prompts_of_unequal_length_are_continued_as_each_alone(mixers: tuple[str, ...]) -> None:
+    model = model_of(*mixers)
+    # One ends early, at a stop string: the others go on without it.
+    free = tokens_of(model, PROMPTS)
+    stop = free[2].text.split()[2]
+    together = tokens_of(model, PROMPTS, stop=[f" {stop}"])
+    assert any(sequence.ending == "stop" for sequence in together)
+    for index, prompt in enumerate(PROMPTS):
+        (alone,) = tokens_of(model, [prompt], stop=[f" {stop}"], seed=index)
+        assert (together[index].text, together[index].ending) == (alone.text, alone.ending)
+        assert together[index].carry_bytes == alone.carry_bytes
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_a_continuation_is_what_the_whole_sequence_predicts(name: str) -> None:
+    model = model_of(name)
+    for sequence in tokens_of(model, PROMPTS, temperature=0):
+        tokens = list(sequence.prompt)
+        for token in map(int, sequence.text.split()):
+            with torch.inference_mode():
+                assert int(model(torch.tensor([tokens]))[0, -1].argmax()) == token
+            tokens.append(token)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_states_of_constant_size_are_decoded_in_one_batch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sizes = model_of(name), []
+    decode: Callable[[Tensor, ModelCarry], tuple[Tensor, ModelCarry]] = model.decode
+
+    def counted(token: Tensor, carry: ModelCarry) -> tuple[Tensor, ModelCarry]:
+        sizes.append(len(token))
+        return decode(token, carry)
+
+    monkeypatch.setattr(model, "decode", counted)
+    tokens_of(model, PROMPTS, max_tokens=3)
+    assert set(sizes) == ({5} if name in CONSTANT else {2, 1})
+    assert len(sizes) == (2 if name in CONSTANT else 2 * 4), "one decode fewer than tokens for each batch"
+
+
+@pytest.mark.parametrize("name", sorted(CONSTANT))
+def test_a_recurrent_carry_does_not_grow(name: str) -> None:
+    short, long = (tokens_of(model_of(name), [[1, 2]], max_tokens=count)[0].carry_bytes for count in (2, 60))
+    assert short == long != {name: 0}
+
+
+def test_a_long_prompt_is_prefilled_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("mamba", "segment_attention")
+    whole = tokens_of(model, PROMPTS)
+    monkeypatch.setattr(continuation, "PREFILL_TOKENS", 4)
+    assert [sequence.text for sequence in tokens_of(model, PROMPTS)] == [sequence.text for sequence in whole]
+
+
+@pytest.mark.parametrize("name", sorted(load_registry().mixers))
+def test_carries_are_joined_and_parted_along_their_first_axis(name: str) -> None:
+    model = model_of(name)
+    tokens = torch.tensor([PROMPTS[0], PROMPTS[3]])
+    with torch.inference_mode():
+        _, both = model.prefill(tokens, model.empty_carry(2))
+        apart = [model.prefill(tokens[[row]], model.empty_carry(1))[1] for row in (0, 1)]
+        assert joinable(*apart)
+        again = joined(apart)
+        next_token = torch.tensor([3, 8])
+        expected = model.decode(next_token, both)[0]
+        assert torch.allclose(model.decode(next_token, again)[0], expected)
+        swapped = selected(both, torch.tensor([1, 0]))
+        assert torch.allclose(model.decode(next_token.flip(0), swapped)[0], expected.flip(0))
+        assert carry_bytes(model, both) == {name: 2 * carry_bytes(model, apart[0])[name]}
+        _, longer = model.prefill(tokens[:1, :4], model.empty_carry(1))
+        if name in MIXERS:
+            assert joinable(apart[0], longer) == (name in CONSTANT)
