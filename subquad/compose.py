@@ -78,6 +78,7 @@ def to_run_config(composed: DictConfig, registry: Registry | None = None) -> Run
         values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
     assert isinstance(values, dict)
     _refuse_missing(values)
+    _refuse_odd_text(values)
     refuse_targets({key: value for key, value in values.items() if key != "callbacks"}, allowed=())
     refuse_targets(values.get("callbacks"), path="callbacks", allowed=TARGET_PREFIXES)
     with composition_errors(registry):
@@ -125,6 +126,20 @@ def _refuse_missing(values: object, path: str = "") -> None:
     if isinstance(values, Mapping):
         for key, value in values.items():
             _refuse_missing(value, f"{path}.{key}" if path else str(key))
+
+
+def _refuse_odd_text(values: object, path: str = "") -> None:
+    """Refuse text that no file can hold and no path may have: half a character (a surrogate), or a zero byte."""
+    if isinstance(values, str) and ("\0" in values or any("\ud800" <= letter <= "\udfff" for letter in values)):
+        shown = values.encode("unicode_escape").decode()
+        raise ConfigError(what=f"the text '{shown}' is no UTF-8 without zeros", where=path, mend="write it in UTF-8")
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            _refuse_odd_text(key, path or "the configuration")
+            _refuse_odd_text(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(values, list | tuple):
+        for index, value in enumerate(values):
+            _refuse_odd_text(value, f"{path}[{index}]")
 
 
 def refuse_hydra_targets(composed: DictConfig) -> None:

@@ -11,11 +11,33 @@ AUTO = "auto"
 """An entry of a schedule whose mixer the compiler chooses."""
 
 
+MOST_LAYERS = 10_000
+"""Blocks are built one by one; a number beyond this is a slip."""
+MOST_PROCESSES = 1024
+"""Ranks, or workers of a loader, on one machine."""
+INFINITY = float("inf")
+
+
+def _check_limits(config: object, section: str, **limits: tuple[float, float]) -> None:
+    """Each field that is given must lie between two numbers, both included; NaN never does.  Raises: ConfigError."""
+    for name, (least, most) in limits.items():
+        value = getattr(config, name)
+        if value is not None and not least <= value <= most:
+            raise ConfigError(
+                what=f"{name} is {value}",
+                where=f"{section}.{name}" if section else name,
+                mend=f"use {least} or more" + ("" if most == INFINITY else f", at most {most}"),
+            )
+
+
 @dataclass(kw_only=True)
 class ChannelMixerConfig:
     """The per-token map of a block: SwiGLU  W_down(silu(W_gate u) * W_up u)  of hidden width `d_hidden`."""
 
     d_hidden: int = 512
+
+    def __post_init__(self) -> None:
+        _check_limits(self, "channel_mixer", d_hidden=(1, INFINITY))
 
 
 @dataclass(kw_only=True)
@@ -40,11 +62,17 @@ class ModelConfig:
     init_from: str | None = None  # hf:PATH_OR_ID, a Hugging Face checkpoint whose weights training starts from
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "num_layers"):
-            if getattr(self, name) < 1:
-                raise ConfigError(what=f"{name} is {getattr(self, name)}", where=f"model.{name}", mend="use 1 or more")
-        if self.logit_cap < 0:
-            raise ConfigError(what=f"logit_cap is {self.logit_cap}", where="model.logit_cap", mend="use 0 or more")
+        _check_limits(
+            self,
+            "model",
+            d_model=(1, INFINITY),
+            num_layers=(1, MOST_LAYERS),
+            vocab_size=(0, INFINITY),
+            context_len=(0, INFINITY),
+            norm_eps=(0, 1),
+            init_std=(0, 1e3),
+            logit_cap=(0, INFINITY),
+        )
         if not self.schedule and self.init_from is None:
             raise ConfigError(
                 what="the schedule is empty, and no checkpoint is named whose layout could be taken",
@@ -67,6 +95,14 @@ class TokenizerConfig:
     kind: str = "bytes"
     file: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.kind == "bytes" and self.file is not None:
+            raise ConfigError(
+                what=f"the file '{self.file}' is named, and the tokenizer 'bytes' reads none",
+                where="tokenizer.kind",
+                mend="add tokenizer=file, or leave tokenizer.file out",
+            )
+
 
 @dataclass(kw_only=True)
 class TrainerConfig:
@@ -80,6 +116,7 @@ class TrainerConfig:
     learning_rate_warmup_steps: int = 50
     final_learning_rate_fraction: float = 0.1  # cosine down to this share of the peak
     gradient_clip_norm: float = 1.0
+    nonfinite: str = "stop"  # stop | skip: what becomes of a step whose loss or gradient is not finite
     validate_every_n_steps: int = 200
     validation_batches: int = 16
     precision: str = "auto"  # auto | float32 | bfloat16
@@ -91,6 +128,18 @@ class TrainerConfig:
     log_every_n_steps: int = 10
     progress_bar: bool = True
 
+    def __post_init__(self) -> None:
+        _check_limits(
+            self,
+            "trainer",
+            max_seconds=(1e-3, INFINITY),
+            gradient_clip_norm=(0, INFINITY),
+            validate_every_n_steps=(0, INFINITY),
+            devices=(1, MOST_PROCESSES),
+            num_workers=(0, MOST_PROCESSES),
+            log_every_n_steps=(1, INFINITY),
+        )
+
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
@@ -98,6 +147,9 @@ class CheckpointConfig:
 
     every_n_steps: int = 200
     keep: int = 2
+
+    def __post_init__(self) -> None:
+        _check_limits(self, "checkpoint", every_n_steps=(0, INFINITY), keep=(0, INFINITY))
 
 
 @dataclass(kw_only=True)
@@ -109,6 +161,9 @@ class CompilerConfig:
     measure: bool = True
     measure_budget_s: float = 30.0
     calibrate_budget_s: float = 120.0  # of `calibrate=auto`
+
+    def __post_init__(self) -> None:
+        _check_limits(self, "compiler", measure_budget_s=(0, INFINITY))
 
 
 @dataclass(kw_only=True)
@@ -163,6 +218,9 @@ class RunConfig:
     resume: str | None = None  # a run folder to go on with
     seed: int = 0
     callbacks: list[Any] = field(default_factory=list)  # Lightning callbacks, each with _target_ (allow-listed)
+
+    def __post_init__(self) -> None:
+        _check_limits(self, "", seed=(-(2**63), 2**63 - 1))
 
 
 @dataclass(kw_only=True)

@@ -104,6 +104,7 @@ def test_a_mixer_joins_a_recipe_under_a_name_of_ones_own() -> None:
 def test_every_data_source_composes_by_its_name_alone() -> None:
     sources = [name for kind, name in load_registry().components if kind == "data"]
     needs = {"text_files": ["data.files=[a.txt]"], "hf": ["data.path=text"]}
+    needs["mixture"] = ["+data.sources.std={name: python_source}"]
     for name in sources:
         assert load_config([f"data={name}", *needs.get(name, [])]).data["name"] == name
 

@@ -129,15 +129,23 @@ def test_ranks_resume_together(tiny_run: TinyRun, start_run: Callable[[RunConfig
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_all_ranks_after_one_step(
-    tiny_run: TinyRun, start_run: Callable[[RunConfig], Any], tmp_path: Path
+@pytest.mark.parametrize(
+    ("number", "word", "code"), [(signal.SIGINT, "interrupted", 130), (signal.SIGTERM, "terminated", 143)]
+)
+def test_a_signal_to_rank_zero_ends_all_ranks_after_one_step(
+    number: signal.Signals,
+    word: str,
+    code: int,
+    tiny_run: TinyRun,
+    start_run: Callable[[RunConfig], Any],
+    tmp_path: Path,
 ) -> None:
     process = start_run(tiny_run("run", max_steps=100_000, devices=2, every=5))
     wait_for(tmp_path / "run" / "checkpoints" / "step-5" / "manifest.json", process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode in (130, -signal.SIGINT), err
-    assert "interrupted after step" in err
+    assert process.returncode in (code, -number), err
+    assert f"{word} after step" in err
     assert newest_checkpoint(tmp_path / "run" / "checkpoints") is not None
 
 

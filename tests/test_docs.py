@@ -24,10 +24,11 @@ from subquad.training.tasks.catalogue import TASKS
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 HOST = (ROOT / "subquad" / "README.md").read_text(encoding="utf-8")
-TRAINING = (ROOT / "subquad" / "training" / "README.md").read_text(encoding="utf-8")
+SOURCES = (ROOT / "subquad" / "training" / "sources" / "README.md").read_text(encoding="utf-8")
 COMPILER = (ROOT / "subquad" / "compiler" / "README.md").read_text(encoding="utf-8")
 ROOMS = ("subquad", "conf", "kernels", "cost_model", "plugins", "tests", "examples")
 EVALUATION = (ROOT / "subquad" / "training" / "evaluation" / "README.md").read_text(encoding="utf-8")
+TRAINING = (ROOT / "subquad" / "training" / "README.md").read_text(encoding="utf-8")
 LONGEST_LINE_OF_A_SCREEN = 90
 
 
@@ -55,6 +56,18 @@ def test_the_readmes_recipes_compose(arguments: list[str]) -> None:
     if "--multirun" in arguments:
         overrides = [re.sub(r"^(model=)(\w+),.*", r"\1\2", override) for override in overrides]
     assert load_config(overrides).model.num_layers > 0
+
+
+@pytest.mark.parametrize("arguments", commands(SOURCES), ids=str)
+def test_the_commands_of_the_readme_of_sources_compose(arguments: list[str]) -> None:
+    assert load_config(arguments[1:]).data["name"] in ("text_files", "mixture")
+
+
+def test_every_fault_names_tests_that_exist() -> None:
+    table = (ROOT / "tests" / "README.md").read_text(encoding="utf-8").partition("| fault |")[2].partition("\n\n")[0]
+    named = set(re.findall(r"`(test_\w+\.py)`", table))
+    assert len(named) > 5
+    assert all((ROOT / "tests" / name).exists() for name in named)
 
 
 def test_every_verb_stands_in_the_readme_and_no_other() -> None:

@@ -538,7 +538,7 @@ def test_tasks_that_do_not_fit_the_sequence_say_which_length_would() -> None:
 
 def test_declaring_the_sources_loads_neither_numpy_nor_torch() -> None:
     code = (
-        "import sys; from subquad.training.sources.declarations import DATA_SOURCES; assert len(DATA_SOURCES) == 7; "
+        "import sys; from subquad.training.sources.declarations import DATA_SOURCES; assert len(DATA_SOURCES) == 8; "
         "sys.exit(sorted({'numpy', 'torch', 'lightning', 'datasets'} & set(sys.modules)) or 0)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

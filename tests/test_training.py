@@ -233,7 +233,8 @@ def test_a_loss_that_is_no_number_is_an_error_that_keeps_the_last_checkpoint(
     config = tiny_run("poisoned", validate_every_n_steps=100)
     with pytest.raises(RunError, match="not finite") as caught:
         train(config)
-    assert caught.value.where == "step 6"
+    assert caught.value.where.startswith("step 6; ")
+    assert "nothing that a repetition of the step finds" in caught.value.what
     assert "optimizer.lr" in caught.value.mend
     folder = RunFolder(Path(str(config.run_dir)))
     assert [path.name for path in folder.checkpoints.iterdir()] == ["step-4"]
@@ -264,32 +265,49 @@ def fail_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TrainingModule, "training_step", training_step)
 
 
-def test_ctrl_c_finishes_the_step_and_keeps_a_checkpoint(
-    tiny_run: TinyRun, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+def test_a_signal_finishes_the_step_and_keeps_a_checkpoint(
+    number: signal.Signals,
+    word: str,
+    tiny_run: TinyRun,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Ctrl-C, and what a scheduler sends before it takes the machine away."""
     original = TrainingModule.training_step
 
     def training_step(self: TrainingModule, batch: Any, batch_idx: int) -> torch.Tensor:
         if self.trainer.global_step + 1 == 3:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return original(self, batch, batch_idx)
 
     monkeypatch.setattr(TrainingModule, "training_step", training_step)
-    before = signal.getsignal(signal.SIGINT)
-    config = tiny_run("interrupted")
-    with pytest.raises(KeyboardInterrupt):
+    before = signal.getsignal(number)
+    config = tiny_run("stopped")
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as caught:
         train(config)
-    assert signal.getsignal(signal.SIGINT) is before
+    if isinstance(caught.value, SystemExit):
+        assert caught.value.code == 143
+    assert signal.getsignal(number) is before
     folder = RunFolder(Path(str(config.run_dir)))
     assert [path.name for path in folder.checkpoints.iterdir()] == ["step-3"]
-    assert "interrupted after step 3" in capsys.readouterr().err
+    assert f"{word} after step 3" in capsys.readouterr().err
     monkeypatch.undo()
     straight = train(tiny_run("straight"))
-    resumed = train(tiny_run("interrupted", run={"resume": config.run_dir}))
+    resumed = train(tiny_run("stopped", run={"resume": config.run_dir}))
     assert resumed.validation_loss == straight.validation_loss
 
 
-def test_ctrl_c_on_the_command_line_exits_with_130(tiny_corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        pytest.param(signal.SIGTERM, 143, "terminated", marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_on_the_command_line_has_its_exit_code(
+    number: signal.Signals, code: int, word: str, tiny_corpus: Path, tmp_path: Path
+) -> None:
     overrides = [
         "model=transformer", "model.d_model=32", "model.num_layers=2", "data=text_files", f"data.files=[{tiny_corpus}]",
         "trainer=smoke", "trainer.max_steps=100000", "checkpoint.every_n_steps=5", "compiler.measure=false",
@@ -300,10 +318,10 @@ def test_ctrl_c_on_the_command_line_exits_with_130(tiny_corpus: Path, tmp_path: 
         env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     wait_for(lambda: list((tmp_path / "run" / "checkpoints").glob("step-*")), process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "interrupted after step" in err
+    assert process.returncode == code, err
+    assert f"{word} after step" in err
     assert "Traceback" not in err
     assert newest_checkpoint(tmp_path / "run" / "checkpoints") is not None
 

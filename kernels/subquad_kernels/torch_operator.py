@@ -29,6 +29,9 @@ _LIBRARY = torch.library.Library("subquad", "FRAGMENT")
 
 _DEVICES = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 
+_BLAMED = "_subquad_kernel"
+"""The attribute of an exception that names the kernel which raised it."""
+
 _MOST_DECISIONS = 4096
 """Signatures that one operator remembers, about a kilobyte each."""
 
@@ -105,9 +108,14 @@ def define(operator: Operator, signature: str) -> Callable[..., Any]:
         return [place for place in tensors if values[place] is not None and values[place].is_floating_point()]
 
     def run(*values: Any) -> Any:
+        functions, arguments = decisions.functions(values), dict(zip(names, values))
         # A kernel is one operation with the types of its arguments: autocast must not reach the products inside.
         with torch._C._DisableAutocast():
-            results = decisions.functions(values).forward(**dict(zip(names, values)))
+            try:
+                results = functions.forward(**arguments)
+            except Exception as error:
+                _blame(error, operator, values[-1], arguments)
+                raise
         return _unwrapped(tuple(result if result.is_contiguous() else result.contiguous() for result in results))
 
     def fake(*values: Any) -> Any:
@@ -118,9 +126,13 @@ def define(operator: Operator, signature: str) -> Callable[..., Any]:
 
     def run_backward(*values: Any) -> list[Tensor]:
         *call, outputs, gradients = values
-        arguments = dict(zip(names, call))
+        functions, arguments = decisions.functions(call), dict(zip(names, call))
         with torch._C._DisableAutocast():
-            found = decisions.functions(call).backward(arguments, tuple(outputs), tuple(gradients))
+            try:
+                found = functions.backward(arguments, tuple(outputs), tuple(gradients))
+            except Exception as error:
+                _blame(error, operator, call[-1], arguments)
+                raise
         return [_gradient(found.get(names[place]), call[place]) for place in differentiable(call)]
 
     def fake_backward(*values: Any) -> list[Tensor]:
@@ -192,6 +204,23 @@ def define(operator: Operator, signature: str) -> Callable[..., Any]:
     register_flop_formula(getattr(torch.ops.subquad, operator.name), get_raw=True)(flops("forward"))
     register_flop_formula(getattr(torch.ops.subquad, backward_name), get_raw=True)(flops("backward"))
     return op  # type: ignore[no-any-return]
+
+
+def failed_kernel(error: BaseException | None) -> str | None:
+    """Which kernel raised an error or what it followed from, as operator/kernel; None if no kernel did.
+
+    What a device reports only later (an illegal address) is blamed on nobody.
+    """
+    while error is not None:
+        if (blamed := getattr(error, _BLAMED, None)) is not None:
+            return str(blamed)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _blame(error: Exception, operator: Operator, text: str, arguments: Arguments) -> None:
+    if not hasattr(error, _BLAMED):  # a kernel may call another operator, which was the one
+        setattr(error, _BLAMED, kernel_for(operator, text, arguments).key)
 
 
 def named_arguments(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ renamed: a killed process leaves either the whole folder or one whose name says 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -60,24 +62,19 @@ class Checkpoint:
 def write_checkpoint(
     folder: Path, step: int, weights: Mapping[str, Tensor], trainer_state: Mapping[str, object], *, keep: int
 ) -> Path:
-    """Write `step-N` into the folder in one step, then remove all but the `keep` newest (at least this one)."""
+    """Write `step-N` into the folder in one step, then remove all but the `keep` newest (at least this one).
+
+    Raises: OSError where the disk takes no more; what was begun is removed, so that it takes no room.
+    """
     final = folder / f"step-{step}"
     unfinished = folder / f"{UNFINISHED}{final.name}-{os.getpid()}"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    owned, tied = _without_sharing(weights)
-    save_file(owned, unfinished / WEIGHTS)
-    torch.save(dict(trainer_state), unfinished / STATE)
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "step": step,
-        "sha256": {name: _digest(unfinished / name) for name in (WEIGHTS, STATE)},
-        "tied": tied,
-    }
-    (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    for name in (WEIGHTS, STATE, MANIFEST):
-        _flush(unfinished / name)
-    _flush(unfinished)
+    try:
+        _write(unfinished, step, weights, trainer_state)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     if final.exists():  # a run that resumed from an older checkpoint, because this one was damaged
         shutil.rmtree(final)
     unfinished.rename(final)
@@ -85,6 +82,26 @@ def write_checkpoint(
     for _, old in _numbered(folder)[max(1, keep) :]:
         shutil.rmtree(old)
     return final
+
+
+def _write(folder: Path, step: int, weights: Mapping[str, Tensor], trainer_state: Mapping[str, object]) -> None:
+    """The files of a checkpoint, flushed to the disk."""
+    owned, tied = _without_sharing(weights)
+    try:
+        save_file(owned, folder / WEIGHTS)
+        torch.save(dict(trainer_state), folder / STATE)
+    except (SafetensorError, RuntimeError) as error:  # their names for a disk that is full
+        raise OSError(errno.EIO, str(error).splitlines()[0], str(folder)) from error
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        "sha256": {name: _digest(folder / name) for name in (WEIGHTS, STATE)},
+        "tied": tied,
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    for name in (WEIGHTS, STATE, MANIFEST):
+        _flush(folder / name)
+    _flush(folder)
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 from collections.abc import Iterator
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import lightning as L
 import numpy as np
@@ -14,10 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from subquad.cache import user_cache
-from subquad.component_config import typed_config
 from subquad.errors import ConfigError, ResumeError
-from subquad.registry import load_registry
 from subquad.schema import RunConfig, TrainerConfig
+from subquad.training.sources.build import build_source
 from subquad.training.sources.source import DataContext, Source, Split
 from subquad.training.tokenizer import Tokenizer, build_tokenizer
 
@@ -227,13 +225,7 @@ def build_data(config: RunConfig) -> TextData:
     for name in ("batch_size", "seq_len", "accumulate", "devices", "validation_batches"):
         if getattr(trainer, name) < 1:
             raise ConfigError(what=f"{name} is {getattr(trainer, name)}", where=f"trainer.{name}", mend="use 1 or more")
-    values = dict(config.data)
-    name = str(values.pop("name", "python_source"))
-    spec = load_registry().component("data", name, where="data.name")
-    source_config: Any = typed_config(spec.config, values, "data")
-    module, _, attribute = spec.build.partition(":")
-    build = getattr(importlib.import_module(module), attribute)
     context = DataContext(
         tokenizer=build_tokenizer(config.tokenizer), seq_len=trainer.seq_len, cache=user_cache("tokens")
     )
-    return TextData(build(source_config, context), trainer, config.seed)
+    return TextData(build_source(config.data, context, "data"), trainer, config.seed)

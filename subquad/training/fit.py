@@ -31,6 +31,7 @@ from subquad.training import run_folder
 from subquad.training.checkpoint import Checkpoint, newest_checkpoint
 from subquad.training.compilation import compiled, device_of, plan_of, target_of, uses_bfloat16
 from subquad.training.data import TextData, build_data
+from subquad.training.denial import denied_after, deny, free_memory, message, without_denied
 from subquad.training.distributed import Ranks, process_group, ranks_here, share_of_threads, told_by_rank_zero
 from subquad.training.environment import environment_record
 from subquad.training.module import TrainingModule, Validation
@@ -39,9 +40,10 @@ from subquad.training.progress import ProgressBar
 from subquad.training.recorder import Recorder
 from subquad.training.report import write_report
 from subquad.training.resume import check_same_data, resumed_config
-from subquad.training.run_folder import RunFolder
+from subquad.training.room import check_room
+from subquad.training.run_folder import RunFolder, disk_errors
 from subquad.training.step_clock import StepClock
-from subquad.training.stopping import Interrupts, StopAfterStep
+from subquad.training.stopping import EXIT_TERMINATED, Interrupts, StopAfterStep
 from subquad.training.tokenizer import save_tokenizer
 from subquad.training.tracking import NoTracker, build_tracker, check_tracking
 from subquad.training.user_callbacks import build_callbacks
@@ -69,7 +71,8 @@ def train(config: RunConfig, *, overrides: Sequence[str] | None = None) -> Train
 
     data -> model -> plan -> fit -> final validation -> report; the last line printed is the run folder with that
     validation. `overrides` are those of the command line, if there is one (see `resume.resumed_config`).
-    Raises: SubquadError. On Ctrl-C the step is finished, a checkpoint written, and KeyboardInterrupt raised.
+    Raises: SubquadError. On Ctrl-C the step is finished, a checkpoint written, and KeyboardInterrupt raised;
+    on SIGTERM likewise, and SystemExit(143).
     """
     config = copy.deepcopy(config)  # sizes are filled in; the caller's stays as it is
     ranks = ranks_here(config.trainer)
@@ -77,14 +80,39 @@ def train(config: RunConfig, *, overrides: Sequence[str] | None = None) -> Train
         if ranks.from_outside and ranks.rank > 0:
             with process_group(ranks, None):
                 return _fit(_joined(RunFolder(Path(told_by_rank_zero(None)))), ranks)
-        prepared = _resumed(config, overrides) if config.resume else _started(config)
+        prepared = _started(config) if config.resume is None else _resumed(config, overrides)
         with process_group(ranks, prepared.folder.path):
             if ranks.from_outside and ranks.world_size > 1:
                 told_by_rank_zero(str(prepared.folder.path))
-            result = _fit(prepared, ranks)
-        write_report(prepared.folder, unigram_bits_per_byte=prepared.data.unigram_bits_per_byte, overrides=overrides)
+            with disk_errors(prepared.folder):
+                prepared, result = _fit_without_failing_kernels(prepared, ranks)
+        with disk_errors(prepared.folder):
+            write_report(
+                prepared.folder, unigram_bits_per_byte=prepared.data.unigram_bits_per_byte, overrides=overrides
+            )
     print(result, flush=True)
     return result
+
+
+def _fit_without_failing_kernels(prepared: _Prepared, ranks: Ranks) -> tuple[_Prepared, TrainResult]:
+    """Fit; when a kernel raises, deny it and go on from the last checkpoint, as often as another one can run."""
+    while True:
+        try:
+            return prepared, _fit(prepared, ranks)
+        except Exception as error:
+            folder, config = prepared.folder, prepared.config
+            kernel = denied_after(error, config, folder, ranks.world_size)
+            if kernel is None:
+                raise
+            plan = deny(kernel, error, config, prepared.plan, packed=prepared.data.source.packed)
+            failure = error.with_traceback(None)  # lets go of the tensors of the attempt
+        plan.save(folder.plan)
+        run_folder.write_config(folder, config)
+        checkpoint = newest_checkpoint(folder.checkpoints)
+        print(message(kernel, failure, checkpoint.step if checkpoint else 0), file=sys.stderr, flush=True)
+        del prepared
+        free_memory()
+        prepared = _prepared(folder, config, checkpoint)
 
 
 def train_as_other_rank(run_dir: Path) -> None:
@@ -121,12 +149,13 @@ def _started(config: RunConfig) -> _Prepared:
         plan, assignment=assignment or plan.assignment, prediction=predict_step(config, target_of(config), plan)
     )
     run_folder.create(folder)
-    run_folder.write_config(folder, config)
-    plan.save(folder.plan)
-    write_html(plan, target_of(config), CompileOptions.of_run(config), folder.page)
-    run_folder.write_json(folder.data, {"fingerprint": data.fingerprint})
-    run_folder.write_json(folder.environment, environment_record(device_of(config)))
-    save_tokenizer(data.tokenizer, folder.path)
+    with disk_errors(folder):
+        run_folder.write_config(folder, config)
+        plan.save(folder.plan)
+        write_html(plan, target_of(config), CompileOptions.of_run(config), folder.page)
+        run_folder.write_json(folder.data, {"fingerprint": data.fingerprint})
+        run_folder.write_json(folder.environment, environment_record(device_of(config)))
+        save_tokenizer(data.tokenizer, folder.path)
     return _Prepared(folder, config, data, model, plan, None)
 
 
@@ -142,7 +171,9 @@ def _resumed(asked: RunConfig, overrides: Sequence[str] | None) -> _Prepared:
             mend="start it again in another folder",
         )
     prepared = _prepared(folder, config, checkpoint)
-    run_folder.write_config(folder, config)
+    with disk_errors(folder):
+        prepared.plan.save(folder.plan)
+        run_folder.write_config(folder, config)
     return prepared
 
 
@@ -159,7 +190,8 @@ def _prepared(folder: RunFolder, config: RunConfig, checkpoint: Checkpoint | Non
     data, model, config = _built(config, starts=checkpoint is None)
     recorded = run_folder.read_json(folder.data)
     check_same_data(recorded["fingerprint"], data.fingerprint, str(folder.data))
-    model, plan = compiled(model, config, Plan.load(folder.plan), packed=data.source.packed)
+    plan = without_denied(Plan.load(folder.plan), config, packed=data.source.packed)
+    model, plan = compiled(model, config, plan, packed=data.source.packed)
     return _Prepared(folder, config, data, model, plan, checkpoint)
 
 
@@ -175,6 +207,7 @@ def _check(config: RunConfig) -> None:
         ("precision", trainer.precision, ("auto", "float32", "bfloat16")),
         ("accelerator", trainer.accelerator, ("auto", "cpu", "cuda")),
         ("strategy", trainer.strategy, ("auto", "ddp")),
+        ("nonfinite", trainer.nonfinite, ("stop", "skip")),
     ):
         if value not in allowed:
             raise ConfigError(
@@ -204,6 +237,7 @@ def _built(config: RunConfig, *, starts: bool) -> tuple[TextData, LanguageModel,
     data = build_data(config)
     _fill(config, "vocab_size", data.vocab_size, "the tokenizer's size")
     _fill(config, "context_len", config.trainer.seq_len, "trainer.seq_len")
+    check_room(config, device_of(config))
     torch.manual_seed(config.seed)
     model = build_model(config.model)
     if starts and config.model.init_from is not None:
@@ -242,7 +276,7 @@ def _fit(prepared: _Prepared, ranks: Ranks) -> TrainResult:
     tracker = build_tracker(config.tracking, folder.path, asdict(config)) if ranks.rank == 0 else NoTracker()
     recorder = Recorder(folder, tracker, rank=ranks.rank, resumed_at=resumed_at, spent_s=spent_s)
     interrupts = Interrupts()
-    callbacks: list[L.Callback] = [recorder, StopAfterStep(interrupts, recorder)]
+    callbacks: list[L.Callback] = [recorder, StopAfterStep(interrupts, recorder, folder)]
     if ranks.rank == 0:
         callbacks.append(StepClock(folder, tracker, prepared.plan.prediction))
     if config.trainer.progress_bar and ranks.rank == 0:
@@ -275,13 +309,18 @@ def _fit(prepared: _Prepared, ranks: Ranks) -> TrainResult:
 
 
 def _run(trainer: L.Trainer, module: TrainingModule, data: TextData) -> None:
-    """Fit; an interrupt leaves as an interrupt, where Lightning would end the process with code 1."""
+    """Fit; an interrupt leaves as an interrupt, where Lightning would end the process with code 1.
+
+    On SIGTERM the step is finished, a checkpoint written and SystemExit raised.
+    """
     try:
         trainer.fit(module, datamodule=data)
     except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):
-            step = int(trainer.global_step)
-            print(f"interrupted after step {step}; go on with resume=RUN_DIR", file=sys.stderr, flush=True)
+        interrupted = isinstance(error.__context__, KeyboardInterrupt)
+        if interrupted or error.code == EXIT_TERMINATED:
+            said = f"{'interrupted' if interrupted else 'terminated'} after step {int(trainer.global_step)}"
+            print(f"{said}; go on with resume=RUN_DIR", file=sys.stderr, flush=True)
+        if interrupted:
             raise KeyboardInterrupt from None
         raise
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from subquad.schema import RunConfig
 from subquad.training.data import Batch
+from subquad.training.nonfinite import first_nonfinite
 from subquad.training.optimizers import build_optimizer, learning_rate_factor
 from subquad.training.sources.source import IGNORED
 
@@ -64,21 +66,43 @@ class TrainingModule(L.LightningModule):
         self.step_loss = torch.zeros((), dtype=torch.float32)
         self.gradient_norm = torch.zeros((), dtype=torch.float32)
         self.learning_rate = 0.0  # of that step: when it is over, the optimizer holds the next one
+        self.step_batches: list[Batch] = []
+        self.guard: Callable[[], bool] | None = None
+        """Asked when a step's gradient is complete and its norm known: whether the optimizer may use it."""
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         micro_batch = self.trainer.fit_loop.total_batch_idx
+        self._seed(micro_batch)
+        if micro_batch % self.config.trainer.accumulate == 0:
+            self.step_loss = torch.zeros((), dtype=torch.float32, device=self.device)
+            self.step_batches = []
+        self.step_batches.append(batch)
+
+    def _seed(self, micro_batch: int) -> None:
         seed = step_seed(self.config.seed, micro_batch, self.trainer.global_rank)
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)
-        if micro_batch % self.config.trainer.accumulate == 0:
-            self.step_loss = torch.zeros((), dtype=torch.float32, device=self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        nats, count = summed_cross_entropy(self.model(batch["tokens"], batch["cu_seqlens"]), batch["targets"])
-        loss = nats / count.clamp(min=1)
+        loss = self._loss(batch)
         self.step_loss += loss.detach() / self.config.trainer.accumulate
         return loss
+
+    def _loss(self, batch: Batch) -> Tensor:
+        nats, count = summed_cross_entropy(self.model(batch["tokens"], batch["cu_seqlens"]), batch["targets"])
+        return nats / count.clamp(min=1)
+
+    def first_nonfinite(self) -> str | None:
+        """Repeat the step that has just been differentiated, to find the first tensor in it that is not finite."""
+        first = self.trainer.fit_loop.total_batch_idx + 1 - len(self.step_batches)
+        for place, batch in enumerate(self.step_batches):
+            self._seed(first + place)
+            with self.trainer.strategy.precision_plugin.forward_context():
+                found = first_nonfinite(self.model, lambda batch=batch: self._loss(batch))  # type: ignore[misc]
+            if found is not None:
+                return found if len(self.step_batches) == 1 else f"{found}, micro-batch {place + 1} of the step"
+        return None
 
     def configure_gradient_clipping(
         self,
@@ -91,6 +115,9 @@ class TrainingModule(L.LightningModule):
         self.learning_rate = float(optimizer.param_groups[0]["lr"])
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else math.inf)
+        if self.guard is not None and not self.guard():
+            for parameter in parameters:
+                parameter.grad = None  # an optimizer passes over what has no gradient
 
     def on_validation_epoch_start(self) -> None:
         self._sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # nats, targets, bytes

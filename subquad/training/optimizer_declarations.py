@@ -18,16 +18,17 @@ class AdamWConfig:
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
+        if not 0 < self.lr < float("inf"):
             raise ConfigError(what=f"lr is {self.lr}", where="optimizer.lr", mend="use a number above 0")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(
                 what=f"betas are {self.betas}", where="optimizer.betas", mend="use two numbers from 0 to below 1"
             )
-        if self.weight_decay < 0:
-            raise ConfigError(
-                what=f"weight_decay is {self.weight_decay}", where="optimizer.weight_decay", mend="use 0 or more"
-            )
+        for name in ("weight_decay", "eps"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(
+                    what=f"{name} is {getattr(self, name)}", where=f"optimizer.{name}", mend="use 0 or more"
+                )
 
 
 OPTIMIZERS: tuple[ComponentSpec, ...] = (

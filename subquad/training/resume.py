@@ -18,13 +18,15 @@ FREE_KEYS = frozenset(
         "trainer.validate_every_n_steps",
         "trainer.log_every_n_steps",
         "trainer.num_workers",
+        "trainer.nonfinite",
         "trainer.progress_bar",
         "checkpoint.every_n_steps",
         "checkpoint.keep",
         "tracking",
+        "deny",  # nodes whose kernel is denied get another; the rest of the plan stays
     }
 )
-"""Keys that a resumed run may change: none of them touches weights that are already computed, data order or kernels."""
+"""Keys that a resumed run may change: none of them touches weights that are already computed or data order."""
 PLACES = ("resume", "run_dir")
 """They say where the run lies, not what it is."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,10 +18,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from subquad.component_config import typed_config
-from subquad.errors import ConfigError, ResumeError
+from subquad.errors import ConfigError, ResumeError, RunError
 from subquad.schema import RunConfig
 
 FORMAT_VERSION = 1
+DISK_ERRORS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO))
+"""A disk that is full, limited, write-protected or broken."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,10 @@ class RunFolder:
     def loss_curve(self) -> Path:
         return self.path / "loss.png"
 
+    def nonfinite(self, step: int, rank: int) -> Path:
+        """The batches of a step whose loss or gradient was no number."""
+        return self.path / "nonfinite" / f"step-{step}-rank-{rank}.pt"
+
     @property
     def evaluation(self) -> Path:
         return self.path / "evaluation.json"
@@ -95,6 +103,10 @@ def new_run_folder(config: RunConfig) -> RunFolder:
     else:
         path = Path(config.run_dir).expanduser()
     folder = RunFolder(path.absolute())
+    try:
+        folder.path.exists()
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a zero byte
+        raise _unwritable(path, getattr(error, "strerror", None) or str(error)) from None
     if any(file.exists() for file in (folder.config, folder.metrics, folder.checkpoints)):
         raise ConfigError(
             what="the run folder already holds a run",
@@ -124,6 +136,21 @@ def create(folder: RunFolder) -> None:
         raise _unwritable(folder.path, str(error.strerror)) from None
 
 
+@contextmanager
+def disk_errors(folder: RunFolder) -> Iterator[None]:
+    """Say of a disk that takes no more what can be done about it.  Raises: RunError in place of such an OSError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise RunError(
+            what=f"the run folder cannot be written: {error.strerror}",
+            where=str(error.filename or folder.path),
+            mend=f"make room or allow writing, then go on with resume={folder.path}: its checkpoints stand",
+        ) from error
+
+
 def write_config(folder: RunFolder, config: RunConfig) -> None:
     """Write the resolved configuration, with the version of the format."""
     values = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
@@ -133,9 +160,13 @@ def write_config(folder: RunFolder, config: RunConfig) -> None:
 
 def read_config(folder: RunFolder, where: str) -> RunConfig:
     """The configuration of a run; `where` is the option that named the folder.  Raises: ResumeError."""
-    if not folder.config.is_file():
+    try:
+        is_there = folder.config.is_file()
+    except (OSError, ValueError):  # a name that is too long, or holds a zero byte
+        is_there = False
+    if not is_there:
         raise ResumeError(
-            what=f"{folder.path} is not a run folder: it holds no config.yaml" if folder.path.is_dir()
+            what=f"{folder.path} is not a run folder: it holds no config.yaml" if os.path.isdir(folder.path)
             else f"there is no folder {folder.path}",
             where=where,
             mend="name the folder that `train` printed in its last line",

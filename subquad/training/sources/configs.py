@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from subquad.errors import ConfigError
 
@@ -34,17 +35,45 @@ class ShakespeareConfig:
 
 @dataclass(kw_only=True)
 class TextFilesConfig:
-    """UTF-8 files of your own; each is one document. A single file is split before its last paragraphs."""
+    """Files of your own: UTF-8 text is one document, `.jsonl` and `.parquet` hold one per row.
+
+    Whole documents are held out for validation; a single one is split before its last paragraphs.
+    """
 
     files: list[str] = field(default_factory=list)  # paths or globs (** crosses folders)
     validation_files: list[str] = field(default_factory=list)  # if empty, `validation_fraction` is held out
     validation_fraction: float = 0.1  # share of the bytes
+    text_field: str = "text"  # of JSON Lines and Parquet
 
     def __post_init__(self) -> None:
         _check_fraction(self.validation_fraction)
         if not self.files:
             raise ConfigError(
                 what="no files are named", where="data.files", mend="name some: 'data.files=[corpus/**/*.txt]'"
+            )
+
+
+@dataclass(kw_only=True)
+class MixtureConfig:
+    """Several sources, each with its share of the samples. An epoch shows every sample of all of them at least once."""
+
+    sources: dict[str, Any] = field(default_factory=dict)  # each: {name: SOURCE, weight: 1.0, ...that source's fields}
+
+    def __post_init__(self) -> None:
+        for key, entry in self.sources.items():
+            weight = entry.get("weight", 1.0) if isinstance(entry, dict) else None
+            if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+                raise ConfigError(
+                    what=f"source '{key}' has no weight above 0" if isinstance(entry, dict)
+                    else f"source '{key}' is {entry!r}",
+                    where=f"data.sources.{key}",
+                    mend="write {name: text_files, weight: 0.5, ...}",
+                )  # fmt: skip
+        if not self.sources:
+            raise ConfigError(
+                what="no sources are named",
+                where="data.sources",
+                mend="name some: '+data.sources.mine={name: text_files, files: [mine.txt], weight: 0.5}'",
             )
 
 

