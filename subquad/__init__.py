@@ -7,8 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from subquad.compiler.capture import copy_graph
     from subquad.compiler.compile_model import compile_model
     from subquad.compiler.example import Example
+    from subquad.compiler.foreign.replaced_forward import forward_as_written, replace_forward
     from subquad.compose import load_config
     from subquad.contracts import (
         AdapterSpec,
@@ -53,13 +55,16 @@ _HOMES = {
     "ResumeError": "errors", "RunError": "errors", "SubquadError": "errors",
     "build_model": "model.build", "compile_model": "compiler.compile_model", "hookimpl": "hookspecs",
     "load_config": "compose", "Example": "compiler.example", "train": "training.fit",
+    "copy_graph": "compiler.capture", "forward_as_written": "compiler.foreign.replaced_forward",
+    "replace_forward": "compiler.foreign.replaced_forward",
 }  # fmt: skip
 
 __all__ = [
     "AdapterSpec", "Carry", "ChannelMixerConfig", "CheckpointConfig", "ComponentSpec", "Computed", "ConfigError",
     "DataError", "Example", "Growth", "ImportMap", "ImportSpec", "Mixer", "MixerContext", "MixerSpec", "ModelConfig",
     "NotFoundError", "PassOutcome", "PassSpec", "PluginError", "ResumeError", "RunError", "SubquadError",
-    "build_model", "compile_model", "hookimpl", "import_weights", "load_config", "load_model", "train",
+    "build_model", "compile_model", "copy_graph", "forward_as_written", "hookimpl", "import_weights", "load_config",
+    "load_model", "replace_forward", "train",
 ]  # fmt: skip
 
 

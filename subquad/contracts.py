@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.fx import GraphModule
 
-CONTRACT_VERSION = "1.2"
-"""Grows by minor numbers when something is added, by major ones when something a plugin relies on is removed."""
+CONTRACT_VERSION = "1.3"
+"""Grows by minor numbers when something is added, by major ones when something a plugin relies on is removed.
+
+A plugin says its major version by the entry-point group that it stands in: `subquad` for 1, `subquad.N` for N.
+"""
 
 Carry: TypeAlias = "tuple[Tensor | int, ...]"
 """What a mixer hands from one call to the next: a NamedTuple of tensors and integers (a pytree).

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import time
 import warnings
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
@@ -14,11 +15,20 @@ from typing import TypeAlias, TypeVar
 import pluggy
 
 from subquad import hookspecs
-from subquad.contracts import AdapterSpec, ComponentKind, ComponentSpec, ImportSpec, MixerSpec, PassSpec
+from subquad.contracts import (
+    CONTRACT_VERSION,
+    AdapterSpec,
+    ComponentKind,
+    ComponentSpec,
+    ImportSpec,
+    MixerSpec,
+    PassSpec,
+)
 from subquad.errors import NotFoundError, PluginError, suggestion
 from subquad_kernels.catalogue import CATALOGUE, CatalogueError, Kernel, Operator
 
 ENTRY_POINT_GROUP = "subquad"
+"""Plugins of contract 1 stand here, those of contract N in `subquad.N`: known before any of their code runs."""
 SLOW_IMPORT_S = 0.5
 """Seconds from which a plugin is named as slow: every command waits for it, and declarations need no more than 0.1."""
 KNOWN_PLUGINS: Mapping[str, str] = MappingProxyType(
@@ -148,22 +158,31 @@ def load_registry() -> Registry:
     A plugin that cannot be imported, or whose hooks raise, is skipped with one warning line.
     Raises: PluginError when a hook is misspelt or when two plugins declare one name.
     """
-    registry = build_registry(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP))
+    registry = build_registry(installed_plugins())
     for problem in registry.problems:
         warnings.warn(str(problem), stacklevel=2)
     return registry
 
 
+def installed_plugins() -> list[importlib.metadata.EntryPoint]:
+    """The entry points of every installed plugin, whatever contract it is written against."""
+    found = importlib.metadata.entry_points()
+    groups = [group for group in sorted(found.groups) if _contract_of(group) is not None]
+    return [entry for group in groups for entry in found.select(group=group)]
+
+
 def build_registry(entry_points: Iterable[importlib.metadata.EntryPoint]) -> Registry:
-    """Ask the plugins behind these entry points what they declare."""
+    """Ask the plugins behind these entry points what they declare; those of another contract are named and skipped."""
     manager = pluggy.PluginManager("subquad")
     manager.add_hookspecs(hookspecs)
     records: dict[str, PluginRecord] = {}
     answers: Answers = {}
-    problems = []
-    for entry_point in sorted(set(entry_points), key=lambda entry: (entry.name != "builtin", entry.name, entry.value)):
+    found = sorted(set(entry_points), key=lambda entry: (entry.name != "builtin", entry.name, entry.value))
+    ours = [entry for entry in found if _contract_of(entry.group) == _MAJOR]
+    problems = list(_of_other_contracts(found, {(entry.name, _distribution(entry)) for entry in ours}))
+    for entry_point in ours:
         distribution = entry_point.dist
-        dist_name = distribution.name if distribution else "unknown"
+        dist_name = _distribution(entry_point)
         if entry_point.name in records:
             raise PluginError(
                 what=f"two plugins are called '{entry_point.name}'",
@@ -195,6 +214,36 @@ def build_registry(entry_points: Iterable[importlib.metadata.EntryPoint]) -> Reg
             continue
         records[entry_point.name] = record
     return _collect(answers, records, tuple(problems))
+
+
+_MAJOR = int(CONTRACT_VERSION.partition(".")[0])
+
+
+def _contract_of(group: str) -> int | None:
+    """The major version of the contract whose plugins stand in a group, None where nothing of ours does."""
+    match = re.fullmatch(rf"{ENTRY_POINT_GROUP}(?:\.(\d+))?", group)
+    return int(match[1] or 1) if match else None
+
+
+def _of_other_contracts(
+    entry_points: Iterable[importlib.metadata.EntryPoint], ours: set[tuple[str, str]]
+) -> Iterator[PluginProblem]:
+    """Plugins of another major version that do not bring one for ours as well."""
+    for entry_point in entry_points:
+        contract, dist_name = _contract_of(entry_point.group), _distribution(entry_point)
+        if contract is None or contract == _MAJOR or (entry_point.name, dist_name) in ours:
+            continue
+        older = "subquad" if contract > _MAJOR else dist_name
+        yield PluginProblem(
+            entry_point.name,
+            dist_name,
+            f"it is written against contract {contract}, this subquad has contract {CONTRACT_VERSION}",
+            f"upgrade {older} (pip install -U {older}), or uninstall the plugin (pip uninstall {dist_name})",
+        )
+
+
+def _distribution(entry_point: importlib.metadata.EntryPoint) -> str:
+    return entry_point.dist.name if entry_point.dist else "unknown"
 
 
 def _reason(error: BaseException) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
+from collections.abc import Sequence
 from pathlib import Path
 
-from subquad.registry import ENTRY_POINT_GROUP, Registry, build_registry
+from subquad.registry import ENTRY_POINT_GROUP, Registry, build_registry, installed_plugins
 
 
 class Site:
@@ -14,14 +14,17 @@ class Site:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def install(self, distribution: str, source: str, *, entry: str | None = None) -> None:
-        """A distribution of one module, `NAME_module`, behind one entry point."""
+    def install(
+        self, distribution: str, source: str, *, entry: str | None = None, groups: Sequence[str] = (ENTRY_POINT_GROUP,)
+    ) -> None:
+        """A distribution of one module, `NAME_module`, behind one entry point, in each of the groups."""
         module = distribution.replace("-", "_") + "_module"
         (self.path / f"{module}.py").write_text(source)
         metadata = self.path / f"{distribution.replace('-', '_')}-1.5.dist-info"
         metadata.mkdir()
         (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.5\n")
-        (metadata / "entry_points.txt").write_text(f"[{ENTRY_POINT_GROUP}]\n{entry or distribution} = {module}\n")
+        entries = [f"[{group}]\n{entry or distribution} = {module}\n" for group in groups]
+        (metadata / "entry_points.txt").write_text("".join(entries))
 
     def registry(self) -> Registry:
-        return build_registry(entry_points(group=ENTRY_POINT_GROUP))
+        return build_registry(installed_plugins())

@@ -7,11 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+HOOKS = ("05_operator_and_kernel", "06_kernel_for_one_gpu", "07_adapter_and_pass", "08_data_and_optimizer")
+"""The examples of all that a plugin can add besides a mixer."""
+TAKES_SECONDS = "compiles_without_graph_breaks or run_with_both_learns"
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +28,30 @@ def gated_conv_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "site"
 
 
+@pytest.fixture(scope="module")
+def hooks_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The other plugins, installed by writing what an installer would write."""
+    site = tmp_path_factory.mktemp("hooks")
+    for name in HOOKS:
+        project = tomllib.loads((EXAMPLES / name / "pyproject.toml").read_text())
+        contents = project["tool"]["setuptools"]
+        for package in contents.get("packages", ()):
+            shutil.copytree(EXAMPLES / name / package, site / package)
+        for module in contents.get("py-modules", ()):
+            shutil.copy(EXAMPLES / name / f"{module}.py", site)
+        distribution, version = project["project"]["name"], project["project"]["version"]
+        metadata = site / f"{distribution.replace('-', '_')}-{version}.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+        entries = project["project"]["entry-points"]["subquad"].items()
+        lines = ["[subquad]", *(f"{entry} = {module}" for entry, module in entries)]
+        (metadata / "entry_points.txt").write_text("\n".join(lines))
+    return site
+
+
 def run(arguments: list[str], site: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(site), "SUBQUAD_CACHE": str(cwd / "cache")}
+    path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "SUBQUAD_CACHE": str(cwd / "cache"), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-m", *arguments], env=environment, cwd=cwd, capture_output=True, text=True, check=False
     )
@@ -61,6 +87,32 @@ def test_the_example_plugins_own_tests_pass(gated_conv_path: Path, tmp_path: Pat
     arguments = ["pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tests)]
     result = run(arguments, gated_conv_path, tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    "selected", [f"not ({TAKES_SECONDS})", pytest.param(TAKES_SECONDS, marks=pytest.mark.slow)], ids=["fast", "slow"]
+)
+def test_the_own_tests_of_every_other_plugin_pass(selected: str, hooks_path: Path, tmp_path: Path) -> None:
+    folders = [str(EXAMPLES / name) for name in HOOKS]
+    arguments = ["pytest", "-q", "-W", "error", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "-k", selected]
+    result = run([*arguments, *folders], hooks_path, tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "skipped" not in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HOOKS)
+def test_an_example_builds_into_a_wheel_that_holds_what_it_needs(name: str, hooks_path: Path, tmp_path: Path) -> None:
+    shutil.copytree(EXAMPLES / name, tmp_path / "source")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    site = tmp_path / "site"
+    subprocess.run([*command, "--target", str(site), str(tmp_path / "source")], check=True, capture_output=True)
+    modules = {str(path.relative_to(site)) for path in site.rglob("*.py")}
+    assert modules
+    assert modules <= {str(path.relative_to(hooks_path)) for path in hooks_path.rglob("*.py")}
+    listed = run(["subquad", "plugins", "--json"], site, tmp_path)
+    distribution = tomllib.loads((EXAMPLES / name / "pyproject.toml").read_text())["project"]["name"]
+    assert distribution in {plugin["distribution"] for plugin in json.loads(listed.stdout)["plugins"]}
 
 
 def test_a_foreign_model_compiles_as_the_example_says(tmp_path: Path) -> None:

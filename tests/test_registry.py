@@ -11,6 +11,7 @@ import pytest
 from plugin_site import Site
 
 from subquad.commands import plugins
+from subquad.contracts import CONTRACT_VERSION
 from subquad.errors import NotFoundError, PluginError
 from subquad.registry import ENTRY_POINT_GROUP, SLOW_IMPORT_S, build_registry, load_registry
 
@@ -99,6 +100,29 @@ def test_a_hook_that_raises_costs_its_plugin_and_nobody_else(site: Site, body: s
     assert "acme" in registry.mixers
     assert "broken" not in registry.mixers, "a plugin is taken whole or not at all"
     assert "broken-plugin" not in {plugin.name for plugin in registry.plugins}
+
+
+@pytest.mark.parametrize(("contract", "older"), [(2, "subquad"), (0, "other-plugin")])
+def test_a_plugin_of_another_contract_is_named_with_the_reason_and_none_of_its_code_runs(
+    site: Site, contract: int, older: str
+) -> None:
+    site.install("other-plugin", "raise SystemExit('its code ran')", groups=[f"{ENTRY_POINT_GROUP}.{contract}"])
+    site.install("acme-mixers", MIXER.format(mixer="acme"))
+    registry = site.registry()
+    (problem,) = registry.problems
+    assert (problem.name, problem.distribution) == ("other-plugin", "other-plugin")
+    assert problem.reason == f"it is written against contract {contract}, this subquad has contract {CONTRACT_VERSION}"
+    assert f"pip install -U {older}" in problem.mend
+    assert "acme" in registry.mixers
+    assert "its code ran" not in plugins.as_tables(plugins.inventory(registry))
+    assert f"contract {contract}" in plugins.as_tables(plugins.inventory(registry))
+
+
+def test_a_plugin_may_stand_in_the_groups_of_two_contracts(site: Site) -> None:
+    site.install("acme-mixers", MIXER.format(mixer="acme"), groups=[ENTRY_POINT_GROUP, f"{ENTRY_POINT_GROUP}.2"])
+    registry = site.registry()
+    assert registry.problems == ()
+    assert "acme" in registry.mixers
 
 
 def test_a_slow_import_is_named_with_its_seconds(site: Site) -> None:

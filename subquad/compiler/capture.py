@@ -74,6 +74,14 @@ def sharing(owner: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
     return module
 
 
+def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A graph for a pass to edit (then `recompile()` it): new nodes, the very same parameters, buffers, submodules."""
+    graph = fx.Graph(tracer_cls=getattr(graph_module.graph, "_tracer_cls", None))
+    graph.output(graph.graph_copy(graph_module.graph, val_map={}))
+    graph._codegen = graph_module.graph._codegen
+    return sharing(graph_module, graph, type(graph_module).__name__)
+
+
 def install(mixer: nn.Module, graphs: Graphs) -> None:
     """Let the mixer's methods run these graphs. The instance, its state_dict and its attributes stay as they are."""
     # Plain attributes, not submodules: the graphs must not appear in state_dict, nor be visited by `apply`.

@@ -17,16 +17,21 @@ from torch import Tensor
 from subquad_kernels.catalogue import CATALOGUE, Kernel, Operator
 from subquad_kernels.device_limits import device_limits
 from subquad_kernels.self_check import judge, kernel_errors, shape_class
-from subquad_kernels.workload import Workload
+from subquad_kernels.workload import DeviceLimits, Workload
 
 
 class KernelSuite:
-    """The conformance suite of a kernel, on `device`. `workloads` default to the operator's examples."""
+    """The conformance suite of a kernel, on `device`. `workloads` default to the operator's examples.
+
+    `limits` are those that the kernel is asked about, the device's own by default: Triton's interpreter runs a kernel
+    for CUDA on a CPU, `limits = DeviceLimits(kind="cuda", name="interpreter", capability=(9, 0))`.
+    """
 
     operator: ClassVar[str]
     kernel: ClassVar[str]
     device: ClassVar[str] = "cpu"
     workloads: ClassVar[Sequence[Workload]] = ()
+    limits: ClassVar[DeviceLimits | None] = None
 
     @property
     def operator_record(self) -> Operator:
@@ -40,9 +45,8 @@ class KernelSuite:
 
     def supported(self) -> list[Workload]:
         """The workloads that the kernel says it supports on this device."""
-        limits = device_limits(self.device)
         workloads = self.workloads or self.operator_record.examples
-        return [workload for workload in workloads if self.kernel_record.refusal(workload, limits) is None]
+        return [workload for workload in workloads if self._supports(workload)]
 
     def test_supports_at_least_one_workload(self) -> None:
         assert self.supported(), f"{self.kernel_record.key} supports none of the workloads it is tested on"
@@ -61,7 +65,7 @@ class KernelSuite:
     def test_agrees_in_float64_to_rounding_where_it_computes_in_float64(self) -> None:
         for workload in self.supported():
             exact = replace(shape_class(workload, self.device), dtype="float64")
-            if self.kernel_record.refusal(exact, device_limits(self.device)) is not None:
+            if not self._supports(exact):
                 continue
             errors = kernel_errors(
                 self.operator_record, self.kernel_record, self._arguments(exact, 2), gradients=exact.phase != "decode"
@@ -90,6 +94,9 @@ class KernelSuite:
             inputs = {value.data_ptr() for value in arguments.values() if isinstance(value, Tensor) and value.numel()}
             for result in self.kernel_record.torch_half.forward(**arguments):
                 assert not result.numel() or result.data_ptr() not in inputs, "an output is one of the inputs"
+
+    def _supports(self, workload: Workload) -> bool:
+        return self.kernel_record.refusal(workload, self.limits or device_limits(self.device)) is None
 
     def _arguments(self, workload: Workload, seed: int) -> dict[str, Any]:
         return self.operator_record.torch_half.sample_inputs(workload, seed=seed, device=self.device)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import fx
 
-from subquad.compiler.capture import kernel_of, operator_nodes, set_kernel, sharing
+from subquad.compiler.capture import copy_graph, kernel_of, operator_nodes, set_kernel
 from subquad.contracts import GraphPass, PassOutcome
 
 
@@ -18,18 +18,16 @@ def select_kernels(choices: Mapping[str, str]) -> GraphPass:
     """
 
     def run(graph_module: fx.GraphModule) -> PassOutcome:
-        graph = fx.Graph(tracer_cls=getattr(graph_module.graph, "_tracer_cls", None))
-        output = graph.graph_copy(graph_module.graph, val_map={})
-        graph.output(output)
-        graph._codegen = graph_module.graph._codegen
+        selected = copy_graph(graph_module)
         report = []
-        for node, operator in operator_nodes(graph):
+        for node, operator in operator_nodes(selected.graph):
             if node.name in choices:
                 before = kernel_of(node)
                 set_kernel(node, choices[node.name])
                 report.append(f"{node.name}: {operator.name} {before} -> {choices[node.name]}")
             else:
                 report.append(f"{node.name}: {operator.name} keeps {kernel_of(node)}: nothing was chosen for it")
-        return PassOutcome(sharing(graph_module, graph, type(graph_module).__name__), tuple(report))
+        selected.recompile()
+        return PassOutcome(selected, tuple(report))
 
     return run
