@@ -101,6 +101,7 @@ def test_a_home_that_cannot_be_written_costs_the_cache_and_not_the_run(
     assert without.validation_loss == straight.validation_loss
 
 
+@pytest.mark.slow  # each checks its kernels anew; the token cache alone is tested in test_sources.py
 def test_two_runs_that_begin_together_share_one_cache(tiny_run: TinyRun, tmp_path: Path) -> None:
     runs = [mortal_run.start(tiny_run(name, max_steps=4), cache=tmp_path / "cache") for name in ("one", "two")]
     for run in runs:
