@@ -3,9 +3,8 @@
     python kernels/benchmarks/growth.py OUT.json [--limit-s 60] [--only OPERATOR ...] [--tiny]
 
 bfloat16, one sequence, 8 heads of 64 or 512 channels. Operators whose work grows with t go from 32,768 to 1,048,576
-tokens, slstm_scan, which launches kernels for every token, to 8,192; segment_attention, whose work grows with
-t^2 / segment_len, to 262,144 with segments of 64 and of 10. `seconds`
-is one forward and backward through the operator (the least of three, each waited for); `peak_bytes` what it allocates
+tokens, slstm_scan and ttt_scan, which launch kernels for every token or few, to 8,192; segment_attention, whose work
+grows with t^2 / segment_len, to 262,144 with segments of 64 and of 10. `seconds` is one forward and backward through the operator (the least of three, each waited for); `peak_bytes` what it allocates
 at most beyond its inputs; `growth` the ratios of both to the row before, at half as many tokens. Without a GPU, or with
 --tiny, widths and lengths are small, and memory is not measured.
 """
@@ -31,7 +30,7 @@ from subquad_kernels.workload import Workload
 WIDTHS = {"b": 1, "h": 8, "h_kv": 8, "h_k": 8, "k": 64, "v": 64, "n": 64, "p": 64, "c": 512, "w": 4}
 VECTOR_STATE = 16
 LENGTHS = tuple(32_768 << doubling for doubling in range(6))
-STEPWISE = ("slstm_scan",)
+STEPWISE = ("slstm_scan", "ttt_scan")
 STEPWISE_LENGTHS = (2_048, 4_096, 8_192)
 SEGMENTS = (64, 10)
 SEGMENT_LENGTHS = tuple(32_768 << doubling for doubling in range(4))

@@ -74,7 +74,7 @@ def test_growth_is_measured_for_the_linear_operators_and_for_segments(tmp_path: 
     operators = {row["operator"] for row in found}
     assert operators == {
         "selective_scan", "causal_conv", "rotary", "linear_attention", "gated_linear_attention", "delta_rule",
-        "segment_attention", "slstm_scan",
+        "segment_attention", "slstm_scan", "ttt_scan",
     }  # fmt: skip
     assert {row["options"]["segment_len"] for row in found if row["operator"] == "segment_attention"} == {10, 64}
     for before, row in pairwise(found):
