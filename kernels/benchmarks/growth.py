@@ -4,9 +4,10 @@
 
 bfloat16, one sequence, 8 heads of 64 or 512 channels. Operators whose work grows with t go from 32,768 to 1,048,576
 tokens, slstm_scan and ttt_scan, which launch kernels for every token or few, to 8,192; segment_attention, whose work
-grows with t^2 / segment_len, to 262,144 with segments of 64 and of 10. `seconds` is one forward and backward through the operator (the least of three, each waited for); `peak_bytes` what it allocates
-at most beyond its inputs; `growth` the ratios of both to the row before, at half as many tokens. Without a GPU, or with
---tiny, widths and lengths are small, and memory is not measured.
+grows with t^2 / segment_len, to 262,144 with segments of 64 and of 10. `seconds` is one forward and backward through
+the operator (the least of three, each waited for); `peak_bytes` what it allocates at most beyond its inputs; `growth`
+the ratios of both to the row before, at half as many tokens. Without a GPU, or with --tiny, widths and lengths are
+small, and memory is not measured.
 """
 
 from __future__ import annotations
