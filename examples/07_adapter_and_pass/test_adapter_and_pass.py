@@ -100,6 +100,7 @@ def test_the_pass_runs_whenever_a_model_is_compiled() -> None:
     model.blocks[0].mixer = TwoBranches()
     tokens = torch.randint(0, 8, (1, 9))
     expected = model(tokens)
-    model, _ = compile_model(model, Example(tokens_shape=(1, 9)), target="cpu", options=QUIET)
+    model, plan = compile_model(model, Example(tokens_shape=(1, 9)), target="cpu", options=QUIET)
     assert calls_of("rotary", compiled_graphs(model)[0, "forward"].graph) == 1
     assert torch.equal(model(tokens), expected)
+    assert any("in forward: rotary_default_1: the same as rotary_default (layer 0)" in note for note in plan.notes)

@@ -25,10 +25,11 @@ _GRAPHS = "_subquad_graphs"
 
 @dataclass(frozen=True)
 class Captured:
-    """The graphs of one mixer, and why a method has none."""
+    """The graphs of one mixer, why a method has none, and what plugins' passes say that they did to them."""
 
     graphs: Graphs
     declined: Mapping[str, str] = field(default_factory=dict)
+    reports: tuple[str, ...] = ()
 
 
 class _Tracer(fx.Tracer):

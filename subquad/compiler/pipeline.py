@@ -86,7 +86,12 @@ def make_plan(
         for block, of_block in zip(_blocks(model), captured)
         for method, reason in of_block.declined.items()
     )
-    notes = () if not chooser.measured_s else (f"measured for {chooser.measured_s:.1f} s",)
+    notes = [f"measured for {chooser.measured_s:.1f} s"] if chooser.measured_s else []
+    done: dict[str, list[str]] = {}
+    for block, of_block in zip(_blocks(model), captured):
+        for line in of_block.reports:
+            done.setdefault(f"{block.mixer_name}, {line}", []).append(str(block.layer_index))
+    notes += [f"{line} (layer {','.join(layers)})" for line, layers in done.items()]
     return Plan(
         target=target.device.name,
         origin=target.device.origin,
@@ -95,7 +100,7 @@ def make_plan(
         schedule=tuple(block.mixer_name for block in _blocks(model)),
         choices=tuple(choices),
         uncaptured=uncaptured,
-        notes=notes,
+        notes=tuple(notes),
     )
 
 
@@ -192,19 +197,21 @@ def _node_choice(
 
 
 def _with_plugin_passes(captured: Captured) -> Captured:
-    graphs = dict(captured.graphs)
+    graphs, reports = dict(captured.graphs), list[str]()
     for spec in load_registry().passes.values():
         run: GraphPass = load_attribute(spec.run)  # type: ignore[assignment]
         for method, graph_module in graphs.items():
             try:
-                graphs[method] = run(graph_module).graph
+                outcome = run(graph_module)
             except Exception as error:
                 raise PluginError(
                     what=f"the pass '{spec.name}' failed: {type(error).__name__}: {error}".splitlines()[0],
                     where=load_registry().origin(spec),
                     mend="report it to its author, or uninstall the plugin",
                 ) from error
-    return Captured(graphs, captured.declined)
+            graphs[method] = outcome.graph
+            reports += [f"pass {spec.name} in {method}: {line}" for line in outcome.report]
+    return Captured(graphs, captured.declined, tuple(reports))
 
 
 def _blocks(model: nn.Module) -> list[Block]:
