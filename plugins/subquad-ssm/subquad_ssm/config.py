@@ -104,3 +104,15 @@ class LogLinearMamba2Config:
     def resolved_levels(self, context_len: int) -> int:
         """The bits of the largest number below `context_len`, and one for the token itself."""
         return self.num_levels or (context_len - 1).bit_length() + 1
+
+
+def grouped_channels(config: Mamba2Config | Mamba3Config | LogLinearMamba2Config, d_model: int) -> int:
+    """The channels of a mixer, which its groups of heads share evenly.  Raises: ConfigError."""
+    channels = config.expand * d_model
+    if channels % config.head_dim or (channels // config.head_dim) % config.num_groups:
+        raise ConfigError(
+            what=f"{channels} channels are not {config.num_groups} equal groups of heads of {config.head_dim}",
+            where="head_dim",
+            mend="use a divisor of expand * model.d_model, and num_groups a divisor of the number of heads",
+        )
+    return channels

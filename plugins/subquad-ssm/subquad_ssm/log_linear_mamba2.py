@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subquad import ConfigError, MixerContext
+from subquad import MixerContext
 from subquad_kernels.operators import causal_conv, log_linear_attention
-from subquad_ssm.config import LogLinearMamba2Config
-from subquad_ssm.mamba2 import FASTEST_RATE, SLOWEST_RATE, GatedNorm
+from subquad_ssm.config import LogLinearMamba2Config, grouped_channels
+from subquad_ssm.mamba2 import GatedNorm, draw_rates
 from subquad_ssm.step_sizes import draw_step_biases
 
 
@@ -41,13 +41,7 @@ class LogLinearMamba2(nn.Module):
 
     def __init__(self, config: LogLinearMamba2Config, context: MixerContext) -> None:
         super().__init__()
-        channels = config.expand * context.d_model
-        if channels % config.head_dim or (channels // config.head_dim) % config.num_groups:
-            raise ConfigError(
-                what=f"{channels} channels are not {config.num_groups} equal groups of heads of {config.head_dim}",
-                where="head_dim",
-                mend="use a divisor of expand * model.d_model, and num_groups a divisor of the number of heads",
-            )
+        channels = grouped_channels(config, context.d_model)
         self.channels, self.head_dim = channels, config.head_dim
         self.num_heads = channels // config.head_dim
         self.num_groups, self.state_dim = config.num_groups, config.state_dim
@@ -75,8 +69,7 @@ class LogLinearMamba2(nn.Module):
 
     @torch.no_grad()
     def _init_dynamics(self) -> None:
-        rates = torch.empty_like(self.A_log, dtype=torch.float32).uniform_(SLOWEST_RATE, FASTEST_RATE)
-        self.A_log.copy_(rates.log())
+        draw_rates(self.A_log)
         self.D.fill_(1)
         self.L.fill_(1)
         draw_step_biases(self.dt_bias)

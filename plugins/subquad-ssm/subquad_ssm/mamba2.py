@@ -8,14 +8,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subquad import ConfigError, MixerContext
+from subquad import MixerContext
 from subquad_kernels.operators import causal_conv, linear_attention
-from subquad_ssm.config import Mamba2Config
+from subquad_ssm.config import Mamba2Config, grouped_channels
 from subquad_ssm.step_sizes import draw_step_biases
 
 SLOWEST_RATE, FASTEST_RATE = 1.0, 16.0
 """Rates -A are drawn uniform between these (the authors' code)."""
 NORM_EPS = 1e-5
+
+
+@torch.no_grad()
+def draw_rates(A_log: Tensor) -> None:
+    """Fill `A_log` such that exp(A_log) = -A is uniform from 1 to 16, a draw for each entry."""
+    A_log.copy_(torch.empty_like(A_log, dtype=torch.float32).uniform_(SLOWEST_RATE, FASTEST_RATE).log())
 
 
 class Mamba2Carry(NamedTuple):
@@ -61,13 +67,7 @@ class Mamba2(nn.Module):
 
     def __init__(self, config: Mamba2Config, context: MixerContext) -> None:
         super().__init__()
-        channels = config.expand * context.d_model
-        if channels % config.head_dim or (channels // config.head_dim) % config.num_groups:
-            raise ConfigError(
-                what=f"{channels} channels are not {config.num_groups} equal groups of heads of {config.head_dim}",
-                where="head_dim",
-                mend="use a divisor of expand * model.d_model, and num_groups a divisor of the number of heads",
-            )
+        channels = grouped_channels(config, context.d_model)
         self.channels, self.head_dim = channels, config.head_dim
         self.num_heads = channels // config.head_dim
         self.num_groups, self.state_dim = config.num_groups, config.state_dim
@@ -93,8 +93,7 @@ class Mamba2(nn.Module):
     @torch.no_grad()
     def _init_dynamics(self) -> None:
         """-A uniform from 1 to 16, D = 1, and step sizes log-uniform from 1e-3 to 1e-1 whatever the input."""
-        rates = torch.empty_like(self.A_log, dtype=torch.float32).uniform_(SLOWEST_RATE, FASTEST_RATE)
-        self.A_log.copy_(rates.log())
+        draw_rates(self.A_log)
         self.D.fill_(1)
         draw_step_biases(self.dt_bias)
 

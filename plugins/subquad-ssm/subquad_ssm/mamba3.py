@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subquad import ConfigError, MixerContext
-from subquad_ssm.config import Mamba3Config
+from subquad import MixerContext
+from subquad_ssm.config import Mamba3Config, grouped_channels
 from subquad_ssm.data_rotation import cumulated_angles, rotated
 from subquad_ssm.exact_norm import ExactNorm
 from subquad_ssm.step_sizes import draw_step_biases
@@ -55,13 +55,7 @@ class Mamba3(nn.Module):
 
     def __init__(self, config: Mamba3Config, context: MixerContext) -> None:
         super().__init__()
-        channels = config.expand * context.d_model
-        if channels % config.head_dim or (channels // config.head_dim) % config.num_groups:
-            raise ConfigError(
-                what=f"{channels} channels are not {config.num_groups} equal groups of heads of {config.head_dim}",
-                where="head_dim",
-                mend="use a divisor of expand * model.d_model, and num_groups a divisor of the number of heads",
-            )
+        channels = grouped_channels(config, context.d_model)
         self.channels, self.head_dim = channels, config.head_dim
         self.num_heads = channels // config.head_dim
         self.num_groups, self.state_dim, self.lanes = config.num_groups, config.state_dim, config.mimo_rank

@@ -1,4 +1,4 @@
-"""Where the step sizes of Mamba and Mamba-2 start."""
+"""Where the step sizes of the Mamba family start."""
 
 from __future__ import annotations
 
