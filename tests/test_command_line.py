@@ -327,8 +327,8 @@ def test_cfg_prints_the_composed_configuration_and_runs_nothing(jobs: Jobs, caps
 
 
 def test_package_narrows_what_cfg_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--cfg", "job", "--package", "data", "data=mqar"]) == 0
-    assert capsys.readouterr().out.startswith("# @package data\nname: mqar\n")
+    assert main(["train", "--cfg", "job", "--package", "data", "data=synthetic"]) == 0
+    assert capsys.readouterr().out.startswith("# @package data\nname: synthetic\n")
 
 
 def test_info_shows_where_configs_come_from(capsys: pytest.CaptureFixture[str]) -> None:
@@ -342,7 +342,7 @@ def test_help_of_train_lists_groups_and_keys(capsys: pytest.CaptureFixture[str])
     assert main(["train", "--help"]) == 0
     shown = capsys.readouterr().out
     assert "scout_mamba_430m" in shown
-    assert "mqar" in shown
+    assert "synthetic" in shown
     assert "max_steps" in shown
 
 

@@ -41,7 +41,7 @@ def completed(line: str, folder: Path) -> list[str]:
         ("subquad tr", {"train"}),
         ("subquad ", set(VERBS)),
         ("subquad train model=scout_s", {"model=scout_swa", "model=scout_swa_470m", "model=scout_swa_1_57b"}),
-        ("subquad train data=mqar data.num_p", {"data.num_pairs="}),
+        ("subquad train data=synthetic data.tas", {"data.task="}),
         ("subquad explain model=mamba trainer.max_st", {"trainer.max_steps="}),
         ("PROGRAM train trainer.max_st", {"trainer.max_steps="}),
         ("subquad warmup trainer.max_st", {"trainer.max_steps="}),

@@ -110,9 +110,9 @@ def test_every_data_source_composes_by_its_name_alone() -> None:
 
 
 def test_a_group_choice_leaves_no_key_of_the_default_choice_behind() -> None:
-    config = load_config(["data=mqar"])
+    config = load_config(["data=synthetic"])
     assert "validation_fraction" not in config.data
-    assert config.data["num_pairs"] == 8
+    assert config.data["task"] == "mqar"
 
 
 def test_interpolations_are_resolved() -> None:
@@ -325,8 +325,8 @@ def test_a_lightning_callback_may_be_named() -> None:
         (["model.mixers.mamba.channel_mixer=3"], ConfigError, "model.mixers.mamba.channel_mixer", "d_hidden"),
         (["model.schedule=[mamba,gone]"], ConfigError, "model.schedule", "model.mixers.gone"),
         (["model.num_layers=0"], ConfigError, "model.num_layers", "1 or more"),
-        (["data=mqr"], NotFoundError, "data=mqr", "did you mean 'mqar'?"),
-        (["data.name=mqr"], NotFoundError, "data.name", "did you mean 'mqar'?"),
+        (["data=synthetc"], NotFoundError, "data=synthetc", "did you mean 'synthetic'?"),
+        (["data.name=synthetc"], NotFoundError, "data.name", "did you mean 'synthetic'?"),
         (["data.fils=[a]"], ConfigError, "data.fils", "the keys are"),
         (["data=hf"], ConfigError, "data.path", "data.path=VALUE"),
         (["data=text_files"], ConfigError, "data.files", "data.files="),

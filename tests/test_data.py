@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from subquad.errors import ConfigError, DataError, NotFoundError
 from subquad.schema import RunConfig, TokenizerConfig, TrainerConfig
 from subquad.training.data import Batch, FixedBatches, NumberedBatches, TextData, build_data, shuffled
-from subquad.training.sources.configs import CopyingConfig, TextFilesConfig
-from subquad.training.sources.copying import Copying
+from subquad.training.sources.configs import SyntheticConfig, TextFilesConfig
 from subquad.training.sources.packed_text import PackedText
 from subquad.training.sources.source import DataContext
+from subquad.training.sources.synthetic import Synthetic
 from subquad.training.sources.text_files import build as build_text_files
 from subquad.training.tokenizer import ByteTokenizer
 
@@ -134,7 +134,8 @@ def test_target_bytes_count_text_and_not_tokens(corpus: Path, tmp_path: Path) ->
 
 
 def test_rows_of_synthetic_tasks_are_documents_of_their_own() -> None:
-    config = RunConfig(data={"name": "copying"}, trainer=TrainerConfig(seq_len=64, batch_size=2, accelerator="cpu"))
+    task = {"name": "synthetic", "task": "copying"}
+    config = RunConfig(data=task, trainer=TrainerConfig(seq_len=64, batch_size=2, accelerator="cpu"))
     data = build_data(config)
     (batch,) = take(data.train_dataloader(), 1)
     assert batch["cu_seqlens"] is None
@@ -166,8 +167,8 @@ def test_a_far_position_costs_no_more_memory_than_a_near_one() -> None:
     assert 0 <= shuffled(10**15, 10**12, 1) < 10**12
 
 
-def copying_source(train_samples: int = 96) -> Copying:
-    return Copying(CopyingConfig(num_symbols=2, train_samples=train_samples), 8)
+def copying_source(train_samples: int = 96) -> Synthetic:
+    return Synthetic(SyntheticConfig(task="copying", sizes=[2], train_samples=train_samples), 8)
 
 
 def test_ranks_share_an_epoch_without_overlap() -> None:
@@ -286,7 +287,7 @@ def test_lightning_resumes_with_the_next_sample(corpus: Path, tmp_path: Path, nu
 def test_validation_is_spread_evenly_and_shared_by_the_ranks(
     total: int, batch_size: int, num_batches: int, world_size: int, expected: tuple[int, int]
 ) -> None:
-    source = Copying(CopyingConfig(num_symbols=2, validation_samples=total), 8)
+    source = Synthetic(SyntheticConfig(task="copying", sizes=[2], validation_samples=total), 8)
     ranks = [
         FixedBatches(source, batch_size=batch_size, num_batches=num_batches, rank=rank, world_size=world_size)
         for rank in range(world_size)
@@ -333,12 +334,12 @@ def test_the_default_is_python_source() -> None:
     ("data", "trainer", "error", "what", "where"),
     [
         ({"name": "shakespear"}, {}, NotFoundError, "no data component is called 'shakespear'", "data.name"),
-        ({"name": "mqar", "num_pars": 3}, {}, ConfigError, "no key 'num_pars'", "data.num_pars"),
-        ({"name": "mqar", "num_pairs": "many"}, {}, ConfigError, "many", "data.num_pairs"),
+        ({"name": "synthetic", "tasks": "mqar"}, {}, ConfigError, "no key 'tasks'", "data.tasks"),
+        ({"name": "synthetic", "train_samples": "many"}, {}, ConfigError, "many", "data.train_samples"),
         ({"name": "hf"}, {}, ConfigError, "path", "data"),
         ({"name": "text_files"}, {}, ConfigError, "no files are named", "data"),
-        ({"name": "mqar"}, {"batch_size": 0}, ConfigError, "batch_size is 0", "trainer.batch_size"),
-        ({"name": "mqar"}, {"seq_len": 0}, ConfigError, "seq_len is 0", "trainer.seq_len"),
+        ({"name": "synthetic"}, {"batch_size": 0}, ConfigError, "batch_size is 0", "trainer.batch_size"),
+        ({"name": "synthetic"}, {"seq_len": 0}, ConfigError, "seq_len is 0", "trainer.seq_len"),
         (
             {"name": "python_source", "max_bytes": 50_000},
             {"seq_len": 10**6},

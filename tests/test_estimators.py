@@ -103,7 +103,7 @@ def attention_run(
             schedule=["softmax_attention"],
             mixers={"softmax_attention": {"mixer": "softmax_attention", "num_heads": 4}},
         ),
-        data={"name": "mqar"},
+        data={"name": "synthetic"},
         trainer=TrainerConfig(batch_size=4, seq_len=seq_len),
         compiler=CompilerConfig(estimator=estimator, fit=None if fit is None else str(fit), measure=False),
         target=target,

@@ -84,7 +84,8 @@ def test_an_empty_prompt_starts_a_line(trained: Path) -> None:
 
 
 def test_a_synthetic_run_speaks_in_symbols(tiny_run: Callable[..., RunConfig]) -> None:
-    run = train(tiny_run("copying", max_steps=2, run={"data": {"name": "copying", "num_symbols": 4}})).run_dir
+    data = {"name": "synthetic", "task": "copying", "sizes": [4]}
+    run = train(tiny_run("copying", max_steps=2, run={"data": data})).run_dir
     for prompt in ("", "3 4 5"):
         words = text_of(run, prompt=prompt, max_tokens=5).split()
         assert len(words) == 5

@@ -66,7 +66,7 @@ def run_config(*schedule: str, target: str = "h100", packed: bool = False, **cha
             d_model=128, num_layers=len(schedule), vocab_size=40, context_len=1024, schedule=list(schedule),
             mixers={key: mixers[key] for key in schedule}, channel_mixer=ChannelMixerConfig(d_hidden=64),
         ),
-        data={"name": "python_source" if packed else "mqar"},
+        data={"name": "python_source" if packed else "synthetic"},
         trainer=TrainerConfig(batch_size=4, seq_len=1024),
         compiler=CompilerConfig(estimator="roofline", measure=False),
         target=target,

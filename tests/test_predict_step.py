@@ -45,7 +45,7 @@ def run_config(*schedule: str, target: str = "cpu", **changes: Any) -> RunConfig
     sizes = changes.pop("sizes", {})
     return RunConfig(
         model=model_config(*schedule, **sizes),
-        data={"name": "mqar"},
+        data={"name": "synthetic"},
         trainer=TrainerConfig(**{"batch_size": 2, "seq_len": 24, **changes.pop("trainer", {})}),
         compiler=CompilerConfig(estimator="roofline", measure=False),
         target=target,

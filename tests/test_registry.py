@@ -198,9 +198,9 @@ def test_two_data_sources_of_one_name_are_an_error(site: Site) -> None:
         "from dataclasses import dataclass\nfrom subquad import ComponentSpec, hookimpl\n"
         "@dataclass\nclass Config:\n    n: int = 1\n"
         "@hookimpl\ndef subquad_provide_components():\n"
-        "    return [ComponentSpec(kind='data', name='mqar', summary='s', config=Config, build='x:y')]\n",
+        "    return [ComponentSpec(kind='data', name='synthetic', summary='s', config=Config, build='x:y')]\n",
     )
-    with pytest.raises(PluginError, match="two data components are called 'mqar'") as caught:
+    with pytest.raises(PluginError, match="two data components are called 'synthetic'") as caught:
         site.registry()
     assert "acme-data 1.5" in caught.value.where
 

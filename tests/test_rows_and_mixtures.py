@@ -232,9 +232,9 @@ def test_a_mixture_of_files_trains_from_both_and_resumes_by_its_fingerprint(tmp_
         ({"a": {"name": "text_files", "files": ["x"], "weight": float("nan")}}, "data.sources.a"),
         ({"a": "text_files"}, "data.sources.a"),
         ({"a": {"name": "text_fils"}}, "data.sources.a.name"),
-        ({"a": {"name": "copying", "num_symbol": 3}}, "data.sources.a.num_symbol"),
-        ({"a": {"name": "copying"}, "b": {"name": "mqar"}}, "data.sources.b"),
-        ({"a": {"name": "copying"}, "b": {"name": "copying", "weight": 1e-300}}, "data.sources"),
+        ({"a": {"name": "synthetic", "size": 3}}, "data.sources.a.size"),
+        ({"a": {"name": "synthetic"}, "b": {"name": "synthetic", "task": "copying"}}, "data.sources.b"),
+        ({"a": {"name": "synthetic"}, "b": {"name": "synthetic", "weight": 1e-300}}, "data.sources"),
     ],
 )
 def test_a_mixture_that_cannot_be_is_named(sources: dict[str, Any], where: str) -> None:

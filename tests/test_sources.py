@@ -15,19 +15,15 @@ import pytest
 
 from subquad.errors import ConfigError, DataError
 from subquad.training.sources import (
-    copying,
     documents,
     hf,
-    mqar,
     python_source,
     shakespeare,
     text_files,
     token_cache,
 )
 from subquad.training.sources.configs import (
-    CopyingConfig,
     HfConfig,
-    MqarConfig,
     PythonSourceConfig,
     ShakespeareConfig,
     TextFilesConfig,
@@ -258,11 +254,6 @@ def test_a_file_without_permission_is_named(tmp_path: Path, monkeypatch: pytest.
         (PythonSourceConfig, {"max_bytes": 0}, "data.max_bytes"),
         (ShakespeareConfig, {"edition": "quarto"}, "data.edition"),
         (HfConfig, {"path": "x", "streaming": True}, "data.max_bytes"),
-        (MqarConfig, {"vocab_size": 16, "num_pairs": 8}, "data.num_pairs"),
-        (MqarConfig, {"num_pairs": 0}, "data.num_pairs"),
-        (MqarConfig, {"power": 0.0}, "data.power"),
-        (CopyingConfig, {"vocab_size": 3}, "data.vocab_size"),
-        (CopyingConfig, {"num_symbols": 0}, "data.num_symbols"),
     ],
 )
 def test_impossible_settings_are_refused_with_their_key(config: type, fields: dict[str, object], key: str) -> None:
@@ -475,65 +466,6 @@ def test_hf_mistakes_are_named(jsonl: Path, fields: dict[str, object], what: str
     config = HfConfig(**{"path": "json", "data_files": [str(jsonl)], **fields})  # type: ignore[arg-type]
     with pytest.raises(DataError, match=what):
         hf.build(config, context())
-
-
-# Synthetic tasks
-
-
-@pytest.mark.parametrize("split", ["train", "validation"])
-def test_mqar_answers_follow_from_the_pairs(split: Split) -> None:
-    source = mqar.build(MqarConfig(vocab_size=64, num_pairs=5), context(seq_len=48))
-    for index in range(20):
-        tokens, targets, _, target_bytes = source.sample(split, index)
-        value_of = {int(tokens[i]): int(tokens[i + 1]) for i in range(0, 10, 2)}
-        assert len(value_of) == 5
-        answered = np.flatnonzero(targets != -100)
-        assert [value_of[int(tokens[i])] for i in answered] == targets[answered].tolist()
-        assert sorted(tokens[answered].tolist()) == sorted(value_of), "each key is asked for once"
-        assert answered.min() >= 10
-        assert set(tokens[10:].tolist()) <= {0, *value_of}
-        assert max(value_of) < 32 <= min(value_of.values())
-        assert target_bytes == 0
-
-
-@pytest.mark.parametrize("selective", [False, True])
-def test_copying_answers_are_the_symbols_in_order(selective: bool) -> None:
-    source = copying.build(CopyingConfig(num_symbols=6, selective=selective), context(seq_len=24))
-    layouts = set()
-    for index in range(20):
-        tokens, targets, _, _ = source.sample("train", index)
-        (marker,) = np.flatnonzero(tokens == 1)
-        before = tokens[:marker]
-        symbols = before[before != 0]
-        assert targets[marker:].tolist() == symbols.tolist()
-        assert (targets[:marker] == -100).all()
-        assert tokens[marker + 1 :].tolist() == symbols[:-1].tolist()
-        assert len(symbols) == 6
-        layouts.add(tuple(np.flatnonzero(before != 0).tolist()))
-    assert layouts == {tuple(range(6))} if not selective else len(layouts) > 10
-
-
-@pytest.mark.parametrize("build", [lambda seed: mqar.build(MqarConfig(seed=seed), context(64)),
-                                   lambda seed: copying.build(CopyingConfig(seed=seed), context(64))],
-                         ids=["mqar", "copying"])  # fmt: skip
-def test_synthetic_samples_depend_on_seed_split_and_number_only(build: object) -> None:
-    first, again, other = build(0), build(0), build(1)  # type: ignore[operator]
-    assert np.array_equal(first.sample("train", 7).tokens, again.sample("train", 7).tokens)
-    assert not np.array_equal(first.sample("train", 7).tokens, first.sample("train", 8).tokens)
-    assert not np.array_equal(first.sample("train", 7).tokens, first.sample("validation", 7).tokens)
-    assert not np.array_equal(first.sample("train", 7).tokens, other.sample("train", 7).tokens)
-    assert first.fingerprint == again.fingerprint != other.fingerprint
-
-
-def test_tasks_that_do_not_fit_the_sequence_say_which_length_would() -> None:
-    with pytest.raises(ConfigError, match="do not fit into 31") as caught:
-        mqar.build(MqarConfig(num_pairs=8), context(31))
-    assert "trainer.seq_len=32" in caught.value.mend
-    mqar.build(MqarConfig(num_pairs=8), context(32)).sample("train", 0)
-    with pytest.raises(ConfigError, match="do not fit into 31") as caught:
-        copying.build(CopyingConfig(num_symbols=16), context(31))
-    assert "trainer.seq_len=32" in caught.value.mend
-    copying.build(CopyingConfig(num_symbols=16), context(32)).sample("train", 0)
 
 
 def test_declaring_the_sources_loads_neither_numpy_nor_torch() -> None:

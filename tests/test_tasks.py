@@ -14,8 +14,8 @@ import pytest
 
 from subquad.errors import ConfigError, NotFoundError
 from subquad.training.evaluation import synthetic as judged
-from subquad.training.sources import copying, mqar, synthetic
-from subquad.training.sources.configs import CopyingConfig, MqarConfig, SyntheticConfig
+from subquad.training.sources import synthetic
+from subquad.training.sources.configs import SyntheticConfig
 from subquad.training.sources.source import DataContext
 from subquad.training.tasks import modular_arithmetic
 from subquad.training.tasks.catalogue import TASKS
@@ -233,18 +233,6 @@ def test_rows_to_judge_by_are_none_that_was_trained_on() -> None:
     assert not asked & trained
     again = judged.rows(task, 0, 32, 4, 64, 3)
     assert [row.tokens.tolist() for row in again] == [row.tokens.tolist() for row in judged.rows(task, 0, 32, 4, 64, 3)]
-
-
-def test_the_older_sources_draw_what_their_tasks_draw() -> None:
-    for name, source, size in (
-        ("mqar", mqar.build(MqarConfig(num_pairs=5, vocab_size=64), context(40)), 5),
-        ("copying", copying.build(CopyingConfig(num_symbols=5, selective=False), context(40)), 5),
-        ("selective_copying", copying.build(CopyingConfig(num_symbols=5), context(40)), 5),
-    ):
-        for number in range(5):
-            row = source.sample("train", number)
-            expected = TASKS[name].draw(np.random.default_rng((0, 0, number)), 40, size, source.tokenizer.vocab_size)
-            assert np.array_equal(row.tokens, expected.tokens) and np.array_equal(row.targets, expected.targets)
 
 
 def test_sizes_left_open_are_those_that_fit() -> None:

@@ -115,7 +115,7 @@ def test_two_runs_of_one_configuration_are_equal_and_another_seed_is_not(tiny_ru
 
 def test_accumulated_micro_batches_are_one_step(tiny_run: TinyRun) -> None:
     """Two micro-batches of 2 rows consume the rows of one of 4, and reach its weights up to rounding."""
-    data = {"name": "mqar", "vocab_size": 32, "num_pairs": 4}  # every row predicts the same number of tokens
+    data = {"name": "synthetic", "vocab_size": 32, "sizes": [4]}  # every row predicts the same number of tokens
     whole = train(tiny_run("whole", max_steps=3, batch_size=4, run={"data": data}))
     parts = train(tiny_run("parts", max_steps=3, batch_size=2, accumulate=2, run={"data": data}))
     whole_ids, parts_ids = ((RunFolder(run.run_dir).samples(0)).read_text() for run in (whole, parts))
@@ -127,7 +127,8 @@ def test_accumulated_micro_batches_are_one_step(tiny_run: TinyRun) -> None:
 
 
 def test_a_synthetic_task_has_no_bits_per_byte(tiny_run: TinyRun, capsys: pytest.CaptureFixture[str]) -> None:
-    result = train(tiny_run("copying", max_steps=2, run={"data": {"name": "copying", "num_symbols": 4}}))
+    data = {"name": "synthetic", "task": "copying", "sizes": [4]}
+    result = train(tiny_run("copying", max_steps=2, run={"data": data}))
     assert result.validation_bits_per_byte is None
     assert "bits per byte" not in capsys.readouterr().out
     assert "bits per byte" not in (result.run_dir / "report.md").read_text()

@@ -20,11 +20,7 @@ def sized_model(config: RunConfig) -> ModelConfig:
 
 def is_packed(config: RunConfig) -> bool:
     """Whether the run's batches carry the boundaries of documents."""
-    return config.data.get("name") not in UNPACKED_SOURCES
-
-
-UNPACKED_SOURCES = ("synthetic", "mqar", "copying")
-"""Data sources whose rows are one document each."""
+    return config.data.get("name") != "synthetic"  # each of its rows is one document
 
 
 def training_example(config: RunConfig, target: Target, *, packed: bool) -> Example:

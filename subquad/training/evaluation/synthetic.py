@@ -17,7 +17,7 @@ from subquad.errors import ConfigError
 from subquad.schema import EvaluateConfig, RunConfig
 from subquad.training.evaluation.loaded_run import LoadedRun
 from subquad.training.evaluation.text import Record
-from subquad.training.sources.configs import CopyingConfig, MqarConfig, SyntheticConfig
+from subquad.training.sources.configs import SyntheticConfig
 from subquad.training.sources.source import IGNORED
 from subquad.training.sources.synthetic import STREAMS
 from subquad.training.tasks.catalogue import task_named
@@ -39,18 +39,10 @@ class TrainedOn:
 def trained_on(config: RunConfig) -> TrainedOn | None:
     """What the data of a run are, if they are a task of ours."""
     values = dict(config.data)
-    name = values.pop("name", None)
-    if name == "synthetic":
-        synthetic = typed_config(SyntheticConfig, values, "data")
-        return TrainedOn(synthetic.task, synthetic.vocab_size, synthetic.sizes)
-    if name == "mqar":
-        mqar = typed_config(MqarConfig, values, "data")
-        return TrainedOn("mqar", mqar.vocab_size, [mqar.num_pairs])
-    if name == "copying":
-        copying = typed_config(CopyingConfig, values, "data")
-        task = "selective_copying" if copying.selective else "copying"
-        return TrainedOn(task, copying.vocab_size, [copying.num_symbols])
-    return None
+    if values.pop("name", None) != "synthetic":
+        return None
+    synthetic = typed_config(SyntheticConfig, values, "data")
+    return TrainedOn(synthetic.task, synthetic.vocab_size, synthetic.sizes)
 
 
 def evaluate_task(run: LoadedRun, request: EvaluateConfig, name: str) -> Record:

@@ -104,53 +104,6 @@ class HfConfig:
 
 
 @dataclass(kw_only=True)
-class MqarConfig:
-    """Multi-query associative recall: key-value pairs, then keys whose values must be given (Arora et al. 2023)."""
-
-    vocab_size: int = 256  # 0 is the filler, the lower half are keys, the upper half values
-    num_pairs: int = 8
-    power: float = 0.01  # exponent of the law of distances between a pair and its query (Arora et al. 2023, App. E)
-    train_samples: int = 100_000
-    validation_samples: int = 2_000
-    seed: int = 0  # of the samples; their order follows the run's seed
-
-    def __post_init__(self) -> None:
-        for name in ("num_pairs", "train_samples", "validation_samples"):
-            _check_positive(name, getattr(self, name))
-        if self.power <= 0:
-            raise ConfigError(what=f"power is {self.power}", where="data.power", mend="use a number above 0")
-        keys = self.vocab_size // 2 - 1
-        if self.num_pairs > keys:
-            raise ConfigError(
-                what=f"{self.num_pairs} pairs need as many different keys; vocab_size {self.vocab_size} has {keys}",
-                where="data.num_pairs",
-                mend=f"use data.vocab_size={2 * self.num_pairs + 2} or more",
-            )
-
-
-@dataclass(kw_only=True)
-class CopyingConfig:
-    """Copy the symbols seen earlier, in order; `selective` scatters them among blanks (Gu and Dao 2023)."""
-
-    vocab_size: int = 16  # 0 is the blank, 1 the marker, the rest are symbols
-    num_symbols: int = 16
-    selective: bool = True
-    train_samples: int = 100_000
-    validation_samples: int = 2_000
-    seed: int = 0  # of the samples; their order follows the run's seed
-
-    def __post_init__(self) -> None:
-        for name in ("num_symbols", "train_samples", "validation_samples"):
-            _check_positive(name, getattr(self, name))
-        if self.vocab_size < 4:
-            raise ConfigError(
-                what=f"vocab_size is {self.vocab_size}",
-                where="data.vocab_size",
-                mend="use 4 or more: a blank, a marker and two symbols",
-            )
-
-
-@dataclass(kw_only=True)
 class SyntheticConfig:
     """A task with exact answers in one or several sizes (`subquad/training/tasks`); `evaluate suite=TASK` judges it."""
 

@@ -16,7 +16,5 @@ DATA_SOURCES: tuple[ComponentSpec, ...] = tuple(
         ("mixture", configs.MixtureConfig, "several sources by weight"),
         ("hf", configs.HfConfig, "a Hugging Face data set (extra hf)"),
         ("synthetic", configs.SyntheticConfig, "a synthetic task with exact answers: task=mqar, parity, needle ..."),
-        ("mqar", configs.MqarConfig, "synthetic: multi-query associative recall"),
-        ("copying", configs.CopyingConfig, "synthetic: copy the symbols seen before"),
     )
 )
