@@ -18,17 +18,21 @@ def test_it_writes_predicted_and_measured_figures(tmp_path: Path, monkeypatch: p
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     monkeypatch.setattr(
-        script, "CASES", {"broken": ("model=transformer", "model.d_model=7"), "small": ("model=transformer",)}
+        script, "CELLS", {"broken": ("model=transformer", "model.d_model=7"), "small": ("model=transformer",)}
     )
     script.main(
         tmp_path / "out.json",
         ["model.num_layers=1", "trainer.batch_size=2", "trainer.seq_len=32", "compiler.measure=false",
          "trainer.accelerator=cpu", "target=cpu"],
+        ["broken", "small"],
     )  # fmt: skip
     found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert "error" in found["broken"]
     small = found["small"]
     assert small["measured"]["peak_bytes"] is None
+    assert small["measured"]["steps"] == 20
+    assert small["tokens_per_s"] == pytest.approx(64 / small["measured"]["seconds"], abs=1)
+    assert 0 < small["mfu"] < 1 or small["mfu"] == 0.0
     assert small["ratio"] == {
         "seconds": pytest.approx(small["measured"]["seconds"] / small["predicted"]["seconds"], abs=1e-3)
     }

@@ -17,6 +17,7 @@ PUBLISHED = {
     "scout_mamba_430m": 430_765_056,
     "scout_mamba_1_59b": 1_592_678_400,
     "scout_swa_470m": 469_570_560,
+    "transformer_340m": 341_099_520,
     "scout_swa_1_57b": 1_569_835_008,
     "mamba2_370m": 368_346_624,
     "log_linear_mamba2_825m": 825_465_312,

@@ -1,10 +1,14 @@
-"""Whether a training step takes what was predicted: python tools/check_prediction.py OUT.json [key=value ...].
+"""Whether a training step takes what was predicted, and what the card makes of it.
 
-The arguments are those of `subquad train` and join each of CASES. Every case is compiled as a run would be, its step is
-predicted (seconds and peak memory, part by part), and then taken on random tokens: the median of twenty steps after
-five, the peak of allocated memory, and on CUDA the device time of its kernels by kind of work. Ratios are measured over
-predicted; `host_call_s` is what is left of a step per call, where the device waits for the host. One case that fails
-does not stop the others. Record the hardware beside whatever is quoted.
+    python tools/check_prediction.py OUT.json [cells=MODEL-LENGTH,...] [key=value ...]
+
+The arguments are those of `subquad train` and join each cell: four models at four lengths (CELLS, or those that
+`cells` names). Every cell is compiled as a run would be, its step is predicted (seconds and peak memory, part by part),
+and then taken on random tokens: the median of up to twenty steps after up to five, within ten seconds, the peak of
+allocated memory, and on CUDA the device time of its kernels by kind of work. Ratios are measured over predicted;
+`host_call_s` is what is left of a step per call, where the device waits for the host; `mfu` is the share of the data
+sheet's bf16 peak that 6 FLOPs per parameter and token and the operators' own products make up. A cell that fails or
+finds no memory does not stop the others. Record the hardware beside whatever is quoted.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,8 @@ from profile_step import group_of
 from torch.profiler import ProfilerActivity, profile
 
 from subquad import load_config
+from subquad.compiler.choice_map import node_rows
+from subquad.compiler.plan import Plan
 from subquad.compiler.predict_step import predict_step
 from subquad.compiler.run_shapes import is_packed
 from subquad.model.build import build_model
@@ -32,33 +38,44 @@ from subquad.training.module import summed_cross_entropy
 from subquad.training.optimizers import build_optimizer
 from subquad.training.step_clock import SKIPPED_STEPS, TIMED_STEPS
 
-LARGE = ("trainer.batch_size=4", "trainer.seq_len=2048")
-CASES = {
-    "small": ("model=scout_mamba",),
-    "small transformer": ("model=transformer",),
-    "430M": ("model=scout_mamba_430m", *LARGE),
-    "430M checkpointed": ("model=scout_mamba_430m", *LARGE, "trainer.activation_checkpointing=true"),
-    "430M, one long row": ("model=scout_mamba_430m", "trainer.batch_size=1", "trainer.seq_len=8192"),
-    "470M with windows": ("model=scout_swa_470m", *LARGE),
+MODELS = ("scout_mamba_430m", "scout_swa_470m", "transformer_340m", "mamba2_370m")
+BATCHES = {2048: 16, 8192: 4, 32_768: 1, 131_072: 1}
+"""Sequences of a length: 32,768 tokens a step, or one sequence if that is longer, with activation checkpointing."""
+CELLS = {
+    f"{model}-{length}": (
+        f"model={model}",
+        f"trainer.seq_len={length}",
+        f"trainer.batch_size={batch}",
+        *(("trainer.activation_checkpointing=true",) if length == max(BATCHES) else ()),
+    )
+    for length, batch in BATCHES.items()
+    for model in MODELS
 }
+PEAK_FLOPS_PER_S = 989e12
+"""Dense bf16 of an H100 SXM and an H200 (NVIDIA's data sheets)."""
+MOST_S = 10.0
+"""Of one cell's steps; a step of 131,072 tokens takes seconds."""
 
 
-def main(out: Path, overrides: list[str]) -> None:
+def main(out: Path, overrides: list[str], cells: Sequence[str] = tuple(CELLS)) -> None:
     results: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
         "overrides": overrides,
     }
-    for name, case in CASES.items():
+    for name in cells:
         try:
-            results[name] = checked([*case, "compiler.measure_budget_s=3", *overrides])
+            results[name] = checked([*CELLS[name], "compiler.measure_budget_s=3", *overrides])
         except Exception as error:  # one that fails does not stop the others
             results[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
-        print(name, json.dumps(results[name].get("ratio", results[name])), flush=True)
+        print(name, json.dumps({key: results[name][key] for key in SHOWN if key in results[name]}), flush=True)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+SHOWN = ("error", "ratio", "tokens_per_s", "mfu")
 
 
 def checked(overrides: list[str]) -> dict[str, Any]:
@@ -85,17 +102,21 @@ def checked(overrides: list[str]) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
 
-    for _ in range(SKIPPED_STEPS):
-        step()
-    seconds, peak_bytes = _timed(step, device)
-    measured: dict[str, Any] = {"seconds": seconds, "peak_bytes": peak_bytes}
+    seconds, steps, peak_bytes = _timed(step, device)
+    measured: dict[str, Any] = {"seconds": seconds, "steps": steps, "peak_bytes": peak_bytes}
     ratio = {"seconds": seconds / predicted.seconds} if predicted.seconds else {}
     if peak_bytes and predicted.peak_bytes:
         ratio["peak_bytes"] = peak_bytes / predicted.peak_bytes
     if device.type == "cuda":
         measured["groups_s"] = _device_seconds(step)
         measured["host_call_s"] = (seconds - sum(measured["groups_s"].values())) / max(1, predicted.calls)
+    rate = b * t / seconds
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    products = _operator_flops(plan)
     return {
+        "parameters": parameters,
+        "tokens_per_s": round(rate),
+        "mfu": round((6 * parameters * b * t + products) / seconds / PEAK_FLOPS_PER_S, 3),
         "predicted": asdict(predicted),
         "measured": measured,
         "ratio": {name: round(value, 3) for name, value in ratio.items()},
@@ -104,20 +125,32 @@ def checked(overrides: list[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _timed(step: Callable[[], None], device: torch.device) -> tuple[float, int | None]:
-    """The median step, each waited for, and the peak of allocated memory."""
+def _timed(step: Callable[[], None], device: torch.device) -> tuple[float, int, int | None]:
+    """The median step, each waited for, how many there were, and the peak of allocated memory."""
     cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    found = []
-    for _ in range(TIMED_STEPS):
+    found: list[float] = []
+    began = time.perf_counter()
+    skipped = 0
+    while len(found) < TIMED_STEPS and (len(found) < 3 or time.perf_counter() - began < MOST_S):
+        if cuda:
+            torch.cuda.synchronize()
         started = time.perf_counter()
         step()
         if cuda:
             torch.cuda.synchronize()
-        found.append(time.perf_counter() - started)
-    return statistics.median(found), torch.cuda.max_memory_allocated() if cuda else None
+        if skipped < SKIPPED_STEPS and (skipped < 2 or started - began < MOST_S / 4):
+            skipped += 1
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+        else:
+            found.append(time.perf_counter() - started)
+    return statistics.median(found), len(found), torch.cuda.max_memory_allocated() if cuda else None
+
+
+def _operator_flops(plan: Plan) -> int:
+    """Of the matrix products inside operators, forward and backward."""
+    used = [choice for choice in plan.choices if choice.used]
+    return sum(row.matmul_flops for choice in used for row in node_rows(choice, choice.chosen))
 
 
 def _device_seconds(step: Callable[[], None]) -> dict[str, float]:
@@ -135,4 +168,9 @@ def _device_seconds(step: Callable[[], None]) -> dict[str, float]:
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         raise SystemExit(__doc__)
-    main(Path(sys.argv[1]), sys.argv[2:])
+    named = [argument.removeprefix("cells=") for argument in sys.argv[2:] if argument.startswith("cells=")]
+    main(
+        Path(sys.argv[1]),
+        [argument for argument in sys.argv[2:] if not argument.startswith("cells=")],
+        named[0].split(",") if named else tuple(CELLS),
+    )
