@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from subquad.compiler import predict_step as module
+from subquad.compiler.block_memory import saved_bytes
 from subquad.compiler.example import Example
 from subquad.compiler.explain import explained_plan
-from subquad.compiler.layer_costs import saved_bytes
 from subquad.compiler.plan import Plan
 from subquad.compiler.predict_step import predict_step
 from subquad.compiler.report import format_plan

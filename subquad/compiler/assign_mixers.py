@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 
 from subquad.compiler.assignment import Alternative, Assignment, LayerCost
+from subquad.compiler.block_memory import BYTES_PER_PARAMETER
 from subquad.compiler.choose import Chooser
 from subquad.compiler.example import Example
-from subquad.compiler.layer_costs import BYTES_PER_PARAMETER, layer_costs, model_of
+from subquad.compiler.layer_costs import layer_costs
 from subquad.compiler.options import CompileOptions
 from subquad.compiler.plan import Plan
 from subquad.compiler.quality.prior import by_declared_growth, prior_table
 from subquad.compiler.quality.table import QualityTable
-from subquad.compiler.run_shapes import compute_dtype, is_packed, sized_model
+from subquad.compiler.run_shapes import compute_dtype, is_packed, model_of, sized_model
 from subquad.compiler.target import Target
 from subquad.component_config import defaults_of
 from subquad.contracts import MixerSpec

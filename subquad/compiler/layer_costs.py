@@ -1,39 +1,36 @@
 """What a block of each candidate costs: seconds, memory of a training step, and the carry of generation.
 
 Memory and carries are counted on shapes alone. Seconds are measured where the device is at hand and measuring is
-allowed; elsewhere they are the operators' estimates and the roofline of the dense maps around them.
+allowed; elsewhere they are the operators' estimates and the roofline of every call around them, as for a whole step
+(`predict_step.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from subquad.compiler.assignment import LayerCost
+from subquad.compiler.block_memory import block_memory_bytes
+from subquad.compiler.call_seconds import FORWARD_AGAIN, Span, scaled, seconds_of, total
 from subquad.compiler.choose import Chooser
 from subquad.compiler.example import Example
 from subquad.compiler.pipeline import capture_model, compile_model, make_plan
 from subquad.compiler.plan import Plan
+from subquad.compiler.run_shapes import model_of
+from subquad.compiler.step_work import step_work
 from subquad.compiler.target import Target
 from subquad.compiler.workload import autocast
 from subquad.model.block import Block
 from subquad.model.build import build_model
 from subquad.schema import ModelConfig
-from subquad_cost_model import CostRow, Efficiency, Estimate, RooflineEstimator, time_rivals
-
-BYTES_PER_PARAMETER = 16
-"""Weight, gradient and the two moments of AdamW, all float32."""
-DENSE = Efficiency(worst=0.05, typical=0.5, best=2.0)
-"""Matrix products of at least a few hundred rows reach about half of what the probe's largest product reached; on one
-H100 at d_model 1024 they took 42 % of a step (README), which is 0.4 to 0.6 of the data sheet's figure."""
+from subquad_cost_model import Estimate, time_rivals
 
 
 @dataclass(frozen=True)
@@ -60,11 +57,11 @@ def layer_costs(
     seconds where the device is at hand; None: they are estimated. Torch's random state is left as it was found.
     """
     with torch.random.fork_rng(range(torch.cuda.device_count()) if target.kind == "cuda" else ()):
-        return _layer_costs(model_of(model, keys), keys, example, target, chooser, checkpointing, budget_s)
+        return _layer_costs(model, keys, example, target, chooser, checkpointing, budget_s)
 
 
 def _layer_costs(
-    candidates: ModelConfig,
+    model: ModelConfig,
     keys: Sequence[str],
     example: Example,
     target: Target,
@@ -72,6 +69,7 @@ def _layer_costs(
     checkpointing: bool,
     budget_s: float | None,
 ) -> Costs:
+    candidates = model_of(model, keys)
     with FakeTensorMode():
         built = build_model(candidates)
         counted = [
@@ -80,7 +78,7 @@ def _layer_costs(
         ]
     # Outside of the fake world: choosing runs kernels to check them.
     plan = make_plan(built, capture_model(built), example, target, chooser)
-    dense = [_dense_estimate(block, example, target) for block in _blocks(built)]
+    around = [_around(model_of(model, [key]), example, target, checkpointing) for key in keys]
     timed: dict[str, Estimate] = {}
     declined: dict[str, str] = {}
     if budget_s is not None and target.local is not None:
@@ -89,7 +87,7 @@ def _layer_costs(
     for layer, key in enumerate(keys):
         if key in declined:
             continue
-        latency = timed.get(key) or _estimated(plan, layer, dense[layer], checkpointing)
+        latency = timed.get(key) or _estimated(plan, layer, around[layer], checkpointing)
         memory_bytes, transient_bytes, carry_bytes = counted[layer]
         costs[key] = LayerCost(
             latency_s=latency.seconds,
@@ -100,12 +98,6 @@ def _layer_costs(
             source=latency.source,
         )
     return Costs(costs, declined)
-
-
-def model_of(model: ModelConfig, keys: Sequence[str]) -> ModelConfig:
-    """The model with one block per key."""
-    values: dict[str, Any] = {name: getattr(model, name) for name in ModelConfig.__dataclass_fields__}
-    return ModelConfig(**values | {"schedule": list(keys), "num_layers": len(keys)})
 
 
 def _timed(
@@ -161,83 +153,24 @@ def _step(block: Block, example: Example, device: str, d_model: int, checkpointi
     return run
 
 
-def _estimated(plan: Plan, layer: int, dense: Estimate, checkpointing: bool) -> Estimate:
-    """The operators' estimates and the dense maps around them; a sum is no better than its worst source.
-
-    The backward takes about twice the forward, so that computing the forward again makes 3 parts 4.
-    """
-    again = 4 / 3 if checkpointing else 1.0
+def _estimated(plan: Plan, layer: int, rest: Span, checkpointing: bool) -> Estimate:
+    """The operators' estimates and the calls around them; a sum is no better than its worst source."""
     figures = [choice.figure for choice in plan.choices if choice.layer == layer and choice.used and choice.figure]
-    return Estimate(
-        seconds=again * (dense.seconds + sum(figure.seconds for figure in figures)),
-        low_s=again * (dense.low_s + sum(figure.low_s for figure in figures)),
-        high_s=again * (dense.high_s + sum(figure.high_s for figure in figures)),
-        peak_bytes=0,
-        source="bound",
-    )
+    again = FORWARD_AGAIN if checkpointing else 1.0
+    operators = scaled(total((figure.seconds, figure.low_s, figure.high_s) for figure in figures), again)
+    seconds, low_s, high_s = total((operators, rest))
+    return Estimate(seconds=seconds, low_s=low_s, high_s=high_s, peak_bytes=0, source="bound")
 
 
-def _dense_estimate(block: Block, example: Example, target: Target) -> Estimate:
-    """Forward of every linear map, and twice that for its two gradients."""
-    b, t = example.tokens_shape
-    rows = b * t
-    maps = [module for module in block.modules() if isinstance(module, nn.Linear)]
-    weights = sum(module.in_features * module.out_features for module in maps)
-    edges = sum(module.in_features + module.out_features for module in maps)
-    passes = 3 if example.training else 1
-    width = 2 if example.dtype in ("bfloat16", "float16") else 4
-    row = CostRow(
-        operator="dense",
-        kernel="torch",
-        phase="forward",
-        dtype=example.dtype,
-        shape={"rows": rows, "weights": weights},
-        matmul_flops=passes * 2 * rows * weights,
-        bytes_moved=passes * width * (rows * edges + weights),
-        serial_steps=len(maps) * passes,
-    )
-    return RooflineEstimator(DENSE).predict([row], target.device)[0]
+def _around(model: ModelConfig, example: Example, target: Target, checkpointing: bool) -> Span:
+    """What the one block of a model computes beside its operators."""
+    calls = step_work(model, example, kind=target.kind, checkpointing=checkpointing).blocks
+    return total(seconds_of(calls, example, target, products=products) for products in (True, False))
 
 
 def _workspace_bytes(plan: Plan, layer: int) -> int:
     figures = [choice.figure for choice in plan.choices if choice.layer == layer and choice.used and choice.figure]
     return max((figure.peak_bytes for figure in figures), default=0)
-
-
-def block_memory_bytes(block: Block, example: Example, checkpointing: bool, *, state: bool = True) -> tuple[int, int]:
-    """What stays during a step, and what comes and goes with the block; call it under a FakeTensorMode.
-
-    Stays: parameters with their training state (unless `state` is False), and what one forward keeps for the backward;
-    with checkpointing the block's input alone stays, and the rest comes and goes.
-    """
-    parameters = sum(parameter.numel() for parameter in block.parameters())
-    if not example.training:
-        return 4 * parameters * state, 0
-    b, t = example.tokens_shape
-    x = torch.empty(b, t, block.norm.normalized_shape[0], requires_grad=True)
-    with autocast(torch.device("cpu"), example.dtype):
-        kept = saved_bytes(block, lambda: block(x))
-    if checkpointing:
-        return BYTES_PER_PARAMETER * parameters * state + x.numel() * x.element_size(), kept
-    return BYTES_PER_PARAMETER * parameters * state + kept, 0
-
-
-def saved_bytes(block: nn.Module, forward: Callable[[], object]) -> int:
-    """The bytes that autograd keeps of a forward, each storage once and parameters left out."""
-    own = {parameter.untyped_storage()._cdata for parameter in block.parameters()}
-    kept: dict[int, int] = {}
-    alive: list[Tensor] = []  # a storage that is freed gives its address to the next one
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
-        alive.append(tensor)
-        return tensor
-
-    with saved_tensors_hooks(note, lambda tensor: tensor), torch.enable_grad():
-        alive.append(forward())  # type: ignore[arg-type]
-    return sum(kept.values())
 
 
 def _carry_bytes(block: Block, example: Example) -> int:

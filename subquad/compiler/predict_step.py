@@ -7,26 +7,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from subquad.compiler.call_seconds import FORWARD_AGAIN, STREAMS, Span, scaled, seconds_of, total
 from subquad.compiler.example import Example
 from subquad.compiler.plan import Plan, StepPrediction
 from subquad.compiler.run_shapes import sized_model
-from subquad.compiler.step_work import Call, StepWork, step_work
+from subquad.compiler.step_work import StepWork, step_work
 from subquad.compiler.target import Target
 from subquad.schema import RunConfig
-from subquad_cost_model import CostRow, Efficiency, RooflineEstimator
+from subquad_cost_model import CostRow, RooflineEstimator
 
-PRODUCTS = Efficiency(worst=0.05, typical=0.8, best=2.0)
-"""The matrix products of a 430M model took 114 ms where the data sheet's peak allows 85, which is 0.75 of it
-(tools/results/scout_mamba_430m_2k_compiled_h100_2026-11-24.json); of a probe's rate, below the sheet's, it
-is taken to be a little more. `tools/check_prediction.py` holds this and what follows against real steps."""
-STREAMS = Efficiency(worst=0.05, typical=0.8, best=2.0)
-"""There AdamW moved 40 bytes per parameter in 6.6 ms, 0.8 of the data sheet's bandwidth."""
 HOST_CALL_S = 1e-5
 """What a call of aten costs the host with module, dispatch and autograd: assumed, not yet measured on a GPU's host."""
 HOST_OPERATOR_S = 5e-5
@@ -37,8 +31,6 @@ STATE_BYTES, GRADIENT_BYTES = 12, 4
 """Weight and the two moments of AdamW, and the gradient, all float32."""
 LOSS_BYTES = 12
 """Per logit, when the loss's gradient is taken: log-probabilities, their gradient, and that of the logits, float32."""
-FORWARD_AGAIN = 4 / 3
-"""Checkpointing computes the forward twice, a third of forward and backward."""
 
 
 def predict_step(config: RunConfig, target: Target, plan: Plan) -> StepPrediction:
@@ -65,15 +57,15 @@ def predict_step(config: RunConfig, target: Target, plan: Plan) -> StepPredictio
     again = FORWARD_AGAIN if trainer.activation_checkpointing else 1.0
     parts = {
         "operators": _operators(plan, again),
-        "matrix products": _seconds(work.blocks, example, target, products=True),
-        "elementwise": _seconds(work.blocks, example, target, products=False),
-        "embedding, head, loss": _sum(
-            _seconds(work.outside, example, target, products=products) for products in (True, False)
+        "matrix products": seconds_of(work.blocks, example, target, products=True),
+        "elementwise": seconds_of(work.blocks, example, target, products=False),
+        "embedding, head, loss": total(
+            seconds_of(work.outside, example, target, products=products) for products in (True, False)
         ),
     }
-    parts = {name: _scaled(figure, trainer.accumulate) for name, figure in parts.items()}
+    parts = {name: scaled(figure, trainer.accumulate) for name, figure in parts.items()}
     parts["optimizer"] = _optimizer(work, target)
-    seconds, low_s, high_s = _sum(parts.values())
+    seconds, low_s, high_s = total(parts.values())
     host_s = trainer.accumulate * _host_s(work, target)
     memory = _memory(config, work, plan, example)
     return StepPrediction(
@@ -94,10 +86,6 @@ def predict_step(config: RunConfig, target: Target, plan: Plan) -> StepPredictio
     )
 
 
-_Figure = tuple[float, float, float]
-"""Seconds, low, high."""
-
-
 def _example(plan: Plan) -> Example:
     values: dict[str, Any] = dict(plan.example)
     return Example(**values | {"tokens_shape": tuple(values["tokens_shape"])})
@@ -110,34 +98,12 @@ def _unknown(reason: str) -> StepPrediction:
     )  # fmt: skip
 
 
-def _operators(plan: Plan, again: float) -> _Figure:
+def _operators(plan: Plan, again: float) -> Span:
     figures = [choice.figure for choice in plan.choices if choice.used and choice.figure]
-    return _scaled(_sum((figure.seconds, figure.low_s, figure.high_s) for figure in figures), again)
+    return scaled(total((figure.seconds, figure.low_s, figure.high_s) for figure in figures), again)
 
 
-def _seconds(calls: Counter[Call], example: Example, target: Target, *, products: bool) -> _Figure:
-    """The roofline of the matrix products, or of everything else, which moves bytes."""
-    kinds = [call for call in calls if bool(call.matmul_flops) == products]
-    rows = [
-        CostRow(
-            operator="dense" if products else "elementwise",
-            kernel="torch",
-            phase="forward",
-            dtype=example.dtype,
-            shape={},
-            matmul_flops=call.matmul_flops,
-            bytes_moved=call.bytes_moved,
-        )
-        for call in kinds
-    ]
-    estimates = RooflineEstimator(PRODUCTS if products else STREAMS).predict(rows, target.device)
-    return _sum(
-        _scaled((estimate.seconds, estimate.low_s, estimate.high_s), calls[call])
-        for call, estimate in zip(kinds, estimates)
-    )
-
-
-def _optimizer(work: StepWork, target: Target) -> _Figure:
+def _optimizer(work: StepWork, target: Target) -> Span:
     row = CostRow(
         operator="optimizer", kernel="torch", phase="forward", dtype="float32", shape={},
         bytes_moved=OPTIMIZER_BYTES * work.parameters,
@@ -171,12 +137,3 @@ def _memory(config: RunConfig, work: StepWork, plan: Plan, example: Example) -> 
     held = memory["weights and moments"] + work.kept_bytes + (gradients if config.trainer.accumulate > 1 else 0)
     at_backward = held + max(memory["loss"], memory["passing with a block"])
     return {**memory, "gradients": gradients, "peak": max(at_backward, memory["weights and moments"] + gradients)}
-
-
-def _scaled(figure: _Figure, factor: float) -> _Figure:
-    return figure[0] * factor, figure[1] * factor, figure[2] * factor
-
-
-def _sum(figures: Iterable[_Figure]) -> _Figure:
-    columns = list(zip(*figures)) or [(0.0,)] * 3
-    return sum(columns[0]), sum(columns[1]), sum(columns[2])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from subquad.compiler.example import Example
 from subquad.compiler.target import Target
@@ -16,6 +18,12 @@ def sized_model(config: RunConfig) -> ModelConfig:
         vocab_size=config.model.vocab_size or 256,
         context_len=config.model.context_len or config.trainer.seq_len,
     )
+
+
+def model_of(model: ModelConfig, keys: Sequence[str]) -> ModelConfig:
+    """The model with one block per key."""
+    values: dict[str, Any] = {name: getattr(model, name) for name in ModelConfig.__dataclass_fields__}
+    return ModelConfig(**values | {"schedule": list(keys), "num_layers": len(keys)})
 
 
 def is_packed(config: RunConfig) -> bool:

@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
+from subquad.compiler.block_memory import block_memory_bytes
 from subquad.compiler.example import Example
-from subquad.compiler.layer_costs import block_memory_bytes, model_of
+from subquad.compiler.run_shapes import model_of
 from subquad.compiler.workload import autocast
 from subquad.model.block import Block
 from subquad.model.build import build_model, full_schedule
