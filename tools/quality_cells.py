@@ -28,6 +28,8 @@ SIZES = (4, 16, 64)
 """Key-value pairs of multi-query associative recall."""
 SERIAL = ("slstm", "ttt_mlp", "ttt_linear", "log_linear_mamba2", "log_linear")
 """Mixers of torch kernels with many launches, the slowest first: they start before the others."""
+QUICK = ("rwkv_channel_mix", "transformer")
+"""Models that compile next to nothing."""
 SCHEDULES = {
     "scout_mamba": ("mamba", "segment_attention"),
     "scout_swa": ("window", "segment_attention"),

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from quality_cells import SCHEDULES, STUDIES, Cell, cells
+from quality_cells import QUICK, SCHEDULES, STUDIES, Cell, cells
 
 FIRST_GUESS_S = 45.0
 """What a cell is taken to need before one like it has ended."""
@@ -141,7 +141,7 @@ class Crew:
     def _warm_up(self, worker: Worker) -> None:
         """A step of each task, so that the tokens and the device's ceilings are cached before many ask for them."""
         for task in dict.fromkeys(cell.task for cell in self.waiting):
-            first = next(cell for cell in reversed(self.waiting) if cell.task == task)
+            first = min((cell for cell in self.waiting if cell.task == task), key=lambda cell: cell.model not in QUICK)
             with tempfile.TemporaryDirectory() as folder:
                 found = worker.ask(self._request(replace(first, steps=1), Path(folder) / "run"), self._left_s())
             print(f"warmed up for {task}: {found.get('failed', 'done')}", flush=True)
