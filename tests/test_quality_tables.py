@@ -60,6 +60,7 @@ def whole(cell: Any) -> dict[str, Any]:
     """What a run gives that made all its steps; the larger rate is the better one."""
     return {
         "made_steps": cell["steps"], "validation_loss": 1 - cell["learning_rate"], "bits_per_byte": 2.0 + cell["seed"],
+        "row_guess": {"4": 0.25},
         "accuracy": {"4": 1.0, "16": 0.75, "64": 0.5 - cell["learning_rate"]}, "parameters": 1000, "carry_bytes": 64,
         "device": "cpu", "torch": "2", "date": "2026-11-29", "command": "python -m subquad train",
     }  # fmt: skip
@@ -89,12 +90,11 @@ def test_a_prefix_of_the_cells_is_a_table_and_slow_mixers_start_first(tools: Any
     assert len({cell.key for cell in found}) == len(found) == len(names) * 2 * 3 * 2
 
 
-def test_every_cell_is_a_configuration_and_models_are_of_one_size(tools: Any) -> None:
+def test_cells_are_configurations_and_models_are_of_one_size(tools: Any) -> None:
     import quality_cell
 
     for study, task, model in (
-        ("mixers", "mqar", "rwkv6"), ("mixers", "mqar", "rwkv_channel_mix"), ("mixers", "text", "log_linear_mamba2"),
-        ("scout", "mqar", "mamba"), ("scout", "text", "scout_swa"),
+        ("mixers", "mqar", "rwkv6"), ("mixers", "text", "rwkv_channel_mix"), ("scout", "mqar", "mamba"),
     ):  # fmt: skip
         cell = tools[0].Cell(study=study, task=task, model=model, learning_rate=1e-3, seed=1, steps=7)
         config = load_config(tools[0].overrides(cell, quality_cell.fitting_width(cell)))
@@ -146,6 +146,7 @@ def test_the_table_shows_best_rates_and_names_what_is_left_out(
     assert "bits per byte by learning rate | 0.001 | 0.003 | 0.01" in bits_by_rate
     assert set(rows) == {"`softmax_attention`"}
     assert "stopped after 3 of 1,000 steps" in shown
+    assert "at random, which takes no memory of keys, gets 0.250 (4 pairs)" in shown
     assert "gla" not in shown
 
 

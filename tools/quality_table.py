@@ -33,6 +33,9 @@ def main(paths: Sequence[str]) -> int:
         print(__doc__)
         return 2
     records = newest(record for path in paths for record in read(Path(path)) if is_current(record))
+    if not records:
+        print(f"no cell of today's settings in {', '.join(paths)}", file=sys.stderr)
+        return 1
     print("\n\n".join(part for study in STUDIES for part in study_tables(study, records)))
     return 0
 
@@ -158,6 +161,10 @@ def provenance(study: str, records: Sequence[Record]) -> str:
                 f" about {setting.parameters:,} parameters; carry in bytes after {setting.seq_len} tokens, float32."
                 f" One of the runs: `{one['command']}`"
             )
+    guesses = next((record["row_guess"] for record in made if "row_guess" in record), None)
+    if guesses is not None:
+        shares = ", ".join(f"{share:.3f} ({size} pairs)" for size, share in guesses.items())
+        lines.append(f"Naming one of a row's values at random, which takes no memory of keys, gets {shares}.")
     return "\n\n".join(lines)
 
 
