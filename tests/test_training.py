@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from subquad.training.fit import TrainResult, train
 from subquad.training.metrics import read_metrics
 from subquad.training.module import TrainingModule, step_seed, summed_cross_entropy
 from subquad.training.optimizers import build_optimizer, learning_rate_factor
+from subquad.training.room import check_room
 from subquad.training.run_folder import RunFolder, read_config
 from subquad.training.user_callbacks import build_callbacks
 
@@ -490,3 +492,11 @@ def test_the_example_trains_in_seconds(tmp_path: Path) -> None:
     last_line = result.stdout.splitlines()[-1]
     assert last_line.startswith(str(tmp_path / "runs"))
     assert "bits per byte" in last_line
+
+
+def test_a_mixer_that_draws_orthogonal_matrices_is_counted_without_drawing(tiny_run: Callable[..., RunConfig]) -> None:
+    config = tiny_run("run")
+    mixers = {"rwkv_channel_mix": {"mixer": "rwkv_channel_mix"}}
+    sizes: dict[str, Any] = {"vocab_size": 8, "context_len": 32}
+    config.model = replace(config.model, mixers=mixers, schedule=["rwkv_channel_mix"], **sizes)
+    check_room(config, torch.device("cpu"))

@@ -1,7 +1,7 @@
 """The table of what each mixer keeps, from records alone; nothing in it is typed by hand.
 
     python tools/mixer_table.py judge [MIXER ...]   # `plugins check` of each mixer, into plugins/verdicts (a minute)
-    python tools/mixer_table.py judge target=cuda   # the same on a GPU
+    python tools/mixer_table.py judge target=cuda   # the same on a GPU, which is shared by a mixer a core
     python -m pytest -m oracle --record-oracles=plugins/verdicts/oracles.json
     python tools/mixer_table.py                     # prints the table
     python tools/mixer_table.py write               # puts it where README.md and plugins/README.md have it
@@ -13,10 +13,12 @@ Times on a GPU are of the operator that the mixer spends its work in, from the r
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +59,9 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] == ["judge"]:
         target = next((word.partition("=")[2] for word in arguments if word.startswith("target=")), "cpu")
         names = [word for word in arguments[1:] if "=" not in word] or list(load_registry().mixers)
-        return max(judge(name, target) for name in names)
+        jobs = len(os.sched_getaffinity(0))
+        with ThreadPoolExecutor(jobs) as pool:
+            return max(pool.map(lambda name: judge(name, target), names))
     if arguments == ["write"]:
         for path in DOCUMENTS:
             path.write_text(with_table(path.read_text(encoding="utf-8"), table()), encoding="utf-8")
@@ -67,10 +71,19 @@ def main(arguments: list[str]) -> int:
 
 
 def judge(name: str, target: str) -> int:
-    """Let `plugins check` judge a mixer in a process of its own, and keep its verdict; returns its exit code."""
+    """Let `plugins check` judge a mixer in a process of its own, and keep its verdict; returns its exit code.
+
+    What it says is printed when it has ended, so that several may be judged at once.
+    """
     VERDICTS.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "subquad", "plugins", "check", name, f"target={target}", *SETTINGS.get(name, ())]
-    return subprocess.run([*command, f"json={VERDICTS / f'{name}.{target}.json'}"], check=False).returncode
+    command.append(f"json={VERDICTS / f'{name}.{target}.json'}")
+    found = subprocess.run(
+        command, check=False, env={"OMP_NUM_THREADS": "1"} | os.environ, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    print(found.stdout, flush=True)
+    return found.returncode
 
 
 def table() -> str:

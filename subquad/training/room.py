@@ -32,8 +32,7 @@ def check_room(config: RunConfig, device: torch.device) -> None:
     if 4 * widest > room:
         raise _too_large("a matrix of the model", 4 * widest, room, "model.d_model", "use a smaller model")
     try:
-        with torch.device("meta"):
-            parameters = sum(parameter.numel() for parameter in build_model(config.model).parameters())
+        parameters = sum(parameter.numel() for parameter in build_model(config.model, device="meta").parameters())
     except RuntimeError as error:  # what torch says of sizes that are negative, or overflow
         raise ConfigError(
             what=f"the model cannot be built: {str(error).splitlines()[0]}",
