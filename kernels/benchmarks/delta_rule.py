@@ -1,23 +1,28 @@
 """Check and time the fused delta rules on a CUDA device.
 
-    python kernels/benchmarks/delta_rule.py OUT.json [--tune] [--limit-s 100] [--only gated kda rwkv7]
+    python kernels/benchmarks/delta_rule.py OUT.json [--tune [CHOICE ...]] [--limit-s 100] [--only gated kda rwkv7]
+        [--skip checks timings rivals]
 
 32,768 tokens of 16 heads (n = p = 64 or 128) in bfloat16, with decay and write gate: one decay per head (`gated`,
 kernel `fused`), one per key channel (`kda`), that with `remove` and `insert` (`rwkv7`; kernel `fused_diagonal`). Device
 time is the sum of all kernels of a call under the profiler; `called` is the median of `triton.testing.do_bench` (L2
 cleared between calls), host included; `parts` are the kernels of one forward and backward. Rivals, fla's functions of
 the same forms, are timed afterwards where fla can be imported. Nothing new begins after --limit-s seconds. With --tune,
-launches that differ from the package's own in one choice are timed, and the fastest of each choice is named; the
-package itself keeps what each file's `launch_of` says.
+launches that differ from the package's own in one choice or pair of them (of those whose names begin with a CHOICE, if
+some are told) are compiled beside each other, held against float64 on a small size and timed; the fastest that is right
+is named. The package itself keeps what each file's `launch_of` says.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,7 +32,9 @@ import subquad_kernels.builtin  # noqa: F401  (fills the catalogue)
 from subquad_kernels.catalogue import CATALOGUE
 from subquad_kernels.delta_rule import fused, fused_diagonal
 from subquad_kernels.delta_rule.definition import sample_inputs
+from subquad_kernels.first_calls import cores
 from subquad_kernels.operators import delta_rule
+from subquad_kernels.self_check import judge, kernel_errors
 from subquad_kernels.workload import Workload
 
 TOKENS, HEADS = 32_768, 16
@@ -46,8 +53,8 @@ class Form:
 
 
 FORMS = {
-    "gated": Form("fused", fused, "scalar", False, ((16, 64), (4, 64), (1, 64), (4, 128), (1, 128))),
-    "kda": Form("fused_diagonal", fused_diagonal, "vector", False, ((16, 64), (4, 64), (1, 64), (4, 128))),
+    "gated": Form("fused", fused, "scalar", False, ((16, 64), (4, 64), (4, 128), (1, 64), (1, 128))),
+    "kda": Form("fused_diagonal", fused_diagonal, "vector", False, ((16, 64), (4, 64), (4, 128), (1, 64))),
     "rwkv7": Form("fused_diagonal", fused_diagonal, "vector", True, ((16, 64), (4, 64), (1, 64))),
 }
 
@@ -62,17 +69,6 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "differentiate_tile_p": (32, 64, 128),
     "differentiate_warps": (4, 8),
 }
-DIAGONAL_CHOICES: dict[str, tuple[Any, ...]] = {
-    "tile_n": (16, 32, 64),
-    "relate_warps": (4, 8),
-    "differentiate_tile_n": (16, 32, 64),
-    "differentiate_warps": (4, 8),
-    "scan_tile_p": (16, 32, 64),
-    "scan_warps": (1, 2, 4, 8),
-    "scan_stages": (1, 2, 3),
-    "tile_p": (32, 64),
-    "warps": (4, 8),
-}
 PAIRS: tuple[dict[str, int], ...] = (
     {"scan_tile_p": 16, "scan_warps": 1},
     {"scan_tile_p": 32, "scan_warps": 2},
@@ -80,6 +76,24 @@ PAIRS: tuple[dict[str, int], ...] = (
     {"scan_tile_p": 128, "scan_warps": 8},
     {"scan_tile_p": 64, "scan_warps": 8},
     {"differentiate_tile_p": 128, "differentiate_warps": 8},
+)
+DIAGONAL_CHOICES: dict[str, tuple[Any, ...]] = {
+    "scan_tile_p": (16, 32, 64),
+    "scan_warps": (1, 2, 4, 8),
+    "scan_stages": (1, 2, 3),
+    "tile_p": (32, 64),
+    "warps": (4, 8),
+}
+DIAGONAL_PAIRS: tuple[dict[str, int], ...] = (
+    *({"relate_tile_n": n, "relate_warps": warps} for n, warps in ((64, 8), (64, 4), (32, 8), (32, 4))),
+    *(
+        {"differentiate_tile_n": n, "differentiate_warps": warps}
+        for n, warps in ((64, 8), (32, 8), (16, 8), (64, 4), (32, 4), (16, 4))
+    ),
+    *(
+        {"differentiate_tile_n": n, "differentiate_warps": warps, "differentiate_registers": 128}
+        for n, warps in ((64, 8), (32, 8), (16, 8), (16, 4))
+    ),
 )
 
 
@@ -212,55 +226,97 @@ def time_rivals(record: Record, over: Callable[[], bool]) -> None:
         print(f"{row['form']} b={row['b']} n={row['n']} fla:", found, flush=True)
 
 
-def tune(record: Record, forms: Sequence[str], over: Callable[[], bool]) -> None:
-    """Forward and forward with backward, device time, for launches one choice or one pair away from the package's."""
-    for name, b, width in ((each, *shape) for each in forms for shape in FORMS[each].shapes[1:4]):
-        form = FORMS[name]
-        base = form.module.launch_of(width, 2)
-        choices = DIAGONAL_CHOICES if form.module is fused_diagonal else CHOICES
-        tried = [replace(base, **{choice: value}) for choice, values in choices.items() for value in values]
-        if form.module is fused:
-            tried += [replace(base, **pair) for pair in PAIRS]
-        best: tuple[float, Any] | None = None
-        for launch in dict.fromkeys([base, *tried]):
-            if over():
-                print("time is up: the rest is not tuned")
-                return
-            changed = {choice: value for choice, value in asdict(launch).items() if value != getattr(base, choice)}
-            row: dict[str, Any] = {"form": name, "b": b, "width": width, "changed": changed}
-            with surviving(row):
-                call = Call(form, b, width, launch)
-                row["forward_ms"] = sum(device_parts(call.forward).values())
-                row["parts"] = device_parts(call.both)
-                row["both_ms"] = sum(row["parts"].values())
-                if best is None or row["both_ms"] < best[0]:
-                    best = row["both_ms"], launch
-            shown = (f"{row[part]:8.3f}" for part in ("forward_ms", "both_ms") if part in row)
-            print(f"{name} b={b} n={width}", *shown, changed, row.get("failure", "")[:90], flush=True)
-            record.add("tuning", row)
-        print("fastest:", best)
+def launches(form: Form, base: Any, wanted: Sequence[str]) -> dict[Any, dict[str, Any]]:
+    """The package's launch and those one choice or pair away from it, each with what differs."""
+    diagonal = form.module is fused_diagonal
+    single = [{name: value} for name, values in (DIAGONAL_CHOICES if diagonal else CHOICES).items() for value in values]
+    tried = [*single, *(DIAGONAL_PAIRS if diagonal else PAIRS)]
+    if wanted:
+        tried = [each for each in tried if all(name.startswith(tuple(wanted)) for name in each)]
+    found = [base, *(replace(base, **each) for each in tried)]
+    return {each: {k: v for k, v in asdict(each).items() if v != getattr(base, k)} for each in found}
+
+
+def judged(form: Form, width: int, launch: Any) -> str:
+    """What is wrong with a launch's results, or nothing; whatever it raises is wrong as well."""
+    kernel = replace(CATALOGUE.kernel("delta_rule", form.kernel))
+    kernel.__dict__["torch_half"] = SimpleNamespace(
+        forward=lambda **arguments: form.module.forward(launch, **arguments),
+        backward=lambda *values: form.module.backward(*values, launch),
+    )
+    case = workload(form, 1, 130, width, h=2, h_k=2)
+    arguments = sample_inputs(case, seed=0, device="cuda")
+    arguments["log_decay"][:, :, 1] *= 100  # one head's decays are ordinary, the other's violent
+    try:
+        errors = kernel_errors(OPERATOR, kernel, arguments, gradients=True)
+        verdict = judge(OPERATOR, kernel, case, errors)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:200]
+    return "" if verdict.passed else verdict.reason
+
+
+def tune(record: Record, forms: Sequence[str], wanted: Sequence[str], over: Callable[[], bool]) -> None:
+    """Forward and forward with backward, device time, of launches near the package's, and which are wrong."""
+    jobs = [
+        (name, b, width, launch, changed)
+        for shape in (1, 2, 3)
+        for name in forms
+        for b, width in FORMS[name].shapes[shape : shape + 1]
+        for launch, changed in launches(FORMS[name], FORMS[name].module.launch_of(width, 2), wanted).items()
+    ]
+    small = dict.fromkeys((name, width, launch) for name, _, width, launch, _ in jobs)
+    package = dict.fromkeys((name, width, launch) for name, _, width, launch, changed in jobs if not changed)
+    wrong: dict[tuple[str, int, Any], str] = {}
+    with ThreadPoolExecutor(cores()) as pool:  # compilation leaves Python's lock to others
+        # The package's own first: the others compile what differs, and find the rest.
+        for part in (list(package), [job for job in small if job not in package]):
+            wrong |= zip(part, pool.map(lambda job: judged(FORMS[job[0]], job[1], job[2]), part), strict=True)
+    best: dict[tuple[str, int, int], tuple[float, dict[str, Any]]] = {}
+    for name, b, width, launch, changed in jobs:
+        if over():
+            print("time is up: the rest is not tuned")
+            break
+        row: dict[str, Any] = {"form": name, "b": b, "width": width, "changed": changed}
+        row["wrong"] = wrong[name, width, launch]
+        with surviving(row):
+            call = Call(FORMS[name], b, width, launch)
+            row["forward_ms"] = sum(device_parts(call.forward).values())
+            row["parts"] = device_parts(call.both)
+            row["both_ms"] = sum(row["parts"].values())
+            if not row["wrong"]:
+                best[name, b, width] = min(best.get((name, b, width), (math.inf, {})), (row["both_ms"], changed),
+                                           key=lambda timed: timed[0])  # fmt: skip
+        shown = (f"{row[part]:8.3f}" for part in ("forward_ms", "both_ms") if part in row)
+        parts = {part: round(ms, 3) for part, ms in row.get("parts", {}).items() if part in ("relate", "differentiate")}
+        print(f"{name} b={b} n={width}", *shown, changed, parts, row["wrong"], row.get("failure", "")[:90], flush=True)
+        record.add("tuning", row)
+    for shape, fastest in best.items():
+        print("fastest:", *shape, *fastest)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--tune", nargs="*", metavar="CHOICE")
+    parser.add_argument("--skip", nargs="+", choices=("checks", "timings", "rivals"), default=[])
     parser.add_argument("--limit-s", type=float, default=100.0)
     parser.add_argument("--only", nargs="+", choices=FORMS, default=list(FORMS))
     options = parser.parse_args()
     limit, record = Limit(options.limit_s), Record.of("cuda")
     try:
-        for form in (FORMS[name] for name in options.only):
+        for form in (FORMS[name] for name in options.only if "checks" not in options.skip):
             for row in checks(OPERATOR, CATALOGUE.kernel("delta_rule", form.kernel), checked(form), "cuda"):
                 record.add("checks", row | {"kernel": form.kernel, "decay": form.decay, "free": form.free})
                 show_check(row)
                 if limit.over():
                     print("time is up: the rest is not checked")
                     break
-        time_all(record, options.only, limit.over)
-        time_rivals(record, limit.over)
-        if options.tune:
-            tune(record, options.only, limit.over)
+        if "timings" not in options.skip:
+            time_all(record, options.only, limit.over)
+        if "rivals" not in options.skip:
+            time_rivals(record, limit.over)
+        if options.tune is not None:
+            tune(record, options.only, options.tune, limit.over)
     finally:
         record.save(options.out)
 

@@ -25,8 +25,8 @@ SPILLS = {
     # A read before the write: the bonus and its gradient beside all else; eight warps would spill none. Of triton 3.6;
     # 3.7.1 spills 104 bytes.
     ("gated_linear_attention/fused", "_differentiate", "sm_90"): 136,
-    # Of triton 3.7.1; with four warps or wider tiles it is several times that.
-    ("delta_rule/fused_diagonal", "differentiate", "sm_90"): 32,
+    # Of triton 3.7.1; tiles of 32 channels spill none, and are found wrong on Hopper in other backwards (README).
+    ("delta_rule/fused_diagonal", "differentiate", "sm_90"): 320,
     # No register: the table by which libdevice's sine reduces arguments that never come here.
     ("rotary/fused", "_rotate", "sm_90"): 32,
 }

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import log
 from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl  # noqa: F401  (a jitted function wants to see it)
 from torch import Tensor
 from torch.nn import functional as F
 
 import subquad_kernels.builtin  # noqa: F401  (fills the catalogue)
 from subquad_kernels.catalogue import CATALOGUE
-from subquad_kernels.delta_rule import chunked, declaration, definition, fused, fused_diagonal
+from subquad_kernels.delta_rule import (
+    chunked,
+    declaration,
+    definition,
+    diagonal_chunks,
+    diagonal_levels,
+    fused,
+    fused_diagonal,
+)
 from subquad_kernels.device_limits import device_limits
 from subquad_kernels.self_check import judge, kernel_errors
 from subquad_kernels.workload import DeviceLimits, Workload
@@ -98,7 +109,9 @@ def test_optional_tensors_may_be_absent(t: int, decay: str) -> None:
 @BOTH
 def test_sequences_heads_and_tiles_do_not_mix(free: bool) -> None:
     """Two sequences, key heads of two value heads each, widths of several tiles, none a power of two."""
-    small = fused_diagonal.Launch(tile_n=16, differentiate_tile_n=16, scan_tile_p=16, tile_p=16, decode_tile_p=16)
+    small = fused_diagonal.Launch(
+        relate_tile_n=16, differentiate_tile_n=16, scan_tile_p=16, tile_p=16, decode_tile_p=16
+    )
     assert_exact(sample(workload(20, free=free, b=2, h=4, h_k=2, n=35, p=19)), small)
     assert_exact(sample(workload(1, free=free, b=2, h=4, h_k=2, n=17, p=35)), small)
 
@@ -132,6 +145,68 @@ def test_extreme_decays_neither_overflow_nor_lose_gradients(log_decay: float, fr
     arguments = sample(workload(70, free=free))
     arguments["log_decay"] = torch.full_like(arguments["log_decay"], log_decay)
     assert_exact(arguments)
+
+
+def with_decays_of_every_level(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Six heads, one channel of each so fast that its blocks are mild up to another level.
+
+    A block is mild whose log2 decays sum to -60 or more: one of 32 tokens where they are -1.
+    """
+    log_decay = torch.full_like(arguments["log_decay"], -0.01)
+    log_decay[..., 0] = -torch.tensor([40.0, 20.0, 10.0, 5.0, 3.0, 1.0], device=log_decay.device) * log(2)
+    return arguments | {"log_decay": log_decay}
+
+
+def levels_of(arguments: dict[str, Any]) -> list[Any]:
+    """The lowest level of each chunk, head and 32 channels, as the kernel finds it."""
+    found: list[Any] = fused_diagonal._Call(arguments, None)._relate().lowest.tolist()
+    return found
+
+
+@BOTH
+def test_tokens_meet_at_every_level_from_the_lowest_that_is_mild(free: bool) -> None:
+    """One product of the whole chunk, to six at powers of two."""
+    arguments = with_decays_of_every_level(sample(workload(64, free=free, h=6)))
+    assert levels_of(arguments) == [[[level] for level in range(6)]]
+    assert_exact(arguments)
+
+
+@pytest.mark.parametrize("tile_n", [16, 64])
+def test_a_tile_of_channels_is_as_mild_as_the_fastest_of_them(tile_n: int) -> None:
+    arguments = sample(workload(64, free=False, n=35))
+    arguments["log_decay"][..., 33] = -50.3
+    assert levels_of(arguments) == [[[5, 0]]]
+    assert_exact(arguments, fused_diagonal.Launch(relate_tile_n=tile_n, differentiate_tile_n=tile_n))
+
+
+@pytest.mark.parametrize(("dtype", "level"), [("float32", 5), ("float16", 3)])
+def test_documents_and_chunks_have_levels_of_their_own_and_float16_lower_ones(dtype: str, level: int) -> None:
+    arguments = sample(workload(106, free=False, dtype=dtype, documents=2), cu_seqlens=bounds(40, 66))
+    arguments["log_decay"].fill_(-0.4)
+    arguments["log_decay"][:, 40:104] = -1e4
+    assert levels_of(arguments)[:3] == [[[level]], [[0]], [[5]]]
+
+
+@pytest.mark.skipif(ON_GPU, reason="what is compiled keeps its functions")
+@pytest.mark.parametrize("free", [False, True], ids=["KDA", "RWKV-7"])
+def test_a_wrong_choice_between_one_product_and_several_is_found(free: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Violent decays taken whole overflow; a whole block's own pairs left out are missed."""
+    ordinary = sample(workload(20, free=free))
+    violent = ordinary | {"log_decay": ordinary["log_decay"] - 30.0}
+    with monkeypatch.context() as patch:
+        patch.setitem(fused_diagonal._MILD, torch.float32, 10**6)
+        with pytest.raises(AssertionError, match="y: "):
+            assert_exact(violent)
+    with monkeypatch.context() as patch:
+        patch.setattr(diagonal_chunks, "reads", reads_of_two_blocks)
+        with pytest.raises(AssertionError, match="y: "):
+            assert_exact(ordinary)
+
+
+@triton.jit
+def reads_of_two_blocks(token, other, level, lowest):  # type: ignore[no-untyped-def]
+    """A planted error: pairs inside a block are forgotten where it is the lowest."""
+    return diagonal_levels.reads(token, other, level, -1)
 
 
 def test_the_same_decay_for_every_channel_is_the_kernel_of_one_decay_per_head() -> None:
@@ -260,5 +335,16 @@ def test_on_a_gpu_it_is_within_the_operators_tolerance(
     case = workload(dtype=dtype, free=free, **options, **shape)
     assert KERNEL.refusal(case, device_limits("cuda")) is None
     errors = kernel_errors(OPERATOR, KERNEL, sample(case, "cuda"), gradients=True)
+    verdict = judge(OPERATOR, KERNEL, case, errors)
+    assert verdict.passed, verdict.reason
+
+
+@pytest.mark.gpu
+@BOTH
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("n", [24, 64, 128])
+def test_on_a_gpu_every_level_is_within_the_operators_tolerance(n: int, dtype: str, free: bool) -> None:
+    case = workload(130, dtype=dtype, free=free, h=6, n=n, p=64)
+    errors = kernel_errors(OPERATOR, KERNEL, with_decays_of_every_level(sample(case, "cuda")), gradients=True)
     verdict = judge(OPERATOR, KERNEL, case, errors)
     assert verdict.passed, verdict.reason

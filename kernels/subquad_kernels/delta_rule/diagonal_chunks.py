@@ -12,10 +12,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from subquad_kernels.delta_rule.diagonal_levels import bound, factor, lowest_level, middle, read_by, reads
 from subquad_kernels.delta_rule.inverse import BLOCK, invert_below, invert_diagonal, store_inverse
 from subquad_kernels.delta_rule.tiles import chunk_of, load, store
-from subquad_kernels.triton_decays import meet, ranges, until
-from subquad_kernels.triton_decays import sums as summed
 from subquad_kernels.triton_launch import QuickLaunch
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -24,12 +23,13 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 @QuickLaunch
 @triton.jit(do_not_specialize=["t", "chunks", "heads"])
 def accumulate(
-    log_decay, table, sums, t, chunks, heads,
-    N: tl.constexpr, TILE_N: tl.constexpr, CHUNK: tl.constexpr, PACKED: tl.constexpr, VECTOR: tl.constexpr,
+    log_decay, table, sums, lowest, t, chunks, heads,
+    N: tl.constexpr, TILE_N: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr, MILD: tl.constexpr,
+    PACKED: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Sums of log2 decays up to each token of its chunk; one decay per head is repeated for every channel.
+    """Sums of log2 decays up to each token of its chunk, and the lowest level of every tile of channels.
 
-    Shapes:  sums: chunks h 64 n
+    One decay per head is repeated for every channel.  Shapes:  sums: chunks h 64 n    lowest: chunks h tiles
     """
     tiles: tl.constexpr = (N + TILE_N - 1) // TILE_N
     program = tl.program_id(0)
@@ -46,6 +46,7 @@ def accumulate(
     found = tl.maximum(found.to(sums.dtype.element_ty) * _LOG2_E, -160.0)
     place = (chunk.to(tl.int64) * heads + head) * (CHUNK * N)
     store(sums + place, span, N, keys, span < CHUNK, in_n, tl.cumsum(found, 0))
+    tl.store(lowest + program, lowest_level(found, MILD, CHUNK, TILE_N, LEVELS))
 
 
 @triton.jit
@@ -56,10 +57,12 @@ def _sums(sums, rows, keys, N: tl.constexpr):
 
 
 @triton.jit
-def _between(sums, own, span, keys, level, N: tl.constexpr):
-    """The decay between a token, up to which the sums are `own`, and the end of the first of its pair of blocks."""
-    ends = _sums(sums, (((span >> level) | 1) << level) - 1, keys, N)
-    return _power(-tl.abs(own - ends))
+def _lowest(lowest, program, start, N: tl.constexpr, TILE_N: tl.constexpr, FOUND_N: tl.constexpr):
+    """The lowest level of a tile of channels; it was found for FOUND_N together."""
+    tiles: tl.constexpr = (N + FOUND_N - 1) // FOUND_N
+    found = start // FOUND_N + tl.arange(0, TILE_N // FOUND_N if TILE_N > FOUND_N else 1)
+    at = lowest + program.to(tl.int64) * tiles + found
+    return tl.min(tl.load(at, mask=found < tiles, other=31), axis=0)
 
 
 @triton.jit
@@ -80,11 +83,11 @@ def _gates(gate, first, head, heads, in_t, CHUNK: tl.constexpr, GATE: tl.constex
 @QuickLaunch
 @triton.jit(do_not_specialize=["t", "chunks", "heads"])
 def relate(
-    q, reader, written, sums, gate, table, scores, pairs, entering, reading, leaving, kept, gates,
+    q, reader, written, sums, lowest, gate, table, scores, pairs, entering, reading, leaving, kept, gates,
     t, chunks, heads, group, reader_group, written_group, q_stride, reader_stride, written_stride,
-    N: tl.constexpr, PAD_N: tl.constexpr, TILE_N: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr,
-    PACKED: tl.constexpr, GATE: tl.constexpr, FREE: tl.constexpr, SYSTEM: tl.constexpr,
-    PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+    N: tl.constexpr, PAD_N: tl.constexpr, TILE_N: tl.constexpr, FOUND_N: tl.constexpr, CHUNK: tl.constexpr,
+    LEVELS: tl.constexpr, MILD: tl.constexpr, PACKED: tl.constexpr, GATE: tl.constexpr, FREE: tl.constexpr,
+    SYSTEM: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores of a chunk's queries and readers with what is written, and each as the chunk's ends see them.
 
@@ -118,14 +121,17 @@ def relate(
         read = load(reader, span, reader_stride, keys, in_t, in_n).to(tl.float32)
         key = load(written, span, written_stride, keys, in_t, in_n).to(tl.float32)
         score += tl.where(token == other, tl.sum(query * key, axis=1)[:, None], 0.0)
-        for level in tl.range(0, LEVELS, disable_licm=True):
-            after = _between(sums, upto, span, keys, level, N)
-            before = _between(sums, short, span, keys, level, N) if FREE else after
-            keyed = (key * after).to(PRODUCT)
+        first_level = _lowest(lowest, program, start, N, TILE_N, FOUND_N)
+        for level in tl.range(first_level, LEVELS, num_stages=1, disable_licm=True):
+            ends, most = _sums(sums, middle(span, level), keys, N), bound(level, first_level, MILD)
+            after = factor(upto - ends, most)
+            before = factor(short - ends, most) if FREE else after
+            keyed = (key * factor(ends - upto, most)).to(PRODUCT)
+            later = reads(span, span, level, first_level)
             met = tl.dot((query * after).to(PRODUCT), tl.trans(keyed), input_precision=PRECISION)
-            score += tl.where(meet(token, other, level), met, 0.0)
+            score += tl.where(later, met, 0.0)
             met = tl.dot((read * before).to(PRODUCT), tl.trans(keyed), input_precision=PRECISION)
-            pair += tl.where(meet(token, other, level), met, 0.0)
+            pair += tl.where(later, met, 0.0)
         rest = _power(tl.load(sums + (CHUNK - 1) * N + keys, mask=in_n, other=0.0)[None, :] - upto)
         store(leaving + place * N, span, N, keys, every, in_n, key * rest)
         if SYSTEM:
@@ -167,106 +173,166 @@ def invert(systems, inverses, count, CHUNK: tl.constexpr, TERMS: tl.constexpr, P
     store_inverse(inverses + program * (CHUNK * CHUNK), count.to(tl.int64) * (CHUNK * CHUNK), inverse, CHUNK, TERMS)
 
 
+@triton.jit
+def _pull_reads(
+    query_grad, read_grad, key, upto, short, sums, dscores, dpairs, keys, lowest,
+    N: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr, MILD: tl.constexpr, FREE: tl.constexpr,
+    PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradients of queries and readers, and what one kind of written keys adds to them."""
+    span = tl.arange(0, CHUNK)
+    token, other = span[:, None], span[None, :]
+    square = token * CHUNK + other
+    query_grad += tl.load(dscores + span * (CHUNK + 1)).to(tl.float32)[:, None] * key
+    for level in tl.range(lowest, LEVELS, num_stages=1, disable_licm=True):
+        ends, most = _sums(sums, middle(span, level), keys, N), bound(level, lowest, MILD)
+        keyed = (key * factor(ends - upto, most)).to(PRODUCT)
+        later = reads(span, span, level, lowest)
+        after = factor(upto - ends, most)
+        pull = tl.where(later, tl.load(dscores + square), 0.0).to(PRODUCT)
+        query_grad += tl.dot(pull, keyed, input_precision=PRECISION) * after
+        before = factor(short - ends, most) if FREE else after
+        pull = tl.where(later, tl.load(dpairs + square), 0.0).to(PRODUCT)
+        read_grad += tl.dot(pull, keyed, input_precision=PRECISION) * before
+    return query_grad, read_grad
+
+
+@triton.jit
+def _pull_writes(
+    query, read, key, upto, short, sums, dscores, dpairs, dleaving, keys, lowest,
+    N: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr, MILD: tl.constexpr, FREE: tl.constexpr,
+    PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradient of one kind of written keys; and that of what all of them decay by until they leave.  [keys]"""
+    span, in_n = tl.arange(0, CHUNK), keys < N
+    token, other = span[:, None], span[None, :]
+    turned = other * CHUNK + token
+    rest = _power(tl.load(sums + (CHUNK - 1) * N + keys, mask=in_n, other=0.0)[None, :] - upto)
+    key_grad = load(dleaving, span, N, keys, span < CHUNK, in_n).to(tl.float32) * rest
+    left = tl.sum(key * key_grad, axis=0)
+    key_grad += tl.load(dscores + span * (CHUNK + 1)).to(tl.float32)[:, None] * query
+    for level in tl.range(lowest, LEVELS, num_stages=1, disable_licm=True):
+        ends, most = _sums(sums, middle(span, level), keys, N), bound(level, lowest, MILD)
+        earlier = read_by(span, span, level, lowest)
+        after = factor(upto - ends, most)
+        pull = tl.where(earlier, tl.load(dscores + turned), 0.0).to(PRODUCT)
+        part = tl.dot(pull, (query * after).to(PRODUCT), input_precision=PRECISION)
+        before = factor(short - ends, most) if FREE else after
+        pull = tl.where(earlier, tl.load(dpairs + turned), 0.0).to(PRODUCT)
+        part = tl.dot(pull, (read * before).to(PRODUCT), part, input_precision=PRECISION)
+        key_grad += part * factor(ends - upto, most)
+    return key_grad, left
+
+
+@triton.jit
+def _summed_after(terms, total, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
+    """Each token's total, and the terms of all later tokens: of half types two, as sums cancel.  [CHUNK, keys]"""
+    rows = tl.arange(0, terms.shape[0])
+    later = (rows[:, None] < rows[None, :]).to(PRODUCT)
+    leading = terms.to(PRODUCT)
+    total = tl.dot(later, leading, total, input_precision=PRECISION)
+    if tl.float32 != PRODUCT:
+        total = tl.dot(later, (terms - leading.to(tl.float32)).to(PRODUCT), total, input_precision=PRECISION)
+    return total
+
+
 @QuickLaunch
 @triton.jit(do_not_specialize=["t", "chunks", "heads"])
 def differentiate(
-    q, reader, written, sums, gate, table, dscores, dpairs, dentering, dreading, dleaving, dkept,
-    dq_before, dreader_before, ddecay_before, dq, dreader, dwritten, ddecay, dgate,
-    t, chunks, heads, group, reader_group, written_group, q_stride, reader_stride, written_stride,
-    N: tl.constexpr, PAD_N: tl.constexpr, TILE_N: tl.constexpr, CHUNK: tl.constexpr, LEVELS: tl.constexpr,
-    PACKED: tl.constexpr, GATE: tl.constexpr, FREE: tl.constexpr, SYSTEM: tl.constexpr,
+    q, reader, solved, given, sums, lowest, gate, table, dscores, dpairs, dscores_k, dpairs_k,
+    dentering, dreading, dleaving, dleaving_k, dkept, dq, dreader, dsolved, dgiven, ddecay, dgate,
+    t, chunks, heads, group, solved_group, q_stride, reader_stride, solved_stride, given_stride,
+    N: tl.constexpr, PAD_N: tl.constexpr, TILE_N: tl.constexpr, FOUND_N: tl.constexpr, CHUNK: tl.constexpr,
+    LEVELS: tl.constexpr, MILD: tl.constexpr, PACKED: tl.constexpr, GATE: tl.constexpr, FREE: tl.constexpr,
     PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a chunk's queries, readers, what is written and log decays, from those of all `relate` wrote.
 
-    `dpairs` is that of readers with what is written. Where the reader is -beta k, its gradient joins that of the key
-    written, and `dgate` is added to. Without SYSTEM queries, readers and decays have gradients already, `.._before`.
-    An exponent's gradient is the product's with its factor: positive sums of ranges, nothing cancels.
+    `dpairs` is that of readers with what the system solves for, the `solved` keys; `.._k` are those of the keys
+    `given` beside them (FREE). Where the reader is -beta k, its gradient joins that of the key, and `dgate` is added
+    to. Shapes:  dq, dreader, dsolved, dgiven, ddecay: b t h n
     """
     program = tl.program_id(0)
     head, chunk = program % heads, program // heads
     first, size = chunk_of(table, chunk, t, chunks, CHUNK, PACKED)
     span = tl.arange(0, CHUNK)
-    token, other, in_t, every = span[:, None], span[None, :], span < size, span < CHUNK
+    in_t, every = span < size, span < CHUNK
     place = program.to(tl.int64) * CHUNK
     own = (first * heads + head) * N
     q += first * q_stride + head // group * N
-    reader += first * reader_stride + head // reader_group * N
-    written += first * written_stride + head // written_group * N
+    solved += first * solved_stride + head // solved_group * N
+    if FREE:
+        reader += first * reader_stride + head * N
+        given += first * given_stride + head // group * N
     sums += place * N
-    beta = _gates(gate, first, head, heads, in_t, CHUNK, GATE)
     dscores += place * CHUNK
     dpairs += place * CHUNK
-    square, turned = token * CHUNK + other, other * CHUNK + token
+    if FREE:
+        dscores_k += place * CHUNK
+        dpairs_k += place * CHUNK
+    beta = _gates(gate, first, head, heads, in_t, CHUNK, GATE)
     dbeta = tl.zeros([CHUNK], tl.float32)
     for start in tl.range(0, PAD_N, TILE_N, num_stages=1):
         keys = start + tl.arange(0, TILE_N)
         in_n = keys < N
+        level = _lowest(lowest, program, start, N, TILE_N, FOUND_N)
         upto = _sums(sums, span, keys, N)
         short = _sums(sums, span - 1, keys, N) if FREE else upto
-        query = load(q, span, q_stride, keys, in_t, in_n).to(tl.float32)
-        key = load(written, span, written_stride, keys, in_t, in_n).to(tl.float32)
-        if FREE:
-            read = load(reader, span, reader_stride, keys, in_t, in_n).to(tl.float32)
-        else:
-            read = key * -beta[:, None]
 
         # What reads: the state that enters, and earlier tokens.
-        if SYSTEM:
-            query_grad = load(dentering + place * N, span, N, keys, every, in_n).to(tl.float32) * _power(upto)
-            read_grad = load(dreading + place * N, span, N, keys, every, in_n).to(tl.float32) * _power(short)
-            within = _power(tl.load(sums + (CHUNK - 1) * N + keys, mask=in_n, other=0.0))
-            within *= tl.load(dkept + program.to(tl.int64) * N + keys, mask=in_n, other=0.0)
-            decay_grad = tl.zeros([CHUNK, TILE_N], tl.float32) + within[None, :]
-            decay_grad = summed(until(other, token, False), query * query_grad, decay_grad, PRODUCT, PRECISION)
-            decay_grad = summed(until(other, token, FREE), read * read_grad, decay_grad, PRODUCT, PRECISION)
-        else:
-            query_grad = load(dq_before + own, span, heads * N, keys, in_t, in_n)
-            read_grad = load(dreader_before + own, span, heads * N, keys, in_t, in_n)
-            decay_grad = load(ddecay_before + own, span, heads * N, keys, in_t, in_n)
-        itself = tl.load(dscores + span * (CHUNK + 1)).to(tl.float32)[:, None]
-        query_grad += itself * key
-        for level in tl.range(0, LEVELS, disable_licm=True):
-            after = _between(sums, upto, span, keys, level, N)
-            before = _between(sums, short, span, keys, level, N) if FREE else after
-            keyed = (key * after).to(PRODUCT)
-            later = meet(token, other, level)
-            pull = tl.load(dscores + square, mask=later, other=0.0).to(PRODUCT)
-            part = tl.dot(pull, keyed, input_precision=PRECISION) * after
-            query_grad += part
-            terms = query * part
-            pull = tl.load(dpairs + square, mask=later, other=0.0).to(PRODUCT)
-            part = tl.dot(pull, keyed, input_precision=PRECISION) * before
-            read_grad += part
-            if FREE:
-                removed = ranges(other, token, level, True)
-                decay_grad = summed(removed, read * part, decay_grad, PRODUCT, PRECISION)
-            else:
-                terms += read * part
-            decay_grad = summed(ranges(other, token, level, False), terms, decay_grad, PRODUCT, PRECISION)
-        store(dq + own, span, heads * N, keys, in_t, in_n, query_grad)
+        query_grad = load(dentering + place * N, span, N, keys, every, in_n).to(tl.float32) * _power(upto)
+        read_grad = load(dreading + place * N, span, N, keys, every, in_n).to(tl.float32) * _power(short)
+        key = load(solved, span, solved_stride, keys, in_t, in_n).to(tl.float32)
+        query_grad, read_grad = _pull_reads(
+            query_grad, read_grad, key, upto, short, sums, dscores, dpairs, keys, level,
+            N, CHUNK, LEVELS, MILD, FREE, PRODUCT, PRECISION,
+        )  # fmt: skip
         if FREE:
+            key_k = load(given, span, given_stride, keys, in_t, in_n).to(tl.float32)
+            query_grad, read_grad = _pull_reads(
+                query_grad, read_grad, key_k, upto, short, sums, dscores_k, dpairs_k, keys, level,
+                N, CHUNK, LEVELS, MILD, FREE, PRODUCT, PRECISION,
+            )  # fmt: skip
+            read = load(reader, span, reader_stride, keys, in_t, in_n).to(tl.float32)
             store(dreader + own, span, heads * N, keys, in_t, in_n, read_grad)
+        else:
+            read = key * -beta[:, None]
+            dbeta -= tl.sum(key * read_grad, axis=1)
+        query = load(q, span, q_stride, keys, in_t, in_n).to(tl.float32)
+        store(dq + own, span, heads * N, keys, in_t, in_n, query_grad)
+        # What a token's decay acts on: in all but the read before it, if there is one (FREE), its own is counted.
+        flow = query * query_grad
+        if FREE:
+            removed = read * read_grad
+        else:
+            flow += read * read_grad
 
         # What was written: for the state that leaves, and for later tokens.
-        rest = _power(tl.load(sums + (CHUNK - 1) * N + keys, mask=in_n, other=0.0)[None, :] - upto)
-        key_grad = load(dleaving + place * N, span, N, keys, every, in_n).to(tl.float32) * rest
-        decay_grad = summed(token > other, key * key_grad, decay_grad, PRODUCT, PRECISION)
-        key_grad += itself * query
+        key_grad, left = _pull_writes(
+            query, read, key, upto, short, sums, dscores, dpairs, dleaving + place * N, keys, level,
+            N, CHUNK, LEVELS, MILD, FREE, PRODUCT, PRECISION,
+        )  # fmt: skip
+        flow -= key * key_grad
         if not FREE:
-            dbeta -= tl.sum(key * read_grad, axis=1)
             key_grad -= beta[:, None] * read_grad
-        for level in tl.range(0, LEVELS, disable_licm=True):
-            after = _between(sums, upto, span, keys, level, N)
-            before = _between(sums, short, span, keys, level, N) if FREE else after
-            earlier = meet(other, token, level)
-            pull = tl.load(dscores + turned, mask=earlier, other=0.0).to(PRODUCT)
-            part = tl.dot(pull, (query * after).to(PRODUCT), input_precision=PRECISION)
-            pull = tl.load(dpairs + turned, mask=earlier, other=0.0).to(PRODUCT)
-            part = tl.dot(pull, (read * before).to(PRODUCT), part, input_precision=PRECISION) * after
-            key_grad += part
-            decay_grad = summed(ranges(other, token, level, False), key * part, decay_grad, PRODUCT, PRECISION)
-        store(dwritten + own, span, heads * N, keys, in_t, in_n, key_grad)
+        store(dsolved + own, span, heads * N, keys, in_t, in_n, key_grad)
+        if FREE:
+            key = load(given, span, given_stride, keys, in_t, in_n).to(tl.float32)
+            key_grad, left_k = _pull_writes(
+                query, read, key, upto, short, sums, dscores_k, dpairs_k, dleaving_k + place * N, keys, level,
+                N, CHUNK, LEVELS, MILD, FREE, PRODUCT, PRECISION,
+            )  # fmt: skip
+            flow -= key * key_grad
+            left += left_k
+            store(dgiven + own, span, heads * N, keys, in_t, in_n, key_grad)
+
+        # A decay is in all that its token and later ones read, less what they wrote, and in what is kept or leaves.
+        within = _power(tl.load(sums + (CHUNK - 1) * N + keys, mask=in_n, other=0.0))
+        left += within * tl.load(dkept + program.to(tl.int64) * N + keys, mask=in_n, other=0.0)
+        decay_grad = left[None, :] + flow
+        if FREE:
+            flow += removed
+        decay_grad = _summed_after(flow, decay_grad, PRODUCT, PRECISION)
         store(ddecay + own, span, heads * N, keys, in_t, in_n, decay_grad)
     if GATE and not FREE:
         at = dgate + (first + span) * heads + head

@@ -4,8 +4,8 @@ Forward, chunks of 64 tokens:  `relate` takes the decays out, once for what the 
 `insert`) and with `remove` once for keys: scores, what reads the state that enters and what is written to the one that
 leaves;  `invert` solves, T = (I + A)^-1;  `scan` walks the chunks with the state in registers;  `read` forms y.
 Backward: the first two again, `read_back` and `scan_back` (gradients of writes and states), the `pull_` kernels
-(gradients of all that `relate` wrote) and `differentiate`, which puts the decays back. Every exponent is a sum of log
-decays, never positive (`triton_decays`). No atomics: the same bits every time. README.md derives the equations.
+(gradients of all that `relate` wrote) and `differentiate`, which puts the decays back. No exponent is positive, but in
+blocks whose decays are mild (`diagonal_levels`). No atomics: the same bits every time. README.md derives the equations.
 """
 
 # What Triton compiles has no Python types.
@@ -36,20 +36,28 @@ if TYPE_CHECKING:
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _PRODUCTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_MILD = {torch.float32: 60, torch.bfloat16: 60, torch.float16: 6}
+"""Blocks that keep 2^-this of every channel are mild: factors of up to 2^60 leave queries and keys half of the range of
+exponents, and float16 holds them 2^6 times as large where they stay below 1,000."""
+_LEVELS = CHUNK.bit_length() - 1
+_FOUND_N = 32
+"""Channels whose decays are looked at together."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
     """How a call is laid out on a device; changes speed, never results beyond rounding.
 
-    `tile_n` key channels at once where decays are applied; `scan_tile_p` value channels a program of the two scans,
-    whose loops hold `scan_stages` chunks in shared memory; `tile_p` of all that a chunk does alone.
+    `relate_tile_n` and `differentiate_tile_n` key channels at once where decays are applied (`.._registers` at most for
+    a thread, None: the compiler's choice); `scan_tile_p` value channels a program of the two scans, whose loops hold
+    `scan_stages` chunks in shared memory; `tile_p` of all that a chunk does alone.
     """
 
-    tile_n: int = 64
+    relate_tile_n: int = 64
     relate_warps: int = 8
-    differentiate_tile_n: int = 16
+    differentiate_tile_n: int = 64
     differentiate_warps: int = 8
+    differentiate_registers: int | None = None
     scan_tile_p: int = 64
     scan_warps: int = 4
     scan_stages: int = 2
@@ -59,16 +67,19 @@ class Launch:
 
 
 def launch_of(n: int, element_bytes: int) -> Launch:
-    """Sizes by key width and type."""
+    """Sizes by key width and type.
+
+    No gradient is taken in tiles of 32 columns: of those `fused` and `gated_linear_attention` were wrong on Hopper.
+    """
     wide = n > 64
     if element_bytes == 4:
         return Launch(
-            tile_n=32, scan_tile_p=64 if n <= 64 else 32 if n <= 128 else 16, scan_stages=1, tile_p=32,
-            warps=8 if n > 128 else 4,
+            relate_tile_n=32, differentiate_tile_n=16, scan_tile_p=64 if n <= 64 else 32 if n <= 128 else 16,
+            scan_stages=1, tile_p=32, warps=8 if n > 128 else 4,
         )  # fmt: skip
     if wide:
         return Launch(scan_tile_p=64 if n <= 128 else 32, scan_warps=8, scan_stages=1, warps=8)
-    return Launch()
+    return Launch(differentiate_tile_n=64 if n > 32 else 16)
 
 
 def forward(launch: Launch | None = None, **arguments: Argument) -> Outputs:
@@ -106,12 +117,13 @@ class _Chunks:
     """A call without its decays.
 
     Shapes:  sums, entering, reading: chunks h 64 n    kept: chunks h n    gates: chunks h 64
-             inverse: terms chunks h 64 64
+             inverse: terms chunks h 64 64    lowest: chunks h tiles of n (`diagonal_levels`)
     """
 
     solved: _Written
     given: _Written | None
     sums: Tensor
+    lowest: Tensor
     entering: Tensor
     reading: Tensor
     kept: Tensor
@@ -158,8 +170,10 @@ class _Call:
             "N": self.n,
             "PAD_N": padded(self.n),
             "TILE_N": min(tile_n, padded(self.n)),
+            "FOUND_N": min(_FOUND_N, padded(self.n)),
             "CHUNK": CHUNK,
-            "LEVELS": CHUNK.bit_length() - 1,
+            "LEVELS": _LEVELS,
+            "MILD": _MILD[self.v.dtype],
             "PACKED": self.bounds is not None,
             "GATE": self.gate is not None,
             "FREE": self.free,
@@ -218,10 +232,12 @@ class _Call:
         kept, gates = (self._new(chunks, h, size, dtype=torch.float32) for size in (n, CHUNK))
         # Sums in fp64 where inputs are fp32: small decays beside large ones would lose digits that the rest has.
         sums = self._new(chunks, h, CHUNK, n, dtype=torch.float64 if self.v.dtype == torch.float32 else torch.float32)
-        tile_n = min(32, padded(n))
-        diagonal_chunks.accumulate[(chunks * h * ceil_div(n, tile_n),)](
-            self.log_decay, self.table, sums, *self.sizes,
-            N=n, TILE_N=tile_n, CHUNK=CHUNK, PACKED=self.bounds is not None, VECTOR=self.decays == 2, num_warps=4,
+        tile_n = min(_FOUND_N, padded(n))
+        tiles = ceil_div(n, tile_n)
+        lowest = self._new(chunks, h, tiles, dtype=torch.int32)
+        diagonal_chunks.accumulate[(chunks * h * tiles,)](
+            self.log_decay, self.table, sums, lowest, *self.sizes, N=n, TILE_N=tile_n, CHUNK=CHUNK, LEVELS=_LEVELS,
+            MILD=_MILD[self.v.dtype], PACKED=self.bounds is not None, VECTOR=self.decays == 2, num_warps=4,
         )  # fmt: skip
         group = h // self.h_k
         reader_group = 1 if self.free else group
@@ -231,10 +247,10 @@ class _Call:
             pairs = self._new(chunks, h, CHUNK, CHUNK, dtype=torch.float32 if system else None)
             leaving = self._new(chunks, h, CHUNK, n)
             diagonal_chunks.relate[(chunks * h,)](
-                self.q, self.remove, keys, sums, self.gate, self.table,
+                self.q, self.remove, keys, sums, lowest, self.gate, self.table,
                 scores, pairs, entering, reading, leaving, kept, gates, *self.sizes, group, reader_group, written_group,
                 self.q.stride(0), self.remove.stride(0), keys.stride(0),
-                SYSTEM=system, num_warps=self.launch.relate_warps, **self._decayed(self.launch.tile_n),
+                SYSTEM=system, num_warps=self.launch.relate_warps, **self._decayed(self.launch.relate_tile_n),
             )  # fmt: skip
             return _Written(keys, written_group, scores, pairs, leaving)
 
@@ -244,7 +260,7 @@ class _Call:
         diagonal_chunks.invert[(chunks * h,)](
             solved.pairs, inverse, chunks * h, CHUNK=CHUNK, TERMS=self.terms, PRECISION=self.precision, num_warps=1
         )
-        return _Chunks(solved, given, sums, entering, reading, kept, gates, inverse)
+        return _Chunks(solved, given, sums, lowest, entering, reading, kept, gates, inverse)
 
     def backward(
         self, writes: Tensor, boundaries: Tensor, dy: Tensor | None, dfinal: Tensor | None
@@ -278,47 +294,46 @@ class _Call:
         )
         dkept = self._new(self.chunks, h, n, dtype=torch.float32)
 
-        def differentiate(
-            written: _Written, factor: Tensor, before: tuple[Tensor | None, ...]
-        ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-            """Gradients of q, `remove`, log_decay so far, and of the written keys, whose factor is W or V'."""
-            system, last = written is solved, written is (given or solved)
+        def pulled(written: _Written, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            """Gradients of `scores`, `pairs` and `leaving`, all of which multiply the factor: W, or V'."""
             dscores, dpairs = (self._new(self.chunks, h, CHUNK, CHUNK) for _ in range(2))
             diagonal_walk.pull_scores[grid](
                 factor, chunks.gates, dy, dwrites, self.table, dscores, dpairs, *self.sizes, factor.stride(0),
-                self.scale, VALUES=not system, **constants,
+                self.scale, VALUES=written is given, **constants,
             )  # fmt: skip
             dleaving = self._new(self.chunks, h, CHUNK, n)
             diagonal_walk.pull_writes[grid](
                 factor, chunks.gates, boundaries, dstates, self.table, dleaving, dkept, *self.sizes, factor.stride(0),
-                VALUES=not system, **widths, **constants,
+                VALUES=written is given, **widths, **constants,
             )  # fmt: skip
-            # Sums that are not yet complete stay in fp32.
-            whole = torch.float32 if h != self.h_k or not last else None
-            dq = self._new(b, t, h, n, dtype=whole)
-            dremove = self._new(b, t, h, n, dtype=None if last else torch.float32) if self.free else None
-            dwritten = self._new(b, t, h, n, dtype=torch.float32 if written.group > 1 else None)
-            ddecay = self._new(b, t, h, n, dtype=torch.float32)
-            diagonal_chunks.differentiate[grid](
-                self.q, self.remove, written.keys, chunks.sums, self.gate, self.table,
-                dscores, dpairs, dentering, dreading, dleaving, dkept, *before, dq, dremove, dwritten, ddecay, dgate,
-                *self.sizes, h // self.h_k, 1 if self.free else h // self.h_k, written.group,
-                self.q.stride(0), self.remove.stride(0), written.keys.stride(0), SYSTEM=system,
-                num_warps=launch.differentiate_warps, **self._decayed(launch.differentiate_tile_n),
-            )  # fmt: skip
-            return dq, dremove, ddecay, dwritten
+            return dscores, dpairs, dleaving
 
-        dq, dremove, ddecay, dsolved = differentiate(solved, writes.view(tokens, h * p), (None,) * 3)
-        dk = dsolved
-        if given is not None:
-            dq, dremove, ddecay, dk = differentiate(given, self.v, (dq, dremove, ddecay))
+        dscores, dpairs, dleaving = pulled(solved, writes.view(tokens, h * p))
+        dscores_k, dpairs_k, dleaving_k = (None,) * 3 if given is None else pulled(given, self.v)
+
+        def gradient(group: int) -> Tensor:
+            """Of fp32 where heads that share it are still to be added up."""
+            return self._new(b, t, h, n, dtype=torch.float32 if group > 1 else None)
+
+        group = h // self.h_k
+        most = {} if launch.differentiate_registers is None else {"maxnreg": launch.differentiate_registers}
+        dq, dsolved, ddecay = gradient(group), gradient(solved.group), self._new(b, t, h, n, dtype=torch.float32)
+        dremove, dgiven = (None, None) if given is None else (gradient(1), gradient(group))
+        diagonal_chunks.differentiate[grid](
+            self.q, self.remove, solved.keys, self.k, chunks.sums, chunks.lowest, self.gate, self.table,
+            dscores, dpairs, dscores_k, dpairs_k, dentering, dreading, dleaving, dleaving_k, dkept,
+            dq, dremove, dsolved, dgiven, ddecay, dgate, *self.sizes, group, solved.group,
+            self.q.stride(0), self.remove.stride(0), solved.keys.stride(0), self.k.stride(0),
+            num_warps=launch.differentiate_warps, **most, **self._decayed(launch.differentiate_tile_n),
+        )  # fmt: skip
+        dk = dsolved if dgiven is None else dgiven
         if h != self.h_k:
             dq, dk = (part.view(b, t, self.h_k, -1, n).sum(3) for part in (dq, dk))
         return {
             "q": dq,
             "k": dk,
             "v": dv,
-            "log_decay": (None, ddecay.sum(3), ddecay)[self.decays],
+            "log_decay": None if self.decays == 0 else ddecay.sum(3) if self.decays == 1 else ddecay,
             "write_gate": dgate,
             "remove": dremove,
             "insert": dsolved if self.free else None,
