@@ -198,11 +198,11 @@ def time_rivals(record: Record, cases: tuple[Case, ...], over: Callable[[], bool
 
 
 def candidates(base: fused.Tiles, case: Case) -> Iterator[fused.Tiles]:
-    """Tiles of n and p, warps, stages of loads; the one that stands comes first."""
+    """Widths of tiles, warps, stages of loads; the one that stands comes first."""
     yield base
-    for n, p, warps, stages in itertools.product((64, 32, 16), (128, 64, 32), (4, 8), (1, 2)):
-        tiles = fused.Tiles(n=n, p=p, num_warps=warps, num_stages=stages)
-        if n <= max(16, case.n) and p <= max(16, case.p) and tiles != base:
+    for width, warps, stages in itertools.product((64, 32, 16), (4, 8), (1, 2)):
+        tiles = fused.Tiles(width=width, num_warps=warps, num_stages=stages)
+        if width <= max(16, case.n, case.p) and tiles != base:
             yield tiles
 
 

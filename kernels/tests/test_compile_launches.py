@@ -22,8 +22,9 @@ SPILLS = {
     ("linear_attention/fused", "_read", "sm_90"): 128,
     ("linear_attention/fused", "_differentiate_q", "sm_90"): 128,
     ("linear_attention/fused", "_differentiate_kv", "sm_90"): 768,
-    # Chunks of violent decays alone; mild ones spill 8 bytes at most. Of triton 3.7.1.
-    ("gated_linear_attention/fused", "_differentiate", "sm_90"): 512,
+    # Two warp groups would spill none, and hold as many registers. Of triton 3.6.
+    ("gated_linear_attention/fused", "_differentiate", "sm_90"): 640,
+    ("gated_linear_attention/fused", "_read", "sm_90"): 64,
     # Of triton 3.7.1; with four warps or wider tiles it is several times that.
     ("delta_rule/fused_diagonal", "differentiate", "sm_90"): 32,
     # No register: the table by which libdevice's sine reduces arguments that never come here.
@@ -56,6 +57,7 @@ def assert_sound(kernel: Kernel, launches: list[dict[str, Any]]) -> None:
     assert launches
     failures = [launch for launch in launches if "failure" in launch]
     assert not failures, failures
+    assert not [launch for launch in launches if launch.get("unset")]
     spilling = [
         launch
         for launch in launches

@@ -32,7 +32,7 @@ BY_TOKEN = ("q", "k", "v", "log_decay")
 
 def launch(*, chunk: int = 16, tile: int = 16, stretch: int | None = None) -> fused.Launch:
     """Stretches other than the operator's have another residual: for calls of the kernel alone."""
-    tiles = fused.Tiles(n=tile, p=tile)
+    tiles = fused.Tiles(width=tile)
     return fused.Launch(summarise=tiles, read=tiles, differentiate=tiles, violent=tiles, chunk=chunk, stretch=stretch)
 
 

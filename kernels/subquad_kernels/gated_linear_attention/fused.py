@@ -54,10 +54,13 @@ _TOGETHER = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """A kernel's tiles of the state: n key and p value channels at most, and how a program takes them."""
+    """A kernel's tiles of the state, as many key channels as value channels, and how a program takes them.
 
-    n: int = 64
-    p: int = 64
+    One width, because rows in shared memory then have one length: ptxas 12.8, which triton 3.6 to 3.7 bring, may read
+    an operand with rows of 64 bytes from nowhere where another with rows of 128 lay at the same place (README).
+    """
+
+    width: int = 64
     num_warps: int = 4
     num_stages: int = 1
 
@@ -81,16 +84,12 @@ class Launch:
 
 @lru_cache
 def launch_of(n: int, p: int, dtype: torch.dtype) -> Launch:
-    """Sizes for a head. A tensor core's instruction of a warp group has 64 rows: four warps, the tokens of a chunk.
-
-    `differentiate` would spill with 64 key channels where the state is read before the write, `read` where it walks
-    over more than 64.
-    """
+    """Sizes for a head. A tensor core's instruction of a warp group has 64 rows: four warps, the tokens of a chunk."""
     if dtype != torch.bfloat16:  # products in three parts need room
-        small = Tiles(n=32, p=32)
-        return Launch(summarise=small, read=small, differentiate=Tiles(n=16, p=32), violent=Tiles(n=16, p=32))
-    read = Tiles(n=64 if padded(n) <= 64 else 32, p=128)
-    return Launch(summarise=Tiles(), read=read, differentiate=Tiles(n=32), violent=Tiles(n=16))
+        narrow = Tiles(width=32)
+        return Launch(summarise=narrow, read=narrow, differentiate=Tiles(width=16), violent=Tiles(width=16))
+    differentiate = Tiles(num_warps=4 if padded(max(n, p)) <= 64 else 8)  # four would spill several hundred bytes
+    return Launch(summarise=Tiles(), read=Tiles(), differentiate=differentiate, violent=Tiles(width=32))
 
 
 def forward(launch: Launch | None = None, **arguments: Argument) -> Outputs:
@@ -286,11 +285,12 @@ def _constants_of(
     tiles: Tiles, chunk: int, n: int, p: int, dtype: torch.dtype, before: bool, packed: bool
 ) -> dict[str, Any]:
     """What every kernel is compiled for; one mapping for all its calls, not to be changed."""
+    width = min(tiles.width, padded(max(n, p)))
     return {
         "N": n,
         "P": p,
-        "TILE_N": min(tiles.n, padded(n)),
-        "TILE_P": min(tiles.p, padded(p)),
+        "TILE_N": width,
+        "TILE_P": width,
         "CHUNK": chunk,
         "LEVELS": chunk.bit_length() - 1,
         "BEFORE": before,
