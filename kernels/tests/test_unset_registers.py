@@ -44,6 +44,6 @@ def test_a_product_with_its_left_operand_in_registers_needs_one_descriptor(check
 
 
 def test_wide_results_set_two_registers(checker: ModuleType) -> None:
-    wide = "        /*0090*/       UIMAD.WIDE UR28, 0x1, 0x2, URZ ;\n        /*00a0*/       USHF.L.U64.HI UR4, UR28, 0x8, UR29 ;"
+    wide = "  /*0090*/  UIMAD.WIDE UR28, 0x1, 0x2, URZ ;\n  /*00a0*/  USHF.L.U64.HI UR4, UR28, 0x8, UR29 ;"
     assert checker.unset_registers(wide) == []
     assert checker.unset_registers(wide.replace(".WIDE", ""))[0].endswith("UR29 was never set")

@@ -1,8 +1,8 @@
 """Uniform registers that Hopper's machine code reads and never wrote: what ptxas 12.8 leaves of some descriptors.
 
-A matrix instruction finds its operands in shared memory by descriptors in uniform registers: a place and a layout. Where
-one place serves operands with rows of different lengths, ptxas 12.8 (triton 3.6 to 3.7) may add the second layout to a
-register that it forgot to fill. The instruction then reads anything, or where nothing is; no simulator shows it.
+A matrix instruction finds its operands in shared memory by descriptors in uniform registers: a place and a layout.
+Where one place serves operands with rows of different lengths, ptxas 12.8 (triton 3.6 to 3.7) may add the second layout
+to a register that it forgot to fill. The instruction then reads anything, or where nothing is; no interpreter shows it.
 """
 
 from __future__ import annotations
