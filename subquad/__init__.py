@@ -25,6 +25,8 @@ if TYPE_CHECKING:
         MixerSpec,
         PassOutcome,
         PassSpec,
+        SharedTensor,
+        Sharing,
     )
     from subquad.errors import (
         ConfigError,
@@ -49,6 +51,7 @@ _HOMES = {
     "AdapterSpec": "contracts", "Carry": "contracts", "ComponentSpec": "contracts", "Growth": "contracts",
     "Mixer": "contracts", "MixerContext": "contracts", "MixerSpec": "contracts", "PassOutcome": "contracts",
     "PassSpec": "contracts", "Computed": "contracts", "ImportMap": "contracts", "ImportSpec": "contracts",
+    "SharedTensor": "contracts", "Sharing": "contracts",
     "ChannelMixerConfig": "schema", "ModelConfig": "schema", "CheckpointConfig": "model.checkpoint_config",
     "import_weights": "model.import_weights", "load_model": "model.exported",
     "ConfigError": "errors", "DataError": "errors", "NotFoundError": "errors", "PluginError": "errors",
@@ -62,9 +65,9 @@ _HOMES = {
 __all__ = [
     "AdapterSpec", "Carry", "ChannelMixerConfig", "CheckpointConfig", "ComponentSpec", "Computed", "ConfigError",
     "DataError", "Example", "Growth", "ImportMap", "ImportSpec", "Mixer", "MixerContext", "MixerSpec", "ModelConfig",
-    "NotFoundError", "PassOutcome", "PassSpec", "PluginError", "ResumeError", "RunError", "SubquadError",
-    "build_model", "compile_model", "copy_graph", "forward_as_written", "hookimpl", "import_weights", "load_config",
-    "load_model", "replace_forward", "train",
+    "NotFoundError", "PassOutcome", "PassSpec", "PluginError", "ResumeError", "RunError", "SharedTensor", "Sharing",
+    "SubquadError", "build_model", "compile_model", "copy_graph", "forward_as_written", "hookimpl", "import_weights",
+    "load_config", "load_model", "replace_forward", "train",
 ]  # fmt: skip
 
 

@@ -6,7 +6,7 @@ allowed; elsewhere they are the operators' estimates and the roofline of the den
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
 from subquad.compiler.assignment import LayerCost
 from subquad.compiler.choose import Chooser
 from subquad.compiler.example import Example
+from subquad.compiler.one_block import run_block, stand_ins
 from subquad.compiler.pipeline import capture_model, compile_model, make_plan
 from subquad.compiler.plan import Plan
 from subquad.compiler.target import Target
@@ -149,10 +149,11 @@ def _step(block: Block, example: Example, device: str, d_model: int, checkpointi
     x = torch.randn(1, b * t, d_model, device=device) if example.packed else torch.randn(b, t, d_model, device=device)
     bounds = torch.arange(0, b * t + 1, t, dtype=torch.int32, device=device) if example.packed else None
     x.requires_grad_(example.training)
+    shared = stand_ins(block, x)
 
     def run() -> None:
         with torch.set_grad_enabled(example.training), autocast(torch.device(device), example.dtype):
-            y = checkpoint(block, x, bounds, use_reentrant=False) if checkpointing else block(x, bounds)
+            y = run_block(block, x, bounds, shared, checkpointing=checkpointing)
         if example.training:
             y.sum().backward()
             x.grad = None
@@ -216,15 +217,16 @@ def block_memory_bytes(block: Block, example: Example, checkpointing: bool, *, s
     b, t = example.tokens_shape
     x = torch.empty(b, t, block.norm.normalized_shape[0], requires_grad=True)
     with autocast(torch.device("cpu"), example.dtype):
-        kept = saved_bytes(block, lambda: block(x))
+        shared = stand_ins(block, x)
+        kept = saved_bytes(block, lambda: run_block(block, x, None, shared), held=shared.values())
     if checkpointing:
         return BYTES_PER_PARAMETER * parameters * state + x.numel() * x.element_size(), kept
     return BYTES_PER_PARAMETER * parameters * state + kept, 0
 
 
-def saved_bytes(block: nn.Module, forward: Callable[[], object]) -> int:
-    """The bytes that autograd keeps of a forward, each storage once and parameters left out."""
-    own = {parameter.untyped_storage()._cdata for parameter in block.parameters()}
+def saved_bytes(block: nn.Module, forward: Callable[[], object], held: Iterable[Tensor] = ()) -> int:
+    """The bytes that autograd keeps of a forward, each storage once; parameters, and what others hold, left out."""
+    own = {tensor.untyped_storage()._cdata for tensor in (*block.parameters(), *held)}
     kept: dict[int, int] = {}
     alive: list[Tensor] = []  # a storage that is freed gives its address to the next one
 
@@ -245,7 +247,8 @@ def _carry_bytes(block: Block, example: Example) -> int:
     b, t = example.tokens_shape
     x = torch.empty(b, t, block.norm.normalized_shape[0])
     with torch.no_grad(), autocast(torch.device("cpu"), example.dtype):
-        _, carry = block.mixer.prefill(x, block.mixer.empty_carry(b))
+        shared = (stand_ins(block, x),) if block.sharing else ()
+        _, carry, *_ = block.mixer.prefill(x, block.mixer.empty_carry(b), *shared)
     return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(carry) if isinstance(leaf, Tensor))
 
 

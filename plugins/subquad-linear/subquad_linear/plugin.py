@@ -19,9 +19,10 @@ from subquad_linear.config import (
     ScalarLSTMConfig,
     TTTLinearConfig,
     TTTMLPConfig,
+    share_values,
 )
 
-RWKV7_LOW_RANK = ("decay", "rate", "gate")
+RWKV7_LOW_RANK = ("decay", "rate", "gate", "value")
 
 
 @hookimpl
@@ -125,6 +126,7 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             # It acts exponentially on the state through the decays.
             float32_parameters=("decay_base",),
             operators=("delta_rule",),
+            shares=share_values,
         ),
         MixerSpec(
             name="rwkv_channel_mix",

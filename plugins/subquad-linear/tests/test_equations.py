@@ -5,13 +5,14 @@ The loops share nothing with the operators; torch's autograd differentiates them
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from subquad import MixerContext
+from subquad import MixerContext, SharedTensor
 from subquad.registry import load_registry
 from subquad.testing.mixer_suite import assert_close, gradients
 from subquad_kernels.catalogue import load_attribute
@@ -21,10 +22,14 @@ TOLERANCE = 1e-9
 """Relative to the largest value: float64, sums of a hundred terms in another order, through a norm."""
 
 
-def build(name: str, *, layer_index: int = 1, **config: Any) -> Any:
+def build(
+    name: str, *, layer_index: int = 1, published: Mapping[str, SharedTensor] | None = None, **config: Any
+) -> Any:
     """A float64 mixer with parameters drawn wide, so that every path shows in the output."""
     spec = load_registry().mixer(name)
-    context = MixerContext(d_model=D_MODEL, layer_index=layer_index, num_layers=4, context_len=64)
+    context = MixerContext(
+        d_model=D_MODEL, layer_index=layer_index, num_layers=4, context_len=64, published=published or {}
+    )
     mixer = load_attribute(spec.build)(spec.config(**config), context).double()  # type: ignore[operator]
     mixer.init_parameters(0.3)
     with torch.no_grad():
@@ -246,8 +251,11 @@ def rwkv6_parallel(m: Any, x: Tensor) -> Tensor:
     return rwkv6_out(m, outputs, w, gate)
 
 
-def rwkv7_streams(m: Any, x: Tensor) -> tuple[Tensor, ...]:
-    """Receptance, replacement key, value, decay, removal key, rate and gate of Peng et al. 2025, equations 4 to 14."""
+def rwkv7_streams(m: Any, x: Tensor, first_value: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Receptance, replacement key, value, decay, removal key, rate and gate of Peng et al. 2025, equations 4 to 14.
+
+    Equation 10 mixes the values of the first layer, if this is another one, into those of the layer.
+    """
     h, back = m.num_heads, step_back(x)
     x_r, x_w, x_k, x_v, x_a, x_g = (x + back * mix for mix in m.mix)
     r, k, v = x_r @ m.r_proj.weight.T, x_k @ m.k_proj.weight.T, x_v @ m.v_proj.weight.T
@@ -255,6 +263,9 @@ def rwkv7_streams(m: Any, x: Tensor) -> tuple[Tensor, ...]:
     a = sigmoid(m.rate_base + low_rank(m.rate, x_a))
     removal = heads(k * m.removal, h)
     removal = removal / removal.square().sum(-1, keepdim=True).sqrt()
+    if first_value is not None:
+        share = sigmoid(m.value_base + low_rank(m.value, x_v))
+        v = (1 - share) * v + share * first_value
     written = k * (1 - m.replacement + a * m.replacement)
     gate = low_rank(m.gate, x_g, sigmoid)
     return heads(r, h), heads(written, h), heads(v, h), heads(w, h), removal, heads(a, h), gate
@@ -266,9 +277,9 @@ def rwkv7_out(m: Any, o: Tensor, r: Tensor, k: Tensor, v: Tensor, gate: Tensor) 
     return ((group_norm(m.norm, o) + bonus.flatten(2)) * gate) @ m.o_proj.weight.T
 
 
-def rwkv7(m: Any, x: Tensor) -> Tensor:
+def rwkv7(m: Any, x: Tensor, first_value: Tensor | None = None) -> Tensor:
     """Peng et al. 2025, equations 15 to 17: S_t (diag(w_t) - c_t^T (a_t * c_t)) + v_t^T k~_t, values by keys."""
-    r, k, v, w, c, a, gate = rwkv7_streams(m, x)
+    r, k, v, w, c, a, gate = rwkv7_streams(m, x, first_value)
     state, outputs = x.new_zeros(x.shape[0], m.num_heads, v.shape[-1], k.shape[-1]), []
     for t in range(x.shape[1]):
         transition = torch.diag_embed(w[:, t]) - c[:, t, :, :, None] * (a * c)[:, t, :, None, :]
@@ -365,3 +376,23 @@ def test_the_mixer_equals_the_paper_s_equations_with_all_gradients(
     right = gradients(expected, pull, x, mixer)
     for name_of, found in gradients(y, pull, x, mixer).items():
         assert_close(found, right[name_of], name_of, TOLERANCE)
+
+
+@pytest.mark.oracle("rwkv7")
+@pytest.mark.parametrize("t", [1, 2, 71])
+def test_later_layers_of_rwkv7_mix_the_values_of_the_first_into_theirs(t: int) -> None:
+    """Two layers, one behind the other; gradients of the first one's values come from both."""
+    torch.manual_seed(t)
+    first = build("rwkv7", layer_index=0, num_heads=3)
+    later = build("rwkv7", published={"rwkv7.value": SharedTensor(shape=(D_MODEL,))}, num_heads=3, value_rank=5)
+    x, pull = tokens(2, t).requires_grad_(), tokens(2, t)
+    h, published = first(x, None, {})
+    y, nothing = later(h, None, published)
+    assert not nothing
+    x_v = x + step_back(x) * first.mix[3]
+    expected = rwkv7(later, rwkv7(first, x), x_v @ first.v_proj.weight.T)
+    assert_close(y, expected, tolerance=TOLERANCE)
+    both = torch.nn.ModuleList([first, later])
+    right = gradients(expected, pull, x, both)
+    for name, found in gradients(y, pull, x, both).items():
+        assert_close(found, right[name], name, TOLERANCE)

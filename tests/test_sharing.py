@@ -1,0 +1,169 @@
+"""Layers that publish tensors to later ones, through every way in which a model runs; and recipes that cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from subquad import ConfigError, Example, ModelConfig, build_model, compile_model, load_config
+from subquad.compiler.options import CompileOptions
+from subquad.compiler.quality.measure import measure_quality
+from subquad.compiler.step_work import step_work
+from subquad.contracts import Growth, MixerSpec, SharedTensor, Sharing
+from subquad.model.language_model import LanguageModel
+from subquad.sharing import sharing_by_layer
+from subquad.testing.mixer_suite import assert_close
+
+RWKV7: Mapping[str, Any] = {
+    "channel_mixer": None,
+    "schedule": ["rwkv7", "rwkv_channel_mix"],
+    "mixers": {
+        "rwkv7": {"mixer": "rwkv7", "num_heads": 2, "blocks_per_layer": 2},
+        "rwkv_channel_mix": {"mixer": "rwkv_channel_mix"},
+    },
+}
+LAYOUTS = {"value residual": RWKV7}
+TOKENS = torch.arange(22).view(2, 11) * 7 % 32
+
+
+def config_of(layout: str, **changes: Any) -> ModelConfig:
+    return ModelConfig(d_model=16, num_layers=4, vocab_size=32, context_len=64, **{**LAYOUTS[layout], **changes})
+
+
+def model_of(layout: str) -> LanguageModel:
+    """In float64, with parameters drawn so wide that what is read shows in the logits."""
+    torch.manual_seed(0)
+    model = build_model(config_of(layout)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def run(model: LanguageModel, call: Callable[..., Tensor] | None = None) -> list[Tensor]:
+    """Logits, and the gradient of every parameter."""
+    logits = (model if call is None else call)(TOKENS)
+    return [logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))]
+
+
+def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
+    for left, right in zip(found, expected, strict=True):
+        assert_close(left, right)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_reader_s_gradient_reaches_the_publisher_with_and_without_checkpointing(layout: str) -> None:
+    model = model_of(layout)
+    expected = run(model)
+    assert all(gradient.abs().max() > 0 for gradient in expected[1:])
+    model.activation_checkpointing = True
+    assert_equal(run(model), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_packed_documents_read_only_what_is_of_their_own(layout: str) -> None:
+    model = model_of(layout)
+    packed = model(TOKENS, torch.tensor([0, 4, 4, 11, 22], dtype=torch.int32)).flatten(0, 1)
+    flat = TOKENS.flatten()
+    separate = torch.cat([model(part[None])[0] for part in (flat[:4], flat[4:11], flat[11:])])
+    assert_close(packed, separate)
+
+
+@torch.no_grad()
+def decoded(model: LanguageModel, split: int) -> Tensor:
+    carry, outputs = model.empty_carry(len(TOKENS)), []
+    for piece in (TOKENS[:, :2], TOKENS[:, 2:split]):
+        logits, carry = model.prefill(piece, carry)
+        outputs.append(logits)
+    for t in range(split, TOKENS.shape[1]):
+        logits, carry = model.decode(TOKENS[:, t], carry)
+        outputs.append(logits.unsqueeze(1))
+    return torch.cat(outputs, dim=1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_prefill_and_decode_equal_forward_as_written_and_by_graphs(layout: str) -> None:
+    model = model_of(layout)
+    expected = run(model)
+    assert_close(decoded(model, 6), expected[0])
+    example = Example(tokens_shape=(2, 11), training=True, decoding=True)
+    compiled, plan = compile_model(model, example, target="cpu", options=CompileOptions(measure=False))
+    assert not plan.uncaptured
+    assert_equal(run(compiled), expected)
+    assert_close(decoded(compiled, 6), expected[0])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("checkpointing", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_torch_compile_takes_the_whole_model(layout: str, checkpointing: bool) -> None:
+    model = model_of(layout)
+    expected = run(model)
+    model.activation_checkpointing = checkpointing
+    torch._dynamo.reset()
+    assert_equal(run(model, torch.compile(model, backend="aot_eager", fullgraph=True)), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_work_of_a_step_counts_publishers_and_readers_for_what_they_are(layout: str) -> None:
+    config = config_of(layout)
+    found = step_work(config, Example(tokens_shape=(2, 11), training=True), kind="cpu", checkpointing=False)
+    assert found.parameters == sum(parameter.numel() for parameter in build_model(config).parameters())
+
+
+def spec_of(name: str, **sharing: Mapping[str, SharedTensor]) -> MixerSpec:
+    return MixerSpec(
+        name=name, summary="", paper="", config=dict, build="", work_growth=Growth.LINEAR,
+        carry_growth=Growth.CONSTANT, shares=lambda config, context: Sharing(**sharing),
+    )  # fmt: skip
+
+
+NARROW, WIDE = SharedTensor(shape=(2, 8)), SharedTensor(shape=(2, 16))
+PUBLISHER, READER = spec_of("publisher", publishes={"a": NARROW}), spec_of("reader", reads={"a": NARROW})
+PLAIN, WIDER = spec_of("plain"), spec_of("wider", publishes={"a": WIDE, "b": NARROW})
+
+
+@pytest.mark.parametrize(
+    ("specs", "said"),
+    [
+        ([PLAIN, READER], r"layer 1 \(reader\) reads 'a', and no earlier layer publishes it \(they publish nothing\)"),
+        ([READER, PUBLISHER], r"layer 0 \(reader\) reads 'a', and no earlier layer publishes it"),
+        (
+            [PUBLISHER, WIDER, READER],
+            r"layer 2 \(reader\) reads 'a' of 2 x 8 numbers a token; the last one before it is of 2 x 16 numbers",
+        ),
+    ],
+)
+def test_a_reader_without_its_publisher_is_refused_by_name(specs: list[MixerSpec], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        sharing_by_layer([(spec.name, spec, {}) for spec in specs], d_model=16, context_len=64)
+
+
+def test_readers_get_the_last_publisher_s_and_others_nothing() -> None:
+    specs = [WIDER, PUBLISHER, PLAIN, READER]
+    places = sharing_by_layer([(spec.name, spec, {}) for spec in specs], d_model=16, context_len=64)
+    assert [bool(sharing) for _, sharing in places] == [True, True, False, True]
+    assert places[3][0].published == {"a": NARROW, "b": NARROW}
+
+
+def test_only_the_first_layer_of_rwkv7_publishes_and_every_later_one_reads() -> None:
+    blocks: Any = model_of("value residual").blocks
+    assert [list(block.sharing.publishes) for block in blocks] == [["rwkv7.value"], [], [], []]
+    assert [list(block.sharing.reads) for block in blocks] == [[], [], ["rwkv7.value"], []]
+
+
+def test_layers_that_read_of_each_other_are_not_exchanged_one_by_one() -> None:
+    config = config_of("value residual")
+    with pytest.raises(ConfigError, match=r"layer 2 of the run reads rwkv7\.value of earlier layers"):
+        measure_quality(
+            build_model(config), config, ["rwkv7"], "local_error", [], [],
+            steps=1, learning_rate=1e-3, seed=0, origin="", progress=lambda *_: None,
+        )  # fmt: skip
+
+
+def test_a_recipe_of_auto_layers_may_hold_readers() -> None:
+    config = load_config(["model=rwkv7", "model.schedule=[rwkv7,rwkv_channel_mix,auto,rwkv_channel_mix]"])
+    assert config.model.schedule[2] == "auto"
