@@ -26,7 +26,10 @@ def sharing_by_layer(
             context_len=context_len,
             published=dict(published),
         )
-        sharing = Sharing() if spec.shares is None else spec.shares(config, context)
+        try:
+            sharing = Sharing() if spec.shares is None else spec.shares(config, context)
+        except ConfigError as error:
+            raise ConfigError(what=error.what, where=f"model.mixers.{key}.{error.where}", mend=error.mend) from None
         for name, wanted in sharing.reads.items():
             _check(name, wanted, published, f"layer {index} ({key})")
         published.update(sharing.publishes)

@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from subquad.contracts import MixerContext
 from subquad.errors import ConfigError
 from subquad.mixers.configs import SoftmaxAttentionConfig, WindowConfig
+from subquad.mixers.reading_attention import ReadingAttention
 from subquad.mixers.softmax_attention import SoftmaxAttention
 from subquad.mixers.window import Window
 from subquad.testing.mixer_suite import MixerSuite, assert_close, carry_bytes
@@ -32,6 +33,31 @@ class TestSharedKeyHeads(MixerSuite):
 class TestWindow(MixerSuite):
     mixer = "window"
     config: ClassVar = {"num_heads": 2, "window": 5}
+
+
+class TestSoftmaxAttentionThatPublishes(MixerSuite):
+    mixer = "softmax_attention"
+    config: ClassVar = {"num_heads": 4, "num_kv_heads": 2, "kv": "publish"}
+
+
+class TestSoftmaxAttentionThatReads(MixerSuite):
+    mixer = "softmax_attention"
+    config: ClassVar = {"num_heads": 4, "num_kv_heads": 2, "kv": "read"}
+
+    def test_keeps_no_keys(self) -> None:
+        mixer = self.build().mixer
+        assert carry_bytes(mixer.empty_carry(2)) == 0
+        assert [name for name, _ in mixer.named_parameters()] == ["q_proj.weight", "o_proj.weight"]
+
+
+class TestWindowThatPublishes(MixerSuite):
+    mixer = "window"
+    config: ClassVar = {"num_heads": 2, "window": 5, "kv": "publish"}
+
+
+class TestWindowThatReads(MixerSuite):
+    mixer = "window"
+    config: ClassVar = {"num_heads": 2, "window": 5, "kv": "read"}
 
 
 class TestWindowOfOneToken(MixerSuite):
@@ -77,6 +103,17 @@ def test_the_window_cache_stops_growing() -> None:
             sizes.append(carry_bytes(carry))
     assert sizes[3:] == [sizes[3]] * 6
     assert carry.position == 9
+
+
+def test_a_reader_of_its_own_keys_is_the_publisher() -> None:
+    """With equal queries and outputs the two layers are one function."""
+    publishes, reads = SoftmaxAttentionConfig(kv="publish"), SoftmaxAttentionConfig(kv="read")
+    torch.manual_seed(0)
+    publisher, reader = SoftmaxAttention(publishes, CONTEXT).double(), ReadingAttention(reads, CONTEXT).double()
+    reader.load_state_dict({name: publisher.state_dict()[name] for name in reader.state_dict()})
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    y, shared = publisher(x, None, {})
+    assert torch.equal(reader(x, None, shared)[0], y)
 
 
 @pytest.mark.oracle("softmax_attention")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,13 +11,16 @@ import torch
 from torch import Tensor
 
 from subquad import ConfigError, Example, ModelConfig, build_model, compile_model, load_config
+from subquad.compiler.assign_mixers import assign_mixers
+from subquad.compiler.choose import Chooser
 from subquad.compiler.options import CompileOptions
 from subquad.compiler.quality.measure import measure_quality
 from subquad.compiler.step_work import step_work
+from subquad.compiler.target import resolve_target
 from subquad.contracts import Growth, MixerSpec, SharedTensor, Sharing
 from subquad.model.language_model import LanguageModel
 from subquad.sharing import sharing_by_layer
-from subquad.testing.mixer_suite import assert_close
+from subquad.testing.mixer_suite import assert_close, carry_bytes
 
 RWKV7: Mapping[str, Any] = {
     "channel_mixer": None,
@@ -26,7 +30,16 @@ RWKV7: Mapping[str, Any] = {
         "rwkv_channel_mix": {"mixer": "rwkv_channel_mix"},
     },
 }
-LAYOUTS = {"value residual": RWKV7}
+SHARED_KEYS: Mapping[str, Any] = {
+    "schedule": ["near", "far", "far_reader", "near_reader"],
+    "mixers": {
+        "far": {"mixer": "softmax_attention", "num_kv_heads": 2, "kv": "publish"},
+        "far_reader": {"mixer": "softmax_attention", "num_kv_heads": 2, "kv": "read"},
+        "near": {"mixer": "window", "window": 3, "kv": "publish"},
+        "near_reader": {"mixer": "window", "window": 3, "kv": "read"},
+    },
+}
+LAYOUTS = {"value residual": RWKV7, "shared keys": SHARED_KEYS}
 TOKENS = torch.arange(22).view(2, 11) * 7 % 32
 
 
@@ -164,6 +177,39 @@ def test_layers_that_read_of_each_other_are_not_exchanged_one_by_one() -> None:
         )  # fmt: skip
 
 
-def test_a_recipe_of_auto_layers_may_hold_readers() -> None:
-    config = load_config(["model=rwkv7", "model.schedule=[rwkv7,rwkv_channel_mix,auto,rwkv_channel_mix]"])
-    assert config.model.schedule[2] == "auto"
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.schedule=[reader,publisher]", "layer 0 (reader) reads 'softmax_attention.keys', and no earlier layer"),
+        ("model.mixers.reader.num_kv_heads=2", "of 2 x 48 numbers a token, rope_theta 1000000.0; the last one before"),
+        ("model.mixers.reader.rope_theta=500", "rope_theta 500.0; the last one before it is of 1 x 48 numbers a token"),
+        ("model.mixers.reader.kv=read_it", "kv is 'read_it'"),
+        ("model.d_model=190", "4 heads do not divide the width 190"),
+    ],
+)
+def test_a_recipe_whose_readers_find_nothing_is_refused_when_it_is_composed(override: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load_config(["model=transformer_cla2", override])
+
+
+def assigned_schedule(*overrides: str) -> list[str]:
+    config = load_config(["target=cpu", "trainer.batch_size=2", "trainer.seq_len=16", *overrides])
+    chooser = Chooser(resolve_target("cpu"), CompileOptions(measure=False))
+    config.compiler.measure = False
+    return assign_mixers(config, resolve_target("cpu"), chooser)[0].model.schedule
+
+
+def test_an_auto_layer_may_publish_and_not_read() -> None:
+    overrides = ["model=transformer_cla2", "model.candidates=[publisher]"]
+    assert assigned_schedule(*overrides, "model.schedule=[auto,reader]") == ["publisher", "reader"] * 2
+    with pytest.raises(ConfigError, match=r"'reader' is no candidate: it reads softmax_attention\.keys"):
+        assigned_schedule("model=transformer_cla2", "model.candidates=[reader]", "model.schedule=[publisher,auto]")
+
+
+def test_a_cache_is_kept_by_publishers_alone() -> None:
+    config = load_config(["model=transformer_cla2"]).model
+    config.vocab_size, config.context_len = 64, 64
+    model: Any = build_model(config)
+    _, carry = model.prefill(torch.zeros(1, 7, dtype=torch.int64), model.empty_carry(1))
+    sizes = [carry_bytes(part) for part in carry]
+    assert sizes == [2 * 7 * 48 * 4, 0] * 2
