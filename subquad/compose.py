@@ -289,7 +289,12 @@ def _check_mixers(config: RunConfig, registry: Registry) -> None:
             )
         spec = registry.mixer(entry["mixer"], where=f"{where}.mixer")
         fields = {name: value for name, value in entry.items() if name not in ("mixer", "channel_mixer")}
-        typed_config(spec.config, fields, where)
+        if getattr(typed_config(spec.config, fields, where), "bidirectional", False) and spec.bidirectional:
+            raise ConfigError(
+                what=f"'{key}' sees later tokens, and runs learn to predict the next one",
+                where=f"{where}.bidirectional",
+                mend="leave it out; build_model(ModelConfig(...)) makes encoders, which you train yourself",
+            )
         channel_mixer = entry.get("channel_mixer")
         if channel_mixer is not None:
             if not isinstance(channel_mixer, dict):

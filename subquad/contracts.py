@@ -134,6 +134,8 @@ class MixerSpec:
     built, so that the declaring module needs no torch. `no_decay` names parameters that weight decay must leave alone
     (biases, norms and other vectors are left alone anyway); `float32_parameters` those that keep float32 under bf16.
     `candidate=False` is for what stands in no layer alone: an `auto` layer gets it only where the recipe names it.
+    `bidirectional`: its config has a key of that name, false by default; set, every token sees those of both sides, and
+    there is no carry (`subquad.Bidirectional` refuses it by name).
     `shares(config, context)` says what it publishes and reads where it stands; it needs no torch. None: nothing.
     """
 
@@ -150,6 +152,7 @@ class MixerSpec:
     float32_parameters: tuple[str, ...] = ()
     operators: tuple[str, ...] = ()
     candidate: bool = True
+    bidirectional: bool = False
     shares: Callable[[Any, MixerContext], Sharing] | None = None
 
 

@@ -76,3 +76,10 @@ class PublishesNothingWhenDecoding(SoundSharer):
     def decode(self, x_t: Tensor, carry: State, shared: Shared | None = None) -> tuple[Any, ...]:
         y_t, carry, _ = super().decode(x_t, carry, shared)
         return y_t, carry, {"sum": 0 * x_t.unsqueeze(1)}
+
+
+class HasACarryAllTheSame(Sound):
+    """Declared bidirectional: it sees both sides of a token, and decodes as if later ones were there."""
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        return super().forward(x, cu_seqlens) + super().forward(x.flip(1), cu_seqlens).flip(1)

@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from subquad.contracts import MixerContext
 from subquad.errors import ConfigError
+from subquad.mixers.bidirectional_attention import BidirectionalAttention
 from subquad.mixers.configs import SoftmaxAttentionConfig, WindowConfig
 from subquad.mixers.reading_attention import ReadingAttention
 from subquad.mixers.softmax_attention import SoftmaxAttention
@@ -117,9 +118,14 @@ def test_a_reader_of_its_own_keys_is_the_publisher() -> None:
 
 
 @pytest.mark.oracle("softmax_attention")
-def test_softmax_attention_equals_torchs_own_on_rotated_heads() -> None:
+@pytest.mark.parametrize("causal", [True, False])
+def test_softmax_attention_equals_torchs_own_on_rotated_heads(causal: bool) -> None:
     """Rotation written out with complex numbers, pair (i, i + k/2) as real and imaginary part."""
     full, _ = build_pair(window=4)
+    if not causal:
+        weights, config = full.state_dict(), SoftmaxAttentionConfig(num_heads=2, bidirectional=True)
+        full = BidirectionalAttention(config, CONTEXT).double()
+        full.load_state_dict(weights)
     x = torch.randn(2, 11, 16, dtype=torch.float64)
     half = full.head_dim // 2
     turn = torch.polar(
@@ -135,7 +141,7 @@ def test_softmax_attention_equals_torchs_own_on_rotated_heads() -> None:
         return torch.cat([turned.real, turned.imag], dim=-1)
 
     out = scaled_dot_product_attention(
-        heads(full.q_proj, True), heads(full.k_proj, True), heads(full.v_proj, False), is_causal=True
+        heads(full.q_proj, True), heads(full.k_proj, True), heads(full.v_proj, False), is_causal=causal
     )
     assert_close(full(x), full.o_proj(out.transpose(1, 2).reshape(2, 11, 16)))
 

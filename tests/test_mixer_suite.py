@@ -133,6 +133,22 @@ def test_a_mixer_that_shares_keeps_every_promise_and_each_of_its_faults_is_found
         assert "Error:" not in str(found[promise].broken).split(" ")[0], "found by accident: the mutant raises"
 
 
+@dataclasses.dataclass(kw_only=True)
+class BothSidesConfig:
+    bidirectional: bool = False
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [("mutant_mixers:Sound", "output 0 ignores tokens [1, 2,"), ("mutant_sharers:HasACarryAllTheSame", "has a carry")],
+)
+def test_a_bidirectional_form_that_is_none_is_found(build: str, said: str) -> None:
+    promise = "its_bidirectional_form_sees_both_sides"
+    spec = dataclasses.replace(SPEC, build=build, config=BothSidesConfig, bidirectional=True)
+    found = broken(type("Suite", (SoundSuite,), {"declared": spec}), only=promise)
+    assert said in str(found[promise].broken)
+
+
 @pytest.mark.parametrize(
     ("declared", "promise"),
     [

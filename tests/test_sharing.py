@@ -192,6 +192,20 @@ def test_a_recipe_whose_readers_find_nothing_is_refused_when_it_is_composed(over
         load_config(["model=transformer_cla2", override])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model=transformer", "model.mixers.softmax_attention.bidirectional=true"], "sees later tokens, and runs"),
+        (["model=mamba", "model.mixers.mamba.bidirectional=true"], "'mamba' sees later tokens"),
+        (["model=samba", "model.mixers.window.bidirectional=true"], "a window looks back alone"),
+        (["model=transformer_cla2", "model.mixers.reader.bidirectional=true"], "has its own keys and values, and kv"),
+    ],
+)
+def test_a_run_that_predicts_the_next_token_takes_no_mixer_that_sees_it(overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load_config(overrides)
+
+
 def assigned_schedule(*overrides: str) -> list[str]:
     config = load_config(["target=cpu", "trainer.batch_size=2", "trainer.seq_len=16", *overrides])
     chooser = Chooser(resolve_target("cpu"), CompileOptions(measure=False))

@@ -45,6 +45,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "compile": ("compiles_without_graph_breaks", "captures_as_one_node_per_operator"),
 }  # fmt: skip
 """Promises of `subquad.testing.mixer_suite.MixerSuite` by the column that they stand in."""
+BIDIRECTIONAL = ("its_bidirectional_form_sees_both_sides",)
 GROWS = ("work_grows_no_faster_than_declared", "carry_grows_no_faster_than_declared")
 HELPERS = ("causal_conv", "rotary")
 """Operators that stand before the one in which a mixer spends its work."""
@@ -109,9 +110,14 @@ def _row(spec: MixerSpec, oracles: Mapping[str, Any], times: Mapping[str, GpuTim
     main_operators = [name for name in spec.operators if name not in HELPERS]
     gpu = [f"`{name}` {times[name]}" for name in main_operators if name in times]
     return [
-        f"`{spec.name}`", *cells, "no" if spec.causal else "yes", _count(kept["cpu"]), _count(kept["cuda"]),
+        f"`{spec.name}`", *cells, _both_sides(spec, kept["cpu"]), _count(kept["cpu"]), _count(kept["cuda"]),
         _oracle(oracles.get(spec.name)), shown, "; ".join(gpu) or "-",
     ]  # fmt: skip
+
+
+def _both_sides(spec: MixerSpec, kept: Mapping[str, bool]) -> str:
+    """Whether it has a form that sees later tokens too, and that form keeps its promise."""
+    return _cell(kept, BIDIRECTIONAL) if spec.bidirectional else "no" if spec.causal else "yes"
 
 
 def promises_of(mixer: str, target: str) -> dict[str, bool]:

@@ -1,10 +1,11 @@
-"""Which class an attention mixer is: by whether its keys and values are its own."""
+"""Which class an attention mixer is: by what it sees, and whose keys and values these are."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from subquad.contracts import MixerContext
+from subquad.mixers.bidirectional_attention import BidirectionalAttention
 from subquad.mixers.configs import SoftmaxAttentionConfig, WindowConfig
 from subquad.mixers.reading_attention import ReadingAttention
 from subquad.mixers.softmax_attention import SoftmaxAttention
@@ -12,7 +13,9 @@ from subquad.mixers.window import Window
 
 
 def build_softmax_attention(config: SoftmaxAttentionConfig, context: MixerContext) -> nn.Module:
-    """Attention over all earlier tokens."""
+    """Attention over all earlier tokens, or over all."""
+    if config.bidirectional:
+        return BidirectionalAttention(config, context)
     return (ReadingAttention if config.kv == "read" else SoftmaxAttention)(config, context)
 
 

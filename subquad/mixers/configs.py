@@ -18,6 +18,7 @@ class SoftmaxAttentionConfig:
     num_kv_heads: int = 0  # heads of keys and values; 0: num_heads
     head_dim: int = 0  # 0: d_model / num_heads
     rope_theta: float = 1e6  # base of the rotary angles
+    bidirectional: bool = False  # see later tokens too, whole sequences alone
     kv: str = "own"  # keys and values: own | publish (for later layers too) | read (those of the last that publishes)
 
     def __post_init__(self) -> None:
@@ -33,6 +34,12 @@ class SoftmaxAttentionConfig:
             raise ConfigError(what=f"head_dim is {self.head_dim}", where="head_dim", mend="use an even number, or 0")
         if self.kv not in KV:
             raise ConfigError(what=f"kv is '{self.kv}'", where="kv", mend=f"use {', '.join(KV[:-1])} or {KV[-1]}")
+        if self.bidirectional and self.kv != "own":
+            raise ConfigError(
+                what=f"bidirectional attention has its own keys and values, and kv is '{self.kv}'",
+                where="bidirectional",
+                mend="use kv: own, or leave bidirectional out",
+            )
 
     def resolved_head_dim(self, d_model: int) -> int:
         """`head_dim`, or what the heads have of `d_model` each.  Raises: ConfigError."""
@@ -53,6 +60,10 @@ class WindowConfig(SoftmaxAttentionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.bidirectional:
+            raise ConfigError(
+                what="a window looks back alone", where="bidirectional", mend="use softmax_attention, or leave it out"
+            )
         if self.window < 1:
             raise ConfigError(what=f"window is {self.window}", where="window", mend="use 1 or more")
 

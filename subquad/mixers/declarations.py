@@ -15,6 +15,7 @@ MIXERS = (
         work_growth=Growth.QUADRATIC,
         carry_growth=Growth.LINEAR,
         operators=("rotary", "softmax_attention"),
+        bidirectional=True,
         shares=share_keys,
     ),
     MixerSpec(

@@ -31,6 +31,7 @@ class SoftmaxAttention(nn.Module):
     """
 
     window = 0
+    causal = True
 
     def __init__(self, config: SoftmaxAttentionConfig, context: MixerContext) -> None:
         super().__init__()
@@ -53,7 +54,7 @@ class SoftmaxAttention(nn.Module):
         """Mix whole sequences.  Shapes:  x: b t d  ->  b t d"""
         q, k, v = self._project(x)
         q, k = rotary(q, k, cu_seqlens, theta=self.rope_theta)
-        out = softmax_attention(q, k, v, cu_seqlens, window=self.window)
+        out = softmax_attention(q, k, v, cu_seqlens, causal=self.causal, window=self.window)
         y = self.o_proj(out.flatten(2))
         return y if shared is None else (y, dict(zip(self.published, (k, v))))
 

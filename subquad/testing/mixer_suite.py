@@ -31,6 +31,7 @@ from subquad.compiler.capture import Captured, capture, install, kernel_of, oper
 from subquad.compiler.example import METHODS
 from subquad.component_config import typed_config
 from subquad.contracts import NOTHING_SHARED, MixerContext, MixerSpec, SharedTensor, Sharing
+from subquad.errors import SubquadError
 from subquad.model.block import Block
 from subquad.model.language_model import LanguageModel
 from subquad.registry import load_registry
@@ -102,6 +103,14 @@ class MixerSuite:
         return capture(mixer.mixer, mixer.sharing) if isinstance(mixer, ClosedMixer) else capture(mixer)
 
     @classmethod
+    def to_both_sides(cls) -> type[MixerSuite] | None:
+        """The suite on the mixer's bidirectional form, if it declares one and shares nothing."""
+        suite = cls()
+        if not suite.spec.bidirectional or suite.place()[1]:
+            return None
+        return type(f"{cls.__name__}ToBothSides", (cls,), {"config": {**cls.config, "bidirectional": True}})
+
+    @classmethod
     def behind_itself(cls) -> type[MixerSuite] | None:
         """The suite on the mixer behind a layer of its own kind, if it shares something else there."""
         _, sharing = cls().place()
@@ -109,9 +118,15 @@ class MixerSuite:
         return behind if not cls.published and behind().place()[1] != sharing else None
 
     def _names_elsewhere(self) -> list[str]:
-        """Parameters of the mixer behind, or in front of, a layer of its own kind."""
-        other = type("InFront", (type(self),), {"published": {}}) if self.published else self.behind_itself()
-        return [] if other is None else [name for name, _ in other().build().named_parameters()]
+        """Parameters of the mixer's other forms: to both sides, behind or in front of a layer of its own kind."""
+        in_front = type("InFront", (type(self),), {"published": {}}) if self.published else None
+        forms = [form for form in (in_front, self.behind_itself(), self.to_both_sides()) if form is not None]
+        return [name for form in forms for name, _ in form().build().named_parameters()]
+
+    def _pinned_here(self) -> list[str]:
+        """What is declared to keep float32 and is a parameter of this form."""
+        names = [name for name, _ in self.build().named_parameters()]
+        return [name for name in self.spec.float32_parameters if name in names]
 
     def _closed(self, mixer: nn.Module, sharing: Sharing) -> Any:
         return ClosedMixer(mixer, sharing) if sharing else mixer
@@ -123,7 +138,7 @@ class MixerSuite:
     def build_in(self, dtype: torch.dtype) -> Any:
         """The small mixer in a narrower type; what is declared so keeps float32."""
         mixer = self.build().float()
-        pinned = {name: mixer.get_parameter(name).detach().clone() for name in self.spec.float32_parameters}
+        pinned = {name: mixer.get_parameter(name).detach().clone() for name in self._pinned_here()}
         mixer.to(dtype)
         for name, value in pinned.items():
             mixer.get_parameter(name).data = value
@@ -336,7 +351,7 @@ class MixerSuite:
         """A change too small for bfloat16 (2^-10 of the value; bfloat16 rounds at 2^-9) still reaches the output."""
         kind = torch.device(self.device).type
         x = self.tokens(2, CHUNK).float()
-        for name in self.spec.float32_parameters:
+        for name in self._pinned_here():
             mixer = self.build_in(torch.float32)
             parameter = mixer.get_parameter(name)
             with torch.no_grad(), torch.autocast(kind, dtype=torch.bfloat16):
@@ -430,6 +445,40 @@ class MixerSuite:
         for graph_module in self.capture(self.build()).graphs.values():
             for node, operator in operator_nodes(graph_module.graph):
                 assert kernel_of(node) == "default", f"{operator.name} is called with a kernel of the mixer's choice"
+
+    def test_its_bidirectional_form_sees_both_sides(self) -> None:
+        form = self.to_both_sides()
+        if form is None:
+            return
+        suite, x = form(), self.tokens(2, self.length).requires_grad_()
+        mixer = suite.build()
+        y = mixer(x) * self.tokens(2, self.length, seed=5)
+        for t in range(self.length):
+            (gradient,) = torch.autograd.grad(y[:, t].sum(), x, retain_graph=True)
+            blind = (gradient.abs().amax(dim=(0, 2)) == 0).nonzero().flatten().tolist()
+            assert not blind, f"x: b=2 t={self.length}: output {t} ignores tokens {blind}"
+        for call in (
+            lambda: mixer.empty_carry(2), lambda: mixer.prefill(x, ()), lambda: mixer.decode(x[:, 0], ())
+        ):  # fmt: skip
+            try:
+                call()
+            except SubquadError:
+                continue
+            raise AssertionError("a bidirectional mixer has a carry, and what its tokens see is not there yet")
+        graphs = suite.capture(mixer).graphs
+        assert {"forward", "packed"} == graphs.keys(), f"captured: {', '.join(graphs)} instead of forward and packed"
+        twin = suite.build()
+        install(twin, graphs)
+        bounds = self.boundaries(3, 0, self.length - 3)
+        assert_close(twin(x), mixer(x), f"x: b=2 t={self.length}: the graph of forward")
+        assert_close(twin(x[:1], bounds), mixer(x[:1], bounds), f"x: b=1 t={self.length}: the packed graph")
+        torch._dynamo.reset()
+        assert_close(torch.compile(mixer, fullgraph=True, backend="eager")(x), mixer(x), "compiled forward")
+        suite.test_packed_documents_equal_separate_ones()
+        suite.test_sequences_of_a_batch_do_not_mix()
+        suite.test_gradient_reaches_every_parameter()
+        suite.test_gradients_are_those_of_finite_differences()
+        suite.test_work_grows_no_faster_than_declared()
 
     def test_what_it_shares_is_as_declared_and_has_gradients(self) -> None:
         mixer, x = self.build(), self.tokens(2, self.length)

@@ -47,6 +47,7 @@ class RetNetConfig:
     num_heads: int = 4  # the paper's heads are 256 keys wide
     expand_v: int = 2  # width of all values / d_model
     rope_theta: float = 10_000.0  # base of the rotary angles
+    bidirectional: bool = False  # see later tokens too, whole sequences alone
 
     def __post_init__(self) -> None:
         at_least_one(self, "num_heads", "expand_v")
@@ -112,6 +113,7 @@ class LightningConfig:
 
     num_heads: int = 8
     decays: str = "alibi"  # alibi: MiniMax-01's rates 2^(-8 (h+1) / H); transnormer: TransNormerLLM's 8 h / H
+    bidirectional: bool = False  # see later tokens too, whole sequences alone
 
     def __post_init__(self) -> None:
         at_least_one(self, "num_heads")

@@ -38,9 +38,10 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             summary="linear attention with rotary positions and a constant decay per head",
             paper="Sun et al. 2023 (arXiv 2307.08621)",
             config=RetNetConfig,
-            build="subquad_linear.retnet:RetNet",
+            build="subquad_linear.retnet:build_retnet",
             work_growth=Growth.LINEAR,
             carry_growth=Growth.CONSTANT,
+            bidirectional=True,
             operators=("linear_attention", "rotary"),
         ),
         MixerSpec(
@@ -83,9 +84,10 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             summary="linear attention of activated keys and values, with a constant decay per head and layer",
             paper="Qin et al. 2024 (arXiv 2401.04658)",
             config=LightningConfig,
-            build="subquad_linear.lightning:Lightning",
+            build="subquad_linear.lightning:build_lightning",
             work_growth=Growth.LINEAR,
             carry_growth=Growth.CONSTANT,
+            bidirectional=True,
             operators=("linear_attention",),
         ),
         MixerSpec(

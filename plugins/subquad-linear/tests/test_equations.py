@@ -79,17 +79,23 @@ def retnet(m: Any, x: Tensor) -> Tensor:
     return (o * silu(x @ m.output.g_proj.weight.T)) @ m.output.o_proj.weight.T
 
 
-def retnet_parallel(m: Any, x: Tensor) -> Tensor:
+def retnet_parallel(m: Any, x: Tensor, both_sides: bool = False) -> Tensor:
     """Sun et al. 2023, equation 5: (Q K^T o D) V with D_nm = gamma^(n-m) for n >= m."""
     h, t = m.num_heads, torch.arange(x.shape[1], dtype=torch.float64)
     gamma = 1 - 2.0 ** (-5 - torch.arange(h, dtype=torch.float64))
     q, k = (turned(heads(x @ w.T, h), m.rope_theta) for w in (m.q_proj.weight, m.k_proj.weight))
     v = heads(x @ m.v_proj.weight.T, h)
     distance = t[:, None] - t[None, :]
-    mask = torch.where(distance >= 0, gamma[:, None, None] ** distance.clamp(min=0), 0.0)
+    seen = distance >= 0 if not both_sides else torch.ones_like(distance, dtype=torch.bool)
+    mask = torch.where(seen, gamma[:, None, None] ** distance.abs(), 0.0)
     scores = torch.einsum("bihk,bjhk->bhij", q, k) * mask / q.shape[-1] ** 0.5
     o = rms_norm(torch.einsum("bhij,bjhv->bihv", scores, v), 1e-6).flatten(2)
     return (o * silu(x @ m.output.g_proj.weight.T)) @ m.output.o_proj.weight.T
+
+
+def retnet_to_both_sides(m: Any, x: Tensor) -> Tensor:
+    """Afzal et al. 2025 (LION-D): the same with D_nm = gamma^|n-m|."""
+    return retnet_parallel(m, x, both_sides=True)
 
 
 def gla(m: Any, x: Tensor) -> Tensor:
@@ -166,6 +172,18 @@ def lightning(m: Any, x: Tensor) -> Tensor:
         state = torch.exp(-rate)[:, None, None] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
         outputs.append((q[:, t, :, :, None] * state).sum(2) / (d // h) ** 0.5)
     o = rms_norm(torch.stack(outputs, 1).flatten(2), 1e-6, m.norm.weight)
+    return (o / (1 + torch.exp(-x @ m.g_proj.weight.T))) @ m.o_proj.weight.T
+
+
+def lightning_to_both_sides(m: Any, x: Tensor) -> Tensor:
+    """Scores of all pairs of tokens, decayed by their distance; rates of MiniMax-01 in block 1 of 4."""
+    h, d = m.num_heads, x.shape[-1]
+    rate = torch.tensor([0.25, 0.0625, 0.015625, 0.00390625], dtype=torch.float64) * (1 - 1 / 3.00001 + 1e-5)
+    q, k, v = (heads(silu(part), h) for part in (x @ m.qkv_proj.weight.T).split([d, d, d], dim=-1))
+    t = torch.arange(x.shape[1], dtype=torch.float64)
+    decay = torch.exp(-rate[:, None, None] * (t[:, None] - t[None, :]).abs())
+    scores = torch.einsum("bihk,bjhk->bhij", q, k) * decay / (d // h) ** 0.5
+    o = rms_norm(torch.einsum("bhij,bjhv->bihv", scores, v).flatten(2), 1e-6, m.norm.weight)
     return (o / (1 + torch.exp(-x @ m.g_proj.weight.T))) @ m.o_proj.weight.T
 
 
@@ -337,6 +355,7 @@ CASES: list[tuple[str, dict[str, Any], Any]] = [
     ("retnet", {"num_heads": 3}, retnet),
     ("retnet", {"num_heads": 2, "expand_v": 1, "rope_theta": 50.0}, retnet),
     ("retnet", {"num_heads": 3}, retnet_parallel),
+    ("retnet", {"num_heads": 3, "bidirectional": True}, retnet_to_both_sides),
     ("gla", {}, gla),
     ("gla", {"num_heads": 3, "expand_k": 1.0, "expand_v": 2.0, "gate_rank": 5, "gate_temperature": 2.0}, gla),
     ("gated_delta_net", {}, gated_delta_net),
@@ -344,6 +363,7 @@ CASES: list[tuple[str, dict[str, Any], Any]] = [
     ("gated_delta_net", {"num_heads": 6, "num_key_heads": 2, "key_dim": 5}, gated_delta_net),
     ("lightning", {"num_heads": 4}, lightning),
     ("lightning", {"num_heads": 3, "decays": "transnormer"}, lightning),
+    ("lightning", {"num_heads": 4, "bidirectional": True}, lightning_to_both_sides),
     ("mlstm", {"num_heads": 3, "gate_cap": 2.0}, mlstm),
     ("mlstm", {"num_heads": 2, "expand_k": 1.0}, mlstm),
     ("slstm", {"num_heads": 3}, slstm),
