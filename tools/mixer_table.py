@@ -206,6 +206,7 @@ def _legend(oracles: Mapping[str, Any], times: Mapping[str, GpuTime]) -> str:
     devices = sorted({time.device for time in times.values()})
     sentences = (
         f"`yes`: every promise of `MixerSuite` in that column is kept. CPU, CUDA: promises kept ({'; '.join(made)}).",
+        "Bidirectional: a form that sees both sides (`bidirectional: true`) keeps its promise.",
         "Oracle: comparisons with an implementation of the equations that shares no code with ours"
         f" ({oracles.get('date', 'none')}). Growth in t as declared, and no faster when measured.",
         f"GPU ({', '.join(devices)}): forward + backward of the operator, 32,768 tokens in sequences of {LENGTH:,},"

@@ -20,5 +20,5 @@ def attend_to_both_sides(
     q, k, v = backwards(q, cu_seqlens), backwards(k, cu_seqlens), backwards(v, cu_seqlens)
     nothing_of_itself = q.new_zeros(()).expand(q.shape[:3])
     later, _ = linear_attention(q, k, v, log_decay, diagonal=nothing_of_itself, cu_seqlens=cu_seqlens)
-    later = backwards(later, cu_seqlens)
-    return earlier + later
+    both: Tensor = earlier + backwards(later, cu_seqlens)
+    return both
