@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from subquad import ConfigError, Example, ModelConfig, build_model, compile_model, load_config
+from subquad import ConfigError, Example, ModelConfig, build_model, compile_model, load_config, train
 from subquad.compiler.assign_mixers import assign_mixers
 from subquad.compiler.choose import Chooser
 from subquad.compiler.options import CompileOptions
@@ -204,6 +204,13 @@ def test_a_recipe_whose_readers_find_nothing_is_refused_when_it_is_composed(over
 def test_a_run_that_predicts_the_next_token_takes_no_mixer_that_sees_it(overrides: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
         load_config(overrides)
+
+
+def test_nor_does_one_that_was_configured_in_python() -> None:
+    config = load_config(["model=transformer", "trainer=smoke", "trainer.accelerator=cpu", "compiler.measure=false"])
+    config.model.mixers["softmax_attention"]["bidirectional"] = True
+    with pytest.raises(ConfigError, match="layer 0 sees later tokens"):
+        train(config)
 
 
 def assigned_schedule(*overrides: str) -> list[str]:
