@@ -104,6 +104,12 @@ def check(name: str, config: CheckConfig, registry: Registry) -> list[Verdict]:
     from subquad.testing.verdict import judge, promises
 
     mixers, kernels = named(name, registry, config.target.partition(":")[0])
+    if config.config.get("bidirectional") and any(spec.bidirectional for spec in mixers):
+        raise ConfigError(
+            what="the form that sees both sides has a promise of its own, and no carry to judge",
+            where="config.bidirectional",
+            mend="leave it out; only=its_bidirectional_form_sees_both_sides judges that form alone",
+        )
     suites: list[tuple[str, str, str, type[Any], Mapping[str, object]]] = [
         ("mixer", spec.name, registry.origin(spec), MixerSuite,
          {"mixer": spec.name, "config": config.config, "d_model": config.d_model, "device": config.target,
