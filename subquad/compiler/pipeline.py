@@ -56,7 +56,7 @@ def compile_model(
 
 def capture_model(model: LanguageModel) -> list[Captured]:
     """The graphs of every block's mixer, after the passes that plugins add."""
-    return [_with_plugin_passes(capture(block.mixer)) for block in _blocks(model)]
+    return [_with_plugin_passes(capture(block.mixer, block.sharing)) for block in _blocks(model)]
 
 
 def make_plan(
@@ -145,10 +145,10 @@ def _described_nodes(
     known: dict[tuple[str, ...], Mapping[str, Workload]] = {}  # layers repeat; running a graph on shapes takes long
     for block, of_block in zip(_blocks(model), captured):
         for method, graph_module in of_block.graphs.items():
-            key = (method, graph_module.code, *_looks(block.mixer))
+            key = (method, graph_module.code, str(block.sharing), *_looks(block.mixer))
             if key not in known:
                 d_model = model.embedding.embedding_dim
-                known[key] = node_workloads(block.mixer, graph_module, method, example, d_model)
+                known[key] = node_workloads(block.mixer, graph_module, method, example, d_model, block.sharing)
             for node, operator in operator_nodes(graph_module.graph):
                 described.append((block.layer_index, method, node.name, operator, known[key][node.name]))
     return described

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,11 +66,16 @@ class LanguageModel(nn.Module):
         x = self.embedding(tokens)
         if cu_seqlens is not None:
             x = x.reshape(1, -1, x.shape[-1])
+        published: dict[str, Tensor] = {}
         for block in self._blocks():
+            run: Callable[..., Any] = block
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cu_seqlens, use_reentrant=False)
+                run = partial(checkpoint, block, use_reentrant=False)
+            if block.sharing:
+                x, new = run(x, cu_seqlens, _read(block, published))
+                published.update(new)
             else:
-                x = block(x, cu_seqlens)
+                x = run(x, cu_seqlens)
         return self._logits(x).view(*tokens.shape, -1)
 
     def empty_carry(self, batch_size: int) -> ModelCarry:
@@ -102,11 +108,16 @@ class LanguageModel(nn.Module):
         ]
 
     def _advance(
-        self, x: Tensor, carry: ModelCarry, method: Callable[[Block], Callable[[Tensor, Carry], tuple[Tensor, Carry]]]
+        self, x: Tensor, carry: ModelCarry, method: Callable[[Block], Callable[..., tuple[Any, ...]]]
     ) -> tuple[Tensor, ModelCarry]:
         carries = []
+        published: dict[str, Tensor] = {}
         for block, before in zip(self._blocks(), carry):
-            x, after = method(block)(x, before)
+            if block.sharing:
+                x, after, new = method(block)(x, before, _read(block, published))
+                published.update(new)
+            else:
+                x, after = method(block)(x, before)
             carries.append(after)
         return self._logits(x), tuple(carries)
 
@@ -117,3 +128,8 @@ class LanguageModel(nn.Module):
 
     def _blocks(self) -> Iterable[Block]:
         return self.blocks  # type: ignore[return-value]
+
+
+def _read(block: Block, published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a block reads of the layers before it in this call."""
+    return {name: published[name] for name in block.sharing.reads}

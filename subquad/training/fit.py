@@ -16,6 +16,7 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
+from subquad.bidirectional import Bidirectional
 from subquad.compiler.assign_mixers import with_mixers
 from subquad.compiler.html_report import write_html
 from subquad.compiler.know_device import know_device
@@ -240,6 +241,7 @@ def _built(config: RunConfig, *, starts: bool) -> tuple[TextData, LanguageModel,
     check_room(config, device_of(config))
     torch.manual_seed(config.seed)
     model = build_model(config.model)
+    _refuse_both_sides(model)
     if starts and config.model.init_from is not None:
         import_weights(model, config.model)
         if config.tokenizer.kind != "file":
@@ -250,6 +252,17 @@ def _built(config: RunConfig, *, starts: bool) -> tuple[TextData, LanguageModel,
             )
     model.activation_checkpointing = config.trainer.activation_checkpointing
     return data, model, config
+
+
+def _refuse_both_sides(model: LanguageModel) -> None:
+    """A recipe is refused when it is composed; this is for configurations made in Python."""
+    for index, block in enumerate(model.blocks):
+        if isinstance(block.mixer, Bidirectional):
+            raise ConfigError(
+                what=f"layer {index} sees later tokens, and runs learn to predict the next one",
+                where=f"model.mixers, {block.mixer_name}.bidirectional",
+                mend="leave it out, or train the model that build_model makes with a loop of your own",
+            )
 
 
 def _fill(config: RunConfig, key: str, least: int, what: str) -> None:
