@@ -48,11 +48,11 @@ $(DOCS_STAMP): $(STAMP)
 
 # Pages in a headless Chromium (Debian: chromium-headless-shell); skipped where there is none.
 test-browser: docs
-	$(BIN)/python -m pytest -m browser
+	$(BIN)/python -m pytest tests/test_pages_in_a_browser.py
 
 # Downloads torch for every version that is named in tests/test_release.py: gigabytes, and minutes each.
 test-release: $(STAMP)
-	$(BIN)/python -m pytest -m release
+	$(BIN)/python -m pytest tests/test_release.py -m release
 
 install-gpu-versions: $(TWIN_STAMP)
 

@@ -17,9 +17,7 @@ from subquad.training.fit import train
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "site"
-PIXEL = (
-    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
-)
+PIXEL = "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA="
 WHOLE = f'<p>text</p><img src="{PIXEL}"><svg width="9" height="9"><path d="M0 0L9 9"/></svg>'
 
 pytestmark = [
