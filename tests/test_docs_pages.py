@@ -108,6 +108,15 @@ def test_a_page_includes_what_is_there_and_links_to_pages(page: str) -> None:
     assert {link for link in links if link not in PATHS} == set()
 
 
+def test_pages_name_targets_of_make_and_files_that_exist() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M))
+    text = "\n".join(DOCS.values())
+    assert set(re.findall(r"`make ([\w-]+)`", text)) <= targets
+    paths = re.findall(r"`((?:tests|examples|tools|conf|plugins|docs|subquad|kernels|cost_model)/[\w./-]+)`", text)
+    assert len(paths) >= 3
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
 def test_a_passage_that_is_not_there_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"README\.md has 0 lines that start with '## Nowhere'"):
         docs_pages.included('<!-- include README.md after "## Nowhere" -->')
@@ -149,8 +158,9 @@ def test_a_key_has_the_comments_of_the_schema_or_the_words_of_a_readme() -> None
 
 def test_every_mixer_operator_hook_and_public_name_stands_in_the_reference() -> None:
     registry = load_registry()
-    assert all(f"## {name}\n" in docs_pages.mixers() for name in registry.mixers)
-    assert all(f"## {name}\n" in docs_pages.operators() for name in registry.operators)
+    mixers, operators = docs_pages.mixers(), docs_pages.operators()
+    assert all(f"## {name}\n" in mixers for name in registry.mixers)
+    assert all(f"## {name}\n" in operators for name in registry.operators)
     hooks = {name for name in dir(hookspecs) if name.startswith("subquad_provide")}
     assert set(re.findall(r"::: subquad\.hookspecs\.(\w+)", docs_pages.hooks())) == hooks
     assert set(re.findall(r"::: [\w.]+\.(\w+)", docs_pages.python())) == set(subquad.__all__)
