@@ -34,7 +34,7 @@ def _check_limits(config: object, section: str, **limits: tuple[float, float]) -
 class ChannelMixerConfig:
     """The per-token map of a block: SwiGLU  W_down(silu(W_gate u) * W_up u)  of hidden width `d_hidden`."""
 
-    d_hidden: int = 512
+    d_hidden: int = 512  # width between the two maps
 
     def __post_init__(self) -> None:
         _check_limits(self, "channel_mixer", d_hidden=(1, INFINITY))
@@ -45,7 +45,7 @@ class ModelConfig:
     """Embedding, backbone and lm_head. The backbone is a schedule of mixers that repeats to `num_layers` blocks."""
 
     name: str = "unnamed"  # the recipe's name; shown, never looked up
-    d_model: int = 256
+    d_model: int = 256  # residual width
     num_layers: int = 4  # blocks
     vocab_size: int = 0  # 0: the tokenizer's
     context_len: int = 0  # tokens the model is built for; 0: trainer.seq_len
@@ -55,10 +55,10 @@ class ModelConfig:
     # each entry: {mixer: REGISTRY_KEY, channel_mixer: {d_hidden: N} or null, ...fields of that mixer's config}
     mixers: dict[str, Any] = field(default_factory=dict)
     channel_mixer: ChannelMixerConfig | None = field(default_factory=ChannelMixerConfig)  # default of every entry
-    tie_embeddings: bool = True
-    norm_eps: float = 1e-6
+    tie_embeddings: bool = True  # the lm_head is the embedding
+    norm_eps: float = 1e-6  # added to mean squares in every norm
     logit_cap: float = 0.0  # logits become cap tanh(logits / cap); 0: they stay as they are
-    init_std: float = 0.02
+    init_std: float = 0.02  # standard deviation of linear maps at the start
     init_from: str | None = None  # hf:PATH_OR_ID, a Hugging Face checkpoint whose weights training starts from
 
     def __post_init__(self) -> None:
@@ -145,8 +145,8 @@ class TrainerConfig:
 class CheckpointConfig:
     """When weights and trainer state are written, and how many checkpoints are kept."""
 
-    every_n_steps: int = 200
-    keep: int = 2
+    every_n_steps: int = 200  # 0: only at the end
+    keep: int = 2  # newest ones that stay
 
     def __post_init__(self) -> None:
         _check_limits(self, "checkpoint", every_n_steps=(0, INFINITY), keep=(0, INFINITY))
@@ -158,8 +158,8 @@ class CompilerConfig:
 
     estimator: str = "measured"  # measured | learned | roofline | constant
     fit: str | None = None  # folder of a fitted cost model; null: the newest that is shipped
-    measure: bool = True
-    measure_budget_s: float = 30.0
+    measure: bool = True  # time rivals whose intervals overlap
+    measure_budget_s: float = 30.0  # of all timings before a run
     calibrate_budget_s: float = 120.0  # of `calibrate=auto`
 
     def __post_init__(self) -> None:
@@ -200,8 +200,8 @@ class RunConfig:
     """Everything a run depends on. `data` and `optimizer` hold a registry key (`name`) and that component's fields."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    data: dict[str, Any] = field(default_factory=dict)
-    optimizer: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)  # data=NAME, and that source's keys
+    optimizer: dict[str, Any] = field(default_factory=dict)  # optimizer=NAME, and its keys
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -216,7 +216,7 @@ class RunConfig:
     tracking: str = "csv"  # none | csv | wandb  (metrics.csv is always written)
     run_dir: str | None = None  # default: runs/<date>/<time>-<model>
     resume: str | None = None  # a run folder to go on with
-    seed: int = 0
+    seed: int = 0  # of parameters, data and dropout
     callbacks: list[Any] = field(default_factory=list)  # Lightning callbacks, each with _target_ (allow-listed)
 
     def __post_init__(self) -> None:
