@@ -122,7 +122,7 @@ class TrainerConfig:
     precision: str = "auto"  # auto | float32 | bfloat16
     devices: int = 1
     accelerator: str = "auto"  # auto | cpu | cuda
-    strategy: str = "auto"  # auto | ddp
+    strategy: str = "auto"  # auto, ddp: every device holds the model; fsdp: each holds its rows of every parameter
     activation_checkpointing: bool = False
     num_workers: int = 0
     log_every_n_steps: int = 10

@@ -1,8 +1,8 @@
 """How long a training step will take and what memory it needs, before a step has run.
 
-    seconds = max(operators + products + elementwise + embedding, head and loss, host) * micro-batches + optimizer
-    host    = calls * tau_host             without a GPU's graph a small model waits for the host
-    peak    = weights + moments + kept + max(loss, what passes with a block)
+seconds = max(operators + products + elementwise + embedding, head and loss, host) * micro-batches + optimizer
+host    = calls * tau_host             without a GPU's graph a small model waits for the host
+peak    = weights + moments + kept + max(loss, what passes with a block)
 """
 
 from __future__ import annotations
@@ -159,16 +159,22 @@ def _memory(config: RunConfig, work: StepWork, plan: Plan, example: Example) -> 
     With several micro-batches the gradients of earlier ones stand beside it.
     """
     b, t = example.tokens_shape
-    vocab = sized_model(config).vocab_size
+    model = sized_model(config)
+    vocab = model.vocab_size
+    ranks = config.trainer.devices if config.trainer.strategy == "fsdp" else 1
     operators = max((choice.figure.peak_bytes for choice in plan.choices if choice.used and choice.figure), default=0)
     memory = {
-        "weights and moments": STATE_BYTES * work.parameters,
+        "weights and moments": STATE_BYTES * work.parameters // ranks,
         "kept for the backward": work.kept_bytes,
         "loss": LOSS_BYTES * b * t * vocab,
         "passing with a block": work.passing_bytes + operators,
     }
-    gradients = GRADIENT_BYTES * work.parameters
-    held = memory["weights and moments"] + work.kept_bytes + (gradients if config.trainer.accumulate > 1 else 0)
+    gradients = GRADIENT_BYTES * work.parameters // ranks
+    if ranks > 1:  # what lies outside of blocks stays whole; of blocks one computes and the next arrives
+        outside = vocab * model.d_model * (1 if model.tie_embeddings else 2)
+        memory["gathered"] = GRADIENT_BYTES * (outside + 2 * (work.parameters - outside) // model.num_layers)
+    held = memory["weights and moments"] + memory.get("gathered", 0) + work.kept_bytes
+    held += gradients if config.trainer.accumulate > 1 else 0
     at_backward = held + max(memory["loss"], memory["passing with a block"])
     return {**memory, "gradients": gradients, "peak": max(at_backward, memory["weights and moments"] + gradients)}
 

@@ -70,7 +70,7 @@ class LanguageModel(nn.Module):
                 x = checkpoint(block, x, cu_seqlens, use_reentrant=False)
             else:
                 x = block(x, cu_seqlens)
-        return self._logits(x).view(*tokens.shape, -1)
+        return self._logits(x.view(*tokens.shape, -1))
 
     def empty_carry(self, batch_size: int) -> ModelCarry:
         """The carry before the first token."""
