@@ -14,12 +14,14 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from subquad.compiler.assign_mixers import with_mixers
 from subquad.compiler.html_report import write_html
 from subquad.compiler.know_device import know_device
 from subquad.compiler.options import CompileOptions
+from subquad.compiler.pipeline import kernel_versions, kernels_in_use, plan_versions
 from subquad.compiler.plan import Plan
 from subquad.compiler.predict_step import predict_step
 from subquad.errors import ConfigError, ResumeError, suggestion
@@ -32,7 +34,15 @@ from subquad.training.checkpoint import Checkpoint, newest_checkpoint
 from subquad.training.compilation import compiled, device_of, plan_of, target_of, uses_bfloat16
 from subquad.training.data import TextData, build_data
 from subquad.training.denial import denied_after, deny, free_memory, message, without_denied
-from subquad.training.distributed import Ranks, process_group, ranks_here, share_of_threads, told_by_rank_zero
+from subquad.training.distributed import (
+    Ranks,
+    check_alike,
+    process_group,
+    ranks_here,
+    share_of_threads,
+    started_by_rank_zero,
+    told_by_rank_zero,
+)
 from subquad.training.environment import environment_record
 from subquad.training.metrics import drop_samples_of_other_ranks
 from subquad.training.module import TrainingModule, Validation
@@ -276,6 +286,8 @@ def _fill(config: RunConfig, key: str, least: int, what: str) -> None:
 def _fit(prepared: _Prepared, ranks: Ranks) -> TrainResult:
     """Run Lightning from the checkpoint (or the beginning) to the end."""
     config, folder, checkpoint = prepared.config, prepared.folder, prepared.checkpoint
+    if ranks.world_size > 1:
+        check_alike(kernels_in_use(prepared.model) | plan_versions() | kernel_versions(prepared.plan))
     state: dict[str, Any] | None = None
     if checkpoint is not None:
         if ranks.rank > 0 and is_sharded(config, ranks.world_size):
@@ -348,6 +360,8 @@ def _lightning(config: RunConfig, ranks: Ranks, callbacks: list[L.Callback]) -> 
         devices=settings.devices,
         num_nodes=ranks.world_size // settings.devices,
         strategy=_strategy(settings.strategy, ranks),
+        # Within a job of SLURM Lightning would take its tasks for ranks, also where rank 0 has started them.
+        plugins=[LightningEnvironment()] if ranks.world_size > 1 and started_by_rank_zero(ranks) else None,
         precision="bf16-mixed" if uses_bfloat16(config) else "32-true",
         max_steps=settings.max_steps,
         max_epochs=-1,
