@@ -16,6 +16,7 @@ import torch
 from forked_ranks import Fault, fork_ranks
 
 from subquad.errors import RunError
+from subquad.model.channel_mixer import ChannelMixer
 from subquad.schema import RunConfig
 from subquad.training import fit
 from subquad.training.checkpoint import newest_checkpoint
@@ -90,6 +91,52 @@ def test_ranks_that_would_run_other_kernels_are_refused(tiny_run: TinyRun, monke
     fork_ranks(monkeypatch, runs_other_kernels)
     with pytest.raises(RunError, match=r"rank 1 differs from rank 0 in layer 0, forward \(.*another, not"):
         train(tiny_run("run", devices=2))
+
+
+def spoil(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """In step six all channel mixers of this rank return something else."""
+    original, spoilt = ChannelMixer.forward, [False]
+
+    def forward(self: ChannelMixer, x: torch.Tensor) -> torch.Tensor:
+        return change(original(self, x)) if spoilt[0] else original(self, x)
+
+    ChannelMixer.forward = forward  # type: ignore[method-assign]
+    at_step_six(lambda: spoilt.__setitem__(0, True))
+
+
+class NanBackward(torch.autograd.Function):
+    """The identity, with gradients that are no numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * float("nan")
+
+
+def spoils_forward() -> None:
+    spoil(lambda x: x * float("inf"))
+
+
+def spoils_backward() -> None:
+    spoil(NanBackward.apply)
+
+
+@pytest.mark.parametrize(
+    ("fault", "first"),
+    [
+        (spoils_forward, r"the output of blocks.0.channel_mixer \(ChannelMixer\), micro-batch 1"),
+        (spoils_backward, "the gradient of blocks.1.channel_mixer"),
+    ],
+)
+def test_sharded_ranks_trace_together_what_is_no_number_on_one(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch, fault: Fault, first: str
+) -> None:
+    fork_ranks(monkeypatch, fault)
+    with pytest.raises(RunError, match=f"not finite .* first {first}"):
+        train(tiny_run("run", devices=2, strategy="fsdp", accumulate=2))
 
 
 STUCK = """

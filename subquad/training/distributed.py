@@ -160,6 +160,13 @@ def check_alike(facts: Mapping[str, str]) -> None:
             )
 
 
+def first_of_ranks(found: str | None) -> str | None:
+    """What the first rank that has something has; called by all ranks."""
+    by_rank: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(by_rank, found)
+    return next((text for text in by_rank if text is not None), None)
+
+
 @contextmanager
 def share_of_threads(devices: int) -> Iterator[None]:
     """Divide the processor's cores among the ranks of this machine, unless OMP_NUM_THREADS says otherwise."""

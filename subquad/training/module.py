@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from subquad.model.language_model import LanguageModel
 from subquad.schema import RunConfig
 from subquad.training.data import Batch
+from subquad.training.distributed import first_of_ranks
 from subquad.training.nonfinite import first_nonfinite
 from subquad.training.optimizers import build_optimizer, learning_rate_factor
 from subquad.training.sharding import shard_model, spread_optimizer_state, whole_tensor
@@ -110,7 +111,11 @@ class TrainingModule(L.LightningModule):
         for place, batch in enumerate(self.step_batches):
             self._seed(first + place)
             with self.trainer.strategy.precision_plugin.forward_context():
-                found = first_nonfinite(self.model, lambda batch=batch: self._loss(batch))  # type: ignore[misc]
+                found = first_nonfinite(
+                    self.model,
+                    lambda batch=batch: self._loss(batch),  # type: ignore[misc]
+                    first_of_ranks if self.is_sharded else None,
+                )
             if found is not None:
                 return found if len(self.step_batches) == 1 else f"{found}, micro-batch {place + 1} of the step"
         return None
