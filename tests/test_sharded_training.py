@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
-from collections.abc import Callable, Iterator
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from compared_runs import assert_same_run, weights
 from forked_ranks import fork_ranks
 from safetensors.torch import load_file
 
-from subquad.errors import ResumeError
+from subquad.errors import ResumeError, RunError
 from subquad.schema import (
     ChannelMixerConfig,
     EvaluateConfig,
@@ -22,6 +24,7 @@ from subquad.schema import (
     ModelConfig,
     RunConfig,
 )
+from subquad.training import sharded_checkpoint
 from subquad.training.checkpoint import newest_checkpoint
 from subquad.training.evaluation.evaluate import evaluate
 from subquad.training.export import export
@@ -77,9 +80,9 @@ def assert_close_runs(left: Path, right: Path, tolerance: float = TOLERANCE) -> 
     [
         (None, {}),
         (SCOUT, {"accumulate": 2, "activation_checkpointing": True}),
-        (SCOUT, {"gradient_clip_norm": 0.01}),
+        (SCOUT, {"gradient_clip_norm": 0.01, "activation_checkpointing": True, "recompute": "cheap"}),
     ],
-    ids=["transformer", "scout, accumulated and checkpointed", "scout, clipped"],
+    ids=["transformer", "scout, accumulated and checkpointed", "scout, clipped, checkpointed in part"],
 )
 def test_two_ranks_of_shards_train_as_one_process(
     tiny_run: TinyRun, model: ModelConfig | None, settings: dict[str, Any]
@@ -92,6 +95,43 @@ def test_two_ranks_of_shards_train_as_one_process(
     assert files(sharded, 4) == {
         "manifest.json", "trainer.pt", "weights.safetensors", "shard-0.safetensors", "shard-1.safetensors",
     }  # fmt: skip
+
+
+@pytest.mark.slow  # inductor compiles each block in each process
+def test_blocks_of_shards_are_compiled_one_by_one(
+    tiny_run: TinyRun, start_run: Callable[[RunConfig], subprocess.Popen[str]]
+) -> None:
+    settings = {"max_steps": 2, "log_every_n_steps": 1, "validate_every_n_steps": 0, "run": {"data": MQAR}}
+    alone = train(tiny_run("alone", batch_size=4, **settings)).run_dir
+    compiled = tiny_run("compiled", devices=2, strategy="fsdp", **settings)
+    compiled.compile = True
+    process = start_run(compiled)
+    _, err = process.communicate(timeout=500)
+    assert process.returncode == 0, err
+    assert_close_runs(Path(str(compiled.run_dir)), alone, tolerance=1e-5)
+
+
+def test_a_disk_that_one_rank_cannot_write_ends_all_with_the_last_checkpoint_whole(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork_ranks(monkeypatch, cannot_write_step_eight)
+    config = tiny_run("full", devices=2, strategy="fsdp", run={"data": MQAR})
+    with pytest.raises(RunError, match="cannot be written: No space left"):
+        train(config)
+    checkpoints = Path(str(config.run_dir)) / "checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["step-4"], "what was begun takes no room"
+
+
+def cannot_write_step_eight() -> None:
+    """In the process of rank 1."""
+    write_rows = sharded_checkpoint.write_rows
+
+    def failing(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+        if "step-8" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write_rows(path, tensors)
+
+    sharded_checkpoint.write_rows = failing
 
 
 def stopped_after(step: int, config: RunConfig) -> Path:

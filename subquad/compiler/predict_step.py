@@ -50,6 +50,9 @@ def predict_step(config: RunConfig, target: Target, plan: Plan) -> StepPredictio
     trainer = config.trainer
     if config.compile:
         notes.append("torch.compile fuses elementwise maps, which are counted one by one here")
+    checkpointing = trainer.activation_checkpointing and trainer.recompute == "all"
+    if trainer.activation_checkpointing and not checkpointing:
+        notes.append("recompute=cheap is counted as if all activations were kept")
     if trainer.devices > 1:
         notes.append("the exchange of gradients between devices is not counted")
     example = _example(plan)
@@ -58,11 +61,11 @@ def predict_step(config: RunConfig, target: Target, plan: Plan) -> StepPredictio
     try:
         with torch.random.fork_rng(()):
             work = step_work(
-                sized_model(config), example, kind=target.kind, checkpointing=trainer.activation_checkpointing
+                sized_model(config), example, kind=target.kind, checkpointing=checkpointing
             )
     except Exception as error:  # a stranger's mixer may do anything on shapes
         return _unknown(f"{type(error).__name__}: {error}".splitlines()[0])
-    again = FORWARD_AGAIN if trainer.activation_checkpointing else 1.0
+    again = FORWARD_AGAIN if checkpointing else 1.0
     parts = {
         "operators": _operators(plan, again),
         "matrix products": _seconds(work.blocks, example, target, products=True),

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from torch.utils.checkpoint import checkpoint
 
 from subquad.contracts import Carry
 from subquad.model.block import Block
+from subquad.model.recompute import checkpointed
 
 ModelCarry = tuple[Carry, ...]
 """One carry per block."""
@@ -22,7 +22,8 @@ class LanguageModel(nn.Module):
 
     With a `logit_cap` c > 0 logits become c tanh(logits / c) (Gemma Team 2024, section 2; xLSTM 7B).
     `no_decay` maps a mixer's registry name to the parameters that weight decay leaves alone. With
-    `activation_checkpointing` a block's activations are computed again in the backward instead of kept.
+    `activation_checkpointing` a block's activations, or the cheap ones among them, are computed again in the backward
+    instead of kept (`recompute.py`).
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class LanguageModel(nn.Module):
         self.lm_head = None if tie_embeddings else nn.Linear(d_model, vocab_size, bias=False)
         self.logit_cap = logit_cap
         self.activation_checkpointing = False
+        self.recompute = "all"
         self._no_decay = dict(no_decay)
 
     def init_parameters(self, std: float) -> None:
@@ -67,7 +69,7 @@ class LanguageModel(nn.Module):
             x = x.reshape(1, -1, x.shape[-1])
         for block in self._blocks():
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cu_seqlens, use_reentrant=False)
+                x = checkpointed(block, x, cu_seqlens, self.recompute)
             else:
                 x = block(x, cu_seqlens)
         return self._logits(x.view(*tokens.shape, -1))

@@ -28,6 +28,7 @@ from subquad.errors import ConfigError, ResumeError, suggestion
 from subquad.model.build import build_model
 from subquad.model.import_weights import import_weights
 from subquad.model.language_model import LanguageModel
+from subquad.model.recompute import RECOMPUTE
 from subquad.schema import RunConfig
 from subquad.training import run_folder
 from subquad.training.checkpoint import Checkpoint, newest_checkpoint
@@ -227,6 +228,7 @@ def _check(config: RunConfig) -> None:
         ("accelerator", trainer.accelerator, ("auto", "cpu", "cuda")),
         ("strategy", trainer.strategy, ("auto", "ddp", "fsdp")),
         ("nonfinite", trainer.nonfinite, ("stop", "skip")),
+        ("recompute", trainer.recompute, RECOMPUTE),
     ):
         if value not in allowed:
             raise ConfigError(
@@ -269,6 +271,7 @@ def _built(config: RunConfig, *, starts: bool, hollow: bool = False) -> tuple[Te
                 stacklevel=2,
             )
     model.activation_checkpointing = config.trainer.activation_checkpointing
+    model.recompute = config.trainer.recompute
     return data, model, config
 
 

@@ -19,6 +19,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from subquad.model.language_model import LanguageModel
 from subquad.schema import RunConfig
 
+CODES_PER_BLOCK = 4
+"""In training and in validation, with and without documents."""
+
 
 def is_sharded(config: RunConfig, world_size: int) -> bool:
     """Whether the ranks of a run share its parameters out; a rank alone keeps all of them."""
@@ -34,6 +37,10 @@ def shard_model(model: LanguageModel, mesh: DeviceMesh, *, compiles: bool = Fals
     """
     whole = model.state_dict() if dist.get_rank() == 0 else {}
     model.to("meta")
+    if compiles:
+        # Each block is code of its own to dynamo, which would silently leave all but the first eight uncompiled.
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, CODES_PER_BLOCK * len(model.blocks))
     for block in model.blocks:
         if compiles:
             block.compile()
