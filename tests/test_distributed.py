@@ -163,8 +163,11 @@ def test_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_ranks_resume_together(tiny_run: TinyRun, start_run: Callable[[RunConfig], Any], tmp_path: Path) -> None:
-    settings = {"max_steps": 30, "devices": 2, "every": 5}
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_ranks_resume_together(
+    strategy: str, tiny_run: TinyRun, start_run: Callable[[RunConfig], Any], tmp_path: Path
+) -> None:
+    settings = {"max_steps": 30, "devices": 2, "every": 5, "strategy": strategy}
     killed = tmp_path / "killed"
     process = start_run(tiny_run("killed", **settings))
     wait_for(killed / "checkpoints" / "step-10" / "manifest.json", process)

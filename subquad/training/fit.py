@@ -301,6 +301,7 @@ def _fit(prepared: _Prepared, ranks: Ranks) -> TrainResult:
         prepared.data.load_state_dict(state["data"])
     module = TrainingModule(prepared.model, config, state)
     resumed_at, spent_s = (checkpoint.step, float(state["seconds"])) if checkpoint and state else (None, 0.0)
+    del state  # the module lets go of it once the optimizer has it
     tracker = build_tracker(config.tracking, folder.path, asdict(config)) if ranks.rank == 0 else NoTracker()
     recorder = Recorder(folder, tracker, rank=ranks.rank, resumed_at=resumed_at, spent_s=spent_s)
     if ranks.rank == 0 and resumed_at is not None:
