@@ -122,8 +122,9 @@ class TrainerConfig:
     precision: str = "auto"  # auto | float32 | bfloat16
     devices: int = 1
     accelerator: str = "auto"  # auto | cpu | cuda
-    strategy: str = "auto"  # auto | ddp
-    activation_checkpointing: bool = False
+    strategy: str = "auto"  # auto, ddp: every device holds the model; fsdp: each holds its rows of every parameter
+    activation_checkpointing: bool = False  # the backward computes a block's activations again
+    recompute: str = "all"  # which, then: all | cheap (what matrix products and operators return is kept)
     num_workers: int = 0
     log_every_n_steps: int = 10
     progress_bar: bool = True

@@ -70,7 +70,7 @@ def assign_mixers(
         example,
         target,
         chooser or Chooser(target, CompileOptions.of_run(config)),
-        checkpointing=config.trainer.activation_checkpointing,
+        checkpointing=config.trainer.activation_checkpointing and config.trainer.recompute == "all",
         budget_s=config.compiler.measure_budget_s if measures else None,
     )
     declined |= costs.declined

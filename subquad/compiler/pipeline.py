@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from subquad.compiler.capture import Captured, Graphs, capture, install, installed_graphs, operator_nodes
+from subquad.compiler.capture import Captured, Graphs, capture, install, installed_graphs, kernel_of, operator_nodes
 from subquad.compiler.choose import Choice, Chooser
 from subquad.compiler.example import METHODS, Example, Method
 from subquad.compiler.options import CompileOptions
@@ -124,6 +124,15 @@ def compiled_graphs(model: LanguageModel) -> dict[tuple[int, Method], fx.GraphMo
         (block.layer_index, method): graph
         for block in _blocks(model)
         for method, graph in installed_graphs(block.mixer).items()
+    }
+
+
+def kernels_in_use(model: LanguageModel) -> dict[str, str]:
+    """What each compiled mixer runs, by layer and method: its kernels in the order of their calls."""
+    return {
+        f"layer {layer}, {method}": "; ".join(f"{operator.name}: {kernel_of(node)}" for node, operator in nodes)
+        for (layer, method), graph in compiled_graphs(model).items()
+        if (nodes := list(operator_nodes(graph.graph)))
     }
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from torch.utils.checkpoint import checkpoint
 
 from subquad.contracts import Carry
 from subquad.model.block import Block
+from subquad.model.recompute import checkpointed
 
 ModelCarry = tuple[Carry, ...]
 """One carry per block."""
@@ -23,7 +23,8 @@ class LanguageModel(nn.Module):
 
     With a `logit_cap` c > 0 logits become c tanh(logits / c) (Gemma Team 2024, section 2; xLSTM 7B).
     `no_decay` maps a mixer's registry name to the parameters that weight decay leaves alone. With
-    `activation_checkpointing` a block's activations are computed again in the backward instead of kept.
+    `activation_checkpointing` a block's activations, or the cheap ones among them, are computed again in the backward
+    instead of kept (`recompute.py`).
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class LanguageModel(nn.Module):
         self.lm_head = None if tie_embeddings else nn.Linear(d_model, vocab_size, bias=False)
         self.logit_cap = logit_cap
         self.activation_checkpointing = False
+        self.recompute = "all"
         self._no_decay = dict(no_decay)
 
     def init_parameters(self, std: float) -> None:
@@ -70,13 +72,13 @@ class LanguageModel(nn.Module):
         for block in self._blocks():
             run: Callable[..., Any] = block
             if self.activation_checkpointing and torch.is_grad_enabled():
-                run = partial(checkpoint, block, use_reentrant=False)
+                run = partial(checkpointed, block, self.recompute)
             if block.sharing:
                 x, new = run(x, cu_seqlens, _read(block, published))
                 published.update(new)
             else:
                 x = run(x, cu_seqlens)
-        return self._logits(x).view(*tokens.shape, -1)
+        return self._logits(x.view(*tokens.shape, -1))
 
     def empty_carry(self, batch_size: int) -> ModelCarry:
         """The carry before the first token."""

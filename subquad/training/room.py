@@ -17,7 +17,8 @@ BYTES_PER_PARAMETER = 8
 def check_room(config: RunConfig, device: torch.device) -> None:
     """Refuse a model, or a batch, that is larger than all of the device's memory.  Raises: ConfigError.
 
-    Bounds:  8 parameters  for weights and gradients;  4 batch_size seq_len vocab_size  for the logits.
+    Bounds:  8 parameters  for weights and gradients, over the devices that share them out (fsdp);
+             4 batch_size seq_len vocab_size  for the logits.
     """
     room = _memory_of(device)
     trainer, vocab_size = config.trainer, config.model.vocab_size
@@ -39,10 +40,13 @@ def check_room(config: RunConfig, device: torch.device) -> None:
             where="model",
             mend="look for a size in it that is negative or far too large",
         ) from error
-    if parameters * BYTES_PER_PARAMETER > room:
+    ranks = trainer.devices if trainer.strategy == "fsdp" else 1
+    need = parameters * BYTES_PER_PARAMETER // ranks
+    if need > room:
+        shared = f", over {ranks} devices," if ranks > 1 else ""
         raise _too_large(
-            f"a model of {parameters:,} parameters and its gradients",
-            parameters * BYTES_PER_PARAMETER, room, "model", "use a smaller model",
+            f"a model of {parameters:,} parameters and its gradients{shared}",
+            need, room, "model", "use a smaller model, or trainer.strategy=fsdp with more trainer.devices",
         )  # fmt: skip
 
 

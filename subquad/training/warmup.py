@@ -86,6 +86,7 @@ def one_step_s(config: RunConfig, plan: Plan, target: Target) -> float:
             tokens = torch.zeros(rows, t, dtype=torch.int64)
             boundaries = torch.tensor([0, t // 2, t], dtype=torch.int32) if packed else None
         model.activation_checkpointing = config.trainer.activation_checkpointing
+        model.recompute = config.trainer.recompute
         compile_model(model, training_example(config, target, packed=packed), target=target, plan=plan)
         with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32):
             logits = model(tokens, boundaries)
