@@ -1,0 +1,222 @@
+"""One rank of several that share sequences: run as a script, it compares what it computes with the whole sequence.
+
+    python tests/sequence_ranks.py RANK RANKS STORE_FILE RESULT_JSON [DEVICE]
+
+Writes, for each case, the largest error of outputs and gradients on this rank relative to the largest value. A new case
+is a function of `OPERATORS` or `MIXERS`; all run in one process, because starting one costs seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from subquad.parallel.operators import on_part
+from subquad.parallel.part import SequencePart
+from subquad_kernels import operators as _operators  # noqa: F401 - fills the catalogue
+
+TOKENS, DOCUMENTS = 48, (0, 5, 5, 19, 24, 47, 48)
+"""Divided by 2, 3 and 4: a document goes over a seam, one begins at the seam of 2 ranks, one is empty."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operator's arguments for whole sequences; those in `parts` have the tokens as their second axis."""
+
+    operator: str
+    arguments: dict[str, Any]
+    parts: tuple[str, ...]
+    outputs: int = 1
+    """How many of the results, the first ones, have the tokens as their second axis."""
+
+
+class Draw:
+    """Random arguments, the same on every rank."""
+
+    def __init__(self, device: str) -> None:
+        self._generator, self._device = torch.Generator().manual_seed(5), device
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self._generator, dtype=torch.float64).to(self._device)
+
+    def decays(self, *shape: int) -> Tensor:
+        """Log decays, some near 0 and some that forget all at once."""
+        return -self(*shape).exp() * 0.2
+
+    def boundaries(self) -> Tensor:
+        return torch.tensor(DOCUMENTS, dtype=torch.int32, device=self._device)
+
+
+def linear_attention(draw: Draw, b: int, packed: Tensor | None, *, plain: bool = False) -> Case:
+    arguments = {
+        "q": draw(b, TOKENS, 2, 4), "k": draw(b, TOKENS, 2, 4), "v": draw(b, TOKENS, 4, 3),
+        "log_decay": None if plain else draw.decays(b, TOKENS, 4),
+        "write_gate": None if plain else draw(b, TOKENS, 4), "diagonal": None if plain else draw(b, TOKENS, 4),
+        "initial_state": draw(b, 4, 4, 3) if packed is None and not plain else None,
+        "cu_seqlens": packed, "scale": 0.5, "kernel": "chunked",
+    }  # fmt: skip
+    return Case("linear_attention", arguments, ("q", "k", "v", "log_decay", "write_gate", "diagonal"))
+
+
+def constant_decay(draw: Draw, b: int, packed: Tensor | None) -> Case:
+    case = linear_attention(draw, b, packed, plain=True)
+    case.arguments["log_decay"] = draw.decays(4)
+    return Case("linear_attention", case.arguments, ("q", "k", "v"))
+
+
+def gated_linear_attention(draw: Draw, b: int, packed: Tensor | None, *, read: str = "after") -> Case:
+    arguments = {
+        "q": draw(b, TOKENS, 2, 4), "k": draw(b, TOKENS, 2, 4), "v": draw(b, TOKENS, 2, 3),
+        "log_decay": draw.decays(b, TOKENS, 2, 4), "bonus": draw(2, 4) if read == "before" else None,
+        "initial_state": draw(b, 2, 4, 3) if packed is None else None,
+        "cu_seqlens": packed, "scale": 0.5, "read": read, "kernel": "chunked",
+    }  # fmt: skip
+    return Case("gated_linear_attention", arguments, ("q", "k", "v", "log_decay"))
+
+
+def delta_rule(draw: Draw, b: int, packed: Tensor | None, *, diagonal: bool = False) -> Case:
+    k = torch.nn.functional.normalize(draw(b, TOKENS, 2, 4), dim=-1)
+    arguments = {
+        "q": draw(b, TOKENS, 2, 4), "k": k, "v": draw(b, TOKENS, 2, 3),
+        "log_decay": draw.decays(b, TOKENS, 2, 4) if diagonal else draw.decays(b, TOKENS, 2),
+        "write_gate": draw(b, TOKENS, 2).sigmoid(),
+        "remove": k * 1.0 if diagonal else None, "insert": -0.5 * k if diagonal else None,
+        "initial_state": draw(b, 2, 4, 3) if packed is None else None,
+        "cu_seqlens": packed, "scale": 0.5, "kernel": "reference" if diagonal else "chunked",
+    }  # fmt: skip
+    return Case("delta_rule", arguments, ("q", "k", "v", "log_decay", "write_gate", "remove", "insert"))
+
+
+def selective_scan(draw: Draw, b: int, packed: Tensor | None, *, softplus: bool = True) -> Case:
+    arguments = {
+        "x": draw(b, TOKENS, 5), "dt": draw(b, TOKENS, 5) if softplus else draw(b, TOKENS, 5).sigmoid(),
+        "A": -draw(5, 3).exp(), "B": draw(b, TOKENS, 3), "C": draw(b, TOKENS, 3), "D": draw(5), "z": draw(b, TOKENS, 5),
+        "dt_bias": draw(5) if softplus else None, "initial_state": draw(b, 5, 3) if packed is None else None,
+        "cu_seqlens": packed, "softplus": softplus, "reversed": False, "kernel": "chunked",
+    }  # fmt: skip
+    return Case("selective_scan", arguments, ("x", "dt", "B", "C", "z"))
+
+
+def causal_conv(draw: Draw, b: int, packed: Tensor | None) -> Case:
+    arguments = {
+        "x": draw(b, TOKENS, 5), "weight": draw(5, 4), "bias": draw(5),
+        "initial_state": draw(b, 3, 5) if packed is None else None,
+        "cu_seqlens": packed, "activation": "silu", "kernel": "reference",
+    }  # fmt: skip
+    return Case("causal_conv", arguments, ("x",))
+
+
+def rotary(draw: Draw, b: int, packed: Tensor | None) -> Case:
+    arguments = {
+        "q": draw(b, TOKENS, 2, 6), "k": draw(b, TOKENS, 1, 6), "cu_seqlens": packed, "start": 0 if packed is not None
+        else 7, "theta": 100.0, "kernel": "reference",
+    }  # fmt: skip
+    return Case("rotary", arguments, ("q", "k"), outputs=2)
+
+
+def softmax_attention(draw: Draw, b: int, packed: Tensor | None, *, window: int = 0) -> Case:
+    arguments = {
+        "q": draw(b, TOKENS, 4, 6), "k": draw(b, TOKENS, 2, 6), "v": draw(b, TOKENS, 2, 5), "cu_seqlens": packed,
+        "causal": True, "window": window, "scale": None, "kernel": "reference",
+    }  # fmt: skip
+    return Case("softmax_attention", arguments, ("q", "k", "v"))
+
+
+def segment_attention(draw: Draw, b: int, packed: Tensor | None) -> Case:
+    arguments = {
+        "q": draw(b, TOKENS, 4, 6), "k": draw(b, TOKENS, 2, 6), "v": draw(b, TOKENS, 2, 5), "summary_k": None,
+        "summary_v": None, "cu_seqlens": packed, "segment_len": 4, "start": 0, "scale": None, "kernel": "reference",
+    }  # fmt: skip
+    return Case("segment_attention", arguments, ("q", "k", "v"))
+
+
+OPERATORS: dict[str, Callable[[Draw, int, Tensor | None], Case]] = {
+    "linear_attention": linear_attention,
+    "linear_attention, nothing decays": lambda *given: linear_attention(*given, plain=True),
+    "linear_attention, constant decays": constant_decay,
+    "gated_linear_attention": gated_linear_attention,
+    "gated_linear_attention, read before": lambda *given: gated_linear_attention(*given, read="before"),
+    "delta_rule": delta_rule,
+    "delta_rule, remove and insert": lambda *given: delta_rule(*given, diagonal=True),
+    "selective_scan": selective_scan,
+    "selective_scan without softplus": lambda *given: selective_scan(*given, softplus=False),
+    "causal_conv": causal_conv,
+    "rotary": rotary,
+    "softmax_attention": softmax_attention,
+    "window of 1": lambda *given: softmax_attention(*given, window=1),
+    "window of 7": lambda *given: softmax_attention(*given, window=7),
+    "window over three parts": lambda *given: softmax_attention(*given, window=35),
+    "segment_attention": segment_attention,
+}
+
+
+def compare_operator(case: Case, part: SequencePart, draw: Draw) -> float:
+    """The largest relative error of outputs and gradients of this part."""
+    t = TOKENS // part.count
+    mine = slice(part.index * t, (part.index + 1) * t)
+    whole = {
+        name: value.clone().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in case.arguments.items()
+    }
+    local = {
+        name: value[:, mine] if name in case.parts and value is not None else value
+        for name, value in case.arguments.items()
+    }
+    local = {
+        name: value.clone().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in local.items()
+    }
+    outputs = getattr(torch.ops.subquad, case.operator)(*whole.values())[: case.outputs]
+    found = on_part(part, case.operator, local)[: case.outputs]
+    pulls = [draw(*y.shape) for y in outputs]
+    torch.autograd.backward(list(outputs), pulls)
+    torch.autograd.backward(list(found), [pull[:, mine] for pull in pulls])
+    errors = [error(y[:, mine], other) for y, other in zip(outputs, found, strict=True)]
+    for name, value in whole.items():
+        if isinstance(value, Tensor) and value.requires_grad:
+            gradient, expected = local[name].grad, value.grad
+            if gradient is None:  # this part does not read it, as later ones do not read an initial state
+                gradient = torch.zeros_like(local[name])
+            if name in case.parts:
+                expected = expected[:, mine]
+            else:
+                dist.all_reduce(gradient)
+            errors.append(error(expected, gradient))
+    return max(errors)
+
+
+def error(expected: Tensor, found: Tensor) -> float:
+    assert expected.shape == found.shape, f"{tuple(found.shape)}, not {tuple(expected.shape)}"
+    difference = (expected.detach() - found.detach()).abs().max() / expected.detach().abs().max().clamp(min=1e-30)
+    return float("inf") if difference.isnan() else float(difference)
+
+
+def main(rank: int, ranks: int, store_file: str, result: str, device: str = "cpu") -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(store_file, ranks)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=ranks)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+        device = f"cuda:{rank}"
+    part = SequencePart(ranks)
+    part.join(dist.new_group(list(range(ranks))))
+    errors: dict[str, float] = {}
+    for name, build in OPERATORS.items():
+        for packed in (False, True):
+            draw = Draw(device)
+            case = build(draw, 1 if packed else 2, draw.boundaries() if packed else None)
+            errors[f"{name}{', packed' if packed else ''}"] = compare_operator(case, part, draw)
+    Path(result).write_text(json.dumps(errors), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
