@@ -19,9 +19,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from subquad.compiler.capture import capture, install
+from subquad.compiler.example import Method
+from subquad.compiler.passes.split_sequence import split_sequence
+from subquad.contracts import MixerContext
 from subquad.parallel.operators import on_part
 from subquad.parallel.part import SequencePart
+from subquad.registry import load_registry
 from subquad_kernels import operators as _operators  # noqa: F401 - fills the catalogue
+from subquad_kernels.catalogue import load_attribute
 
 TOKENS, DOCUMENTS = 48, (0, 5, 5, 19, 24, 47, 48)
 """Divided by 2, 3 and 4: a document goes over a seam, one begins at the seam of 2 ranks, one is empty."""
@@ -193,13 +199,59 @@ def compare_operator(case: Case, part: SequencePart, draw: Draw) -> float:
     return max(errors)
 
 
+MIXERS: dict[str, dict[str, Any]] = {
+    "delta_net": {"num_heads": 2},
+    "gated_delta_net": {"num_heads": 2},
+    "gla": {"num_heads": 2},
+    "lightning": {"num_heads": 2},
+    "mamba": {"state_dim": 3},
+    "mamba2": {"head_dim": 8, "state_dim": 4},
+    "mlstm": {"num_heads": 2},
+    "retnet": {"num_heads": 2},
+    "segment_attention": {"num_heads": 2, "segment_len": 4},
+    "softmax_attention": {"num_heads": 2},
+    "window": {"num_heads": 2, "window": 7},
+}
+D_MODEL = 16
+
+
+def built_mixer(name: str, settings: dict[str, Any]) -> Any:
+    spec = load_registry().mixers[name]
+    torch.manual_seed(3)
+    context = MixerContext(d_model=D_MODEL, layer_index=1, num_layers=4, context_len=TOKENS)
+    mixer: Any = load_attribute(spec.build)(spec.config(**settings), context)  # type: ignore[operator]
+    mixer.init_parameters(0.3)
+    return mixer.double()
+
+
+def compare_mixer(name: str, part: SequencePart, draw: Draw, device: str, *, packed: bool) -> float:
+    """The largest relative error of the output and of the gradients of the input's part and of all parameters."""
+    whole, split = (built_mixer(name, MIXERS[name]).to(device) for _ in range(2))
+    method: Method = "packed" if packed else "forward"
+    install(split, {method: split_sequence(part)(capture(split).graphs[method]).graph})
+    t = TOKENS // part.count
+    mine = slice(part.index * t, (part.index + 1) * t)
+    x = draw(1 if packed else 2, TOKENS, D_MODEL).requires_grad_()
+    own = x[:, mine].detach().clone().requires_grad_()
+    bounds = draw.boundaries() if packed else None
+    y, found = whole(x, bounds), split(own, bounds)
+    pull = draw(*y.shape)
+    y.backward(pull)
+    found.backward(pull[:, mine])
+    errors = [error(y[:, mine], found), error(x.grad[:, mine], own.grad)]
+    for expected, parameter in zip(whole.parameters(), split.parameters(), strict=True):
+        dist.all_reduce(parameter.grad)
+        errors.append(error(expected.grad, parameter.grad))
+    return max(errors)
+
+
 def error(expected: Tensor, found: Tensor) -> float:
     assert expected.shape == found.shape, f"{tuple(found.shape)}, not {tuple(expected.shape)}"
     difference = (expected.detach() - found.detach()).abs().max() / expected.detach().abs().max().clamp(min=1e-30)
     return float("inf") if difference.isnan() else float(difference)
 
 
-def main(rank: int, ranks: int, store_file: str, result: str, device: str = "cpu") -> None:
+def main(rank: int, ranks: int, store_file: str, result: str, device: str = "cpu", mixers: bool = True) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(store_file, ranks)
     dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=ranks)
@@ -214,6 +266,10 @@ def main(rank: int, ranks: int, store_file: str, result: str, device: str = "cpu
             draw = Draw(device)
             case = build(draw, 1 if packed else 2, draw.boundaries() if packed else None)
             errors[f"{name}{', packed' if packed else ''}"] = compare_operator(case, part, draw)
+    for name in MIXERS if mixers else ():
+        for packed in (False, True):
+            found = compare_mixer(name, part, Draw(device), device, packed=packed)
+            errors[f"{name} mixer{', packed' if packed else ''}"] = found
     Path(result).write_text(json.dumps(errors), encoding="utf-8")
     dist.destroy_process_group()
 

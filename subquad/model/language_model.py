@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from subquad.contracts import Carry
 from subquad.model.block import Block
+from subquad.parallel.part import SequencePart
 
 ModelCarry = tuple[Carry, ...]
 """One carry per block."""
@@ -22,7 +23,8 @@ class LanguageModel(nn.Module):
 
     With a `logit_cap` c > 0 logits become c tanh(logits / c) (Gemma Team 2024, section 2; xLSTM 7B).
     `no_decay` maps a mixer's registry name to the parameters that weight decay leaves alone. With
-    `activation_checkpointing` a block's activations are computed again in the backward instead of kept.
+    `activation_checkpointing` a block's activations are computed again in the backward instead of kept. `part` is
+    that of every sequence which `forward` was compiled to compute on; None: whole sequences.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class LanguageModel(nn.Module):
         self.lm_head = None if tie_embeddings else nn.Linear(d_model, vocab_size, bias=False)
         self.logit_cap = logit_cap
         self.activation_checkpointing = False
+        self.part: SequencePart | None = None
         self._no_decay = dict(no_decay)
 
     def init_parameters(self, std: float) -> None:

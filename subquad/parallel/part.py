@@ -35,11 +35,24 @@ class SequencePart:
         if self.index < 0:
             self.index = self.count - 1
 
+    def __deepcopy__(self, memo: object) -> SequencePart:
+        return self  # graphs of a copied model go on exchanging with the same ranks
+
     def join(self, group: dist.ProcessGroup) -> None:
         """Exchange with these ranks, of which this one holds the part of its place in the group."""
         if dist.get_world_size(group) != self.count:
             raise ValueError(f"{dist.get_world_size(group)} ranks are in the group, for {self.count} parts")
         self._group, self.index = group, dist.get_rank(group)
+
+    def total(self, count: Tensor) -> Tensor:
+        """The sum over all parts, without a gradient."""
+        total = count.clone()
+        dist.all_reduce(total, group=self._joined())
+        return total
+
+    def anywhere(self, flag: bool) -> bool:
+        """Whether a flag is up in any part: what ranks do next they must do together."""
+        return bool(self.total(torch.tensor(int(flag))))
 
     def before(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """What the parts before this one gave for these tensors, which have one type.  Shapes:  ...  ->  index ... each
@@ -50,15 +63,18 @@ class SequencePart:
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         if not flat.numel():
             pieces = flat.new_empty(self.index, 0)
-        elif self._group is None:
-            if not isinstance(flat, FakeTensor):
-                raise RuntimeError("the part of a sequence has not joined the ranks that hold the others")
+        elif isinstance(flat, FakeTensor):
             pieces = flat.new_empty(self.index, flat.numel())
         else:
-            pieces = _Gathered.apply(flat, self._group)[: self.index]
+            pieces = _Gathered.apply(flat, self._joined())[: self.index]
         return tuple(
             piece.reshape(self.index, *tensor.shape) for piece, tensor in zip(pieces.split(sizes, dim=1), tensors)
         )
+
+    def _joined(self) -> dist.ProcessGroup:
+        if self._group is None:
+            raise RuntimeError("the part of a sequence has not joined the ranks that hold the others")
+        return self._group
 
     def node(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function(self, ...)`, which is one node in a graph that is being traced."""

@@ -32,7 +32,14 @@ from subquad.training.checkpoint import Checkpoint, newest_checkpoint
 from subquad.training.compilation import compiled, device_of, plan_of, target_of, uses_bfloat16
 from subquad.training.data import TextData, build_data
 from subquad.training.denial import denied_after, deny, free_memory, message, without_denied
-from subquad.training.distributed import Ranks, process_group, ranks_here, share_of_threads, told_by_rank_zero
+from subquad.training.distributed import (
+    Ranks,
+    process_group,
+    ranks_here,
+    share_of_threads,
+    share_sequences,
+    told_by_rank_zero,
+)
 from subquad.training.environment import environment_record
 from subquad.training.module import TrainingModule, Validation
 from subquad.training.optimizers import check_schedule, optimizer_config
@@ -271,7 +278,9 @@ def _fit(prepared: _Prepared, ranks: Ranks) -> TrainResult:
         prepared.model.load_state_dict(checkpoint.weights())
         state = checkpoint.trainer_state()
         prepared.data.load_state_dict(state["data"])
-    module = TrainingModule(prepared.model, config, state)
+    if prepared.model.part is not None:
+        share_sequences(prepared.model.part, ranks)
+    module = TrainingModule(prepared.model, config, state, prepared.model.part)
     resumed_at, spent_s = (checkpoint.step, float(state["seconds"])) if checkpoint and state else (None, 0.0)
     tracker = build_tracker(config.tracking, folder.path, asdict(config)) if ranks.rank == 0 else NoTracker()
     recorder = Recorder(folder, tracker, rank=ranks.rank, resumed_at=resumed_at, spent_s=spent_s)

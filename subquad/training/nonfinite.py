@@ -17,12 +17,15 @@ from torch import Tensor, nn
 FORMAT_VERSION = 1
 
 
-def first_nonfinite(model: nn.Module, loss_of: Callable[[], Tensor]) -> str | None:
+def first_nonfinite(
+    model: nn.Module, loss_of: Callable[[], Tensor], anywhere: Callable[[bool], bool] = bool
+) -> str | None:
     """The first tensor that is not finite as the loss is computed and differentiated; None if all are.
 
     In the order of computing: a parameter, the output of a module (of the innermost one that returned it), the loss,
     and, as gradients flow from the loss to the embedding, the gradient of the parameter that is last in the model.
-    No gradient is kept and none is exchanged between ranks.
+    No gradient is kept and none is exchanged between ranks. Ranks that share sequences ask each other by `anywhere`
+    whether one of them has found something, since they can only go on together.
     """
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
@@ -43,10 +46,10 @@ def first_nonfinite(model: nn.Module, loss_of: Callable[[], Tensor]) -> str | No
     finally:
         for hook in hooks:
             hook.remove()
-    if found:
-        return found[0]
-    if not bool(torch.isfinite(loss)):
-        return "the loss"
+    if not found and not bool(torch.isfinite(loss)):
+        found.append("the loss")
+    if anywhere(bool(found)):
+        return found[0] if found else None
     learned = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     with _as_written(model):
         gradients = torch.autograd.grad(loss, [parameter for _, parameter in learned], allow_unused=True)
