@@ -251,13 +251,13 @@ def error(expected: Tensor, found: Tensor) -> float:
     return float("inf") if difference.isnan() else float(difference)
 
 
-def main(rank: int, ranks: int, store_file: str, result: str, device: str = "cpu", mixers: bool = True) -> None:
+def main(rank: int, ranks: int, store_file: str, result: str, device: str = "cpu") -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(store_file, ranks)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=ranks)
     if device == "cuda":
-        torch.cuda.set_device(rank)
         device = f"cuda:{rank}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device != "cpu" else "gloo", store=store, rank=rank, world_size=ranks)
     part = SequencePart(ranks)
     part.join(dist.new_group(list(range(ranks))))
     errors: dict[str, float] = {}
@@ -266,7 +266,7 @@ def main(rank: int, ranks: int, store_file: str, result: str, device: str = "cpu
             draw = Draw(device)
             case = build(draw, 1 if packed else 2, draw.boundaries() if packed else None)
             errors[f"{name}{', packed' if packed else ''}"] = compare_operator(case, part, draw)
-    for name in MIXERS if mixers else ():
+    for name in MIXERS:
         for packed in (False, True):
             found = compare_mixer(name, part, Draw(device), device, packed=packed)
             errors[f"{name} mixer{', packed' if packed else ''}"] = found
