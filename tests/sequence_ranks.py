@@ -29,8 +29,10 @@ from subquad.registry import load_registry
 from subquad_kernels import operators as _operators  # noqa: F401 - fills the catalogue
 from subquad_kernels.catalogue import load_attribute
 
-TOKENS, DOCUMENTS = 48, (0, 5, 5, 19, 24, 47, 48)
-"""Divided by 2, 3 and 4: a document goes over a seam, one begins at the seam of 2 ranks, one is empty."""
+TOKENS = 48
+LAYOUTS = {"whole": None, "packed": (0, 5, 5, 16, 40, 47, 48), "packed far": (0, 14, 45, 48)}
+"""Documents go over seams of 2 and 3 ranks; one begins at a seam and fills a part, one began just before a part that it
+fills, one is empty."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,9 @@ class Draw:
         """Log decays, some near 0 and some that forget all at once."""
         return -self(*shape).exp() * 0.2
 
-    def boundaries(self) -> Tensor:
-        return torch.tensor(DOCUMENTS, dtype=torch.int32, device=self._device)
+    def boundaries(self, layout: str) -> Tensor | None:
+        documents = LAYOUTS[layout]
+        return None if documents is None else torch.tensor(documents, dtype=torch.int32, device=self._device)
 
 
 def linear_attention(draw: Draw, b: int, packed: Tensor | None, *, plain: bool = False) -> Case:
@@ -224,16 +227,16 @@ def built_mixer(name: str, settings: dict[str, Any]) -> Any:
     return mixer.double()
 
 
-def compare_mixer(name: str, part: SequencePart, draw: Draw, device: str, *, packed: bool) -> float:
+def compare_mixer(name: str, part: SequencePart, draw: Draw, device: str, layout: str) -> float:
     """The largest relative error of the output and of the gradients of the input's part and of all parameters."""
     whole, split = (built_mixer(name, MIXERS[name]).to(device) for _ in range(2))
-    method: Method = "packed" if packed else "forward"
+    bounds = draw.boundaries(layout)
+    method: Method = "forward" if bounds is None else "packed"
     install(split, {method: split_sequence(part)(capture(split).graphs[method]).graph})
     t = TOKENS // part.count
     mine = slice(part.index * t, (part.index + 1) * t)
-    x = draw(1 if packed else 2, TOKENS, D_MODEL).requires_grad_()
+    x = draw(2 if bounds is None else 1, TOKENS, D_MODEL).requires_grad_()
     own = x[:, mine].detach().clone().requires_grad_()
-    bounds = draw.boundaries() if packed else None
     y, found = whole(x, bounds), split(own, bounds)
     pull = draw(*y.shape)
     y.backward(pull)
@@ -261,15 +264,14 @@ def main(rank: int, ranks: int, store_file: str, result: str, device: str = "cpu
     part = SequencePart(ranks)
     part.join(dist.new_group(list(range(ranks))))
     errors: dict[str, float] = {}
-    for name, build in OPERATORS.items():
-        for packed in (False, True):
+    for layout in LAYOUTS:
+        for name, build in OPERATORS.items():
             draw = Draw(device)
-            case = build(draw, 1 if packed else 2, draw.boundaries() if packed else None)
-            errors[f"{name}{', packed' if packed else ''}"] = compare_operator(case, part, draw)
-    for name in MIXERS:
-        for packed in (False, True):
-            found = compare_mixer(name, part, Draw(device), device, packed=packed)
-            errors[f"{name} mixer{', packed' if packed else ''}"] = found
+            bounds = draw.boundaries(layout)
+            case = build(draw, 2 if bounds is None else 1, bounds)
+            errors[f"{name}, {layout}"] = compare_operator(case, part, draw)
+        for name in MIXERS:
+            errors[f"mixer {name}, {layout}"] = compare_mixer(name, part, Draw(device), device, layout)
     Path(result).write_text(json.dumps(errors), encoding="utf-8")
     dist.destroy_process_group()
 

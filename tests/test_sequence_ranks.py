@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from sequence_ranks import MIXERS, OPERATORS, main
+from sequence_ranks import LAYOUTS, MIXERS, OPERATORS, main
 from torch import Tensor, fx, nn
 
 from subquad.compiler.example import Example
@@ -62,7 +62,7 @@ def errors(ranks: int, folder: Path, device: str) -> dict[str, float]:
 def test_operators_and_mixers_on_parts_are_those_on_whole_sequences(ranks: int, tmp_path: Path) -> None:
     """Outputs and all gradients, with and without packed documents; one test, since ranks take seconds to start."""
     found = errors(ranks, tmp_path, "cpu")
-    assert len(found) == 2 * (len(OPERATORS) + len(MIXERS))
+    assert len(found) == len(LAYOUTS) * (len(OPERATORS) + len(MIXERS))
     assert {case: error for case, error in found.items() if not error < TOLERANCE} == {}
 
 

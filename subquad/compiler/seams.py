@@ -47,7 +47,10 @@ def check_seams(mixer: nn.Module, graph_module: fx.GraphModule, method: Method, 
         try:
             found = half.run(x[:, HALF:], bounds)
         except Exception as error:  # a stranger's code, which has not been asked for a part before
-            raise NotSplitError(f"on a part of a sequence it raises {_line(error)}") from None
+            raise NotSplitError(
+                f"on a part of a sequence it fails ({_line(error)}), as what reads positions or boundaries"
+                " otherwise than by an operator may"
+            ) from None
         whole = _Observed(graph, half.results)
         expected = whole.run(x, bounds)
     for node, arguments in whole.arguments.items():
