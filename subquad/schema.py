@@ -106,11 +106,11 @@ class TokenizerConfig:
 
 @dataclass(kw_only=True)
 class TrainerConfig:
-    """How the optimisation runs. One step consumes batch_size x seq_len x accumulate x devices tokens."""
+    """How the optimisation runs. A step takes batch_size x seq_len x accumulate x devices / context_parallel tokens."""
 
     max_steps: int = 1000
     max_seconds: float | None = None  # stop after the step that passes this wall time
-    batch_size: int = 8  # sequences per device and micro-batch
+    batch_size: int = 8  # sequences per device (or devices that share them) and micro-batch
     seq_len: int = 256  # tokens
     accumulate: int = 1  # micro-batches per step
     learning_rate_warmup_steps: int = 50
@@ -121,6 +121,7 @@ class TrainerConfig:
     validation_batches: int = 16
     precision: str = "auto"  # auto | float32 | bfloat16
     devices: int = 1
+    context_parallel: int = 1  # devices that share each sequence, a part of its tokens each
     accelerator: str = "auto"  # auto | cpu | cuda
     strategy: str = "auto"  # auto, ddp: every device holds the model; fsdp: each holds its rows of every parameter
     activation_checkpointing: bool = False  # the backward computes a block's activations again
@@ -137,6 +138,7 @@ class TrainerConfig:
             gradient_clip_norm=(0, INFINITY),
             validate_every_n_steps=(0, INFINITY),
             devices=(1, MOST_PROCESSES),
+            context_parallel=(1, MOST_PROCESSES),
             num_workers=(0, MOST_PROCESSES),
             log_every_n_steps=(1, INFINITY),
         )

@@ -15,7 +15,7 @@ import torch
 from subquad.compiler.call_seconds import FORWARD_AGAIN, STREAMS, Span, scaled, seconds_of, total
 from subquad.compiler.example import Example
 from subquad.compiler.plan import Plan, StepPrediction
-from subquad.compiler.run_shapes import sized_model
+from subquad.compiler.run_shapes import local_tokens, sized_model
 from subquad.compiler.step_work import StepWork, step_work
 from subquad.compiler.target import Target
 from subquad.schema import RunConfig
@@ -47,8 +47,10 @@ def predict_step(config: RunConfig, target: Target, plan: Plan) -> StepPredictio
         notes.append("recompute=cheap is counted as if all activations were kept")
     if trainer.devices > 1:
         notes.append("the exchange of gradients between devices is not counted")
+    if trainer.context_parallel > 1:
+        notes.append("what ranks exchange of the sequences that they share is not counted")
     example = _example(plan)
-    if example.tokens_shape != (trainer.batch_size, trainer.seq_len):
+    if example.tokens_shape != local_tokens(config):
         return _unknown(f"the plan is for batches of {example.tokens_shape}")
     try:
         with torch.random.fork_rng(()):

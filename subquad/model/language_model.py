@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 from subquad.contracts import Carry
 from subquad.model.block import Block
 from subquad.model.recompute import checkpointed
+from subquad.parallel.part import SequencePart
 
 ModelCarry = tuple[Carry, ...]
 """One carry per block."""
@@ -24,7 +25,8 @@ class LanguageModel(nn.Module):
     With a `logit_cap` c > 0 logits become c tanh(logits / c) (Gemma Team 2024, section 2; xLSTM 7B).
     `no_decay` maps a mixer's registry name to the parameters that weight decay leaves alone. With
     `activation_checkpointing` a block's activations, or the cheap ones among them, are computed again in the backward
-    instead of kept (`recompute.py`).
+    instead of kept (`recompute.py`). `part` is that of every sequence which `forward` was compiled to compute on; None:
+    whole sequences.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class LanguageModel(nn.Module):
         self.logit_cap = logit_cap
         self.activation_checkpointing = False
         self.recompute = "all"
+        self.part: SequencePart | None = None
         self._no_decay = dict(no_decay)
 
     def init_parameters(self, std: float) -> None:

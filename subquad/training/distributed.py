@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from subquad.errors import ConfigError, RunError
+from subquad.parallel.part import SequencePart
 from subquad.schema import TrainerConfig
 from subquad.training.rank_watch import RankWatch
 
@@ -50,9 +51,16 @@ class Ranks:
 def ranks_here(config: TrainerConfig) -> Ranks:
     """What the environment says.  Raises: ConfigError when torchrun or srun started a number that does not fit."""
     _name_slurm_tasks()
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return Ranks(0, config.devices, from_outside=False)
-    world_size = int(os.environ["WORLD_SIZE"])
+    from_outside = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    world_size = int(os.environ["WORLD_SIZE"]) if from_outside else config.devices
+    if world_size % config.context_parallel:
+        raise ConfigError(
+            what=f"{config.context_parallel} devices are to share each sequence, and the run has {world_size}",
+            where="trainer.context_parallel",
+            mend=f"use a divisor of the number of devices, or trainer.devices={config.context_parallel}",
+        )
+    if not from_outside:
+        return Ranks(0, world_size, from_outside=False)
     if world_size % config.devices:
         raise ConfigError(
             what=f"{world_size} processes were started, which is no multiple of {config.devices} devices per machine",
@@ -131,6 +139,15 @@ def lost_a_rank(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST)
     )
+
+
+def share_sequences(part: SequencePart, ranks: Ranks) -> None:
+    """Let the part exchange with those of its sequences: ranks in a row, in groups of as many as there are parts."""
+    for first in range(0, ranks.world_size, part.count):
+        members = list(range(first, first + part.count))
+        group = dist.new_group(members)  # every rank takes part in making every group
+        if ranks.rank in members:
+            part.join(group)
 
 
 def told_by_rank_zero(value: str | None) -> str:

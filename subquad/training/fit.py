@@ -42,6 +42,7 @@ from subquad.training.distributed import (
     process_group,
     ranks_here,
     share_of_threads,
+    share_sequences,
     started_by_rank_zero,
     told_by_rank_zero,
 )
@@ -237,6 +238,12 @@ def _check(config: RunConfig) -> None:
                 where=f"trainer.{key}",
                 mend=f"{suggestion(value, allowed)}use one of {', '.join(allowed)}",
             )
+    if trainer.strategy == "fsdp" and trainer.context_parallel > 1:
+        raise ConfigError(
+            what="a model in shards, on ranks that share sequences, was never tried",
+            where="trainer.context_parallel",
+            mend="use trainer.strategy=ddp, or trainer.context_parallel=1",
+        )
     have = torch.cuda.device_count()
     if trainer.accelerator == "cuda" and not have:
         raise ConfigError(
@@ -312,7 +319,9 @@ def _fit(prepared: _Prepared, ranks: Ranks) -> TrainResult:
             prepared.model.load_state_dict(checkpoint.weights())
             state = checkpoint.trainer_state()
         prepared.data.load_state_dict(state["data"])
-    module = TrainingModule(prepared.model, config, state)
+    if prepared.model.part is not None:
+        share_sequences(prepared.model.part, ranks)
+    module = TrainingModule(prepared.model, config, state, prepared.model.part)
     resumed_at, spent_s = (checkpoint.step, float(state["seconds"])) if checkpoint and state else (None, 0.0)
     del state  # the module lets go of it once the optimizer has it
     tracker = build_tracker(config.tracking, folder.path, asdict(config)) if ranks.rank == 0 else NoTracker()

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from subquad.model.language_model import LanguageModel
+from subquad.parallel.part import SequencePart
 from subquad.schema import RunConfig
 from subquad.training.data import Batch
 from subquad.training.distributed import first_of_ranks
@@ -57,13 +58,21 @@ def step_seed(seed: int, micro_batch: int, rank: int) -> int:
 class TrainingModule(L.LightningModule):
     """A language model with mean token cross entropy, gradient clipping and a warm-up + cosine schedule.
 
-    `restored` is the trainer state of a checkpoint whose weights the model already holds.
+    `restored` is the trainer state of a checkpoint whose weights the model already holds. `part` is that of every
+    sequence which the model computes on, if ranks share them.
     """
 
-    def __init__(self, model: torch.nn.Module, config: RunConfig, restored: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        config: RunConfig,
+        restored: dict[str, Any] | None = None,
+        part: SequencePart | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.config = config
+        self._part = part
         self.validation: Validation | None = None
         self._restored = restored
         # Sums over the micro-batches of the current step; read by the recorder when the step is over.
@@ -102,7 +111,10 @@ class TrainingModule(L.LightningModule):
         return loss
 
     def _loss(self, batch: Batch) -> Tensor:
+        """The mean over the targets; of a part of sequences such that the mean over ranks is that of whole ones."""
         nats, count = summed_cross_entropy(self.model(batch["tokens"], batch["cu_seqlens"]), batch["targets"])
+        if self._part is not None:
+            nats, count = self._part.count * nats, self._part.total(count)
         return nats / count.clamp(min=1)
 
     def first_nonfinite(self) -> str | None:
@@ -114,7 +126,7 @@ class TrainingModule(L.LightningModule):
                 found = first_nonfinite(
                     self.model,
                     lambda batch=batch: self._loss(batch),  # type: ignore[misc]
-                    first_of_ranks if self.is_sharded else None,
+                    first_of_ranks if self.is_sharded or self._part is not None else None,
                 )
             if found is not None:
                 return found if len(self.step_batches) == 1 else f"{found}, micro-batch {place + 1} of the step"

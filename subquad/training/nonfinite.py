@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subquad.training.sharding import rows_of
+from subquad.training.sharding import holds_shards, rows_of
 
 FORMAT_VERSION = 1
 
@@ -26,8 +26,9 @@ def first_nonfinite(
 
     In the order of computing: a parameter, the output of a module (of the innermost one that returned it), the loss,
     and, as gradients flow from the loss to the embedding, the gradient of the parameter that is last in the model.
-    No gradient is kept, and none is exchanged between ranks that hold whole models. Ranks of a sharded one need each
-    other for every block: `agree`, called by all of them after each stage, gives all what one has found.
+    No gradient is kept, and none is exchanged between ranks that hold whole models. Ranks of a sharded one, or of
+    shared sequences, need each other for every block: `agree`, called by all after each stage, gives all what one has
+    found.
     """
     shared = agree or (lambda found: found)
     spoilt = (name for name, parameter in model.named_parameters() if not _is_finite(rows_of(parameter)))
@@ -56,7 +57,7 @@ def first_nonfinite(
     if first is not None:
         return first
     with _as_written(model):
-        gradients = _gradients(loss, model) if agree is None else _rows_of_gradients(loss, model)
+        gradients = _rows_of_gradients(loss, model) if holds_shards(model) else _gradients(loss, model)
     spoilt = (name for name, gradient in reversed(gradients) if gradient is not None and not _is_finite(gradient))
     name = shared(next(spoilt, None))
     return None if name is None else f"the gradient of {name}"

@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from subquad.compiler.run_shapes import local_tokens
 from subquad.errors import ConfigError
 from subquad.model.build import build_model
 from subquad.schema import RunConfig
@@ -18,14 +19,15 @@ def check_room(config: RunConfig, device: torch.device) -> None:
     """Refuse a model, or a batch, that is larger than all of the device's memory.  Raises: ConfigError.
 
     Bounds:  8 parameters  for weights and gradients, over the devices that share them out (fsdp);
-             4 batch_size seq_len vocab_size  for the logits.
+             4 batch_size seq_len vocab_size  for the logits of a device.
     """
     room = _memory_of(device)
     trainer, vocab_size = config.trainer, config.model.vocab_size
-    logits = 4 * trainer.batch_size * trainer.seq_len * vocab_size
+    rows, tokens = local_tokens(config)
+    logits = 4 * rows * tokens * vocab_size
     if logits > room:
         raise _too_large(
-            f"the logits of {trainer.batch_size} x {trainer.seq_len} tokens", logits, room, "trainer.batch_size",
+            f"the logits of {rows} x {tokens} tokens", logits, room, "trainer.batch_size",
             "use a smaller trainer.batch_size, with trainer.accumulate in its place",
         )  # fmt: skip
     # The embedding and the widest matrix, before torch is asked to count what overflows.

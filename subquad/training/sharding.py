@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -79,6 +79,11 @@ def spread_optimizer_state(optimizer: torch.optim.Optimizer, whole: dict[str, An
 def whole_tensor(tensor: Tensor) -> Tensor:
     """The tensor with the rows or summands of all ranks; called by all ranks where it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def holds_shards(model: nn.Module) -> bool:
+    """Whether the parameters are rows of larger ones."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def rows_of(tensor: Tensor) -> Tensor:
