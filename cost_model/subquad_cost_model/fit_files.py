@@ -24,7 +24,7 @@ import numpy as np
 from subquad_cost_model.envelope import Smaller
 from subquad_cost_model.estimator import Estimator
 from subquad_cost_model.features import Vocabulary, schema_hash
-from subquad_cost_model.gaussian_process import GaussianProcess
+from subquad_cost_model.gaussian_process import SCALES, GaussianProcess
 from subquad_cost_model.head import Head
 from subquad_cost_model.learned import LearnedEstimator
 from subquad_cost_model.physics import BYTES, SECONDS, Physics
@@ -156,13 +156,17 @@ def _point_text(point: lightgbm.Booster | GaussianProcess) -> str:
     if not isinstance(point, GaussianProcess):
         return str(point.model_to_string())
     lines = zip(point.operators, point.kernels, point.weights.tolist(), point.places.tolist(), strict=True)
-    return "[\n" + ",\n".join(json.dumps(line, separators=(",", ":")) for line in lines) + "\n]\n"
+    rows = ",\n".join(json.dumps(line, separators=(",", ":")) for line in lines)
+    return f'{{"scales": {json.dumps(SCALES)}, "rows": [\n{rows}\n]}}\n'
 
 
 def _point(lightgbm: Any, text: str) -> lightgbm.Booster | GaussianProcess:
-    if not text.startswith("["):
+    if not text.startswith("{"):
         return _booster(lightgbm, text)
-    operators, kernels, weights, places = zip(*json.loads(text), strict=True)
+    record = json.loads(text)
+    if record["scales"] != list(SCALES):
+        raise ValueError("its Gaussian process has other scales than this package's: fit it again")
+    operators, kernels, weights, places = zip(*record["rows"], strict=True)
     return GaussianProcess(
         places=np.array(places), operators=operators, kernels=kernels, weights=np.array(weights, dtype=np.float64)
     )

@@ -28,18 +28,19 @@ MOST_ROWS = 4000
 """A system of so many takes seconds to solve and megabytes to keep; above, trees answer as well."""
 OPERATOR, KERNEL = 0.2, 0.3
 """Amplitudes, as logarithms of seconds."""
-LENGTH, WIDTH, REACH, WORD, DEVICE, SIZE = 16.0, 2.0, 2.0, 1.0, 2.0, 12.0
-PARALLEL = 8.0
-"""Distances: octaves of lengths, of widths, of windows and segments; words; octaves of bandwidth, of seconds.
+LENGTH, WIDTH, REACH, PARALLEL, SIZE, DEVICE = 16.0, 2.0, 2.0, 8.0, 12.0, 2.0
+"""Octaves of lengths, of widths, of windows and segments, of waves of programs, of seconds and launches, of bandwidth.
 
-These and the amplitudes were found on half of the rows that S0 does not hold out, by their marginal likelihood, and
-rounded; errors out of fold change by less than one part in twenty if one of them is halved or doubled."""
+These and the amplitudes began where the marginal likelihood of half of the rows that S0 does not hold out is largest,
+and were rounded by errors out of fold on the others, which hardly change if one of them is halved or doubled."""
 NOISE, DOUBTED = 0.045, 1.8
 """What repeats of a steady row differ by, and how much more than its own repeats a row in doubt does."""
 TAIL, LEAST_WEIGHT = 4.0, 1 / 30
 """Degrees of freedom of the noise, and how little an outlier counts at least."""
 DIGITS = 4
 """Of coordinates: what is kept in a file answers as what was fitted."""
+SCALES = (OPERATOR, KERNEL, LENGTH, WIDTH, REACH, PARALLEL, SIZE, DEVICE)
+"""What a fit in a file must agree with."""
 LENGTHS, WIDTHS = ("b", "t", "s", "m", "documents"), ("k", "v", "n", "p", "w")
 
 
@@ -65,7 +66,7 @@ def _place(row: CostRow, device: Device) -> list[float]:
         *(float(np.log2(shape.get(axis) or 1)) / LENGTH for axis in LENGTHS),
         *(float(np.log2(shape.get(axis) or 1)) / WIDTH for axis in WIDTHS),
         *(float(np.log2(reach)) / REACH for reach in reaches),
-        *(float(word) / WORD for word in said),
+        *map(float, said),
         float(np.log2(programs(row) / multiprocessors(device))) / PARALLEL,
         float(np.log2(row.launches)) / SIZE,
         float(np.log2(device.bytes_per_s)) / DEVICE,
