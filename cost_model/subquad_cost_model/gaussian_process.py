@@ -11,6 +11,7 @@ Source: Rasmussen and Williams 2006 (sections 2.2, 4.2.1); weights of outliers a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,13 +64,13 @@ def _place(row: CostRow, device: Device) -> list[float]:
         0.5 * bool(options.get("causal")),
     )
     return [
-        *(float(np.log2(shape.get(axis) or 1)) / LENGTH for axis in LENGTHS),
-        *(float(np.log2(shape.get(axis) or 1)) / WIDTH for axis in WIDTHS),
-        *(float(np.log2(reach)) / REACH for reach in reaches),
+        *(math.log2(shape.get(axis) or 1) / LENGTH for axis in LENGTHS),
+        *(math.log2(shape.get(axis) or 1) / WIDTH for axis in WIDTHS),
+        *(math.log2(reach) / REACH for reach in reaches),
         *map(float, said),
-        float(np.log2(programs(row) / multiprocessors(device))) / PARALLEL,
-        float(np.log2(row.launches)) / SIZE,
-        float(np.log2(device.bytes_per_s)) / DEVICE,
+        math.log2(programs(row) / multiprocessors(device)) / PARALLEL,
+        math.log2(row.launches) / SIZE,
+        math.log2(device.bytes_per_s) / DEVICE,
     ]
 
 
