@@ -18,7 +18,7 @@ from subquad.contracts import NOTHING_SHARED, Sharing
 from subquad_cost_model import CostRow
 from subquad_kernels.catalogue import CATALOGUE, Kernel, Operator
 from subquad_kernels.torch_operator import named_arguments
-from subquad_kernels.workload import Phase, Workload
+from subquad_kernels.workload import Phase, Workload, with_known_documents
 
 
 class _Recorder(fx.Interpreter):
@@ -103,9 +103,13 @@ def phases(workload: Workload, training: bool) -> tuple[Workload, ...]:
     return (workload, replace(workload, phase=backward))
 
 
-def cost_row(operator: Operator, kernel: Kernel, workload: Workload) -> CostRow:
-    """The row that asks the cost model how long this kernel takes: the one place where the two rooms meet."""
+def cost_row(operator: Operator, kernel: Kernel, workload: Workload, document_lengths: Sequence[int] = ()) -> CostRow:
+    """The row that asks the cost model how long this kernel takes: the one place where the two rooms meet.
+
+    `document_lengths` are those of packed documents, where they are known.
+    """
     work = operator.work(workload)
+    counted = with_known_documents(workload, document_lengths) if document_lengths else workload
     shape: Mapping[str, int] = workload.shape
     return CostRow(
         operator=operator.name,
@@ -120,8 +124,9 @@ def cost_row(operator: Operator, kernel: Kernel, workload: Workload) -> CostRow:
         bytes_moved=work.bytes_moved,
         serial_steps=kernel.serial_steps(workload) if kernel.serial_steps else work.serial_steps,
         saved_bytes=work.saved_bytes,
-        launches=kernel.launches(workload),
+        launches=kernel.launches(counted),
         kernel_version=kernel.version,
+        document_lengths=tuple(document_lengths),
     )
 
 
@@ -150,5 +155,7 @@ def halved_rows(row: CostRow) -> Sequence[CostRow]:
             phase=row.phase,  # type: ignore[arg-type]
             options=row.options,
         )
-        found.append(replace(cost_row(operator, kernel, workload), kernel_version=row.kernel_version))
+        # Half of each document is half of all, but for roundings.
+        lengths = tuple(length // 2 if "t" in long else length for length in row.document_lengths)
+        found.append(replace(cost_row(operator, kernel, workload, lengths), kernel_version=row.kernel_version))
     return found
