@@ -8,7 +8,8 @@ bfloat16. `device_ms` is the sum of the times of all kernels that one call start
 `error` is the largest of outputs and gradients of the same widths at 2 x 299 tokens, against float64.
 Cases are of GLA's decays but for the "violent" one, 16 times as strong: fewer tokens then share one product.
 With --tune, launches are tried for each case, one kernel after the other and then the length of a stretch, and the best
-are printed and kept for the timings; the package itself keeps what `fused.launch_of` says.
+are printed and kept for the timings; the package itself keeps what `fused.launch_of` says. OUT.json is written at
+every row.
 """
 
 from __future__ import annotations
@@ -262,28 +263,25 @@ def main() -> None:
     options = parser.parse_args()
     over = partial(Limit(options.limit_s).over, 15.0)
     cases = tuple(case for case in CASES if options.only is None or case.name in options.only)
-    record = Record.of("cuda")
-    try:
+    record = Record.of("cuda", options.out)
+    for case in cases:
+        if over():
+            print("time is up: not timed:", case.name)
+            continue
+        time_case(record, case)
+        torch.cuda.empty_cache()
+    if not over():
+        time_host(record)
+    if options.tune:
         for case in cases:
             if over():
-                print("time is up: not timed:", case.name)
-                continue
-            time_case(record, case)
-            torch.cuda.empty_cache()
-        if not over():
-            time_host(record)
-        if options.tune:
-            for case in cases:
-                if over():
-                    break
-                print("tuning", case.name)
-                launch = tune(record, case, over)
-                record.add("launches", {"case": case.name} | asdict(launch))
-                print("best", launch)
-                time_case(record, case, launch)
-        time_rivals(record, cases, over)
-    finally:
-        record.save(options.out)
+                break
+            print("tuning", case.name)
+            launch = tune(record, case, over)
+            record.add("launches", {"case": case.name} | asdict(launch))
+            print("best", launch)
+            time_case(record, case, launch)
+    time_rivals(record, cases, over)
 
 
 if __name__ == "__main__":

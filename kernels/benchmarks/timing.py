@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +27,32 @@ Function = Callable[[], object]
 
 @dataclass
 class Record:
-    """What OUT.json holds: lists of rows by name, on which device and versions they were taken."""
+    """What OUT.json holds: lists of rows by name, on which device and versions they were taken.
+
+    With a path it is written at every row, so that whoever ends the script loses one row at most.
+    """
 
     device: str
     versions: tuple[str, ...]
     rows: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    path: Path | None = None
 
     @classmethod
-    def of(cls, device: str) -> Record:
+    def of(cls, device: str, path: Path | None = None) -> Record:
         """An empty record of this machine."""
-        return cls(torch.cuda.get_device_name() if device == "cuda" else "cpu", stack_versions())
+        name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+        return cls(name, stack_versions(), path=path)
 
     def add(self, name: str, row: dict[str, Any]) -> None:
         """Keep a row under a name."""
         self.rows.setdefault(name, []).append(row)
+        if self.path is not None:
+            self.save(self.path)
 
     def save(self, path: Path) -> None:
         """Write what there is so far: {"device", "versions", NAME: rows ...}."""
-        found = asdict(self)
-        path.write_text(json.dumps(found | found.pop("rows"), indent=1), encoding="utf-8")
+        found = {"device": self.device, "versions": self.versions} | self.rows
+        path.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
 class Limit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -48,6 +49,16 @@ def rows(script: str, name: str, tmp_path: Path) -> list[dict[str, Any]]:
     assert record["device"]
     assert not [row for row in record[name] if "failure" in row], record[name]
     return record[name]  # type: ignore[no-any-return]
+
+
+def test_a_record_with_a_path_is_written_at_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    record = importlib.import_module("timing").Record("none", ("torch",), path=tmp_path / "out.json")
+    for case in (1, 2):
+        record.add("timings", {"case": case})
+        found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+        assert found["timings"] == [{"case": number} for number in range(1, case + 1)]
+    assert (found["device"], found["versions"]) == ("none", ["torch"])
 
 
 def test_every_script_says_how_it_is_called() -> None:
