@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from subquad.commands.hydra_verb import run_with_hydra
@@ -10,7 +11,7 @@ from subquad.schema import RunConfig
 
 def run(arguments: list[str]) -> int:
     """Train once per configuration that Hydra composes from the arguments."""
-    return run_with_hydra("train", arguments, train_job)
+    return run_with_hydra("train", arguments, train_job, train_in_sweep)
 
 
 def train_job(config: RunConfig, overrides: Sequence[str]) -> None:
@@ -18,3 +19,14 @@ def train_job(config: RunConfig, overrides: Sequence[str]) -> None:
     from subquad.training.fit import train
 
     train(config, overrides=overrides)
+
+
+def train_in_sweep(config: RunConfig, overrides: Sequence[str]) -> None:
+    """A job of a sweep with `run_dir`: what has finished is skipped, what was interrupted goes on."""
+    from subquad.training.sweep import sweep_job
+
+    if config.run_dir is None or config.resume is not None or "RANK" in os.environ:  # torchrun: ranks are to agree
+        return train_job(config, overrides)
+    with sweep_job(config, overrides) as job:
+        if job is not None:
+            train_job(*job)

@@ -172,6 +172,7 @@ def _resumed(asked: RunConfig, overrides: Sequence[str] | None) -> _Prepared:
         )
     prepared = _prepared(folder, config, checkpoint)
     with disk_errors(folder):
+        folder.report.unlink(missing_ok=True)  # its presence says that the run has ended
         prepared.plan.save(folder.plan)
         run_folder.write_config(folder, config)
     return prepared

@@ -77,6 +77,11 @@ class RunFolder:
         return self.path / "nonfinite" / f"step-{step}-rank-{rank}.pt"
 
     @property
+    def sweep(self) -> Path:
+        """Which job of a sweep the run is (`sweep.py`)."""
+        return self.path / "sweep.json"
+
+    @property
     def evaluation(self) -> Path:
         return self.path / "evaluation.json"
 
