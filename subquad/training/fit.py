@@ -22,6 +22,7 @@ from subquad.compiler.know_device import know_device
 from subquad.compiler.options import CompileOptions
 from subquad.compiler.plan import Plan
 from subquad.compiler.predict_step import predict_step
+from subquad.compiler.report import PLAN_COLUMNS, choice_table
 from subquad.errors import ConfigError, ResumeError, suggestion
 from subquad.model.build import build_model
 from subquad.model.import_weights import import_weights
@@ -34,8 +35,10 @@ from subquad.training.data import TextData, build_data
 from subquad.training.denial import denied_after, deny, free_memory, message, without_denied
 from subquad.training.distributed import Ranks, process_group, ranks_here, share_of_threads, told_by_rank_zero
 from subquad.training.environment import environment_record
+from subquad.training.gradient_norms import GradientNorms
 from subquad.training.module import TrainingModule, Validation
 from subquad.training.optimizers import check_schedule, optimizer_config
+from subquad.training.profile import Profile
 from subquad.training.progress import ProgressBar
 from subquad.training.recorder import Recorder
 from subquad.training.report import write_report
@@ -47,6 +50,7 @@ from subquad.training.stopping import EXIT_TERMINATED, Interrupts, StopAfterStep
 from subquad.training.tokenizer import save_tokenizer
 from subquad.training.tracking import NoTracker, build_tracker, check_tracking
 from subquad.training.user_callbacks import build_callbacks
+from subquad.training.utilisation import utilisation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,12 +278,17 @@ def _fit(prepared: _Prepared, ranks: Ranks) -> TrainResult:
         prepared.data.load_state_dict(state["data"])
     module = TrainingModule(prepared.model, config, state)
     resumed_at, spent_s = (checkpoint.step, float(state["seconds"])) if checkpoint and state else (None, 0.0)
-    tracker = build_tracker(config.tracking, folder.path, asdict(config)) if ranks.rank == 0 else NoTracker()
-    recorder = Recorder(folder, tracker, rank=ranks.rank, resumed_at=resumed_at, spent_s=spent_s)
+    norms = GradientNorms(prepared.model, config.trainer)
+    used = utilisation(prepared.model, prepared.plan, target_of(config))
+    tracker = build_tracker(config.tracking, folder, asdict(config), resumed_at) if ranks.rank == 0 else NoTracker()
+    tracker.table("plan", PLAN_COLUMNS, choice_table(prepared.plan))
+    recorder = Recorder(folder, tracker, norms, used, rank=ranks.rank, resumed_at=resumed_at, spent_s=spent_s)
     interrupts = Interrupts()
-    callbacks: list[L.Callback] = [recorder, StopAfterStep(interrupts, recorder, folder)]
+    callbacks: list[L.Callback] = [norms, recorder, StopAfterStep(interrupts, recorder, folder)]
     if ranks.rank == 0:
         callbacks.append(StepClock(folder, tracker, prepared.plan.prediction))
+        if config.profile:
+            callbacks.append(Profile(folder))
     if config.trainer.progress_bar and ranks.rank == 0:
         callbacks.append(ProgressBar(recorder, resumed_at or 0))
     exit_code = 1

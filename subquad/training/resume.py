@@ -23,6 +23,7 @@ FREE_KEYS = frozenset(
         "checkpoint.every_n_steps",
         "checkpoint.keep",
         "tracking",
+        "profile",
         "deny",  # nodes whose kernel is denied get another; the rest of the plan stays
     }
 )

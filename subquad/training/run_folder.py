@@ -57,6 +57,11 @@ class RunFolder:
         return self.path / "metrics.csv"
 
     @property
+    def trace(self) -> Path:
+        """What `profile=true` records."""
+        return self.path / "trace.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
