@@ -16,7 +16,7 @@ FIRST_STEP, STEPS = 6, 3
 
 
 class Profile(L.Callback):
-    """Writes `trace.json` with the sixth to eighth step of this start; a run that ends among them writes what it saw."""
+    """Writes `trace.json` with the sixth to eighth step of a start; a run that ends among them writes what it saw."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
