@@ -36,6 +36,7 @@ from subquad.contracts import ComponentKind, ComponentSpec, MixerSpec
 from subquad.errors import ConfigError, NotFoundError, PluginError, SubquadError, suggestion
 from subquad.registry import Registry, load_registry
 from subquad.schema import AUTO, ChannelMixerConfig, RunConfig
+from subquad.sharing import sharing_by_layer
 
 CONFIG_PACKAGE = "subquad.conf"
 SCHEMA_NAME = "run_schema"
@@ -89,6 +90,7 @@ def to_run_config(composed: DictConfig, registry: Registry | None = None) -> Run
 
         config.model = with_layout(config.model)
     _check_mixers(config, registry)
+    _check_sharing(config, registry)
     _check_candidates(config, registry)
     _check_component("data", config.data, registry)
     _check_component("optimizer", config.optimizer, registry)
@@ -287,7 +289,12 @@ def _check_mixers(config: RunConfig, registry: Registry) -> None:
             )
         spec = registry.mixer(entry["mixer"], where=f"{where}.mixer")
         fields = {name: value for name, value in entry.items() if name not in ("mixer", "channel_mixer")}
-        typed_config(spec.config, fields, where)
+        if getattr(typed_config(spec.config, fields, where), "bidirectional", False) and spec.bidirectional:
+            raise ConfigError(
+                what=f"'{key}' sees later tokens, and runs learn to predict the next one",
+                where=f"{where}.bidirectional",
+                mend="leave it out; build_model(ModelConfig(...)) makes encoders, which you train yourself",
+            )
         channel_mixer = entry.get("channel_mixer")
         if channel_mixer is not None:
             if not isinstance(channel_mixer, dict):
@@ -297,6 +304,22 @@ def _check_mixers(config: RunConfig, registry: Registry) -> None:
                     mend="use null, or {d_hidden: N}",
                 )
             typed_config(ChannelMixerConfig, channel_mixer, f"{where}.channel_mixer")
+
+
+def _check_sharing(config: RunConfig, registry: Registry) -> None:
+    """Whatever a layer reads, an earlier one publishes; behind an `auto` layer only the built model can tell."""
+    model, typed, layers = config.model, dict[str, tuple[MixerSpec, object]](), []
+    for index in range(model.num_layers if model.schedule else 0):
+        key = model.schedule[index % len(model.schedule)]
+        if key not in model.mixers:
+            break
+        if key not in typed:
+            entry = model.mixers[key]
+            fields = {name: value for name, value in entry.items() if name not in ("mixer", "channel_mixer")}
+            spec = registry.mixer(entry["mixer"])
+            typed[key] = spec, typed_config(spec.config, fields, f"model.mixers.{key}")
+        layers.append((key, *typed[key]))
+    sharing_by_layer(layers, d_model=model.d_model, context_len=model.context_len or config.trainer.seq_len)
 
 
 def _check_candidates(config: RunConfig, registry: Registry) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from subquad.schema import ModelConfig
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.fx import GraphModule
 
-CONTRACT_VERSION = "1.3"
+CONTRACT_VERSION = "1.4"
 """Grows by minor numbers when something is added, by major ones when something a plugin relies on is removed.
 
 A plugin says its major version by the entry-point group that it stands in: `subquad` for 1, `subquad.N` for N.
@@ -51,19 +51,58 @@ class Growth(Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SharedTensor:
+    """A tensor that a layer publishes to later ones.  Shape:  b t *shape, of the t tokens of the call (1 in a decode)
+
+    With `history` it is of all tokens so far instead, like a cache, or of as many of the last ones as a reader may see:
+    prefill and decode publish it with those of earlier calls in front. `options` is what readers must agree on besides.
+    """
+
+    shape: tuple[int, ...]
+    history: bool = False
+    options: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharing:
+    """What a mixer shares where it stands, by name: what it publishes to later layers, what it reads of earlier ones.
+
+    Of two layers that publish one name, readers get the later one's. A sharing that is empty is false.
+    """
+
+    publishes: Mapping[str, SharedTensor] = field(default_factory=dict)
+    reads: Mapping[str, SharedTensor] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.publishes or self.reads)
+
+
+NOTHING_SHARED = Sharing()
+"""Of a mixer that knows its own layer alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MixerContext:
-    """Where a mixer stands: residual width, layer, depth, and the longest sequence it is built for (tokens)."""
+    """Where a mixer stands: residual width, layer, depth, and the longest sequence it is built for (tokens).
+
+    `published` is what earlier layers publish, by name.
+    """
 
     d_model: int
     layer_index: int
     num_layers: int
     context_len: int
+    published: Mapping[str, SharedTensor] = field(default_factory=dict)
 
 
 class Mixer(Protocol):
     """A sequence mixer: a torch.nn.Module that maps `b t d -> b t d`.
 
     It calls operators, never kernels, in its own methods; its submodules are leaves of the captured graph.
+
+    Where a mixer shares something (`MixerSpec.shares`), `forward`, `prefill` and `decode` take one more argument, the
+    tensors that it reads, by name: `shared: Mapping[str, Tensor] | None = None`. Given one, they return one thing more,
+    last: what they publish, by name. Given none, a mixer that reads nothing does as any other.
     """
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -95,6 +134,9 @@ class MixerSpec:
     built, so that the declaring module needs no torch. `no_decay` names parameters that weight decay must leave alone
     (biases, norms and other vectors are left alone anyway); `float32_parameters` those that keep float32 under bf16.
     `candidate=False` is for what stands in no layer alone: an `auto` layer gets it only where the recipe names it.
+    `bidirectional`: its config has a key of that name, false by default; set, every token sees those of both sides, and
+    there is no carry (`subquad.Bidirectional` refuses it by name).
+    `shares(config, context)` says what it publishes and reads where it stands; it needs no torch. None: nothing.
     """
 
     name: str
@@ -110,6 +152,8 @@ class MixerSpec:
     float32_parameters: tuple[str, ...] = ()
     operators: tuple[str, ...] = ()
     candidate: bool = True
+    bidirectional: bool = False
+    shares: Callable[[Any, MixerContext], Sharing] | None = None
 
 
 ComponentKind = Literal["optimizer", "data"]

@@ -34,7 +34,7 @@ def _check_limits(config: object, section: str, **limits: tuple[float, float]) -
 class ChannelMixerConfig:
     """The per-token map of a block: SwiGLU  W_down(silu(W_gate u) * W_up u)  of hidden width `d_hidden`."""
 
-    d_hidden: int = 512
+    d_hidden: int = 512  # width between the two maps
 
     def __post_init__(self) -> None:
         _check_limits(self, "channel_mixer", d_hidden=(1, INFINITY))
@@ -45,7 +45,7 @@ class ModelConfig:
     """Embedding, backbone and lm_head. The backbone is a schedule of mixers that repeats to `num_layers` blocks."""
 
     name: str = "unnamed"  # the recipe's name; shown, never looked up
-    d_model: int = 256
+    d_model: int = 256  # residual width
     num_layers: int = 4  # blocks
     vocab_size: int = 0  # 0: the tokenizer's
     context_len: int = 0  # tokens the model is built for; 0: trainer.seq_len
@@ -55,10 +55,10 @@ class ModelConfig:
     # each entry: {mixer: REGISTRY_KEY, channel_mixer: {d_hidden: N} or null, ...fields of that mixer's config}
     mixers: dict[str, Any] = field(default_factory=dict)
     channel_mixer: ChannelMixerConfig | None = field(default_factory=ChannelMixerConfig)  # default of every entry
-    tie_embeddings: bool = True
-    norm_eps: float = 1e-6
+    tie_embeddings: bool = True  # the lm_head is the embedding
+    norm_eps: float = 1e-6  # added to mean squares in every norm
     logit_cap: float = 0.0  # logits become cap tanh(logits / cap); 0: they stay as they are
-    init_std: float = 0.02
+    init_std: float = 0.02  # standard deviation of linear maps at the start
     init_from: str | None = None  # hf:PATH_OR_ID, a Hugging Face checkpoint whose weights training starts from
 
     def __post_init__(self) -> None:
@@ -106,11 +106,11 @@ class TokenizerConfig:
 
 @dataclass(kw_only=True)
 class TrainerConfig:
-    """How the optimisation runs. One step consumes batch_size x seq_len x accumulate x devices tokens."""
+    """How the optimisation runs. A step takes batch_size x seq_len x accumulate x devices / context_parallel tokens."""
 
     max_steps: int = 1000
     max_seconds: float | None = None  # stop after the step that passes this wall time
-    batch_size: int = 8  # sequences per device and micro-batch
+    batch_size: int = 8  # sequences per device (or devices that share them) and micro-batch
     seq_len: int = 256  # tokens
     accumulate: int = 1  # micro-batches per step
     learning_rate_warmup_steps: int = 50
@@ -121,9 +121,11 @@ class TrainerConfig:
     validation_batches: int = 16
     precision: str = "auto"  # auto | float32 | bfloat16
     devices: int = 1
+    context_parallel: int = 1  # devices that share each sequence, a part of its tokens each
     accelerator: str = "auto"  # auto | cpu | cuda
-    strategy: str = "auto"  # auto | ddp
-    activation_checkpointing: bool = False
+    strategy: str = "auto"  # auto, ddp: every device holds the model; fsdp: each holds its rows of every parameter
+    activation_checkpointing: bool = False  # the backward computes a block's activations again
+    recompute: str = "all"  # which, then: all | cheap (what matrix products and operators return is kept)
     num_workers: int = 0
     log_every_n_steps: int = 10
     progress_bar: bool = True
@@ -136,6 +138,7 @@ class TrainerConfig:
             gradient_clip_norm=(0, INFINITY),
             validate_every_n_steps=(0, INFINITY),
             devices=(1, MOST_PROCESSES),
+            context_parallel=(1, MOST_PROCESSES),
             num_workers=(0, MOST_PROCESSES),
             log_every_n_steps=(1, INFINITY),
         )
@@ -145,8 +148,8 @@ class TrainerConfig:
 class CheckpointConfig:
     """When weights and trainer state are written, and how many checkpoints are kept."""
 
-    every_n_steps: int = 200
-    keep: int = 2
+    every_n_steps: int = 200  # 0: only at the end
+    keep: int = 2  # newest ones that stay
 
     def __post_init__(self) -> None:
         _check_limits(self, "checkpoint", every_n_steps=(0, INFINITY), keep=(0, INFINITY))
@@ -158,8 +161,8 @@ class CompilerConfig:
 
     estimator: str = "measured"  # measured | learned | roofline | constant
     fit: str | None = None  # folder of a fitted cost model; null: the newest that is shipped
-    measure: bool = True
-    measure_budget_s: float = 30.0
+    measure: bool = True  # time rivals whose intervals overlap
+    measure_budget_s: float = 30.0  # of all timings before a run
     calibrate_budget_s: float = 120.0  # of `calibrate=auto`
 
     def __post_init__(self) -> None:
@@ -200,8 +203,8 @@ class RunConfig:
     """Everything a run depends on. `data` and `optimizer` hold a registry key (`name`) and that component's fields."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    data: dict[str, Any] = field(default_factory=dict)
-    optimizer: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)  # data=NAME, and that source's keys
+    optimizer: dict[str, Any] = field(default_factory=dict)  # optimizer=NAME, and its keys
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -217,7 +220,7 @@ class RunConfig:
     profile: bool = False  # three steps, as torch's profiler sees them, into trace.json
     run_dir: str | None = None  # default: runs/<date>/<time>-<model>
     resume: str | None = None  # a run folder to go on with
-    seed: int = 0
+    seed: int = 0  # of parameters, data and dropout
     callbacks: list[Any] = field(default_factory=list)  # Lightning callbacks, each with _target_ (allow-listed)
 
     def __post_init__(self) -> None:

@@ -10,7 +10,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from subquad.contracts import MixerContext
 from subquad.errors import ConfigError
+from subquad.mixers.bidirectional_attention import BidirectionalAttention
 from subquad.mixers.configs import SoftmaxAttentionConfig, WindowConfig
+from subquad.mixers.reading_attention import ReadingAttention
 from subquad.mixers.softmax_attention import SoftmaxAttention
 from subquad.mixers.window import Window
 from subquad.testing.mixer_suite import MixerSuite, assert_close, carry_bytes
@@ -32,6 +34,31 @@ class TestSharedKeyHeads(MixerSuite):
 class TestWindow(MixerSuite):
     mixer = "window"
     config: ClassVar = {"num_heads": 2, "window": 5}
+
+
+class TestSoftmaxAttentionThatPublishes(MixerSuite):
+    mixer = "softmax_attention"
+    config: ClassVar = {"num_heads": 4, "num_kv_heads": 2, "kv": "publish"}
+
+
+class TestSoftmaxAttentionThatReads(MixerSuite):
+    mixer = "softmax_attention"
+    config: ClassVar = {"num_heads": 4, "num_kv_heads": 2, "kv": "read"}
+
+    def test_keeps_no_keys(self) -> None:
+        mixer = self.build().mixer
+        assert carry_bytes(mixer.empty_carry(2)) == 0
+        assert [name for name, _ in mixer.named_parameters()] == ["q_proj.weight", "o_proj.weight"]
+
+
+class TestWindowThatPublishes(MixerSuite):
+    mixer = "window"
+    config: ClassVar = {"num_heads": 2, "window": 5, "kv": "publish"}
+
+
+class TestWindowThatReads(MixerSuite):
+    mixer = "window"
+    config: ClassVar = {"num_heads": 2, "window": 5, "kv": "read"}
 
 
 class TestWindowOfOneToken(MixerSuite):
@@ -79,10 +106,26 @@ def test_the_window_cache_stops_growing() -> None:
     assert carry.position == 9
 
 
+def test_a_reader_of_its_own_keys_is_the_publisher() -> None:
+    """With equal queries and outputs the two layers are one function."""
+    publishes, reads = SoftmaxAttentionConfig(kv="publish"), SoftmaxAttentionConfig(kv="read")
+    torch.manual_seed(0)
+    publisher, reader = SoftmaxAttention(publishes, CONTEXT).double(), ReadingAttention(reads, CONTEXT).double()
+    reader.load_state_dict({name: publisher.state_dict()[name] for name in reader.state_dict()})
+    x = torch.randn(2, 9, 16, dtype=torch.float64)
+    y, shared = publisher(x, None, {})
+    assert torch.equal(reader(x, None, shared)[0], y)
+
+
 @pytest.mark.oracle("softmax_attention")
-def test_softmax_attention_equals_torchs_own_on_rotated_heads() -> None:
+@pytest.mark.parametrize("causal", [True, False])
+def test_softmax_attention_equals_torchs_own_on_rotated_heads(causal: bool) -> None:
     """Rotation written out with complex numbers, pair (i, i + k/2) as real and imaginary part."""
     full, _ = build_pair(window=4)
+    if not causal:
+        weights, config = full.state_dict(), SoftmaxAttentionConfig(num_heads=2, bidirectional=True)
+        full = BidirectionalAttention(config, CONTEXT).double()
+        full.load_state_dict(weights)
     x = torch.randn(2, 11, 16, dtype=torch.float64)
     half = full.head_dim // 2
     turn = torch.polar(
@@ -98,7 +141,7 @@ def test_softmax_attention_equals_torchs_own_on_rotated_heads() -> None:
         return torch.cat([turned.real, turned.imag], dim=-1)
 
     out = scaled_dot_product_attention(
-        heads(full.q_proj, True), heads(full.k_proj, True), heads(full.v_proj, False), is_causal=True
+        heads(full.q_proj, True), heads(full.k_proj, True), heads(full.v_proj, False), is_causal=causal
     )
     assert_close(full(x), full.o_proj(out.transpose(1, 2).reshape(2, 11, 16)))
 

@@ -75,6 +75,12 @@ def test_a_broken_promise_says_where_and_how_to_repeat_it(tmp_path: Path, capsys
     assert broken["broken"] in again
 
 
+def test_a_bidirectional_form_is_judged_by_its_own_promise(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plugins", "check", "retnet", "config={bidirectional: true}"]) == 2
+    assert "mend    leave it out; only=its_bidirectional_form_sees_both_sides" in capsys.readouterr().err
+    assert main(["plugins", "check", "retnet", "only=its_bidirectional_form_sees_both_sides"]) == 0
+
+
 @pytest.mark.usefixtures("acme")
 def test_a_distribution_is_checked_in_all_that_it_declares(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plugins", "check", "acme-mixers", f"only={CAUSALITY}"]) == 1

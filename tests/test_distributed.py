@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -91,6 +92,61 @@ def test_ranks_are_those_that_torchrun_says(monkeypatch: pytest.MonkeyPatch) -> 
         ranks_here(TrainerConfig(devices=3))
 
 
+SLURM = {
+    "SLURM_JOB_ID": "4321", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1", "SLURM_NODELIST": "node[07-08]", "SLURM_NTASKS_PER_NODE": "2", "SLURM_STEP_ID": "0",
+}  # fmt: skip
+
+
+def test_ranks_are_the_tasks_that_srun_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "MASTER"))}
+    monkeypatch.setattr(os, "environ", {name: others[name] for name in others.keys() - set(VARIABLES)} | SLURM)
+    assert ranks_here(TrainerConfig(devices=2)) == Ranks(3, 4, from_outside=True)
+    named = {name: os.environ[name] for name in (*VARIABLES, "MASTER_ADDR", "MASTER_PORT")}
+    assert named == {
+        "LOCAL_RANK": "1", "RANK": "3", "NODE_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node07",
+        "MASTER_PORT": "19321",
+    }  # fmt: skip
+
+
+def test_a_batch_script_that_calls_us_without_srun_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = {name: value for name, value in (os.environ | SLURM).items() if name not in (*VARIABLES, "SLURM_STEP_ID")}
+    monkeypatch.setattr(os, "environ", here)
+    assert ranks_here(TrainerConfig(devices=2)) == Ranks(0, 2, from_outside=False)
+
+
+@pytest.mark.slow
+def test_srun_starts_ranks_that_agree_on_the_folder(tiny_run: TinyRun, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    script, job = tmp_path / "script.py", tiny_run("unused", max_steps=3, devices=2, strategy="fsdp")
+    script.write_text(
+        "from subquad.schema import *\nfrom subquad.training.fit import train\n"
+        f"train({job!r})\n".replace(repr(job.run_dir), "None"), encoding="utf-8"
+    )  # fmt: skip
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, str(script)],
+            env=os.environ
+            | SLURM
+            | {"SLURM_NTASKS": "2", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0"}
+            | {"SLURM_NODELIST": "localhost", "MASTER_PORT": port}
+            | {"OMP_NUM_THREADS": "1"},
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for task in tasks:
+        _, err = task.communicate(timeout=120)
+        assert task.returncode == 0, err
+    (folder,) = (tmp_path / "runs").glob("*/*")
+    assert {path.name for path in (folder / "samples").iterdir()} == {"rank-0.csv", "rank-1.csv"}
+
+
 def test_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     try:
@@ -107,8 +163,11 @@ def test_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_ranks_resume_together(tiny_run: TinyRun, start_run: Callable[[RunConfig], Any], tmp_path: Path) -> None:
-    settings = {"max_steps": 30, "devices": 2, "every": 5}
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_ranks_resume_together(
+    strategy: str, tiny_run: TinyRun, start_run: Callable[[RunConfig], Any], tmp_path: Path
+) -> None:
+    settings = {"max_steps": 30, "devices": 2, "every": 5, "strategy": strategy}
     killed = tmp_path / "killed"
     process = start_run(tiny_run("killed", **settings))
     wait_for(killed / "checkpoints" / "step-10" / "manifest.json", process)

@@ -187,8 +187,8 @@ def test_a_fit_that_cannot_be_used_costs_one_warning_and_leaves_the_roofline(
     folder = tmp_path / "damaged"
     if damage == "corrupt":
         shutil.copytree(fit, folder)
-        trees = folder / "forward.point.txt"
-        trees.write_text(trees.read_text(encoding="utf-8").replace("leaf_value=", "leaf_value=1"), encoding="utf-8")
+        point = folder / "forward.point.txt"
+        point.write_text(point.read_text(encoding="utf-8").replace("0.1", "0.2"), encoding="utf-8")
     elif damage == "a file":
         folder.write_text("no folder", encoding="utf-8")
     config = attention_run(folder, estimator=estimator)

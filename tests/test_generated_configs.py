@@ -63,8 +63,9 @@ BAD_NUMBERS: dict[str, list[object]] = {
     "model.mixers.softmax_attention.num_heads": [0, -2, 5, HUGE],
 }
 NAMES = (
-    "trainer.precision", "trainer.accelerator", "trainer.strategy", "trainer.nonfinite", "compiler.estimator",
-    "tokenizer.kind", "tracking", "target", "data.name", "optimizer.name", "model.mixers.softmax_attention.mixer",
+    "trainer.precision", "trainer.accelerator", "trainer.strategy", "trainer.nonfinite", "trainer.recompute",
+    "compiler.estimator", "tokenizer.kind", "tracking", "target", "data.name", "optimizer.name",
+    "model.mixers.softmax_attention.mixer",
 )  # fmt: skip
 NO_FILES = ["", "\0", "a\0b", "\ud800", "x" * 5000, "gone", ".", "/proc/self/mem", "../" * 60 + "gone", "~", "☃/☃"]
 NO_FOLDERS = ["\0", "\ud800", "x" * 5000, "/proc/run", "/dev/null/run", "corpus.txt/run"]

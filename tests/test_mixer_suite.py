@@ -6,8 +6,10 @@ import dataclasses
 import math
 
 import mutant_mixers
+import mutant_sharers
 import pytest
 from mutant_mixers import NoConfig, Sound
+from mutant_sharers import SoundSharer
 
 from subquad.contracts import Growth, MixerSpec
 from subquad.testing.mixer_suite import MixerSuite
@@ -58,6 +60,16 @@ MUTANTS = {
     "MixesWithAnUnusedGate": "every_output_depends_on_its_own_token",
 }
 """Each fault, and the promise that is about it; others may break with it."""
+SHARERS = {
+    "IgnoresWhatItReads": "what_it_shares_is_as_declared_and_has_gradients",
+    "DropsTheGradientOfWhatItReads": "what_it_shares_is_as_declared_and_has_gradients",
+    "ReadsALaterToken": "no_output_depends_on_later_tokens",
+    "PublishesAcrossDocuments": "packed_documents_equal_separate_ones",
+    "PublishesAnotherWidth": "what_it_shares_is_as_declared_and_has_gradients",
+    "PublishesAnotherType": "what_it_shares_is_as_declared_and_has_gradients",
+    "PublishesNothingWhenDecoding": "prefill_and_decode_equal_forward_at_every_split",
+}
+"""The same of mixers that share tensors with other layers."""
 DISCOVERY = "is_discovered_under_its_name"
 """The one promise that a mixer without a distribution cannot keep."""
 
@@ -101,6 +113,40 @@ def test_the_suite_finds(name: str) -> None:
     found = broken(suite_of(name), only=MUTANTS[name])
     assert set(found) == {MUTANTS[name]}, f"{name} survives"
     assert "Error:" not in str(found[MUTANTS[name]].broken).split(" ")[0], "found by accident: the mutant raises"
+
+
+def sharers(name: str) -> type[MixerSuite]:
+    spec = dataclasses.replace(SPEC, build=f"mutant_sharers:{name}", shares=mutant_sharers.share)
+    return type(f"Suite{name}", (SoundSuite,), {"declared": spec})
+
+
+def test_a_mixer_that_shares_keeps_every_promise_and_each_of_its_faults_is_found() -> None:
+    faults = {
+        name for name, value in vars(mutant_sharers).items()
+        if isinstance(value, type) and issubclass(value, SoundSharer) and value is not SoundSharer
+    }  # fmt: skip
+    assert faults == set(SHARERS)
+    assert list(broken(sharers("SoundSharer"))) == [DISCOVERY]
+    for name, promise in SHARERS.items():
+        found = broken(sharers(name), only=promise)
+        assert set(found) == {promise}, f"{name} survives"
+        assert "Error:" not in str(found[promise].broken).split(" ")[0], "found by accident: the mutant raises"
+
+
+@dataclasses.dataclass(kw_only=True)
+class BothSidesConfig:
+    bidirectional: bool = False
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [("mutant_mixers:Sound", "output 0 ignores tokens [1, 2,"), ("mutant_sharers:HasACarryAllTheSame", "has a carry")],
+)
+def test_a_bidirectional_form_that_is_none_is_found(build: str, said: str) -> None:
+    promise = "its_bidirectional_form_sees_both_sides"
+    spec = dataclasses.replace(SPEC, build=build, config=BothSidesConfig, bidirectional=True)
+    found = broken(type("Suite", (SoundSuite,), {"declared": spec}), only=promise)
+    assert said in str(found[promise].broken)
 
 
 @pytest.mark.parametrize(

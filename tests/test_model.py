@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from subquad.compose import load_config
 from subquad.errors import ConfigError, NotFoundError
@@ -102,16 +103,29 @@ def test_logits_depend_on_earlier_tokens_alone(mixer: str) -> None:
         assert torch.equal(model(changed)[:, :t], before[:, :t])
 
 
-def test_activation_checkpointing_changes_no_gradient() -> None:
+@pytest.mark.parametrize("recompute", ["all", "cheap"])
+def test_activation_checkpointing_changes_no_gradient(recompute: str) -> None:
     tokens, bounds = torch.randint(0, 40, (2, 12)), torch.tensor([0, 12, 24], dtype=torch.int32)
     gradients = []
     for on in (False, True):
         model = small_model()
-        model.activation_checkpointing = on
+        model.activation_checkpointing, model.recompute = on, recompute
         model(tokens, bounds).square().mean().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
         assert torch.equal(plain, recomputed)
+
+
+def test_cheap_recomputation_repeats_no_product_and_no_operator() -> None:
+    tokens, flops = torch.randint(0, 40, (2, 12)), {}
+    for recompute in (None, "cheap", "all"):
+        model = small_model()
+        model.activation_checkpointing, model.recompute = recompute is not None, recompute or "all"
+        loss = model(tokens).square().mean()
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+        flops[recompute] = counter.get_total_flops()
+    assert flops[None] == flops["cheap"] < flops["all"]
 
 
 def test_weight_decay_spares_vectors_and_what_mixers_declare() -> None:

@@ -17,8 +17,9 @@ from subquad.errors import RunError
 from subquad.schema import RunConfig
 from subquad.training import fit
 from subquad.training.metrics import read_metrics
+from subquad.training.resume import FREE_KEYS
 from subquad.training.run_folder import RunFolder, read_json
-from subquad.training.sweep import LOCK, digest_of, sweep_job
+from subquad.training.sweep import CHANGEABLE, LOCK, digest_of, sweep_job
 
 TinyRun = Callable[..., RunConfig]
 LAUNCHERS = {
@@ -132,11 +133,23 @@ def test_a_run_of_another_origin_is_never_touched(tiny_run: TinyRun) -> None:
     assert RunFolder(Path(tiny_run("sweep/0-2").run_dir or "")).report.exists()
 
 
-def test_the_digest_tells_jobs_apart_and_overlooks_what_a_resumed_run_may_change(tiny_run: TinyRun) -> None:
-    one = digest_of(tiny_run("a", max_steps=1))
-    assert one == digest_of(tiny_run("b", max_steps=9, log_every_n_steps=7, run={"tracking": "none"}))
-    assert one != digest_of(tiny_run("a", max_steps=1, run={"seed": 1}))
-    assert one != digest_of(tiny_run("a", max_steps=1, batch_size=3))
+def test_jobs_that_differ_in_length_alone_are_two(tiny_run: TinyRun) -> None:
+    for _ in range(2):
+        run_job(tiny_run("sweep/0", max_steps=1))
+        run_job(tiny_run("sweep/1", max_steps=2))
+    sweep = Path(tiny_run("sweep").run_dir or "")
+    assert [len(read_metrics(sweep / job / "metrics.csv")) for job in ("0", "1")] == [1, 2]
+    assert {path.name for path in sweep.iterdir()} == {"0", "1"}
+
+
+def test_digests_tell_jobs_apart_and_one_overlooks_what_a_job_may_be_asked_anew(tiny_run: TinyRun) -> None:
+    assert CHANGEABLE <= FREE_KEYS
+    one, longer = tiny_run("a", max_steps=1), tiny_run("b", max_steps=9, run={"tracking": "none"})
+    assert digest_of(one, CHANGEABLE) == digest_of(longer, CHANGEABLE)
+    assert digest_of(one) != digest_of(longer)
+    assert digest_of(one) == digest_of(tiny_run("c", max_steps=1))
+    for other in ({"run": {"seed": 1}}, {"batch_size": 3}, {"accumulate": 2}, {"run": {"deny": ["sdpa_flash"]}}):
+        assert digest_of(one, CHANGEABLE) != digest_of(tiny_run("a", max_steps=1, **other), CHANGEABLE)  # type: ignore[arg-type]
 
 
 # Launchers

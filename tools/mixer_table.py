@@ -47,6 +47,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "compile": ("compiles_without_graph_breaks", "captures_as_one_node_per_operator"),
 }  # fmt: skip
 """Promises of `subquad.testing.mixer_suite.MixerSuite` by the column that they stand in."""
+BIDIRECTIONAL = ("its_bidirectional_form_sees_both_sides",)
 GROWS = ("work_grows_no_faster_than_declared", "carry_grows_no_faster_than_declared")
 HELPERS = ("causal_conv", "rotary")
 """Operators that stand before the one in which a mixer spends its work."""
@@ -122,9 +123,14 @@ def _row(spec: MixerSpec, oracles: Mapping[str, Any], times: Mapping[str, GpuTim
     main_operators = [name for name in spec.operators if name not in HELPERS]
     gpu = [f"`{name}` {times[name]}" for name in main_operators if name in times]
     return [
-        f"`{spec.name}`", *cells, "no" if spec.causal else "yes", _count(kept["cpu"]), _count(kept["cuda"]),
+        f"`{spec.name}`", *cells, _both_sides(spec, kept["cpu"]), _count(kept["cpu"]), _count(kept["cuda"]),
         _oracle(oracles.get(spec.name)), shown, "; ".join(gpu) or "-",
     ]  # fmt: skip
+
+
+def _both_sides(spec: MixerSpec, kept: Mapping[str, bool]) -> str:
+    """Whether it has a form that sees later tokens too, and that form keeps its promise."""
+    return _cell(kept, BIDIRECTIONAL) if spec.bidirectional else "no" if spec.causal else "yes"
 
 
 def promises_of(mixer: str, target: str) -> dict[str, bool]:
@@ -213,6 +219,7 @@ def _legend(oracles: Mapping[str, Any], times: Mapping[str, GpuTime]) -> str:
     devices = sorted({time.device for time in times.values()})
     sentences = (
         f"`yes`: every promise of `MixerSuite` in that column is kept. CPU, CUDA: promises kept ({'; '.join(made)}).",
+        "Bidirectional: a form that sees both sides (`bidirectional: true`) keeps its promise.",
         "Oracle: comparisons with an implementation of the equations that shares no code with ours"
         f" ({oracles.get('date', 'none')}). Growth in t as declared, and no faster when measured.",
         f"GPU ({', '.join(devices)}): forward + backward of the operator, 32,768 tokens in sequences of {LENGTH:,},"

@@ -1,6 +1,7 @@
 """Count the work of recorded rows anew, as the declarations of today count it:  recount_rows.py ROWS.parquet ...
 
 Seconds, bytes and versions stay as they were measured. Rows of kernels that are no longer declared stay whole.
+Tables of versions that did not keep the lengths of packed documents are given them: `measure` draws them from seed 0.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import subquad_kernels.operators  # noqa: F401  (registers what is declared)
 from subquad.compiler.workload import cost_row
 from subquad_cost_model import CostRow, read_timed_rows, write_timed_rows
 from subquad_kernels.catalogue import CATALOGUE, CatalogueError
+from subquad_kernels.samples import draw_boundaries
 from subquad_kernels.workload import Workload
 
 
@@ -30,7 +32,12 @@ def recounted(row: CostRow) -> CostRow:
         phase=row.phase,  # type: ignore[arg-type]
         options=row.options,
     )
-    return replace(cost_row(operator, kernel, workload), kernel_version=row.kernel_version)
+    lengths = row.document_lengths
+    if "documents" in row.shape and not lengths:
+        boundaries = draw_boundaries(row.shape, 0, "cpu")
+        assert boundaries is not None
+        lengths = tuple(boundaries.diff().tolist())
+    return replace(cost_row(operator, kernel, workload, lengths), kernel_version=row.kernel_version)
 
 
 def main(paths: list[str]) -> None:

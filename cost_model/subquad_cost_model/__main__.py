@@ -9,7 +9,15 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from subquad_cost_model.evaluate import HEADER, as_line, as_markdown, evaluate
+from subquad_cost_model.evaluate import (
+    HEADER,
+    KERNEL_HEADER,
+    as_line,
+    as_markdown,
+    errors_by_kernel,
+    evaluate,
+    kernel_as_markdown,
+)
 from subquad_cost_model.features import schema_hash
 from subquad_cost_model.fit_files import save_fit
 from subquad_cost_model.head import Trees
@@ -36,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     judge.add_argument("rows", type=Path, help="parquet file, or a folder of them")
     judge.add_argument("--splits", default="S0,S1,S2,S5", help=f"of {', '.join(SPLITS)}, with commas between")
     judge.add_argument("--salt", default="", help="another word gives other shapes and layouts to S0, S1 and S6")
+    judge.add_argument("--by-kernel", action="store_true", help="errors of each kernel and phase, the worst first")
     judge.add_argument("--json", action="store_true", help="lines of JSON in place of a table")
     for verb in (fit, judge):
         verb.add_argument("--rounds", type=int, default=Trees.rounds, help="trees per head")
@@ -75,6 +84,12 @@ def _fit(given: argparse.Namespace) -> None:
 
 def _evaluate(given: argparse.Namespace) -> None:
     rows = read_timed_rows(given.rows)
+    if given.by_kernel:
+        for protocol in given.splits.split(","):
+            print(f"{protocol}\n\n{KERNEL_HEADER}")
+            for of_kernel in errors_by_kernel(rows, protocol, trees=_trees(given), salt=given.salt):
+                print(kernel_as_markdown(of_kernel))
+        return
     if not given.json:
         print(HEADER)
     for verdict in evaluate(rows, given.splits.split(","), trees=_trees(given), salt=given.salt):

@@ -156,6 +156,45 @@ def evaluate(
             yield from judge(able, split, fit)
 
 
+@dataclass(frozen=True, kw_only=True)
+class KernelErrors:
+    """How far off one kernel's phase is on the judged rows of a split; `share` is its part of the sum of all errors."""
+
+    kernel: str
+    phase: str
+    rows: int
+    error: Summary
+    noise: Summary
+    share: float
+
+
+def errors_by_kernel(
+    rows: Sequence[TimedRow], protocol: str, *, trees: Trees = USUAL, salt: str = ""
+) -> list[KernelErrors]:
+    """Of the learned model, on every split of this protocol together; those that weigh most come first."""
+    able = timed(rows)
+    errors: dict[tuple[str, str], list[float]] = defaultdict(list)
+    noise: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for split in splits(able, protocol, salt=salt):
+        learned = replace(LearnedEstimator.fit([able[i] for i in split.fit], trees=trees), abstains=False)
+        asked = [able[index] for index in split.judge]
+        estimates = _estimates(learned, asked)
+        found = relative_errors([one.seconds for one in estimates], [row.seconds for row in asked])
+        for row, error in zip(asked, found, strict=True):
+            key = f"{row.row.operator}/{row.row.kernel}", row.row.phase
+            errors[key].append(error)
+            noise[key].append(row.doubt)
+    whole = sum(map(sum, errors.values()))
+    tables = [
+        KernelErrors(
+            kernel=kernel, phase=phase, rows=len(of_it), error=Summary.of(of_it),
+            noise=Summary.of(noise[kernel, phase]), share=sum(of_it) / whole,
+        )
+        for (kernel, phase), of_it in errors.items()
+    ]  # fmt: skip
+    return sorted(tables, key=lambda one: -one.share)
+
+
 def as_line(verdict: Verdict) -> str:
     """One JSON line."""
     return json.dumps(asdict(verdict), sort_keys=True)
@@ -190,6 +229,18 @@ def as_markdown(verdict: Verdict) -> str:
         f"{verdict.answered:.0%}" if verdict.answered is not None else "",
     )
     return f"| {' | '.join(cells)} |"
+
+
+KERNEL_HEADER = (
+    "| kernel | phase | rows | error mean / median / p90 % | noise mean / median % | share of all errors % |\n"
+    "|---|---|---|---|---|---|"
+)
+
+
+def kernel_as_markdown(of: KernelErrors) -> str:
+    """One line of the table that `KERNEL_HEADER` opens."""
+    error, noise = _percent(of.error.mean, of.error.median, of.error.p90), _percent(of.noise.mean, of.noise.median)
+    return f"| {of.kernel} | {of.phase} | {of.rows} | {error} | {noise} | {_percent(of.share)} |"
 
 
 def _percent(*values: float) -> str:

@@ -2,7 +2,8 @@
 
 manifest.json       format, features' hash, versions, date; the sha256 of every other file
 heads.json          words, widths, reach of each head, and its physics head
-<head>.point.txt    trees for z, LightGBM's own text; <head>.spread.txt those for its spread
+<head>.point.txt    trees for z, LightGBM's own text, or the rows of a Gaussian process, JSON
+<head>.spread.txt   trees for its spread
 card.md             what it was fitted to, how it was judged, where it is wrong
 """
 
@@ -18,9 +19,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from subquad_cost_model.envelope import Smaller
 from subquad_cost_model.estimator import Estimator
 from subquad_cost_model.features import Vocabulary, schema_hash
+from subquad_cost_model.gaussian_process import SCALES, GaussianProcess
 from subquad_cost_model.head import Head
 from subquad_cost_model.learned import LearnedEstimator
 from subquad_cost_model.physics import BYTES, SECONDS, Physics
@@ -29,9 +33,9 @@ from subquad_cost_model.roofline import RooflineEstimator
 if TYPE_CHECKING:
     import lightgbm
 
-FORMAT_VERSION = 2
-READABLE = (1, 2)
-"""Fits of version 1 have no physics head and one head for peaks at most."""
+FORMAT_VERSION = 3
+READABLE = (1, 2, 3)
+"""Fits of version 1 have no physics head and one head for peaks at most; only version 3 has Gaussian processes."""
 MANIFEST, HEADS, CARD = "manifest.json", "heads.json", "card.md"
 PEAK = "peak_"
 """Before the phase, in the names of heads for peak memory."""
@@ -73,7 +77,7 @@ def save_fit(estimator: LearnedEstimator, folder: Path, *, card: str) -> None:
     texts = {HEADS: json.dumps({name: _head_record(head) for name, head in heads.items()}, indent=1) + "\n", CARD: card}
     for name, head in heads.items():
         assert head.point is not None, "a head without trees is for comparison alone"
-        texts[f"{name}.point.txt"] = head.point.model_to_string()
+        texts[f"{name}.point.txt"] = _point_text(head.point)
         texts[f"{name}.spread.txt"] = head.spread.model_to_string()
     for name, text in texts.items():
         (folder / name).write_bytes(text.encode())
@@ -95,7 +99,9 @@ def load_fit(folder: Path) -> LearnedEstimator:
     try:
         records = json.loads(texts[HEADS])
         heads = {
-            name: _head(record, *(_booster(lightgbm, texts[f"{name}.{part}.txt"]) for part in ("point", "spread")))
+            name: _head(
+                record, _point(lightgbm, texts[f"{name}.point.txt"]), _booster(lightgbm, texts[f"{name}.spread.txt"])
+            )
             for name, record in records.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError, lightgbm.basic.LightGBMError) as error:
@@ -146,6 +152,26 @@ def _booster(lightgbm: Any, text: str) -> lightgbm.Booster:
     return lightgbm.Booster(model_str=text)
 
 
+def _point_text(point: lightgbm.Booster | GaussianProcess) -> str:
+    if not isinstance(point, GaussianProcess):
+        return str(point.model_to_string())
+    lines = zip(point.operators, point.kernels, point.weights.tolist(), point.places.tolist(), strict=True)
+    rows = ",\n".join(json.dumps(line, separators=(",", ":")) for line in lines)
+    return f'{{"scales": {json.dumps(SCALES)}, "rows": [\n{rows}\n]}}\n'
+
+
+def _point(lightgbm: Any, text: str) -> lightgbm.Booster | GaussianProcess:
+    if not text.startswith("{"):
+        return _booster(lightgbm, text)
+    record = json.loads(text)
+    if record["scales"] != list(SCALES):
+        raise ValueError("its Gaussian process has other scales than this package's: fit it again")
+    operators, kernels, weights, places = zip(*record["rows"], strict=True)
+    return GaussianProcess(
+        places=np.array(places), operators=operators, kernels=kernels, weights=np.array(weights, dtype=np.float64)
+    )
+
+
 def _head_record(head: Head) -> dict[str, Any]:
     return {
         "words": {name: list(words) for name, words in head.vocabulary.words.items()},
@@ -164,7 +190,7 @@ def _head_record(head: Head) -> dict[str, Any]:
     }
 
 
-def _head(record: Mapping[str, Any], point: lightgbm.Booster, spread: lightgbm.Booster) -> Head:
+def _head(record: Mapping[str, Any], point: lightgbm.Booster | GaussianProcess, spread: lightgbm.Booster) -> Head:
     return Head(
         point=point,
         spread=spread,
@@ -197,7 +223,6 @@ def _physics(record: Mapping[str, Any] | None) -> Physics | None:
         kernels={name: tuple(factors) for name, factors in record["kernels"].items()},
         pooled={kind: tuple(factors) for kind, factors in record["pooled"].items()},
         kinds=dict(record["kinds"]),
-        levels=dict(record["levels"]),
     )
 
 

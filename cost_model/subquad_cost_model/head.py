@@ -1,4 +1,7 @@
-"""One learned quantity: a physical sum and trees for what it leaves, trees for the spread, and how far to widen it."""
+"""One learned quantity: a physical sum and what it leaves, trees for the spread, and how far to widen it.
+
+What the sum leaves is a Gaussian process where rows are few, and trees where they are many or there is no sum.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from numpy.typing import NDArray
 from subquad_cost_model.conformal import grouped_quantile, worst_quantile
 from subquad_cost_model.device import Device
 from subquad_cost_model.features import CATEGORIES, NAMES, Floats, Vocabulary, feature_matrix, words
+from subquad_cost_model.gaussian_process import MOST_ROWS, GaussianProcess
 from subquad_cost_model.physics import FINEST_DOUBT, Physics, layout
 from subquad_cost_model.rows import CostRow
 from subquad_cost_model.splits import fold, head_layout, shape_group
@@ -57,7 +61,7 @@ class TooFewRowsError(ValueError):
 class Head:
     """Answers z = log(quantity / its bound) for rows on devices, with the half width of an interval.
 
-        z = log(physics / bound) + trees       without a physics head the trees answer alone, without a point it does
+        z = log(physics / bound) + residual       without a physics head trees answer alone, without a residual it does
 
     Widths are the multiples of the spread that held the share `level` of out-of-fold residuals: `seen_width` on devices
     and layouts among the rows (by operator; `""` for all), `layout_width` on layouts left out (widths, heads and
@@ -65,7 +69,7 @@ class Head:
     `reach` are the smallest and largest of each axis by kernel, `layouts` those of each kernel.
     """
 
-    point: lightgbm.Booster | None
+    point: lightgbm.Booster | GaussianProcess | None
     spread: lightgbm.Booster
     vocabulary: Vocabulary
     level: float
@@ -98,7 +102,8 @@ class Head:
         """Fit to rows, their devices and their z.
 
         `doubts` are relative errors of the rows' timings: a row counts the less the larger they are. With `terms` a
-        physics head of these stands before the trees; `bounds` are what z is relative to, 1 where none are given.
+        physics head of these stands first, and what it leaves is a Gaussian process, or trees beyond its `MOST_ROWS`;
+        `bounds` are what z is relative to, 1 where none are given.
 
         Residuals are out of fold, and folds are of whole shapes: for the spread's trees, and for the widths. Those for
         new devices come from models that never saw the device's family, those for new layouts and for lengths beyond
@@ -146,7 +151,7 @@ class Head:
             beyond_width = width_of(_ends(rows), groups)
         final = table.trained(np.ones(len(rows), dtype=bool), trees, terms)
         return cls(
-            point=final.trees,
+            point=final.residual,
             spread=_grow(table.features, spreads.z, trees, spread=True),
             vocabulary=vocabulary,
             level=level,
@@ -170,10 +175,8 @@ class Head:
         """
         if not rows:
             return np.empty(0), np.empty(0)
-        features = feature_matrix(rows, [device] * len(rows), self.vocabulary)
-        z = np.zeros(len(rows)) if self.point is None else _ask(self.point, features)
-        if self.physics is not None:
-            z = z + np.log(self.physics.predict(rows, [device] * len(rows)) / (1.0 if bounds is None else bounds))
+        features, devices = feature_matrix(rows, [device] * len(rows), self.vocabulary), [device] * len(rows)
+        z = _Point(self.point, self.physics).answer(rows, devices, features, bounds)
         z = np.clip(z, self.lowest, self.highest)
         spread = np.exp(_ask(self.spread, features))
         return z, spread * np.array([self._width(row, device) for row in rows])
@@ -223,10 +226,23 @@ class Head:
 
 @dataclass(frozen=True)
 class _Point:
-    """What answers for z: a physics head, where there is one, and trees."""
+    """What answers for z: a physics head, where there is one, and what it leaves."""
 
-    trees: lightgbm.Booster
+    residual: lightgbm.Booster | GaussianProcess | None
     physics: Physics | None
+
+    def answer(
+        self, rows: Sequence[CostRow], devices: Sequence[Device], features: Floats, bounds: Floats | None
+    ) -> Floats:
+        """z of each row."""
+        z = np.zeros(len(rows))
+        sums = np.ones(len(rows))
+        if self.physics is not None:
+            sums = self.physics.predict(rows, devices)
+            z = np.log(sums / (1.0 if bounds is None else bounds))
+        if isinstance(self.residual, GaussianProcess):
+            return z + self.residual.predict(rows, devices, sums)
+        return z if self.residual is None else z + _ask(self.residual, features)
 
 
 @dataclass(frozen=True)
@@ -243,14 +259,17 @@ class _Table:
     def trained(
         self, inside: NDArray[np.bool_], trees: Trees, terms: tuple[str, ...], *, spread: bool = False
     ) -> _Point:
-        """Physics and trees of the rows inside."""
+        """Physics of the rows inside, and what it leaves."""
         here: list[int] = np.flatnonzero(inside).tolist()
         physics, target = None, self.z[here]
-        weights = 1 / np.maximum(self.doubts[here], FINEST_DOUBT)
         if terms:
             rows, devices = [self.rows[i] for i in here], [self.devices[i] for i in here]
             physics = Physics.fit(terms, rows, devices, self.bounds[here] * np.exp(target), self.doubts[here])
-            target = target - np.log(physics.predict(rows, devices) / self.bounds[here])
+            sums = physics.predict(rows, devices)
+            target = target - np.log(sums / self.bounds[here])
+            if len(self.rows) <= MOST_ROWS:
+                return _Point(GaussianProcess.fit(rows, devices, sums, target, self.doubts[here]), physics)
+        weights = 1 / np.maximum(self.doubts[here], FINEST_DOUBT)
         return _Point(_grow(self.features[here], target, trees, spread=spread, weights=weights), physics)
 
     def out_of_group(
@@ -263,10 +282,8 @@ class _Table:
             if group == -1 or out.all():
                 continue
             point, here = self.trained(~out, trees, terms, spread=spread), np.flatnonzero(out).tolist()
-            found[here] = _ask(point.trees, self.features[here])
-            if point.physics is not None:
-                rows, devices = [self.rows[i] for i in here], [self.devices[i] for i in here]
-                found[here] += np.log(point.physics.predict(rows, devices) / self.bounds[here])
+            rows, devices = [self.rows[i] for i in here], [self.devices[i] for i in here]
+            found[here] = point.answer(rows, devices, self.features[here], self.bounds[here])
         return found
 
 

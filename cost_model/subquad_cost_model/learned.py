@@ -1,4 +1,4 @@
-"""The learned model: the analytic bound, times what trees have learned kernels to take beyond it."""
+"""The learned model: the analytic bound, times what kernels were learned to take beyond it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class LearnedEstimator:
     ) -> LearnedEstimator:
         """A head per phase that has rows enough, and one for its peak memory if that was observed.
 
-        Each is a physical sum with trees for what that leaves, or with `physics` False trees alone.
+        Each is a physical sum and what that leaves, or with `physics` False trees alone.
 
         Raises: ValueError when no phase has rows enough; ModuleNotFoundError without lightgbm.
         """

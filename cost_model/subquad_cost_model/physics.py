@@ -1,11 +1,10 @@
 """The physics head: a quantity as a sum of what the row asks of a device, each part times a factor of the kernel.
 
-    seconds = start + exp(u_l) work,    start and work: sums over j of  c_kj x_j(row, device),    c >= 0
+    seconds = sum over j of  c_kj x_j(row, device),    c >= 0
 
-x_j are seconds that the units work, launches, steps that wait for each other, waves of programs; k is the kernel, l its
-layout: widths, heads, dtype and options, for which it was compiled, and which may cost it registers or a path of its
-own. Such a sum has no trees' steps and goes on beyond what was measured: twice the tokens of a linear operator take
-twice the time. Bytes at the peak are a sum alike, of other terms.
+x_j are seconds that the units work, launches, steps that wait for each other, waves of programs; k is the kernel. Such
+a sum goes on beyond what was measured: twice the tokens of a linear operator take twice the time. What widths, dtypes
+and options cost a kernel beyond it is left to `gaussian_process`. Bytes at the peak are a sum alike, of other terms.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -26,18 +25,18 @@ from subquad_cost_model.rows import CostRow
 from subquad_cost_model.splits import LENGTHS, fold
 
 SECONDS = (
-    "start", "launches", "packed", "matmul", "vector", "exponentials", "memory", "kept", "steps", "keys", "documents",
-    "waves",
+    "start", "launches", "host", "packed", "matmul", "exact matmul", "vector", "exponentials", "memory",
+    "memory in fp32", "kept", "steps", "keys", "documents", "waves", "bound",
 )  # fmt: skip
-STARTING = frozenset({"start", "launches", "packed", "documents", "blocks"})
-"""Terms that no layout changes."""
 BYTES = ("blocks", "moved", "kept", "row of scores", "scalars", "states", "states of chunks", "cache", "scores")
 STEP = 500
 """Dependent instructions of a walk's step, which loads a tile, multiplies it and waits: a microsecond on an H100."""
-PULL = 0.3
+HOST_LAUNCH_S, HEAD_START_S = 8e-6, 4e-3
+"""What the host needs to start a kernel, and how far ahead of the device `measure` lets it run."""
+ELEMENT_BYTES = {"float64": 8, "float32": 4}
+"""Kernels composed of torch's own compute in fp32 whatever the dtype."""
+PULL = 1.0
 """How firmly a kernel's factors are held near those of all kernels: the square of it counts like so many rows."""
-LAYOUT_PULL = 1.0
-"""How firmly a layout's level is held at that of its kernel: like so many rows, all work, at the level."""
 LEAST = 1e-12
 """A sum is a little more than nothing."""
 LEAST_ROWS = 6
@@ -50,9 +49,9 @@ FINEST_DOUBT = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class Physics:
-    """Factors by kernel (with its operator), those pooled over all kernels of a kind for one that was never measured,
-    and u by layout. Kinds are `fused` (one launch a call) and `composed`, and `kinds` says which a kernel is.
+    """Factors by kernel (with its operator), and those pooled over a kind of kernels for one that was never measured.
 
+    Kinds are `fused` (one launch a call) and `composed`, and `kinds` says which a kernel is.
     `terms` says of what the sum is made: `SECONDS` or `BYTES`.
     """
 
@@ -60,7 +59,6 @@ class Physics:
     kernels: Mapping[str, tuple[float, ...]]
     pooled: Mapping[str, tuple[float, ...]]
     kinds: Mapping[str, str]
-    levels: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def fit(
@@ -75,10 +73,7 @@ class Physics:
 
             min over c >= 0:  sum_i w_i (c x_i / y_i - 1)^2  +  PULL^2 sum_j (s_j (c_j - c0_j))^2
 
-        s_j is the size of the term in these rows, c0 the factors of its kind at this kernel's level. The level of a
-        layout is then that of its residuals r_i, as far as its rows are work (the share p_i) and not start:
-
-            u = median_i (r_i / p_i; w_i p_i^2)  N / (N + LAYOUT_PULL),    N = sum_i w_i p_i^2
+        s_j is the size of the term in these rows, c0 the factors of its kind at this kernel's level.
         """
         values = _values(terms, rows, devices)
         weights = 1 / np.maximum(doubts, FINEST_DOUBT)
@@ -102,19 +97,7 @@ class Physics:
                 near = _factors(values[here], quantity[here], weights[here] / weights[here].mean(), near, PULL)
             kernels[kernel] = tuple(near.tolist())
         of_kinds = {kind: tuple(factors.tolist()) for kind, factors in pooled.items()}
-        flat = cls(terms=terms, kernels=kernels, pooled=of_kinds, kinds=kinds)
-        starts, works = np.array([flat._parts(row, value) for row, value in zip(rows, values, strict=True)]).T
-        residuals, shares = np.log(quantity / (starts + works)), works / (starts + works)
-        by_layout: dict[str, list[int]] = defaultdict(list)
-        for index, row in enumerate(rows):
-            by_layout[layout(row)].append(index)
-        counts = weights * shares**2
-        levels = {
-            name: _median(residuals[here] / np.maximum(shares[here], 0.1), counts[here])
-            * (counts[here].sum() / (counts[here].sum() + LAYOUT_PULL))
-            for name, here in by_layout.items()
-        }
-        return replace(flat, levels={name: float(log_level) for name, log_level in levels.items()})
+        return cls(terms=terms, kernels=kernels, pooled=of_kinds, kinds=kinds)
 
     def predict(self, rows: Sequence[CostRow], devices: Sequence[Device]) -> Floats:
         """The sum of each row on its device.
@@ -126,26 +109,17 @@ class Physics:
         return np.array([self._sum(row, value) for row, value in zip(rows, values, strict=True)], dtype=np.float64)
 
     def _sum(self, row: CostRow, values: Floats) -> float:
-        start, work = self._parts(row, values)
-        return start + work * math.exp(self.levels.get(layout(row), 0.0))
-
-    def _parts(self, row: CostRow, values: Floats) -> tuple[float, float]:
-        """What starts the kernel, and its work."""
-        starting = np.array([name in STARTING for name in self.terms])
         kernel = words(row)[1]
         if kernel in self.kernels:
-            products = values * np.array(self.kernels[kernel])
-        else:
-            kind, operator = _kind(row.launches), f"{row.operator}/"
-            usual = values * np.array(self.pooled.get(kind, next(iter(self.pooled.values()))))
-            rivals = [
-                values * np.array(factors)
-                for name, factors in self.kernels.items()
-                if name.startswith(operator) and self.kinds[name] == kind
-            ]
-            fastest = min(rivals, key=np.sum, default=usual)
-            products = max(usual, fastest, key=np.sum)
-        return float(products[starting].sum()), max(float(products[~starting].sum()), LEAST)
+            return float(values @ np.array(self.kernels[kernel])) + LEAST
+        kind, operator = _kind(row.launches), f"{row.operator}/"
+        usual = float(values @ np.array(self.pooled.get(kind, next(iter(self.pooled.values())))))
+        rivals = [
+            float(values @ np.array(factors))
+            for name, factors in self.kernels.items()
+            if name.startswith(operator) and self.kinds[name] == kind
+        ]
+        return max(usual, min(rivals, default=usual)) + LEAST
 
 
 def _kind(launches: int) -> str:
@@ -161,13 +135,6 @@ def layout(row: CostRow) -> str:
 @lru_cache(maxsize=16_384)
 def _short_name(what: tuple[object, ...]) -> str:
     return format(fold(repr(what), 1 << 40), "x")
-
-
-def _median(values: Floats, weights: Floats) -> float:
-    """The weighted median."""
-    order = np.argsort(values)
-    reached = np.cumsum(weights[order])
-    return float(values[order][np.searchsorted(reached, reached[-1] / 2)])
 
 
 def _factors(values: Floats, quantity: Floats, weights: Floats, near: Floats, pull: float) -> Floats:
@@ -193,30 +160,66 @@ def _values(terms: tuple[str, ...], rows: Sequence[CostRow], devices: Sequence[D
 
 def _seconds(row: CostRow, device: Device) -> list[float]:
     terms, shape = bound_terms(row, device), row.shape
-    sms = max(1, round(device.transcendental_per_s * device.serial_step_s / EXP_PER_SM_AND_STEP))
-    documents, heads = shape.get("documents", 0), _heads(shape)
-    # Parts of a stick broken at random: sum of squares 2 t^2 / (D + 1), longest t / D (1 + ... + 1/D).
-    uneven = 2 * documents / (documents + 1) if documents else 1.0
-    longest = sum(1 / place for place in range(1, documents + 1)) if documents else 1.0
+    documents = shape.get("documents", 0)
+    longest, uneven = _documents(row)
     # A query's program walks all keys that it sees, or all summaries.
     summaries = shape.get("t", 1) // int(row.options.get("segment_len", 1)) + shape.get("m", 0) if "m" in shape else 0
     keys = shape.get("s", summaries) / max(1, documents)
-    programs = heads * (shape.get("b", 1) * math.ceil(shape.get("t", 1) / TILE) + documents)
+    window = int(row.options.get("window", 0))
+    keys = min(keys, window) if window else keys
     step_s = STEP * device.serial_step_s
+    exact = row.dtype in ("float32", "float64")
+    wide_s = 4 * row.bytes_moved / ELEMENT_BYTES.get(row.dtype, 2) / device.bytes_per_s
     return [
         device.launch_s,
         (row.launches - 1) * device.launch_s,
+        max(0.0, row.launches * HOST_LAUNCH_S - HEAD_START_S),
         device.launch_s if documents else 0.0,
-        terms.matmul_s * uneven,
+        0.0 if exact else terms.matmul_s * uneven,
+        terms.matmul_s * uneven if exact else 0.0,
         terms.vector_s * uneven,
         terms.transcendental_s * uneven,
         terms.memory_s,
+        wide_s,
         row.saved_bytes / device.bytes_per_s,
         row.serial_steps * longest * step_s,
         math.ceil(keys * longest / TILE) * step_s,
         documents * device.launch_s,
-        math.ceil(programs / sms) * step_s,
+        math.ceil(programs(row) / multiprocessors(device)) * step_s,
+        max(terms.memory_s, uneven * max(terms.matmul_s, terms.vector_s, terms.transcendental_s)),
     ]
+
+
+def programs(row: CostRow) -> int:
+    """So many run at once if there is room: a tile of tokens of one head each, and one more for each document's end."""
+    shape = row.shape
+    tiles = shape.get("b", 1) * math.ceil(shape.get("t", 1) / TILE) + shape.get("documents", 0)
+    return _heads(shape) * tiles
+
+
+def multiprocessors(device: Device) -> int:
+    """Of a GPU, from what its special-function units reach."""
+    return max(1, round(device.transcendental_per_s * device.serial_step_s / EXP_PER_SM_AND_STEP))
+
+
+def _documents(row: CostRow) -> tuple[float, float]:
+    """How much longer than the average the longest document is, and how many more pairs than equal ones have they all.
+
+    Where lengths are not known, they are parts of a stick broken at random: the longest of D is 1 + ... + 1/D times the
+    average, and sums of squares are 2 D / (D + 1) times those of equal parts. Only attention's work grows in pairs.
+    """
+    documents, lengths, window = row.shape.get("documents", 0), row.document_lengths, int(row.options.get("window", 0))
+    if not documents:
+        return 1.0, 1.0
+    average = row.shape["t"] / documents
+    if lengths:
+        longest = max(lengths) / average
+        seen = sum(length * min(length, window or length) for length in lengths)
+        uneven = seen / (documents * average * min(average, window or average))
+    else:
+        longest = sum(1 / place for place in range(1, documents + 1))
+        uneven = 2 * documents / (documents + 1) if average < (window or math.inf) else 1.0
+    return longest, uneven if row.shape.keys() & {"s", "m"} else 1.0
 
 
 def _bytes(row: CostRow, device: Device) -> list[float]:

@@ -14,6 +14,8 @@ class CostRow:
     `shape` and `options` describe the workload; `flops` ... `saved_bytes` are its work, counted and not measured (a
     multiply-add is 2 FLOPs). `launches` are the device kernels that this kernel starts, one after the other, as it
     declares them. `kernel_version` changes when the kernel's code does, so that old measurements expire.
+    `document_lengths` are the tokens of each packed document where they are known: what was timed, and no part of what
+    identifies it. Where they are not, documents of drawn lengths are expected.
     """
 
     operator: str
@@ -30,6 +32,7 @@ class CostRow:
     saved_bytes: int = 0
     launches: int = 1
     kernel_version: str = ""
+    document_lengths: tuple[int, ...] = ()
 
     @property
     def key(self) -> str:

@@ -16,13 +16,13 @@ from typing import Any, Literal, get_args
 from subquad_cost_model.device import Device
 from subquad_cost_model.rows import CostRow
 
-FORMAT_VERSION = 2
-READABLE = {"1": ("launches",), "2": ()}
+FORMAT_VERSION = 3
+READABLE = {"1": ("launches", "document_lengths"), "2": ("document_lengths",), "3": ()}
 """Versions that are read, each with the columns that it lacks: these have their defaults."""
 _FORMAT_KEY = b"subquad_cost_model.timed_rows"
 Status = Literal["ok", "oom", "unsupported", "wrong"]
 STATUSES: tuple[str, ...] = get_args(Status)
-_ROW_JSON = ("shape", "options")
+_ROW_JSON = ("shape", "options", "document_lengths")
 
 
 class TimedRowsError(ValueError):
@@ -96,7 +96,7 @@ def write_timed_rows(path: Path, rows: Sequence[TimedRow]) -> None:
     for timed_row in rows:
         for field in fields(CostRow):
             value = getattr(timed_row.row, field.name)
-            columns[field.name].append(_json(dict(value)) if field.name in _ROW_JSON else value)
+            columns[field.name].append(_json(value) if field.name in _ROW_JSON else value)
         columns["device_name"].append(timed_row.device.name)
         if id(timed_row.device) not in texts:
             texts[id(timed_row.device)] = timed_row.device.to_json()
@@ -159,15 +159,18 @@ def _schema_of(pa: Any) -> list[tuple[str, Any]]:
 
 def _parsed(record: dict[str, Any]) -> TimedRow:
     row = {f.name: record[f.name] for f in fields(CostRow) if f.name in record}
+    row |= {name: json.loads(row[name]) for name in _ROW_JSON if name in row}
+    row["document_lengths"] = tuple(row.get("document_lengths", ()))
     return TimedRow(
-        row=CostRow(**row | {name: json.loads(row[name]) for name in _ROW_JSON}),
+        row=CostRow(**row),
         device=_device(record["device"]),
         **{name: record[name] for name in _PLAIN},
     )
 
 
 def _json(value: object) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+    plain = dict(value) if isinstance(value, Mapping) else value
+    return json.dumps(plain, sort_keys=True, separators=(",", ":"))
 
 
 @cache

@@ -137,6 +137,9 @@ def test_the_commands_fit_judge_and_keep(
     assert main(["evaluate", str(table), "--splits", "S0", *small]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("| split | held out |") and "| learned, always |" in printed
+    assert main(["evaluate", str(table), "--splits", "S0", "--by-kernel", *small]) == 0
+    by_kernel = capsys.readouterr().out
+    assert "| mix/wide | forward |" in by_kernel and "| mix/narrow | forward |" in by_kernel
     (tmp_path / "figures.md").write_text(printed)
     assert main(["fit", str(table), str(fit), "--figures", str(tmp_path / "figures.md"), *small]) == 0
     assert f"heads forward; {len(rows) - 1} timed rows and 1 others" in capsys.readouterr().out

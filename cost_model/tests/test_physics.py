@@ -68,15 +68,18 @@ def test_rows_in_doubt_and_outliers_count_less() -> None:
     assert np.mean(errors(believed, new, truths)) < 0.3, "a quarter of rows thrice as slow moves it by less"
 
 
-def test_a_layout_has_a_level_of_its_own_but_its_launches_have_not() -> None:
-    usual, slow = drawn(5, count=30), [replace(row, dtype="float16") for row in drawn(6, count=10)]
-    rows = [*usual, *slow]
-    physics = fitted(rows, [truth_s(row, 2.5 if row.dtype == "float16" else 1) for row in rows])
-    new = [replace(row, dtype="float16") for row in drawn(7)]
-    truths = [truth_s(row, 2.5) for row in new]
-    found, flat = (np.median(errors(one, new, truths)) for one in (physics, replace(physics, levels={})))
-    assert found < 0.15
-    assert found < 0.75 * flat
+def test_known_documents_take_the_place_of_expected_ones() -> None:
+    shape = {"b": 1, "t": 4096, "s": 4096, "h": 8, "documents": 4}
+    unknown = replace(composed("wide", 4096), shape=shape)
+    equal, uneven = (
+        replace(unknown, document_lengths=lengths) for lengths in ((1024, 1024, 1024, 1024), (4000, 32, 32, 32))
+    )
+    rows = drawn(5)
+    physics = fitted([replace(row, shape={**row.shape, "s": row.shape["t"]}) for row in rows],
+                     [20 * bound_terms(row, DEVICE).matmul_s for row in rows])  # fmt: skip
+    short_s, expected_s, long_s = physics.predict([equal, unknown, uneven], [DEVICE] * 3)
+    assert expected_s / short_s == pytest.approx(2 * 4 / 5, rel=0.1), "parts of a broken stick"
+    assert long_s / short_s == pytest.approx(4 * (4000 / 4096) ** 2, rel=0.1), "work grows in pairs"
 
 
 def test_a_kernel_never_measured_is_like_the_fastest_of_its_operator() -> None:

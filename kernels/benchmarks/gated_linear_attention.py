@@ -6,6 +6,7 @@ bfloat16. `device_ms` is the sum of the times of all kernels that one call start
 `called_ms` is what a caller waits for: through the torch op, with autograd where gradients are wanted (median of
 `triton.testing.do_bench`, L2 cleared between calls); `host_us` is what a call of a tiny shape takes before it returns.
 `error` is the largest of outputs and gradients of the same widths at 2 x 299 tokens, against float64.
+Cases are of GLA's decays but for the "violent" one, 16 times as strong: fewer tokens then share one product.
 With --tune, launches are tried for each case, one kernel after the other and then the length of a stretch, and the best
 are printed and kept for the timings; the package itself keeps what `fused.launch_of` says.
 """
@@ -35,7 +36,6 @@ from subquad_kernels.workload import Workload
 
 OPERATOR = CATALOGUE.operator("gated_linear_attention")
 Call = Callable[[dict[str, Any]], Tensor]
-Launches = dict[str, fused.Launch]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,7 @@ class Case:
     read: str = "after"
     decay_dtype: str = "float32"
     documents: int = 0
+    decay: float = 1.0
 
     def workload(self, *, state: bool = False, **changes: int) -> Workload:
         shape = {axis: getattr(self, axis) for axis in ("b", "t", "h", "n", "p")} | changes
@@ -63,7 +64,8 @@ class Case:
         )
 
     def inputs(self, *, state: bool = False, **changes: int) -> dict[str, Any]:
-        return sample_inputs(self.workload(state=state, **changes), seed=0, device="cuda")
+        found: dict[str, Any] = sample_inputs(self.workload(state=state, **changes), seed=0, device="cuda")
+        return found | {"log_decay": found["log_decay"] * self.decay}
 
 
 CASES = (
@@ -73,49 +75,51 @@ CASES = (
     Case(name="D64 L8k bf16 decay", b=4, t=8_192, decay_dtype="bfloat16"),
     Case(name="D64 L8k packed", b=1, t=32_768, documents=24),
     Case(name="RWKV-6 L8k", b=4, t=8_192, read="before"),
+    Case(name="D64 L8k violent", b=4, t=8_192, decay=16.0),
     Case(name="D128 L8k", b=4, t=8_192, n=128, p=128),
 )
+
+
 def ours(inputs: dict[str, Any]) -> Tensor:
     return gated_linear_attention(**inputs, kernel="fused")[0]
 
 
-def launched(launches: Launches) -> Any:
-    """The kernel with its functions bound to launches."""
+def launched(launch: fused.Launch) -> Any:
+    """The kernel with its functions bound to a launch."""
 
     class Bound:
-        forward = staticmethod(partial(fused.forward, launches))
-        backward = staticmethod(partial(fused.backward, launches=launches))
+        forward = staticmethod(partial(fused.forward, launch))
+        backward = staticmethod(partial(fused.backward, launch=launch))
 
     kernel = replace(CATALOGUE.kernel("gated_linear_attention", "fused"))
     kernel.__dict__["torch_half"] = Bound
     return kernel
 
 
-def default_launches(case: Case) -> Launches:
-    return {name: fused.launch_of(case.n, case.p, name) for name in ("summarise", "read", "differentiate")}
+def default_launch(case: Case) -> fused.Launch:
+    return fused.launch_of(case.n, case.p, torch.bfloat16)
 
 
-def check(case: Case, launches: Launches) -> tuple[float, str, bool]:
+def check(case: Case, launch: fused.Launch) -> tuple[float, str, bool]:
     """The largest error at the case's widths and a small size, its name, and whether all are within tolerance."""
     arguments = case.inputs(state=True, b=1 if case.documents else 2, t=299, h=min(case.h, 4))
     # Cut into two stretches, as the timed shapes are.
-    small = {name: replace(launch, stretch=256) for name, launch in launches.items()}
-    kernel = launched(small)
+    kernel = launched(replace(launch, stretch=256))
     errors = kernel_errors(OPERATOR, kernel, arguments, gradients=True)
     name = max(errors, key=lambda key: errors[key])
     return errors[name], name, judge(OPERATOR, kernel, case.workload(), errors).passed
 
 
-def time_case(record: Record, case: Case, launches: Launches | None = None) -> None:
+def time_case(record: Record, case: Case, launch: fused.Launch | None = None) -> None:
     """Defaults are timed through the torch op; launches that were asked for are timed as kernels alone."""
-    row: dict[str, Any] = {"case": asdict(case), "tuned": launches is not None}
+    row: dict[str, Any] = {"case": asdict(case), "tuned": launch is not None}
     with surviving(row):
-        row["error"], row["error_of"], row["passed"] = check(case, launches or default_launches(case))
+        row["error"], row["error_of"], row["passed"] = check(case, launch or default_launch(case))
         inputs = case.inputs()
-        if launches is None:
+        if launch is None:
             row |= Timed(ours, inputs).times()
         else:
-            row |= kernel_times(inputs, launches)
+            row |= kernel_times(inputs, launch)
         floor = OPERATOR.work(case.workload()), OPERATOR.work(replace(case.workload(), phase="forward"))
         row["bytes"] = {"forward": floor[1].bytes_moved, "both": floor[0].bytes_moved + floor[1].bytes_moved}
         state = "ok  " if row["passed"] else "FAIL"
@@ -131,14 +135,14 @@ def time_case(record: Record, case: Case, launches: Launches | None = None) -> N
     record.add("timings", row)
 
 
-def kernel_times(inputs: dict[str, Any], launches: Launches) -> dict[str, Any]:
+def kernel_times(inputs: dict[str, Any], launch: fused.Launch) -> dict[str, Any]:
     pull = torch.randn_like(inputs["v"])
 
     def forward() -> tuple[Tensor, ...]:
-        return fused.forward(launches, **inputs)
+        return fused.forward(launch, **inputs)
 
     def both() -> None:
-        fused.backward(inputs, forward(), (pull, None), launches)
+        fused.backward(inputs, forward(), (pull, None), launch)
 
     found: dict[str, Any] = {}
     for name, function in (("forward", forward), ("both", both)):
@@ -193,30 +197,25 @@ def time_rivals(record: Record, cases: tuple[Case, ...], over: Callable[[], bool
         record.add("rivals", row)
 
 
-def candidates(base: fused.Launch, kernel: str, case: Case) -> Iterator[fused.Launch]:
-    """Tokens a chunk, tiles of the state, warps, stages of loads; the one that stands comes first."""
-    width = max(16, case.n if kernel == "differentiate" else case.p)
-    chunks = (64, 32, 16) if kernel == "summarise" else (16, 32)
+def candidates(base: fused.Tiles, case: Case) -> Iterator[fused.Tiles]:
+    """Widths of tiles, warps, stages of loads; the one that stands comes first."""
     yield base
-    for chunk, tile, warps, stages in itertools.product(
-        chunks, sorted({base.tile, 64, 32}, reverse=True), (4, 8), (1, 2, 3)
-    ):
-        launch = replace(base, chunk=chunk, tile=tile, num_warps=warps, num_stages=stages)
-        if tile <= width and launch != base:
-            yield launch
+    for width, warps, stages in itertools.product((64, 32, 16), (4, 8), (1, 2)):
+        tiles = fused.Tiles(width=width, num_warps=warps, num_stages=stages)
+        if width <= max(16, case.n, case.p) and tiles != base:
+            yield tiles
 
 
-def tune(record: Record, case: Case, over: Callable[[], bool]) -> Launches:
-    """The launches with the least device time; all kernels of a call share the length of a stretch."""
+def tune(record: Record, case: Case, over: Callable[[], bool]) -> fused.Launch:
+    """The launch with the least device time, one kernel's tiles after the other's, then tokens a stretch."""
     inputs = case.inputs()
     pull = torch.randn_like(inputs["v"])
-    launches = default_launches(case)
+    launch = default_launch(case)
     expected = fused.forward(**inputs)[0]
 
-    def measure(trial: Launches, direction: str, shown: str) -> float:
+    def measure(trial: fused.Launch, directions: tuple[str, ...], label: str) -> float:
         """Milliseconds of a direction, or of both; infinite where it raises or its result is another."""
-        row: dict[str, Any] = {"case": case.name, "direction": direction}
-        row["launches"] = {name: asdict(launch) for name, launch in trial.items()}
+        row: dict[str, Any] = {"case": case.name, "directions": directions, "launch": asdict(trial)}
         with surviving(row):
             outputs = fused.forward(trial, **inputs)
             apart = distance(outputs[0], expected)
@@ -224,37 +223,34 @@ def tune(record: Record, case: Case, over: Callable[[], bool]) -> Launches:
                 "forward": lambda: fused.forward(trial, **inputs),
                 "backward": lambda: fused.backward(inputs, outputs, (pull, None), trial),
             }
-            times = {
-                name: device_parts(function) for name, function in functions.items() if direction in (name, "both")
-            }
+            times = {name: device_parts(functions[name]) for name in directions}
             row |= {"distance": apart, "parts": times, "ms": sum(sum(parts.values()) for parts in times.values())}
         record.add("tuning", row)
-        launch = trial[shown]
-        label = f"{shown} chunk {launch.chunk} tile {launch.tile} warps {launch.num_warps} stages {launch.num_stages}"
-        label += f" stretch {launch.stretch}"
-        print(f"  {direction:8} {label:72} {row.get('ms', 0):.3f} {row.get('failure', '')[:80]}", flush=True)
+        print(f"  {label:80} {row.get('ms', 0):.3f} {row.get('failure', '')[:80]}", flush=True)
         return float(row["ms"]) if row.get("distance", 1.0) < 0.05 else float("inf")
 
-    def best_of(trials: Iterator[Launches], direction: str, shown: str) -> Launches:
-        best, least = launches, float("inf")
-        for trial in trials:
+    def best_of(trials: Iterator[tuple[fused.Launch, str]], directions: tuple[str, ...]) -> fused.Launch:
+        best, least = launch, float("inf")
+        for trial, label in trials:
             if over():
                 print("time is up: the rest is not tuned")
                 break
-            milliseconds = measure(trial, direction, shown)
+            milliseconds = measure(trial, directions, label)
             if milliseconds < least:
                 best, least = trial, milliseconds
         return best
 
-    for kernel, direction in (("read", "forward"), ("differentiate", "backward"), ("summarise", "forward")):
-        tried = candidates(launches[kernel], kernel, case)
-        launches = best_of(({**launches, kernel: launch} for launch in tried), direction, kernel)
-
-    def stretches() -> Iterator[Launches]:
-        for stretch in (None, 128, 256, 512, 1024):
-            yield {name: replace(launch, stretch=stretch) for name, launch in launches.items()}
-
-    return best_of(stretches(), "both", "read")
+    kernels = (("read", "forward"), ("differentiate", "backward"), ("summarise", "forward"))
+    if case.decay > 1.0:
+        kernels = (("violent", "forward"), ("violent", "backward"))
+    for kernel, direction in kernels:
+        tried = candidates(getattr(launch, kernel), case)
+        trials = ((replace(launch, **{kernel: tiles}), f"{kernel} {direction} {tiles}") for tiles in tried)
+        launch = best_of(trials, (direction,))
+    stretches = (None, 128, 256, 512, 1024)
+    return best_of(
+        ((replace(launch, stretch=stretch), f"stretch {stretch}") for stretch in stretches), ("forward", "backward")
+    )
 
 
 def main() -> None:
@@ -281,11 +277,10 @@ def main() -> None:
                 if over():
                     break
                 print("tuning", case.name)
-                launches = tune(record, case, over)
-                found = {name: asdict(launch) for name, launch in launches.items()}
-                record.add("launches", {"case": case.name} | found)
-                print("best", *(f"{name}: {launch}" for name, launch in launches.items()), sep="\n  ")
-                time_case(record, case, launches)
+                launch = tune(record, case, over)
+                record.add("launches", {"case": case.name} | asdict(launch))
+                print("best", launch)
+                time_case(record, case, launch)
         time_rivals(record, cases, over)
     finally:
         record.save(options.out)

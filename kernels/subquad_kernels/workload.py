@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Phase = Literal["forward", "backward", "decode"]
@@ -55,16 +55,33 @@ class Workload:
 
 
 def longest_document(shape: Mapping[str, int]) -> int:
-    """Tokens of the longest document that is to be expected where ends are drawn evenly; t where nothing is packed.
+    """Tokens of the longest document: `longest` of the shape where it is known, t where nothing is packed.
 
-    t / D (1 + 1/2 + ... + 1/D)      (the longest of D parts of a broken stick, Holst 1980)
+    Else what is to be expected where ends are drawn evenly:
+        t / D (1 + 1/2 + ... + 1/D)      (the longest of D parts of a broken stick, Holst 1980)
     """
+    if "longest" in shape:
+        return shape["longest"]
     t, documents = shape.get("t", 1), shape.get("documents", 0)
     return round(t / documents * sum(1 / place for place in range(1, documents + 1))) if documents else t
 
 
+def with_known_documents(workload: Workload, lengths: Sequence[int]) -> Workload:
+    """The workload for counting: what kernels that walk or lay out these documents do depends on the lengths of them.
+
+    Its shape has `longest` and `document_sizes` beside the axes, which no key may hold.
+    """
+    sizes = {(length - 1).bit_length() for length in lengths if length}
+    return replace(workload, shape={**workload.shape, "longest": max(lengths), "document_sizes": max(1, len(sizes))})
+
+
 def document_sizes(shape: Mapping[str, int]) -> int:
-    """Into how many powers of two the lengths of packed documents are expected to fall; 1 where nothing is packed."""
+    """Into how many powers of two the lengths of packed documents fall, 1 where nothing is packed.
+
+    `document_sizes` of the shape where it is known, else what is to be expected.
+    """
+    if "document_sizes" in shape:
+        return shape["document_sizes"]
     documents = shape.get("documents", 0)
     return min(documents, 3 * documents.bit_length() // 2) if documents else 1
 

@@ -4,7 +4,8 @@
 
 Run as a script and not in the interpreter of Triton: forward and backward are called on CPU tensors, and in place of
 each launch its kernel is compiled with the types, constants and alignments of the arguments. One JSON line a launch:
-registers a thread, bytes of memory a thread that registers spilled to, bytes of shared memory a program. The calls are
+registers a thread, bytes of memory a thread that registers spilled to, bytes of shared memory a program, and for Hopper
+the instructions that read a register which was never set (`unset_registers`). The calls are
 those of a training step in bfloat16, for every example of the operator; with --sample for one that is packed and one of
 a single token, with --all every case, in float32 as well.
 """
@@ -27,6 +28,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from unset_registers import unset_registers
 
 import subquad_kernels.builtin  # noqa: F401  (fills the catalogue)
 from subquad_kernels.catalogue import CATALOGUE, Operator
@@ -116,7 +118,7 @@ class Compiled:
                     print(json.dumps(found | {"failure": f"{type(error).__name__}: {error}"[:500]}), flush=True)
 
 
-def resources(compiled: Any, target: str) -> dict[str, int]:
+def resources(compiled: Any, target: str) -> dict[str, Any]:
     """Registers, spilled bytes and shared memory of a compiled kernel, and its instructions for matrix products."""
     shared = compiled.metadata.shared
     if target.startswith("gfx"):
@@ -127,10 +129,14 @@ def resources(compiled: Any, target: str) -> dict[str, int]:
         file.write(compiled.asm["cubin"])
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage, sass = (
+            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
     products = len(re.findall(r"mma\.sync|mma_async|tcgen05\.mma", compiled.asm["ptx"]))
     registers, spilled = (_number(name, usage) for name in ("REG:", "STACK:"))
-    return {"registers": registers, "spilled": spilled, "shared": shared, "products": products}
+    found: dict[str, Any] = {"registers": registers, "spilled": spilled, "shared": shared, "products": products}
+    return found | ({"unset": unset_registers(sass)} if target == "sm_90" else {})
 
 
 def _number(before: str, text: str) -> int:

@@ -22,9 +22,9 @@ SPILLS = {
     ("linear_attention/fused", "_read", "sm_90"): 128,
     ("linear_attention/fused", "_differentiate_q", "sm_90"): 128,
     ("linear_attention/fused", "_differentiate_kv", "sm_90"): 768,
-    # A read before the write: the bonus and its gradient beside all else; eight warps would spill none. Of triton 3.6;
-    # 3.7.1 spills 104 bytes.
-    ("gated_linear_attention/fused", "_differentiate", "sm_90"): 136,
+    # Two warp groups would spill none, and hold as many registers. Of triton 3.6.
+    ("gated_linear_attention/fused", "_differentiate", "sm_90"): 640,
+    ("gated_linear_attention/fused", "_read", "sm_90"): 64,
     # Of triton 3.7.1; tiles of 32 channels spill none, and are found wrong on Hopper in other backwards (README).
     ("delta_rule/fused_diagonal", "differentiate", "sm_90"): 320,
     # No register: the table by which libdevice's sine reduces arguments that never come here.
@@ -57,6 +57,7 @@ def assert_sound(kernel: Kernel, launches: list[dict[str, Any]]) -> None:
     assert launches
     failures = [launch for launch in launches if "failure" in launch]
     assert not failures, failures
+    assert not [launch for launch in launches if launch.get("unset")]
     spilling = [
         launch
         for launch in launches

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import subquad_kernels.operators  # noqa: F401  (registers what is declared)
 from subquad_kernels.catalogue import CATALOGUE, Kernel, one_launch
-from subquad_kernels.workload import Phase, Workload, longest_document
+from subquad_kernels.samples import draw_boundaries
+from subquad_kernels.softmax_attention.flex import mask_function
+from subquad_kernels.workload import Phase, Workload, document_sizes, longest_document, with_known_documents
 
 NOTHING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_local_scalar_dense"}
 SIZES = {"t": 300, "h": 1, "h_k": 1, "h_kv": 1, "k": 4, "v": 4, "n": 4, "p": 4, "c": 4, "b": 1}
+COMPILED = "flex_attention"
+"""Compiled whole on a GPU, but for its mask: counted apart."""
 COMPOSED = [
-    kernel for operator in CATALOGUE for kernel in CATALOGUE.kernels(operator.name) if kernel.launches is not one_launch
+    kernel
+    for operator in CATALOGUE
+    for kernel in CATALOGUE.kernels(operator.name)
+    if kernel.launches is not one_launch and kernel.name != COMPILED
 ]
 
 
@@ -65,6 +75,27 @@ def test_declared_launches_are_those_of_a_call(kernel: Kernel, phase: Phase) -> 
     for t in (300, 900):
         workload = workload_of(kernel, phase, t)
         assert kernel.launches(workload) == pytest.approx(counted(kernel, workload), rel=0.34), (workload.shape, phase)
+
+
+@pytest.mark.parametrize("documents", [None, 4])
+def test_declared_launches_of_flex_attention_are_those_of_its_mask(documents: int | None) -> None:
+    kernel = CATALOGUE.kernel("softmax_attention", COMPILED)
+    workload = workload_of(kernel, "forward", 300)
+    if documents:
+        workload = replace(workload, shape={**workload.shape, "documents": documents})
+    boundaries = draw_boundaries(workload.shape, 0, "cpu")
+    with torch.no_grad(), Counting() as mode:
+        seen = mask_function(300, 300, boundaries, True, 0)
+        create_block_mask(seen, None, None, 300, 300, device="cpu")
+    assert kernel.launches(workload) == pytest.approx(mode.count + 1, rel=0.1)
+
+
+def test_known_documents_are_counted_as_they_are() -> None:
+    lengths = (1, 0, 130, 5, 164)
+    workload = Workload(operator="delta_rule", shape={"t": 300, "documents": 5}, dtype="float32")
+    counted_for = with_known_documents(workload, lengths).shape
+    assert longest_document(counted_for) == 164
+    assert document_sizes(counted_for) == 3, "1, 5 of up to 8, and two of up to 256"
 
 
 def test_the_longest_of_drawn_documents_is_what_is_expected() -> None:

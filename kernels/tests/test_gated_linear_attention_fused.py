@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -29,18 +28,16 @@ KERNEL = CATALOGUE.kernel("gated_linear_attention", "fused")
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"  # without a GPU the kernels run in Triton's interpreter
 BY_TOKEN = ("q", "k", "v", "log_decay")
-Launches = Mapping[str, fused.Launch]
-
-# Chunks of 16 tokens and two tiles of a state.
-NARROW: Launches = dict.fromkeys(("summarise", "read", "differentiate"), fused.Launch(chunk=16, tile=16))
 
 
-def cut(launches: Launches, stretch: int) -> Launches:
-    """Other stretches than the operator's, whose residual then has another shape: for calls of the kernel alone."""
-    return {name: replace(launch, stretch=stretch) for name, launch in launches.items()}
+def launch(*, chunk: int = 16, tile: int = 16, stretch: int | None = None) -> fused.Launch:
+    """Stretches other than the operator's have another residual: for calls of the kernel alone."""
+    tiles = fused.Tiles(width=tile)
+    return fused.Launch(summarise=tiles, read=tiles, differentiate=tiles, violent=tiles, chunk=chunk, stretch=stretch)
 
 
-CUT = cut(NARROW, 32)  # two chunks a stretch: every seam of the kernels within 40 tokens
+# Two chunks a stretch and two tiles of a state: every seam of the kernels within 40 tokens.
+CUT = launch(stretch=32)
 
 
 def workload(t: int, *, read: str = "before", full: bool = True, dtype: str = "float32", **shape: int) -> Workload:
@@ -59,12 +56,12 @@ def bounds(*lengths: int) -> Tensor:
     return torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=DEVICE)
 
 
-def errors_of(arguments: dict[str, Any], launches: Launches | None = CUT) -> dict[str, float]:
+def errors_of(arguments: dict[str, Any], launch: fused.Launch | None = CUT) -> dict[str, float]:
     """Errors of both outputs and of every gradient, with gradients flowing in through both outputs."""
 
     class Bound:
-        forward = staticmethod(partial(fused.forward, launches))
-        backward = staticmethod(partial(fused.backward, launches=launches))
+        forward = staticmethod(partial(fused.forward, launch))
+        backward = staticmethod(partial(fused.backward, launch=launch))
 
     kernel = replace(KERNEL)
     kernel.__dict__["torch_half"] = Bound
@@ -74,9 +71,9 @@ def errors_of(arguments: dict[str, Any], launches: Launches | None = CUT) -> dic
     return found
 
 
-def assert_exact(arguments: dict[str, Any], launches: Launches | None = CUT) -> None:
+def assert_exact(arguments: dict[str, Any], launch: fused.Launch | None = CUT) -> None:
     tolerance = OPERATOR.tolerances["float32"]
-    for name, error in errors_of(arguments, launches).items():
+    for name, error in errors_of(arguments, launch).items():
         assert error <= (tolerance.gradient if name.startswith("d_") else tolerance.output), f"{name}: {error:.1e}"
 
 
@@ -94,7 +91,7 @@ def test_states_and_gradients_cross_two_cuts(read: str, full: bool) -> None:
 
 def test_many_stretches_are_passed_on_in_groups() -> None:
     """More cuts than `_compose` loads together."""
-    assert_exact(sample(workload(16 * 10 + 3, n=2, p=3)), cut(NARROW, 16))
+    assert_exact(sample(workload(16 * 10 + 3, n=2, p=3)), launch(stretch=16))
 
 
 @pytest.mark.parametrize("absent", ["bonus", "initial_state"])
@@ -103,7 +100,7 @@ def test_each_optional_tensor_may_be_absent(absent: str) -> None:
 
 
 def test_sequences_heads_and_tiles_do_not_mix() -> None:
-    assert_exact(sample(workload(33, b=2, h=2, n=17, p=17)))
+    assert_exact(sample(workload(17, b=2, h=2, n=17, p=17)))
 
 
 @pytest.mark.parametrize(("n", "p"), [(1, 1), (16, 16), (33, 17)])
@@ -112,9 +109,8 @@ def test_widths_that_are_not_powers_of_two_are_masked(n: int, p: int) -> None:
 
 
 def test_chunks_of_other_lengths_agree() -> None:
-    launches = {name: fused.Launch(chunk=32, tile=32, stretch=64) for name in NARROW}
-    assert_exact(sample(workload(70)), launches)
-    assert_exact(sample(workload(70)), launches | {"summarise": fused.Launch(chunk=64, tile=16)})
+    assert_exact(sample(workload(70)), launch(chunk=32, tile=32, stretch=64))
+    assert_exact(sample(workload(135)), launch(chunk=64, tile=32, stretch=128))
 
 
 def test_the_sizes_it_chooses_itself_agree_too() -> None:
@@ -140,6 +136,16 @@ def test_empty_documents_do_not_shift_the_cuts(lengths: tuple[int, ...]) -> None
 def test_extreme_decays_neither_overflow_nor_lose_gradients(rate: float) -> None:
     arguments = sample(workload(40))
     arguments["log_decay"] = torch.full_like(arguments["log_decay"], rate)
+    assert_exact(arguments)
+
+
+@pytest.mark.parametrize("read", ["after", "before"])
+def test_mild_and_violent_chunks_stand_side_by_side(read: str) -> None:
+    """Blocks of 16 tokens are whole in the first chunk, of 4 and of 8 in the two that follow."""
+    arguments = sample(workload(48, read=read))
+    least = arguments["log_decay"].amin()
+    arguments["log_decay"][:, 16:32] *= -14 / least
+    arguments["log_decay"][:, 32:] *= -7 / least
     assert_exact(arguments)
 
 
@@ -184,9 +190,9 @@ def test_one_token_takes_a_kernel_of_its_own(read: str, monkeypatch: pytest.Monk
 
 def test_the_same_call_gives_the_same_bits() -> None:
     arguments = sample(workload(3000, b=2, h=8, n=64, p=64) if ON_GPU else workload(40))
-    launches = None if ON_GPU else CUT
-    outputs = fused.forward(launches, **arguments)
-    first, second = (fused.backward(arguments, outputs, outputs[:2], launches) for _ in range(2))
+    chosen = None if ON_GPU else CUT
+    outputs = fused.forward(chosen, **arguments)
+    first, second = (fused.backward(arguments, outputs, outputs[:2], chosen) for _ in range(2))
     assert all(torch.equal(gradient, second[name]) for name, gradient in first.items() if gradient is not None)
 
 
@@ -215,8 +221,13 @@ def test_a_planted_error_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AssertionError, match="d_bonus"):
         assert_exact(arguments)
     monkeypatch.undo()
-    honest_cross = fused._Call._cross
-    monkeypatch.setattr(fused._Call, "_cross", lambda *a, **b: torch.zeros_like(honest_cross(*a, **b)))
+    honest_pass = fused._Call._pass
+
+    def forgets(*values: Any, **named: Any) -> fused._Passed:
+        passed = honest_pass(*values, **named)
+        return replace(passed, crossing=torch.zeros_like(passed.crossing))
+
+    monkeypatch.setattr(fused._Call, "_pass", forgets)
     with pytest.raises(AssertionError):
         assert_exact(arguments)
 

@@ -6,7 +6,7 @@ import json
 import shlex
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +104,12 @@ def check(name: str, config: CheckConfig, registry: Registry) -> list[Verdict]:
     from subquad.testing.verdict import judge, promises
 
     mixers, kernels = named(name, registry, config.target.partition(":")[0])
+    if config.config.get("bidirectional") and any(spec.bidirectional for spec in mixers):
+        raise ConfigError(
+            what="the form that sees both sides has a promise of its own, and no carry to judge",
+            where="config.bidirectional",
+            mend="leave it out; only=its_bidirectional_form_sees_both_sides judges that form alone",
+        )
     suites: list[tuple[str, str, str, type[Any], Mapping[str, object]]] = [
         ("mixer", spec.name, registry.origin(spec), MixerSuite,
          {"mixer": spec.name, "config": config.config, "d_model": config.d_model, "device": config.target,
@@ -127,11 +133,20 @@ def check(name: str, config: CheckConfig, registry: Registry) -> list[Verdict]:
         if kind == "mixer":
             _refuse_a_config_that_the_mixer_refuses(checked, thing)
         outcomes = judge(checked, only=config.only or None)
+        behind = checked.behind_itself() if kind == "mixer" and outcomes else None  # type: ignore[attr-defined]
+        if behind is not None:
+            outcomes = [_of_both(*pair) for pair in zip(outcomes, judge(behind, only=config.only or None))]
         if not outcomes:
             continue  # the one promise that is asked for is of the other suite
         again = _command(thing if kind == "mixer" else name, config)
         verdicts.append(Verdict(kind=kind, name=thing, origin=origin, outcomes=tuple(outcomes), again=again))
     return verdicts
+
+
+def _of_both(first: Outcome, behind: Outcome) -> Outcome:
+    """A promise of a mixer in front of, and behind, a layer of its own kind."""
+    said = first.broken if behind.broken is None else f"behind a layer of its own kind: {behind.broken}"
+    return replace(first, broken=first.broken or said, seconds=first.seconds + behind.seconds)
 
 
 def _refuse_a_config_that_the_mixer_refuses(suite: type[Any], mixer: str) -> None:

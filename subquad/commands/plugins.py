@@ -67,6 +67,7 @@ def inventory(registry: Registry) -> dict[str, Any]:
                 "work_growth": GROWTH[mixer.work_growth],
                 "carry_growth": GROWTH[mixer.carry_growth],
                 "causal": mixer.causal,
+                "bidirectional": mixer.bidirectional,
                 "packed": mixer.packed,
                 "operators": list(mixer.operators),
                 "summary": mixer.summary,

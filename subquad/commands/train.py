@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from subquad.commands.hydra_verb import run_with_hydra
@@ -23,9 +22,11 @@ def train_job(config: RunConfig, overrides: Sequence[str]) -> None:
 
 def train_in_sweep(config: RunConfig, overrides: Sequence[str]) -> None:
     """A job of a sweep with `run_dir`: what has finished is skipped, what was interrupted goes on."""
+    from subquad.training.distributed import ranks_here
     from subquad.training.sweep import sweep_job
 
-    if config.run_dir is None or config.resume is not None or "RANK" in os.environ:  # torchrun: ranks are to agree
+    # Ranks that torchrun or srun started would each look for themselves.
+    if config.run_dir is None or config.resume is not None or ranks_here(config.trainer).from_outside:
         return train_job(config, overrides)
     with sweep_job(config, overrides) as job:
         if job is not None:

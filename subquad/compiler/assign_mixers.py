@@ -26,8 +26,8 @@ from subquad.compiler.quality.prior import by_declared_growth, prior_table
 from subquad.compiler.quality.table import QualityTable
 from subquad.compiler.run_shapes import compute_dtype, is_packed, model_of, sized_model
 from subquad.compiler.target import Target
-from subquad.component_config import defaults_of
-from subquad.contracts import MixerSpec
+from subquad.component_config import defaults_of, typed_config
+from subquad.contracts import MixerContext, MixerSpec
 from subquad.errors import ConfigError, SubquadError
 from subquad.model.build import build_model, full_schedule
 from subquad.registry import load_registry
@@ -70,7 +70,7 @@ def assign_mixers(
         example,
         target,
         chooser or Chooser(target, CompileOptions.of_run(config)),
-        checkpointing=config.trainer.activation_checkpointing,
+        checkpointing=config.trainer.activation_checkpointing and config.trainer.recompute == "all",
         budget_s=config.compiler.measure_budget_s if measures else None,
     )
     declined |= costs.declined
@@ -170,7 +170,7 @@ def _candidates(config: RunConfig, model: ModelConfig) -> tuple[list[str], dict[
     keys = named or by_declared_growth(specs)
     declined: dict[str, str] = {}
     for key in list(keys):
-        reason = _refusal(specs[key], config)
+        reason = _refusal(specs[key], entries[key], config)
         if reason is None:
             try:
                 build_model(model_of(replace(model, mixers=config.model.mixers), [key]), device="meta")
@@ -187,9 +187,14 @@ def _candidates(config: RunConfig, model: ModelConfig) -> tuple[list[str], dict[
     return keys, declined
 
 
-def _refusal(spec: MixerSpec, config: RunConfig) -> str | None:
+def _refusal(spec: MixerSpec, entry: Mapping[str, Any], config: RunConfig) -> str | None:
     if not spec.causal:
         return "it is not causal"
+    if spec.shares is not None:
+        fields = {name: value for name, value in entry.items() if name not in ("mixer", "channel_mixer")}
+        context = MixerContext(d_model=config.model.d_model, layer_index=0, num_layers=1, context_len=1)
+        if reads := spec.shares(typed_config(spec.config, fields, "model.mixers"), context).reads:
+            return f"it reads {', '.join(reads)} of an earlier layer; name its layers in the schedule"
     if is_packed(config) and not spec.packed:
         return "it knows no boundaries of documents"
     return None

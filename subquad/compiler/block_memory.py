@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from subquad.compiler.example import Example
+from subquad.compiler.one_block import run_block, stand_ins
 from subquad.compiler.workload import autocast
 from subquad.model.block import Block
 
@@ -28,15 +29,16 @@ def block_memory_bytes(block: Block, example: Example, checkpointing: bool, *, s
     b, t = example.tokens_shape
     x = torch.empty(b, t, block.norm.normalized_shape[0], requires_grad=True)
     with autocast(torch.device("cpu"), example.dtype):
-        kept = saved_bytes(block, lambda: block(x))
+        shared = stand_ins(block, x)
+        kept = saved_bytes(block, lambda: run_block(block, x, None, shared), held=shared.values())
     if checkpointing:
         return BYTES_PER_PARAMETER * parameters * state + x.numel() * x.element_size(), kept
     return BYTES_PER_PARAMETER * parameters * state + kept, 0
 
 
-def saved_bytes(block: nn.Module, forward: Callable[[], object]) -> int:
-    """The bytes that autograd keeps of a forward, each storage once and parameters left out."""
-    own = {parameter.untyped_storage()._cdata for parameter in block.parameters()}
+def saved_bytes(block: nn.Module, forward: Callable[[], object], held: Iterable[Tensor] = ()) -> int:
+    """The bytes that autograd keeps of a forward, each storage once; parameters, and what others hold, left out."""
+    own = {tensor.untyped_storage()._cdata for tensor in (*block.parameters(), *held)}
     kept: dict[int, int] = {}
     alive: list[Tensor] = []  # a storage that is freed gives its address to the next one
 

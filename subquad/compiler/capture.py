@@ -1,11 +1,12 @@
 """The methods of a mixer as torch.fx graphs that share its parameters; operators are single nodes.
 
-The module tree stays: only what a mixer computes in its own methods is traced, its submodules are leaves. A carry is
-flattened by pytree, so that a graph's inputs are tensors and integers.
+The module tree stays: only what a mixer computes in its own methods is traced, its submodules are leaves. A carry, and
+what a mixer reads of other layers, is flattened by pytree, so that a graph's inputs are tensors and integers.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from torch.fx._symbolic_trace import PH, _assert_is_none
 from torch.utils._pytree import tree_map
 
 from subquad.compiler.example import METHODS, Method
+from subquad.contracts import NOTHING_SHARED, Sharing
 from subquad_kernels.catalogue import CATALOGUE, Operator
 from subquad_kernels.torch_operator import named_arguments
 
@@ -33,40 +35,66 @@ class Captured:
 
 
 class _Tracer(fx.Tracer):
+    def __init__(self, name: str, shares: bool) -> None:
+        super().__init__()
+        self.traced_func_name = name
+        self._shares = shares
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        if "shared" in inspect.signature(root_fn).parameters:
+            # An argument with a default makes a graph with a default, which fx cannot write beside flattened ones.
+            root_fn = _without_defaults(root_fn, self._shares)
+        return super().create_args_for_root(root_fn, is_module, concrete_args)
+
     def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
         return True
 
 
-def capture(mixer: nn.Module) -> Captured:
-    """Trace every method of a mixer. A method whose Python depends on values is declined, and runs as it is."""
+def capture(mixer: nn.Module, sharing: Sharing = NOTHING_SHARED) -> Captured:
+    """Trace every method of a mixer. A method whose Python depends on values is declined, and runs as it is.
+
+    Of one that shares tensors with other layers, what is traced reads and publishes them.
+    """
     graphs: Graphs = {}
     declined: dict[str, str] = {}
     for method in METHODS:
         try:
-            graphs[method] = _trace(mixer, method)
+            graphs[method] = _trace(mixer, method, sharing)
         except Exception as error:  # tracing runs a stranger's code on proxies; whatever it raises, it was not captured
             declined[method] = f"{type(error).__name__}: {error}".splitlines()[0]
     return Captured(graphs, declined)
 
 
-def _trace(mixer: nn.Module, method: Method) -> fx.GraphModule:
-    tracer = _Tracer()
-    tracer.traced_func_name = "forward" if method == "packed" else method
+def _without_defaults(method: Callable[..., Any], shares: bool) -> Callable[..., Any]:
+    """A method of a mixer that can share: of two arguments where it does not, of three where it does."""
+    if method.__name__ == "forward":
+        if shares:
+            return lambda self, x, cu_seqlens, shared: method(self, x, cu_seqlens, shared)
+        return lambda self, x, cu_seqlens: method(self, x, cu_seqlens)
+    if shares:
+        return lambda self, x, carry, shared: method(self, x, carry, shared)
+    return lambda self, x, carry: method(self, x, carry)
+
+
+def _trace(mixer: nn.Module, method: Method, sharing: Sharing) -> fx.GraphModule:
+    tracer = _Tracer("forward" if method == "packed" else method, bool(sharing))
     concrete: dict[str, Any] = {}
     if method == "forward":
         concrete["cu_seqlens"] = None
     elif method in ("prefill", "decode"):
         carry: Any = mixer.empty_carry(1)  # type: ignore[operator]
         concrete["carry"] = tree_map(lambda leaf: PH, carry)
+    if sharing:
+        concrete["shared"] = dict.fromkeys(sharing.reads, PH)
     graph = tracer.trace(mixer, concrete_args=concrete or None)
     for node in graph.nodes:
         # The check that boundaries are None: the dispatch between the two graphs of `forward` has made it.
         if node.op == "call_function" and node.target is _assert_is_none:
             graph.erase_node(node)
-    return sharing(mixer, graph, f"{type(mixer).__name__}_{method}")
+    return holding(mixer, graph, f"{type(mixer).__name__}_{method}")
 
 
-def sharing(owner: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
+def holding(owner: nn.Module, graph: fx.Graph, name: str) -> fx.GraphModule:
     """A GraphModule whose parameters, buffers and submodules are the owner's own, whatever replaces them later."""
     module = fx.GraphModule(owner, graph, class_name=name)
     for kind in ("_parameters", "_buffers", "_modules"):
@@ -80,7 +108,7 @@ def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph(tracer_cls=getattr(graph_module.graph, "_tracer_cls", None))
     graph.output(graph.graph_copy(graph_module.graph, val_map={}))
     graph._codegen = graph_module.graph._codegen
-    return sharing(graph_module, graph, type(graph_module).__name__)
+    return holding(graph_module, graph, type(graph_module).__name__)
 
 
 def install(mixer: nn.Module, graphs: Graphs) -> None:
@@ -98,17 +126,18 @@ def install(mixer: nn.Module, graphs: Graphs) -> None:
 
 @dataclass(frozen=True)
 class _Forward:
-    """`forward` of a mixer, by its two graphs; an object, so that a deep copy has graphs of its own."""
+    """`forward` of a mixer, by its two graphs; an object, so that a deep copy has graphs of its own.
+
+    The graphs of a mixer that shares tensors take one input more, in place of which nothing can stand.
+    """
 
     whole: fx.GraphModule | None
     packed: fx.GraphModule | None
-    original: Callable[..., Tensor]
+    original: Callable[..., Any]
 
-    def __call__(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        if cu_seqlens is None:
-            return self.original(x) if self.whole is None else self.whole(x, None)  # type: ignore[no-any-return]
-        graph = self.packed
-        return self.original(x, cu_seqlens) if graph is None else graph(x, cu_seqlens)  # type: ignore[no-any-return]
+    def __call__(self, x: Tensor, cu_seqlens: Tensor | None = None, *shared: Mapping[str, Tensor]) -> Any:
+        graph = self.whole if cu_seqlens is None else self.packed
+        return (self.original if graph is None else graph)(x, cu_seqlens, *shared)
 
 
 def installed_graphs(mixer: nn.Module) -> Graphs:

@@ -12,11 +12,11 @@ from subquad.compiler.choose import Chooser
 from subquad.compiler.html_report import write_html
 from subquad.compiler.know_device import know_device
 from subquad.compiler.options import CompileOptions
-from subquad.compiler.pipeline import capture_model, make_plan
+from subquad.compiler.pipeline import capture_model, make_plan, split_model
 from subquad.compiler.plan import Plan
 from subquad.compiler.predict_step import predict_step
 from subquad.compiler.report import format_plan
-from subquad.compiler.run_shapes import is_packed, sized_model, training_example
+from subquad.compiler.run_shapes import is_packed, part_of, sized_model, training_example
 from subquad.compiler.target import Target, resolve_target
 from subquad.errors import ConfigError
 from subquad.model.build import build_model
@@ -53,5 +53,9 @@ def plan_of_shapes(config: RunConfig, target: Target, chooser: Chooser) -> Plan:
     """The plan of training on a target. The model is built of shapes alone: a billion parameters cost nothing."""
     with FakeTensorMode():
         model = build_model(sized_model(config))
-    example = training_example(config, target, packed=is_packed(config))
-    return make_plan(model, capture_model(model), example, target, chooser)
+    packed = is_packed(config)
+    example, part = training_example(config, target, packed=packed), part_of(config, packed=packed)
+    captured = capture_model(model)
+    if part is not None:
+        captured = split_model(model, captured, example, part)
+    return make_plan(model, captured, example, target, chooser)

@@ -7,6 +7,7 @@ allowed; elsewhere they are the operators' estimates and the roofline of every c
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,17 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
 from subquad.compiler.assignment import LayerCost
 from subquad.compiler.block_memory import block_memory_bytes
 from subquad.compiler.call_seconds import FORWARD_AGAIN, Span, scaled, seconds_of, total
 from subquad.compiler.choose import Chooser
 from subquad.compiler.example import Example
+from subquad.compiler.one_block import run_block, stand_ins
 from subquad.compiler.pipeline import capture_model, compile_model, make_plan
 from subquad.compiler.plan import Plan
 from subquad.compiler.run_shapes import model_of
-from subquad.compiler.step_work import step_work
+from subquad.compiler.step_work import Call, calls_of_blocks
 from subquad.compiler.target import Target
 from subquad.compiler.workload import autocast
 from subquad.model.block import Block
@@ -57,11 +58,11 @@ def layer_costs(
     seconds where the device is at hand; None: they are estimated. Torch's random state is left as it was found.
     """
     with torch.random.fork_rng(range(torch.cuda.device_count()) if target.kind == "cuda" else ()):
-        return _layer_costs(model, keys, example, target, chooser, checkpointing, budget_s)
+        return _layer_costs(model_of(model, keys), keys, example, target, chooser, checkpointing, budget_s)
 
 
 def _layer_costs(
-    model: ModelConfig,
+    candidates: ModelConfig,
     keys: Sequence[str],
     example: Example,
     target: Target,
@@ -69,7 +70,6 @@ def _layer_costs(
     checkpointing: bool,
     budget_s: float | None,
 ) -> Costs:
-    candidates = model_of(model, keys)
     with FakeTensorMode():
         built = build_model(candidates)
         counted = [
@@ -78,7 +78,7 @@ def _layer_costs(
         ]
     # Outside of the fake world: choosing runs kernels to check them.
     plan = make_plan(built, capture_model(built), example, target, chooser)
-    around = [_around(model_of(model, [key]), example, target, checkpointing) for key in keys]
+    around = calls_of_blocks(candidates, example, kind=target.kind, checkpointing=checkpointing)
     timed: dict[str, Estimate] = {}
     declined: dict[str, str] = {}
     if budget_s is not None and target.local is not None:
@@ -87,7 +87,7 @@ def _layer_costs(
     for layer, key in enumerate(keys):
         if key in declined:
             continue
-        latency = timed.get(key) or _estimated(plan, layer, around[layer], checkpointing)
+        latency = timed.get(key) or _estimated(plan, layer, _span(around[layer], example, target), checkpointing)
         memory_bytes, transient_bytes, carry_bytes = counted[layer]
         costs[key] = LayerCost(
             latency_s=latency.seconds,
@@ -141,10 +141,11 @@ def _step(block: Block, example: Example, device: str, d_model: int, checkpointi
     x = torch.randn(1, b * t, d_model, device=device) if example.packed else torch.randn(b, t, d_model, device=device)
     bounds = torch.arange(0, b * t + 1, t, dtype=torch.int32, device=device) if example.packed else None
     x.requires_grad_(example.training)
+    shared = stand_ins(block, x)
 
     def run() -> None:
         with torch.set_grad_enabled(example.training), autocast(torch.device(device), example.dtype):
-            y = checkpoint(block, x, bounds, use_reentrant=False) if checkpointing else block(x, bounds)
+            y = run_block(block, x, bounds, shared, checkpointing=checkpointing)
         if example.training:
             y.sum().backward()
             x.grad = None
@@ -162,9 +163,7 @@ def _estimated(plan: Plan, layer: int, rest: Span, checkpointing: bool) -> Estim
     return Estimate(seconds=seconds, low_s=low_s, high_s=high_s, peak_bytes=0, source="bound")
 
 
-def _around(model: ModelConfig, example: Example, target: Target, checkpointing: bool) -> Span:
-    """What the one block of a model computes beside its operators."""
-    calls = step_work(model, example, kind=target.kind, checkpointing=checkpointing).blocks
+def _span(calls: Counter[Call], example: Example, target: Target) -> Span:
     return total(seconds_of(calls, example, target, products=products) for products in (True, False))
 
 
@@ -178,7 +177,8 @@ def _carry_bytes(block: Block, example: Example) -> int:
     b, t = example.tokens_shape
     x = torch.empty(b, t, block.norm.normalized_shape[0])
     with torch.no_grad(), autocast(torch.device("cpu"), example.dtype):
-        _, carry = block.mixer.prefill(x, block.mixer.empty_carry(b))
+        shared = (stand_ins(block, x),) if block.sharing else ()
+        _, carry, *_ = block.mixer.prefill(x, block.mixer.empty_carry(b), *shared)
     return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(carry) if isinstance(leaf, Tensor))
 
 

@@ -8,18 +8,21 @@ from typing import Any
 
 from torch import fx, nn
 
-from subquad.compiler.capture import Captured, Graphs, capture, install, installed_graphs, operator_nodes
+from subquad.compiler.capture import Captured, Graphs, capture, install, installed_graphs, kernel_of, operator_nodes
 from subquad.compiler.choose import Choice, Chooser
 from subquad.compiler.example import METHODS, Example, Method
 from subquad.compiler.options import CompileOptions
 from subquad.compiler.passes.select_kernels import select_kernels
+from subquad.compiler.passes.split_sequence import split_sequence
 from subquad.compiler.plan import NodeChoice, Plan, Uncaptured
+from subquad.compiler.seams import check_seams
 from subquad.compiler.target import Target, resolve_target
 from subquad.compiler.workload import node_workloads, phases
 from subquad.contracts import GraphPass
 from subquad.errors import ConfigError, PluginError
 from subquad.model.block import Block
 from subquad.model.language_model import LanguageModel
+from subquad.parallel.part import NotSplitError, SequencePart
 from subquad.registry import load_registry
 from subquad_kernels.catalogue import CATALOGUE, Operator, load_attribute
 from subquad_kernels.self_check import stack_versions
@@ -33,15 +36,19 @@ def compile_model(
     target: str | Target = "auto",
     options: CompileOptions | None = None,
     plan: Plan | None = None,
+    part: SequencePart | None = None,
 ) -> tuple[LanguageModel, Plan]:
     """Rewrite the model in place, so that each operator runs the kernel chosen for the target; return it and the plan.
 
     Parameters, state_dict keys, attributes and submodules stay. With a `plan`, its choices are followed and nothing is
-    estimated or measured; a node it does not name keeps its operator's default.
+    estimated or measured; a node it does not name keeps its operator's default. With a `part` the example is that part
+    of every sequence, and the model's methods compute on it once the part has joined the other ranks.
     Raises: ConfigError, NotFoundError.
     """
     where = resolve_target(target) if isinstance(target, str) else target
     captured = capture_model(model)
+    if part is not None:
+        captured = split_model(model, captured, example, part)
     if plan is None:
         plan = make_plan(model, captured, example, where, Chooser(where, options or CompileOptions()))
     elif list(plan.schedule) != [block.mixer_name for block in _blocks(model)]:
@@ -51,12 +58,45 @@ def compile_model(
             mend="use a plan of this model, or leave it out to choose anew",
         )
     rewrite(model, captured, plan)
+    model.part = part
     return model, plan
 
 
 def capture_model(model: LanguageModel) -> list[Captured]:
     """The graphs of every block's mixer, after the passes that plugins add."""
-    return [_with_plugin_passes(capture(block.mixer)) for block in _blocks(model)]
+    return [_with_plugin_passes(capture(block.mixer, block.sharing)) for block in _blocks(model)]
+
+
+def split_model(model: LanguageModel, captured: list[Captured], example: Example, part: SequencePart) -> list[Captured]:
+    """The graphs on a part of every sequence, of the methods that the example uses.
+
+    Raises: ConfigError that names the mixer which cannot be computed on one.
+    """
+    split, seen = [], set[tuple[str, ...]]()
+    for block, of_block in zip(_blocks(model), captured):
+        graphs, reports = dict(of_block.graphs), list(of_block.reports)
+        for method in example.methods:
+            try:
+                if block.sharing:
+                    raise NotSplitError("it shares tensors with other layers")
+                if method not in graphs:
+                    raise NotSplitError(f"its {method} has no graph: {of_block.declined.get(method)}")
+                key = (method, graphs[method].code, *_looks(block.mixer))
+                if key not in seen:  # layers repeat
+                    check_seams(block.mixer, graphs[method], method, model.embedding.embedding_dim)
+                    seen.add(key)
+                outcome = split_sequence(part)(graphs[method])
+            except NotSplitError as error:
+                raise ConfigError(
+                    what=f"the mixer '{block.mixer_name}' of layer {block.layer_index} cannot share a sequence with"
+                    f" other ranks: {error}",
+                    where="trainer.context_parallel",
+                    mend="use trainer.context_parallel=1, or another mixer in that layer",
+                ) from None
+            graphs[method] = outcome.graph
+            reports += outcome.report
+        split.append(Captured(graphs, of_block.declined, tuple(reports)))
+    return split
 
 
 def make_plan(
@@ -127,6 +167,15 @@ def compiled_graphs(model: LanguageModel) -> dict[tuple[int, Method], fx.GraphMo
     }
 
 
+def kernels_in_use(model: LanguageModel) -> dict[str, str]:
+    """What each compiled mixer runs, by layer and method: its kernels in the order of their calls."""
+    return {
+        f"layer {layer}, {method}": "; ".join(f"{operator.name}: {kernel_of(node)}" for node, operator in nodes)
+        for (layer, method), graph in compiled_graphs(model).items()
+        if (nodes := list(operator_nodes(graph.graph)))
+    }
+
+
 def plan_versions() -> dict[str, str]:
     """Versions on which a plan depends."""
     return dict(entry.split(" ", 1) for entry in stack_versions())  # type: ignore[misc]
@@ -145,10 +194,10 @@ def _described_nodes(
     known: dict[tuple[str, ...], Mapping[str, Workload]] = {}  # layers repeat; running a graph on shapes takes long
     for block, of_block in zip(_blocks(model), captured):
         for method, graph_module in of_block.graphs.items():
-            key = (method, graph_module.code, *_looks(block.mixer))
+            key = (method, graph_module.code, str(block.sharing), *_looks(block.mixer))
             if key not in known:
                 d_model = model.embedding.embedding_dim
-                known[key] = node_workloads(block.mixer, graph_module, method, example, d_model)
+                known[key] = node_workloads(block.mixer, graph_module, method, example, d_model, block.sharing)
             for node, operator in operator_nodes(graph_module.graph):
                 described.append((block.layer_index, method, node.name, operator, known[key][node.name]))
     return described

@@ -1,8 +1,8 @@
 """How long a training step will take and what memory it needs, before a step has run.
 
-    seconds = max(operators + products + elementwise + embedding, head and loss, host) * micro-batches + optimizer
-    host    = calls * tau_host             without a GPU's graph a small model waits for the host
-    peak    = weights + moments + kept + max(loss, what passes with a block)
+seconds = max(operators + products + elementwise + embedding, head and loss, host) * micro-batches + optimizer
+host    = calls * tau_host             without a GPU's graph a small model waits for the host
+peak    = weights + moments + kept + max(loss, what passes with a block)
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from subquad.compiler.call_seconds import FORWARD_AGAIN, STREAMS, Span, scaled, seconds_of, total
 from subquad.compiler.example import Example
 from subquad.compiler.plan import Plan, StepPrediction
-from subquad.compiler.run_shapes import sized_model
+from subquad.compiler.run_shapes import local_tokens, sized_model
 from subquad.compiler.step_work import StepWork, step_work
 from subquad.compiler.target import Target
 from subquad.schema import RunConfig
@@ -42,19 +42,24 @@ def predict_step(config: RunConfig, target: Target, plan: Plan) -> StepPredictio
     trainer = config.trainer
     if config.compile:
         notes.append("torch.compile fuses elementwise maps, which are counted one by one here")
+    checkpointing = trainer.activation_checkpointing and trainer.recompute == "all"
+    if trainer.activation_checkpointing and not checkpointing:
+        notes.append("recompute=cheap is counted as if all activations were kept")
     if trainer.devices > 1:
         notes.append("the exchange of gradients between devices is not counted")
+    if trainer.context_parallel > 1:
+        notes.append("what ranks exchange of the sequences that they share is not counted")
     example = _example(plan)
-    if example.tokens_shape != (trainer.batch_size, trainer.seq_len):
+    if example.tokens_shape != local_tokens(config):
         return _unknown(f"the plan is for batches of {example.tokens_shape}")
     try:
         with torch.random.fork_rng(()):
             work = step_work(
-                sized_model(config), example, kind=target.kind, checkpointing=trainer.activation_checkpointing
+                sized_model(config), example, kind=target.kind, checkpointing=checkpointing
             )
     except Exception as error:  # a stranger's mixer may do anything on shapes
         return _unknown(f"{type(error).__name__}: {error}".splitlines()[0])
-    again = FORWARD_AGAIN if trainer.activation_checkpointing else 1.0
+    again = FORWARD_AGAIN if checkpointing else 1.0
     parts = {
         "operators": _operators(plan, again),
         "matrix products": seconds_of(work.blocks, example, target, products=True),
@@ -125,15 +130,21 @@ def _memory(config: RunConfig, work: StepWork, plan: Plan, example: Example) -> 
     With several micro-batches the gradients of earlier ones stand beside it.
     """
     b, t = example.tokens_shape
-    vocab = sized_model(config).vocab_size
+    model = sized_model(config)
+    vocab = model.vocab_size
+    ranks = config.trainer.devices if config.trainer.strategy == "fsdp" else 1
     operators = max((choice.figure.peak_bytes for choice in plan.choices if choice.used and choice.figure), default=0)
     memory = {
-        "weights and moments": STATE_BYTES * work.parameters,
+        "weights and moments": STATE_BYTES * work.parameters // ranks,
         "kept for the backward": work.kept_bytes,
         "loss": LOSS_BYTES * b * t * vocab,
         "passing with a block": work.passing_bytes + operators,
     }
-    gradients = GRADIENT_BYTES * work.parameters
-    held = memory["weights and moments"] + work.kept_bytes + (gradients if config.trainer.accumulate > 1 else 0)
+    gradients = GRADIENT_BYTES * work.parameters // ranks
+    if ranks > 1:  # what lies outside of blocks stays whole; of blocks one computes and the next arrives
+        outside = vocab * model.d_model * (1 if model.tie_embeddings else 2)
+        memory["gathered"] = GRADIENT_BYTES * (outside + 2 * (work.parameters - outside) // model.num_layers)
+    held = memory["weights and moments"] + memory.get("gathered", 0) + work.kept_bytes
+    held += gradients if config.trainer.accumulate > 1 else 0
     at_backward = held + max(memory["loss"], memory["passing with a block"])
     return {**memory, "gradients": gradients, "peak": max(at_backward, memory["weights and moments"] + gradients)}

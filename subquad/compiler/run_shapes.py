@@ -8,6 +8,8 @@ from typing import Any
 
 from subquad.compiler.example import Example
 from subquad.compiler.target import Target
+from subquad.errors import ConfigError
+from subquad.parallel.part import SequencePart
 from subquad.schema import ModelConfig, RunConfig
 
 
@@ -26,15 +28,40 @@ def model_of(model: ModelConfig, keys: Sequence[str]) -> ModelConfig:
     return ModelConfig(**values | {"schedule": list(keys), "num_layers": len(keys)})
 
 
+def part_of(config: RunConfig, *, packed: bool) -> SequencePart | None:
+    """The part of every sequence that a rank computes on; None where it holds whole ones.  Raises: ConfigError."""
+    trainer = config.trainer
+    if trainer.context_parallel == 1:
+        return None
+    if trainer.seq_len % trainer.context_parallel:
+        raise ConfigError(
+            what=f"{trainer.context_parallel} ranks cannot share {trainer.seq_len} tokens evenly",
+            where="trainer.context_parallel",
+            mend="use a divisor of trainer.seq_len",
+        )
+    if packed and trainer.batch_size > 1:
+        raise ConfigError(
+            what=f"ranks share packed sequences one at a time, and a batch has {trainer.batch_size}",
+            where="trainer.context_parallel",
+            mend="use trainer.batch_size=1, with trainer.accumulate in its place",
+        )
+    return SequencePart(trainer.context_parallel)
+
+
 def is_packed(config: RunConfig) -> bool:
     """Whether the run's batches carry the boundaries of documents."""
     return config.data.get("name") != "synthetic"  # each of its rows is one document
 
 
+def local_tokens(config: RunConfig) -> tuple[int, int]:
+    """Sequences, and tokens of each, that a device holds of a micro-batch."""
+    return config.trainer.batch_size, config.trainer.seq_len // config.trainer.context_parallel
+
+
 def training_example(config: RunConfig, target: Target, *, packed: bool) -> Example:
     """The shapes of a training step on one device."""
     return Example(
-        tokens_shape=(config.trainer.batch_size, config.trainer.seq_len),
+        tokens_shape=local_tokens(config),
         packed=packed,
         dtype=compute_dtype(config.trainer.precision, target.kind),
         training=True,

@@ -16,15 +16,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
 from subquad.compiler.block_memory import block_memory_bytes
 from subquad.compiler.example import Example
+from subquad.compiler.one_block import run_block, stand_ins
 from subquad.compiler.run_shapes import model_of
 from subquad.compiler.workload import autocast
 from subquad.model.block import Block
-from subquad.model.build import build_model, full_schedule
+from subquad.model.build import build_model, check_mixers, full_schedule, places_of
 from subquad.model.language_model import LanguageModel
 from subquad.schema import ModelConfig
 
@@ -66,24 +66,30 @@ def step_work(model: ModelConfig, example: Example, *, kind: str, checkpointing:
 
     Raises: whatever a mixer raises that cannot run on shapes.
     """
-    schedule = Counter(full_schedule(model))
-    keys = list(schedule)
+    shared = (str(sharing) for _, sharing in places_of(model, check_mixers(model)))
+    kinds = list(zip(full_schedule(model), shared))
+    times = Counter(kinds)
+    # As far as the first of the last kind: a layer that reads of earlier ones is not built without them.
+    kinds = kinds[: 1 + max(map(kinds.index, times))]
     with FakeTensorMode():
-        built = build_model(model_of(model, keys))
+        built = build_model(model_of(model, [key for key, _ in kinds]))
         if kind == "cuda":
             _fuse_norms(built)
         blocks: Counter[Call] = Counter()
         operator_calls = kept = passing = parameters = 0
-        for key, block in zip(keys, _blocks(built)):
+        for layer, block in enumerate(_blocks(built)):
+            if layer != kinds.index(kinds[layer]):
+                continue
             counted = _counted(lambda: _run_block(block, model.d_model, example, checkpointing))  # noqa: B023
             stays, comes = block_memory_bytes(block, example, checkpointing, state=False)
             own = sum(parameter.numel() for parameter in block.parameters())
-            for call, times in counted.calls.items():
-                blocks[call] += schedule[key] * times
-            operator_calls += schedule[key] * counted.operator_calls
-            kept += schedule[key] * stays
+            alike = times[kinds[layer]]
+            for call, often in counted.calls.items():
+                blocks[call] += alike * often
+            operator_calls += alike * counted.operator_calls
+            kept += alike * stays
             passing = max(passing, comes)
-            parameters += schedule[key] * own
+            parameters += alike * own
         shell = built
         shell.blocks = nn.ModuleList()
         parameters += sum(parameter.numel() for parameter in shell.parameters())
@@ -96,6 +102,18 @@ def step_work(model: ModelConfig, example: Example, *, kind: str, checkpointing:
         kept_bytes=kept,
         passing_bytes=passing,
     )
+
+
+def calls_of_blocks(model: ModelConfig, example: Example, *, kind: str, checkpointing: bool) -> list[Counter[Call]]:
+    """What each block of a model computes beside its operators, forward and backward."""
+    with FakeTensorMode():
+        built = build_model(model)
+        if kind == "cuda":
+            _fuse_norms(built)
+        return [
+            _counted(lambda: _run_block(block, model.d_model, example, checkpointing)).calls  # noqa: B023
+            for block in _blocks(built)
+        ]
 
 
 class _Counter(TorchDispatchMode):
@@ -148,8 +166,9 @@ def _run_block(block: Block, d_model: int, example: Example, checkpointing: bool
     b, t = example.tokens_shape
     x = torch.empty((1, b * t, d_model) if example.packed else (b, t, d_model), requires_grad=example.training)
     bounds = torch.empty((example.documents or b) + 1, dtype=torch.int32) if example.packed else None
+    shared = stand_ins(block, x)
     with torch.set_grad_enabled(example.training), autocast(torch.device("cpu"), example.dtype):
-        y = checkpoint(block, x, bounds, use_reentrant=False) if checkpointing else block(x, bounds)
+        y = run_block(block, x, bounds, shared, checkpointing=checkpointing)
     if example.training:
         torch.autograd.backward(y, torch.empty_like(y))
 

@@ -14,10 +14,11 @@ from torch.utils._pytree import tree_leaves
 
 from subquad.compiler.capture import operator_of
 from subquad.compiler.example import Example, Method
+from subquad.contracts import NOTHING_SHARED, Sharing
 from subquad_cost_model import CostRow
 from subquad_kernels.catalogue import CATALOGUE, Kernel, Operator
 from subquad_kernels.torch_operator import named_arguments
-from subquad_kernels.workload import Phase, Workload
+from subquad_kernels.workload import Phase, Workload, with_known_documents
 
 
 class _Recorder(fx.Interpreter):
@@ -39,7 +40,12 @@ class _Recorder(fx.Interpreter):
 
 
 def node_workloads(
-    mixer: nn.Module, graph_module: fx.GraphModule, method: Method, example: Example, d_model: int
+    mixer: nn.Module,
+    graph_module: fx.GraphModule,
+    method: Method,
+    example: Example,
+    d_model: int,
+    sharing: Sharing = NOTHING_SHARED,
 ) -> dict[str, Workload]:
     """The forward (or decode) workload of every operator node, by node name; nothing is computed.
 
@@ -55,17 +61,24 @@ def node_workloads(
         def empty(*size: int) -> torch.Tensor:
             return torch.empty(size, device=device, dtype=dtype)
 
+        def shared(b: int, t: int, before: int = 0) -> dict[str, torch.Tensor]:
+            """What is read of earlier layers, with as many tokens as came before where it is a history."""
+            return {
+                name: empty(b, t + before * tensor.history, *tensor.shape) for name, tensor in sharing.reads.items()
+            }
+
         owner: Any = mixer
         if method == "forward":
-            recorder.run(empty(b, t, d_model), None)
+            recorder.run(empty(b, t, d_model), None, *shared(b, t).values())
         elif method == "packed":
             boundaries = torch.empty((example.documents or b) + 1, dtype=torch.int32, device=device)
-            recorder.run(empty(1, b * t, d_model), boundaries)
+            recorder.run(empty(1, b * t, d_model), boundaries, *shared(1, b * t).values())
         elif method == "prefill":
-            recorder.run(empty(b, t, d_model), *tree_leaves(owner.empty_carry(b)))
+            recorder.run(empty(b, t, d_model), *tree_leaves(owner.empty_carry(b)), *shared(b, t).values())
         else:
-            _, carry = type(owner).prefill(owner, empty(b, t, d_model), owner.empty_carry(b))
-            recorder.run(empty(b, d_model), *tree_leaves(carry))
+            read = (shared(b, t),) if sharing else ()
+            _, carry, *_ = type(owner).prefill(owner, empty(b, t, d_model), owner.empty_carry(b), *read)
+            recorder.run(empty(b, d_model), *tree_leaves(carry), *shared(b, 1, t).values())
     return recorder.workloads
 
 
@@ -90,9 +103,13 @@ def phases(workload: Workload, training: bool) -> tuple[Workload, ...]:
     return (workload, replace(workload, phase=backward))
 
 
-def cost_row(operator: Operator, kernel: Kernel, workload: Workload) -> CostRow:
-    """The row that asks the cost model how long this kernel takes: the one place where the two rooms meet."""
+def cost_row(operator: Operator, kernel: Kernel, workload: Workload, document_lengths: Sequence[int] = ()) -> CostRow:
+    """The row that asks the cost model how long this kernel takes: the one place where the two rooms meet.
+
+    `document_lengths` are those of packed documents, where they are known.
+    """
     work = operator.work(workload)
+    counted = with_known_documents(workload, document_lengths) if document_lengths else workload
     shape: Mapping[str, int] = workload.shape
     return CostRow(
         operator=operator.name,
@@ -107,8 +124,9 @@ def cost_row(operator: Operator, kernel: Kernel, workload: Workload) -> CostRow:
         bytes_moved=work.bytes_moved,
         serial_steps=kernel.serial_steps(workload) if kernel.serial_steps else work.serial_steps,
         saved_bytes=work.saved_bytes,
-        launches=kernel.launches(workload),
+        launches=kernel.launches(counted),
         kernel_version=kernel.version,
+        document_lengths=tuple(document_lengths),
     )
 
 
@@ -137,5 +155,7 @@ def halved_rows(row: CostRow) -> Sequence[CostRow]:
             phase=row.phase,  # type: ignore[arg-type]
             options=row.options,
         )
-        found.append(replace(cost_row(operator, kernel, workload), kernel_version=row.kernel_version))
+        # Half of each document is half of all, but for roundings.
+        lengths = tuple(length // 2 if "t" in long else length for length in row.document_lengths)
+        found.append(replace(cost_row(operator, kernel, workload, lengths), kernel_version=row.kernel_version))
     return found

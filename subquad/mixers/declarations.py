@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from subquad.contracts import Growth, ImportSpec, MixerSpec
-from subquad.mixers.configs import SoftmaxAttentionConfig, WindowConfig
+from subquad.mixers.configs import SoftmaxAttentionConfig, WindowConfig, share_keys
 
 MIXERS = (
     MixerSpec(
@@ -11,20 +11,23 @@ MIXERS = (
         summary="every token sees all tokens before it",
         paper="Vaswani et al. 2017",
         config=SoftmaxAttentionConfig,
-        build="subquad.mixers.softmax_attention:SoftmaxAttention",
+        build="subquad.mixers.attention:build_softmax_attention",
         work_growth=Growth.QUADRATIC,
         carry_growth=Growth.LINEAR,
         operators=("rotary", "softmax_attention"),
+        bidirectional=True,
+        shares=share_keys,
     ),
     MixerSpec(
         name="window",
         summary="every token sees the last `window` tokens",
         paper="Beltagy et al. 2020",
         config=WindowConfig,
-        build="subquad.mixers.window:Window",
+        build="subquad.mixers.attention:build_window",
         work_growth=Growth.LINEAR,
         carry_growth=Growth.CONSTANT,
         operators=("rotary", "softmax_attention"),
+        shares=share_keys,
     ),
 )
 

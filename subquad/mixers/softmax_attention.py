@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from subquad.contracts import MixerContext
-from subquad.errors import ConfigError
-from subquad.mixers.configs import SoftmaxAttentionConfig
+from subquad.mixers.configs import SoftmaxAttentionConfig, share_keys
 from subquad_kernels.operators import rotary, softmax_attention
 
 
@@ -23,54 +23,59 @@ class AttentionCarry(NamedTuple):
 class SoftmaxAttention(nn.Module):
     """Causal attention:  y = W_o concat_heads( softmax_attention(R q, R k, v) ),  q, k, v = W_q x, W_k x, W_v x.
 
+    With `kv` "publish" it hands R k and v to later layers (`ReadingAttention`), in a prefill or decode with those of
+    the carry in front.
+
     Shapes:  x: b t d  ->  b t d      R rotates by position (`rotary`); no biases.
     Source: Vaswani et al. 2017, 3.2; Su et al. 2021 (positions); Ainslie et al. 2023 (shared key heads).
     """
 
     window = 0
+    causal = True
 
     def __init__(self, config: SoftmaxAttentionConfig, context: MixerContext) -> None:
         super().__init__()
         self.num_heads = config.num_heads
         self.num_kv_heads = config.num_kv_heads or config.num_heads
-        self.head_dim = config.head_dim or context.d_model // config.num_heads
-        if not config.head_dim and context.d_model % config.num_heads:
-            raise ConfigError(
-                what=f"{config.num_heads} heads do not divide the width {context.d_model}",
-                where="num_heads",
-                mend="use a divisor of model.d_model, or set head_dim",
-            )
+        self.head_dim = config.resolved_head_dim(context.d_model)
         self.q_proj = nn.Linear(context.d_model, self.num_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(context.d_model, self.num_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(context.d_model, self.num_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, context.d_model, bias=False)
         self.rope_theta = config.rope_theta
+        self.published = tuple(share_keys(config, context).publishes)
 
     def init_parameters(self, std: float) -> None:
         """Every projection normal(0, std)."""
         for linear in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
             nn.init.normal_(linear.weight, std=std)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, shared: Mapping[str, Tensor] | None = None) -> Any:
         """Mix whole sequences.  Shapes:  x: b t d  ->  b t d"""
         q, k, v = self._project(x)
         q, k = rotary(q, k, cu_seqlens, theta=self.rope_theta)
-        out = softmax_attention(q, k, v, cu_seqlens, window=self.window)
-        return self.o_proj(out.flatten(2))  # type: ignore[no-any-return]
+        out = softmax_attention(q, k, v, cu_seqlens, causal=self.causal, window=self.window)
+        y = self.o_proj(out.flatten(2))
+        return y if shared is None else (y, dict(zip(self.published, (k, v))))
 
     def empty_carry(self, batch_size: int) -> AttentionCarry:
         """No keys yet."""
         return AttentionCarry(*self._empty_cache(batch_size))
 
-    def prefill(self, x: Tensor, carry: AttentionCarry) -> tuple[Tensor, AttentionCarry]:
+    def prefill(
+        self, x: Tensor, carry: AttentionCarry, shared: Mapping[str, Tensor] | None = None
+    ) -> tuple[Any, ...]:
         """Mix the next t tokens.  Shapes:  x: b t d  ->  b t d"""
-        out, keys, values = self._attend(x, carry.keys, carry.values, carry.keys.shape[1])
-        return out, AttentionCarry(keys, values)
+        y, keys, values = self._attend(x, carry.keys, carry.values, carry.keys.shape[1])
+        after = AttentionCarry(keys, values)
+        return (y, after) if shared is None else (y, after, dict(zip(self.published, (keys, values))))
 
-    def decode(self, x_t: Tensor, carry: AttentionCarry) -> tuple[Tensor, AttentionCarry]:
+    def decode(
+        self, x_t: Tensor, carry: AttentionCarry, shared: Mapping[str, Tensor] | None = None
+    ) -> tuple[Any, ...]:
         """Mix the next token.  Shapes:  x_t: b d  ->  b d"""
-        out, carry = self.prefill(x_t.unsqueeze(1), carry)
-        return out.squeeze(1), carry
+        y, *rest = self.prefill(x_t.unsqueeze(1), carry, shared)
+        return y.squeeze(1), *rest
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -36,7 +37,10 @@ class Window(SoftmaxAttention):
         """No keys yet."""
         return WindowCarry(*self._empty_cache(batch_size), 0)
 
-    def prefill(self, x: Tensor, carry: WindowCarry) -> tuple[Tensor, WindowCarry]:  # type: ignore[override]
+    def prefill(  # type: ignore[override]
+        self, x: Tensor, carry: WindowCarry, shared: Mapping[str, Tensor] | None = None
+    ) -> tuple[Any, ...]:
         """Mix the next t tokens.  Shapes:  x: b t d  ->  b t d"""
-        out, keys, values = self._attend(x, carry.keys, carry.values, carry.position)
-        return out, WindowCarry(keys[:, -self.window :], values[:, -self.window :], carry.position + x.shape[1])
+        y, keys, values = self._attend(x, carry.keys, carry.values, carry.position)
+        after = WindowCarry(keys[:, -self.window :], values[:, -self.window :], carry.position + x.shape[1])
+        return (y, after) if shared is None else (y, after, dict(zip(self.published, (keys, values))))

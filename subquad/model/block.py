@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, overload
 
 from torch import Tensor, nn
 
-from subquad.contracts import Carry
+from subquad.contracts import NOTHING_SHARED, Carry, Sharing
 from subquad.model.channel_mixer import ChannelMixer
+
+Shared = Mapping[str, Tensor]
+"""Tensors of other layers by name, as `subquad.contracts.SharedTensor` describes them."""
 
 
 class Block(nn.Module):
-    """h = x + Mixer(RMSNorm(x));   y = h + ChannelMixer(RMSNorm(h)).  Shapes:  x: b t d  ->  b t d"""
+    """h = x + Mixer(RMSNorm(x));   y = h + ChannelMixer(RMSNorm(h)).  Shapes:  x: b t d  ->  b t d
+
+    Given what its mixer reads of earlier layers (`shared`), each method returns one thing more: what it publishes.
+    """
 
     def __init__(
         self,
@@ -22,8 +29,10 @@ class Block(nn.Module):
         layer_index: int,
         d_model: int,
         norm_eps: float,
+        sharing: Sharing = NOTHING_SHARED,
     ) -> None:
         super().__init__()
+        self.sharing = sharing
         self.mixer_name, self.layer_index = mixer_name, layer_index
         self.norm = nn.RMSNorm(d_model, eps=norm_eps)
         # A Mixer is a Protocol over nn.Module; its own methods are called by name below.
@@ -31,19 +40,30 @@ class Block(nn.Module):
         self.channel_norm = None if channel_mixer is None else nn.RMSNorm(d_model, eps=norm_eps)
         self.channel_mixer = channel_mixer
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    @overload
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = ..., shared: None = ...) -> Tensor: ...
+
+    @overload
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None, shared: Shared) -> tuple[Tensor, Shared]: ...
+
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor | None = None, shared: Shared | None = None
+    ) -> Tensor | tuple[Tensor, Shared]:
         """Mix whole sequences."""
-        return self._mix_channels(x + self.mixer(self.norm(x), cu_seqlens))
+        if shared is None:
+            return self._mix_channels(x + self.mixer(self.norm(x), cu_seqlens))
+        mixed, published = self.mixer(self.norm(x), cu_seqlens, shared)
+        return self._mix_channels(x + mixed), published
 
-    def prefill(self, x: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
+    def prefill(self, x: Tensor, carry: Carry, *shared: Shared) -> tuple[Any, ...]:
         """Mix the next t tokens of each sequence."""
-        mixed, carry = self.mixer.prefill(self.norm(x), carry)
-        return self._mix_channels(x + mixed), carry
+        mixed, *rest = self.mixer.prefill(self.norm(x), carry, *shared)
+        return self._mix_channels(x + mixed), *rest
 
-    def decode(self, x_t: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
+    def decode(self, x_t: Tensor, carry: Carry, *shared: Shared) -> tuple[Any, ...]:
         """Mix the next token of each sequence.  Shapes:  x_t: b d  ->  b d"""
-        mixed, carry = self.mixer.decode(self.norm(x_t), carry)
-        return self._mix_channels(x_t + mixed), carry
+        mixed, *rest = self.mixer.decode(self.norm(x_t), carry, *shared)
+        return self._mix_channels(x_t + mixed), *rest
 
     def _mix_channels(self, x: Tensor) -> Tensor:
         if self.channel_mixer is None or self.channel_norm is None:

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from subquad.component_config import typed_config
-from subquad.contracts import MixerContext, MixerSpec
+from subquad.contracts import MixerContext, MixerSpec, Sharing
 from subquad.errors import ConfigError
 from subquad.model.block import Block
 from subquad.model.channel_mixer import ChannelMixer
 from subquad.model.language_model import LanguageModel
 from subquad.registry import load_registry
 from subquad.schema import AUTO, ChannelMixerConfig, ModelConfig
+from subquad.sharing import sharing_by_layer
 from subquad_kernels.catalogue import load_attribute
 
 
@@ -42,8 +43,9 @@ def build_model(config: ModelConfig, *, device: torch.device | str | None = None
             )
     schedule = full_schedule(config)
     entries = check_mixers(config)
+    places = places_of(config, entries)
     with torch.device(device or "cpu"):
-        blocks = [_block(config, entries[key], index) for index, key in enumerate(schedule)]
+        blocks = [_block(config, entries[key], *place) for key, place in zip(schedule, places)]
         model = LanguageModel(
             blocks,
             vocab_size=config.vocab_size,
@@ -99,6 +101,12 @@ def check_mixers(config: ModelConfig) -> dict[str, Entry]:
     return entries
 
 
+def places_of(config: ModelConfig, entries: Mapping[str, Entry]) -> list[tuple[MixerContext, Sharing]]:
+    """Where each layer stands, and what it shares there.  Raises: ConfigError."""
+    layers = [(key, entries[key].spec, entries[key].config) for key in full_schedule(config)]
+    return sharing_by_layer(layers, d_model=config.d_model, context_len=config.context_len)
+
+
 def _channel_mixer(config: ModelConfig, values: Mapping[str, Any], where: str) -> ChannelMixerConfig | None:
     if "channel_mixer" not in values:
         return config.channel_mixer
@@ -106,10 +114,7 @@ def _channel_mixer(config: ModelConfig, values: Mapping[str, Any], where: str) -
     return None if own is None else typed_config(ChannelMixerConfig, own, f"{where}.channel_mixer")
 
 
-def _block(config: ModelConfig, entry: Entry, index: int) -> Block:
-    context = MixerContext(
-        d_model=config.d_model, layer_index=index, num_layers=config.num_layers, context_len=config.context_len
-    )
+def _block(config: ModelConfig, entry: Entry, context: MixerContext, sharing: Sharing) -> Block:
     build: Any = load_attribute(entry.spec.build)
     try:
         mixer = build(entry.config, context)
@@ -120,7 +125,8 @@ def _block(config: ModelConfig, entry: Entry, index: int) -> Block:
         mixer,
         channel,
         mixer_name=entry.spec.name,
-        layer_index=index,
+        layer_index=context.layer_index,
         d_model=config.d_model,
         norm_eps=config.norm_eps,
+        sharing=sharing,
     )

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from torch.utils.checkpoint import checkpoint
 
 from subquad.contracts import Carry
 from subquad.model.block import Block
+from subquad.model.recompute import checkpointed
+from subquad.parallel.part import SequencePart
 
 ModelCarry = tuple[Carry, ...]
 """One carry per block."""
@@ -22,7 +24,9 @@ class LanguageModel(nn.Module):
 
     With a `logit_cap` c > 0 logits become c tanh(logits / c) (Gemma Team 2024, section 2; xLSTM 7B).
     `no_decay` maps a mixer's registry name to the parameters that weight decay leaves alone. With
-    `activation_checkpointing` a block's activations are computed again in the backward instead of kept.
+    `activation_checkpointing` a block's activations, or the cheap ones among them, are computed again in the backward
+    instead of kept (`recompute.py`). `part` is that of every sequence which `forward` was compiled to compute on; None:
+    whole sequences.
     """
 
     def __init__(
@@ -44,6 +48,8 @@ class LanguageModel(nn.Module):
         self.lm_head = None if tie_embeddings else nn.Linear(d_model, vocab_size, bias=False)
         self.logit_cap = logit_cap
         self.activation_checkpointing = False
+        self.recompute = "all"
+        self.part: SequencePart | None = None
         self._no_decay = dict(no_decay)
 
     def init_parameters(self, std: float) -> None:
@@ -65,12 +71,17 @@ class LanguageModel(nn.Module):
         x = self.embedding(tokens)
         if cu_seqlens is not None:
             x = x.reshape(1, -1, x.shape[-1])
+        published: dict[str, Tensor] = {}
         for block in self._blocks():
+            run: Callable[..., Any] = block
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cu_seqlens, use_reentrant=False)
+                run = partial(checkpointed, block, self.recompute)
+            if block.sharing:
+                x, new = run(x, cu_seqlens, _read(block, published))
+                published.update(new)
             else:
-                x = block(x, cu_seqlens)
-        return self._logits(x).view(*tokens.shape, -1)
+                x = run(x, cu_seqlens)
+        return self._logits(x.view(*tokens.shape, -1))
 
     def empty_carry(self, batch_size: int) -> ModelCarry:
         """The carry before the first token."""
@@ -102,11 +113,16 @@ class LanguageModel(nn.Module):
         ]
 
     def _advance(
-        self, x: Tensor, carry: ModelCarry, method: Callable[[Block], Callable[[Tensor, Carry], tuple[Tensor, Carry]]]
+        self, x: Tensor, carry: ModelCarry, method: Callable[[Block], Callable[..., tuple[Any, ...]]]
     ) -> tuple[Tensor, ModelCarry]:
         carries = []
+        published: dict[str, Tensor] = {}
         for block, before in zip(self._blocks(), carry):
-            x, after = method(block)(x, before)
+            if block.sharing:
+                x, after, new = method(block)(x, before, _read(block, published))
+                published.update(new)
+            else:
+                x, after = method(block)(x, before)
             carries.append(after)
         return self._logits(x), tuple(carries)
 
@@ -117,3 +133,8 @@ class LanguageModel(nn.Module):
 
     def _blocks(self) -> Iterable[Block]:
         return self.blocks  # type: ignore[return-value]
+
+
+def _read(block: Block, published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a block reads of the layers before it in this call."""
+    return {name: published[name] for name in block.sharing.reads}

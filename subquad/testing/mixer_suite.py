@@ -7,6 +7,9 @@
 Everything that should be equal runs in float64, on `device`, and is equal to rounding; types and pins are tested in
 float32 and bfloat16. Inputs follow from `seed`: a failure says the shapes, and the same seed repeats it. The suite
 needs no pytest; `python -m subquad plugins check NAME` runs it for what is installed.
+
+A mixer that shares tensors with other layers is judged closed off (`ClosedMixer`): what it reads is drawn, and what it
+publishes is part of its output. `published` says what earlier layers publish, for a mixer that reads it if it is there.
 """
 
 from __future__ import annotations
@@ -24,13 +27,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from subquad.compiler.capture import capture, install, kernel_of, operator_nodes
+from subquad.compiler.capture import Captured, capture, install, kernel_of, operator_nodes
 from subquad.compiler.example import METHODS
 from subquad.component_config import typed_config
-from subquad.contracts import MixerContext, MixerSpec
+from subquad.contracts import NOTHING_SHARED, MixerContext, MixerSpec, SharedTensor, Sharing
+from subquad.errors import SubquadError
 from subquad.model.block import Block
 from subquad.model.language_model import LanguageModel
 from subquad.registry import load_registry
+from subquad.testing.closed_mixer import ClosedCarry, ClosedMixer
 from subquad_kernels.catalogue import load_attribute
 
 TOLERANCE = 1e-11
@@ -49,6 +54,7 @@ class MixerSuite:
     d_model: ClassVar[int] = 16
     length: ClassVar[int] = 13
     context_len: ClassVar[int] = 64
+    published: ClassVar[Mapping[str, SharedTensor]] = {}
     device: ClassVar[str] = "cpu"
     seed: ClassVar[int] = 0
 
@@ -62,23 +68,68 @@ class MixerSuite:
     def build(self, *, seed: int = 0, device: str | None = None) -> Any:
         """A small mixer in float64 with parameters drawn wide enough that every path matters."""
         torch.manual_seed(self.seed + seed)
-        context = MixerContext(
-            d_model=self.d_model, layer_index=0, num_layers=1, context_len=self.context_len
-        )
+        context, sharing = self.place()
         build: Any = load_attribute(self.spec.build)
         where = device or self.device
         # Drawn on the CPU, so that one seed is one mixer on every device.
         with torch.device("meta" if where == "meta" else "cpu"):
             mixer = build(self.typed_config(), context)
         if where == "meta":
-            return mixer.double()
+            return self._closed(mixer.double(), sharing)
         mixer.init_parameters(0.3)
         with torch.no_grad():
             for parameter in mixer.parameters():
                 # Papers start maps at zero so that a block does nothing at first; here that would hide what it does.
                 if not parameter.any():
                     parameter.normal_(std=0.3)
-        return mixer.double().to(where)
+        return self._closed(mixer.double().to(where), sharing)
+
+    def place(self) -> tuple[MixerContext, Sharing]:
+        """Where the mixer stands, and what it shares there; whatever it reads, an earlier layer publishes."""
+        context = MixerContext(
+            d_model=self.d_model,
+            layer_index=1 if self.published else 0,
+            num_layers=2 if self.published else 1,
+            context_len=self.context_len,
+            published=self.published,
+        )
+        if self.spec.shares is None:
+            return context, NOTHING_SHARED
+        sharing = self.spec.shares(self.typed_config(), context)
+        return dataclasses.replace(context, published={**self.published, **sharing.reads}), sharing
+
+    def capture(self, mixer: Any) -> Captured:
+        """The graphs of a mixer that `build` gave."""
+        return capture(mixer.mixer, mixer.sharing) if isinstance(mixer, ClosedMixer) else capture(mixer)
+
+    @classmethod
+    def to_both_sides(cls) -> type[MixerSuite] | None:
+        """The suite on the mixer's bidirectional form, if it declares one and shares nothing."""
+        suite = cls()
+        if not suite.spec.bidirectional or suite.place()[1]:
+            return None
+        return type(f"{cls.__name__}ToBothSides", (cls,), {"config": {**cls.config, "bidirectional": True}})
+
+    @classmethod
+    def behind_itself(cls) -> type[MixerSuite] | None:
+        """The suite on the mixer behind a layer of its own kind, if it shares something else there."""
+        _, sharing = cls().place()
+        behind = type(f"{cls.__name__}BehindItself", (cls,), {"published": sharing.publishes})
+        return behind if not cls.published and behind().place()[1] != sharing else None
+
+    def _names_elsewhere(self) -> list[str]:
+        """Parameters of the mixer's other forms: to both sides, behind or in front of a layer of its own kind."""
+        in_front = type("InFront", (type(self),), {"published": {}}) if self.published else None
+        forms = [form for form in (in_front, self.behind_itself(), self.to_both_sides()) if form is not None]
+        return [name for form in forms for name, _ in form().build().named_parameters()]
+
+    def _pinned_here(self) -> list[str]:
+        """What is declared to keep float32 and is a parameter of this form."""
+        names = [name for name, _ in self.build().named_parameters()]
+        return [name for name in self.spec.float32_parameters if name in names]
+
+    def _closed(self, mixer: nn.Module, sharing: Sharing) -> Any:
+        return ClosedMixer(mixer, sharing) if sharing else mixer
 
     def typed_config(self) -> Any:
         """The mixer's config dataclass, from `config`."""
@@ -87,7 +138,7 @@ class MixerSuite:
     def build_in(self, dtype: torch.dtype) -> Any:
         """The small mixer in a narrower type; what is declared so keeps float32."""
         mixer = self.build().float()
-        pinned = {name: mixer.get_parameter(name).detach().clone() for name in self.spec.float32_parameters}
+        pinned = {name: mixer.get_parameter(name).detach().clone() for name in self._pinned_here()}
         mixer.to(dtype)
         for name, value in pinned.items():
             mixer.get_parameter(name).data = value
@@ -215,28 +266,12 @@ class MixerSuite:
                 assert_close(gradient, expected[name], what)
 
     def test_gradients_are_those_of_finite_differences(self) -> None:
-        """(8 (L(e) - L(-e)) - L(2e) + L(-2e)) / 12e = grad . d  with L(e) the loss at p + e d, d a random direction.
-
-        Of fourth order: the second order's error, curvature times e^2, is 1e-5 of the slope in steep mixers.
-        """
         mixer, x, pull = self.build(), self.tokens(1, 7), self.tokens(1, 7, seed=5)
         leaf = x.clone().requires_grad_()
         found = gradients(mixer(leaf), pull, leaf, mixer)
-        step = 1e-5
         with torch.no_grad():
             for name, value in {"x": x, **dict(mixer.named_parameters())}.items():
-                generator = torch.Generator().manual_seed(self.seed + 7)
-                direction = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.device)
-                before, losses = value.clone(), []
-                for steps in (1, -1, 2, -2):
-                    value.copy_(before + steps * step * direction)
-                    losses.append(float((mixer(x) * pull).sum()))
-                value.copy_(before)
-                slope = (8 * (losses[0] - losses[1]) - (losses[2] - losses[3])) / (12 * step)
-                claimed = float((found[name] * direction).sum())
-                scale = max(float((found[name] * direction).abs().sum()), 1e-3)
-                off = abs(slope - claimed) / scale
-                assert off < 1e-6, f"x: b=1 t=7: the gradient of {name} is {claimed:.6g} where the slope is {slope:.6g}"
+                assert_slope(found[name], value, lambda: (mixer(x) * pull).sum(), f"x: b=1 t=7: {name}", self.seed)
 
     def test_two_calls_give_the_same_bits(self) -> None:
         mixer, x, pull = self.build(), self.tokens(2, self.length), self.tokens(2, self.length, seed=5)
@@ -316,7 +351,7 @@ class MixerSuite:
         """A change too small for bfloat16 (2^-10 of the value; bfloat16 rounds at 2^-9) still reaches the output."""
         kind = torch.device(self.device).type
         x = self.tokens(2, CHUNK).float()
-        for name in self.spec.float32_parameters:
+        for name in self._pinned_here():
             mixer = self.build_in(torch.float32)
             parameter = mixer.get_parameter(name)
             with torch.no_grad(), torch.autocast(kind, dtype=torch.bfloat16):
@@ -383,7 +418,7 @@ class MixerSuite:
                         assert_close(left, right, f"compiled {name}, x: b=1 t={self.length}")
 
     def test_captures_as_one_node_per_operator(self) -> None:
-        captured = capture(self.build())
+        captured = self.capture(self.build())
         assert not captured.declined, f"not captured: {dict(captured.declined)}"
         for method in METHODS:
             nodes = [operator.name for _, operator in operator_nodes(captured.graphs[method].graph)]
@@ -392,7 +427,7 @@ class MixerSuite:
 
     def test_running_its_graphs_changes_neither_results_nor_state_dict(self) -> None:
         plain, rewritten = self.build(), self.build()
-        install(rewritten, capture(rewritten).graphs)
+        install(getattr(rewritten, "mixer", rewritten), self.capture(rewritten).graphs)
         x = self.tokens(2, self.length)
         boundaries = self.boundaries(3, self.length - 3)
         assert list(rewritten.state_dict()) == list(plain.state_dict()), "running graphs changes the state_dict's keys"
@@ -407,9 +442,71 @@ class MixerSuite:
         assert torch.equal(y_t, expected_t), "x_t: b=2 after 5 tokens: the graph of decode differs"
 
     def test_calls_operators_and_leaves_the_kernel_to_the_compiler(self) -> None:
-        for graph_module in capture(self.build()).graphs.values():
+        for graph_module in self.capture(self.build()).graphs.values():
             for node, operator in operator_nodes(graph_module.graph):
                 assert kernel_of(node) == "default", f"{operator.name} is called with a kernel of the mixer's choice"
+
+    def test_its_bidirectional_form_sees_both_sides(self) -> None:
+        form = self.to_both_sides()
+        if form is None:
+            return
+        suite, x = form(), self.tokens(2, self.length).requires_grad_()
+        mixer = suite.build()
+        y = mixer(x) * self.tokens(2, self.length, seed=5)
+        for t in range(self.length):
+            (gradient,) = torch.autograd.grad(y[:, t].sum(), x, retain_graph=True)
+            blind = (gradient.abs().amax(dim=(0, 2)) == 0).nonzero().flatten().tolist()
+            assert not blind, f"x: b=2 t={self.length}: output {t} ignores tokens {blind}"
+        for call in (
+            lambda: mixer.empty_carry(2), lambda: mixer.prefill(x, ()), lambda: mixer.decode(x[:, 0], ())
+        ):  # fmt: skip
+            try:
+                call()
+            except SubquadError:
+                continue
+            raise AssertionError("a bidirectional mixer has a carry, and what its tokens see is not there yet")
+        graphs = suite.capture(mixer).graphs
+        assert {"forward", "packed"} == graphs.keys(), f"captured: {', '.join(graphs)} instead of forward and packed"
+        twin = suite.build()
+        install(twin, graphs)
+        bounds = self.boundaries(3, 0, self.length - 3)
+        assert_close(twin(x), mixer(x), f"x: b=2 t={self.length}: the graph of forward")
+        assert_close(twin(x[:1], bounds), mixer(x[:1], bounds), f"x: b=1 t={self.length}: the packed graph")
+        torch._dynamo.reset()
+        assert_close(torch.compile(mixer, fullgraph=True, backend="eager")(x), mixer(x), "compiled forward")
+        suite.test_packed_documents_equal_separate_ones()
+        suite.test_sequences_of_a_batch_do_not_mix()
+        suite.test_gradient_reaches_every_parameter()
+        suite.test_gradients_are_those_of_finite_differences()
+        suite.test_work_grows_no_faster_than_declared()
+
+    def test_what_it_shares_is_as_declared_and_has_gradients(self) -> None:
+        mixer, x = self.build(), self.tokens(2, self.length)
+        if not isinstance(mixer, ClosedMixer):
+            return
+        shared = {name: tensor.detach().requires_grad_() for name, tensor in mixer.drawn(x).items()}
+        own = mixer.mixer
+        y, published = own(x, None, shared)
+        declared = mixer.sharing.publishes
+        assert published.keys() == declared.keys(), f"it publishes {list(published)}, and {list(declared)} are declared"
+        with torch.no_grad():
+            first = {name: read[:, :-1] for name, read in shared.items()}
+            last = {name: read if mixer.sharing.reads[name].history else read[:, -1:] for name, read in shared.items()}
+            _, carry, early = own.prefill(x[:, :-1], own.empty_carry(2), first)
+            _, _, late = own.decode(x[:, -1], carry, last)
+        t = self.length
+        for name, promised in declared.items():
+            for call, given, length in (("forward", published, t), ("prefill", early, t - 1), ("decode", late, 1)):
+                shape, dtype = tuple(given[name].shape), given[name].dtype
+                enough = shape[1] >= length if promised.history and call == "decode" else shape[1] == length
+                assert (2, *promised.shape) == shape[:1] + shape[2:] and enough, f"{call}: {name} has shape {shape}"
+                assert dtype == x.dtype, f"{call} of {x.dtype} publishes {name} as {dtype}"
+        pull = self.tokens(2, self.length, seed=5)
+        found = torch.autograd.grad((y * pull).sum(), list(shared.values()), allow_unused=True) if shared else ()
+        with torch.no_grad():
+            for (name, read), gradient in zip(shared.items(), found):
+                assert gradient is not None and gradient.abs().max() > 0, f"no output depends on {name}"
+                assert_slope(gradient, read, lambda: (own(x, None, shared)[0] * pull).sum(), name, self.seed)
 
     def test_work_grows_no_faster_than_declared(self) -> None:
         """Arithmetic as operators and matrix products count it, and bytes written, which show the rest."""
@@ -436,7 +533,7 @@ class MixerSuite:
         with torch.no_grad():
             for t in lengths:
                 _, carry = mixer.prefill(self.tokens(1, t), mixer.empty_carry(1))
-                sizes.append(carry_bytes(carry))
+                sizes.append(carry_bytes(carry.own if isinstance(carry, ClosedCarry) else carry))
         growth = math.log2(max(sizes[2], 1) / max(sizes[1], 1))
         declared = self.spec.carry_growth.exponent(*lengths[1:])
         assert growth <= declared + GROWTH_SLACK, (
@@ -451,7 +548,7 @@ class MixerSuite:
         assert any(drawn), "the seed changes no parameter"
 
     def test_names_only_parameters_that_exist(self) -> None:
-        names = [name for name, _ in self.build().named_parameters()]
+        names = [name for name, _ in self.build().named_parameters()] + self._names_elsewhere()
         for declared in (*self.spec.no_decay, *self.spec.float32_parameters):
             assert declared in names, f"'{declared}' is declared and is no parameter: they are {', '.join(names)}"
 
@@ -467,8 +564,9 @@ class MixerSuite:
             no_decay={self.mixer: self.spec.no_decay},
         )
         decayed, _ = model.parameter_groups(0.1)
+        held = dict(mixer.named_parameters())
         for name in self.spec.no_decay:
-            parameter = mixer.get_parameter(name)
+            parameter = held.get(name)  # of another layer, if not of this
             assert all(parameter is not other for other in decayed["params"]), f"{name} is decayed"
 
 
@@ -481,6 +579,26 @@ def assert_close(found: Tensor, expected: Tensor, what: str = "values", toleranc
     scale = max(float(expected.detach().abs().max()), 1e-3)
     error = float((found - expected).detach().abs().max()) / scale
     assert error <= tolerance, f"{what}: off by {error:.1e} of the largest value"
+
+
+def assert_slope(gradient: Tensor, value: Tensor, loss: Callable[[], Tensor], what: str, seed: int = 0) -> None:
+    """(8 (L(e) - L(-e)) - L(2e) + L(-2e)) / 12e = grad . d  with L(e) the loss at value + e d, d a random direction.
+
+    Of fourth order: the second order's error, curvature times e^2, is 1e-5 of the slope in steep mixers.
+    """
+    step = 1e-5
+    generator = torch.Generator().manual_seed(seed + 7)
+    direction = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.device)
+    before, losses = value.clone(), []
+    for steps in (1, -1, 2, -2):
+        value.copy_(before + steps * step * direction)
+        losses.append(float(loss()))
+    value.copy_(before)
+    slope = (8 * (losses[0] - losses[1]) - (losses[2] - losses[3])) / (12 * step)
+    claimed = float((gradient * direction).sum())
+    scale = max(float((gradient * direction).abs().sum()), 1e-3)
+    off = abs(slope - claimed) / scale
+    assert off < 1e-6, f"the gradient of {what} is {claimed:.6g} where the slope is {slope:.6g}"
 
 
 def gradients(y: Tensor, pull: Tensor, x: Tensor, mixer: nn.Module) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
 """Checkpoints on disk: written whole or not at all, verified before they are used.
 
 A checkpoint is a folder `step-N` with `weights.safetensors`, `trainer.pt` (loaded with weights_only=True) and
-`manifest.json`, which names the SHA-256 of the other two. It is written under another name, flushed to the disk, and
-renamed: a killed process leaves either the whole folder or one whose name says that it is to be ignored.
+`manifest.json`, which names the SHA-256 of the others. It is written under another name, flushed to the disk, and
+renamed: a killed process leaves either the whole folder or one whose name says that it is to be ignored. Of tensors
+that are sharded each rank has written its rows (`sharded_checkpoint.py`); here they are read as if they were whole.
 """
 
 from __future__ import annotations
@@ -16,39 +17,57 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from subquad.errors import ResumeError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION, SHARDED_VERSION = 1, 2
 WEIGHTS, STATE, MANIFEST = "weights.safetensors", "trainer.pt", "manifest.json"
+WEIGHT_ROWS, OPTIMIZER_ROWS = "weights/", "optimizer/"
+"""How names in the files of shards begin: `weights/NAME`, `optimizer/INDEX/KEY`."""
 UNFINISHED = ".unfinished-"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint: its folder, the optimizer steps done, and names that share another's tensor."""
+    """A verified checkpoint: its folder, the optimizer steps done, names that share another's tensor, ranks' files."""
 
     path: Path
     step: int
     tied: Mapping[str, str]
+    shards: int = 0
 
     def weights(self) -> dict[str, Tensor]:
         """The model's state dict, on the CPU."""
-        stored: dict[str, Tensor] = load_file(self.path / WEIGHTS)
+        stored: dict[str, Tensor] = load_file(self.path / WEIGHTS) | self._joined(WEIGHT_ROWS)
         return stored | {name: stored[owner] for name, owner in self.tied.items()}
 
     def trainer_state(self) -> dict[str, Any]:
         """What else a run needs to go on, on the CPU.  Raises: ResumeError."""
+        state = self._state(mmap=False)
+        for name, tensor in self._joined(OPTIMIZER_ROWS).items():
+            index, _, key = name.partition("/")
+            state["optimizer"]["state"][int(index)][key] = tensor
+        return state
+
+    def trainer_outline(self) -> dict[str, Any]:
+        """The trainer state but for what is sharded; tensors stay in the file until they are used.
+
+        Raises: ResumeError.
+        """
+        return self._state(mmap=True)
+
+    def _state(self, *, mmap: bool) -> dict[str, Any]:
         try:
-            state = torch.load(self.path / STATE, map_location="cpu", weights_only=True)
+            state = torch.load(self.path / STATE, map_location="cpu", weights_only=True, mmap=mmap)
         except pickle.UnpicklingError as error:
             raise ResumeError(
                 what=f"the trainer state holds more than tensors and plain values: {str(error).splitlines()[0]}",
@@ -57,6 +76,16 @@ class Checkpoint:
             ) from None
         assert isinstance(state, dict)
         return state
+
+    def _joined(self, prefix: str) -> dict[str, Tensor]:
+        """Whole tensors from the rows of all ranks, by what follows the prefix in their names."""
+        with ExitStack() as stack:
+            files = [
+                stack.enter_context(safe_open(self.path / shard_file(rank), framework="pt"))
+                for rank in range(self.shards)
+            ]
+            names = [name for name in (files[0].keys() if files else ()) if name.startswith(prefix)]
+            return {name.removeprefix(prefix): torch.cat([file.get_tensor(name) for file in files]) for name in names}
 
 
 def write_checkpoint(
@@ -71,45 +100,79 @@ def write_checkpoint(
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        _write(unfinished, step, weights, trainer_state)
+        owned, tied = _without_sharing(weights)
+        write_manifest(unfinished, step, write_unsharded(unfinished, owned, trainer_state), tied=tied)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+    publish(unfinished, final, keep)
+    return final
+
+
+def shard_file(rank: int) -> str:
+    """The name of the file with the rows of a rank."""
+    return f"shard-{rank}.safetensors"
+
+
+def write_unsharded(folder: Path, weights: Mapping[str, Tensor], trainer_state: Mapping[str, object]) -> dict[str, str]:
+    """Write whole tensors and the trainer state; their digests by file."""
+    digests = write_rows(folder / WEIGHTS, weights)
+    with _full_disk_as_oserror(folder):
+        torch.save(dict(trainer_state), folder / STATE)
+    _flush(folder / STATE)
+    return digests | {STATE: _digest(folder / STATE)}
+
+
+def write_rows(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Write tensors that share no memory; the digest by file."""
+    with _full_disk_as_oserror(path.parent):
+        save_file(dict(tensors), path)
+    _flush(path)
+    return {path.name: _digest(path)}
+
+
+def write_manifest(
+    folder: Path, step: int, digests: Mapping[str, str], *, tied: Mapping[str, str], shards: int = 0
+) -> None:
+    """Write last what says that the rest is whole."""
+    manifest: dict[str, object] = {
+        "format_version": SHARDED_VERSION if shards else FORMAT_VERSION,
+        "step": step,
+        "sha256": digests,
+        "tied": tied,
+    }
+    text = json.dumps(manifest | ({"shards": shards} if shards else {}), indent=2)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    _flush(folder / MANIFEST)
+    _flush(folder)
+
+
+def publish(unfinished: Path, final: Path, keep: int) -> None:
+    """Give a checkpoint its name in one step, then remove all but the `keep` newest (at least this one)."""
+    folder = final.parent
     if final.exists():  # a run that resumed from an older checkpoint, because this one was damaged
         shutil.rmtree(final)
     unfinished.rename(final)
     _flush(folder)
     for _, old in _numbered(folder)[max(1, keep) :]:
         shutil.rmtree(old)
-    return final
 
 
-def _write(folder: Path, step: int, weights: Mapping[str, Tensor], trainer_state: Mapping[str, object]) -> None:
-    """The files of a checkpoint, flushed to the disk."""
-    owned, tied = _without_sharing(weights)
+@contextmanager
+def _full_disk_as_oserror(folder: Path) -> Iterator[None]:
+    """What safetensors and torch raise when a disk is full becomes OSError."""
     try:
-        save_file(owned, folder / WEIGHTS)
-        torch.save(dict(trainer_state), folder / STATE)
-    except (SafetensorError, RuntimeError) as error:  # their names for a disk that is full
+        yield
+    except (SafetensorError, RuntimeError) as error:
         raise OSError(errno.EIO, str(error).splitlines()[0], str(folder)) from error
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "step": step,
-        "sha256": {name: _digest(folder / name) for name in (WEIGHTS, STATE)},
-        "tied": tied,
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    for name in (WEIGHTS, STATE, MANIFEST):
-        _flush(folder / name)
-    _flush(folder)
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest checkpoint that is whole; a damaged one is passed over with one warning."""
     for step, path in _numbered(folder):
-        problem, tied = _inspect(path, step)
+        problem, tied, shards = _inspect(path, step)
         if problem is None:
-            return Checkpoint(path, step, tied)
+            return Checkpoint(path, step, tied, shards)
         warnings.warn(f"checkpoint {path} is damaged ({problem}); the one before it is used", stacklevel=2)
     return None
 
@@ -126,24 +189,25 @@ def _numbered(folder: Path) -> list[tuple[int, Path]]:
     return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
 
 
-def _inspect(path: Path, step: int) -> tuple[str | None, Mapping[str, str]]:
-    """What is wrong with a checkpoint (None: nothing), and its tied names."""
+def _inspect(path: Path, step: int) -> tuple[str | None, Mapping[str, str], int]:
+    """What is wrong with a checkpoint (None: nothing), its tied names, and how many ranks' files it has."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         version, expected, tied = manifest["format_version"], manifest["sha256"], manifest["tied"]
         if manifest["step"] != step:
-            return f"its manifest says step {manifest['step']}", {}
-        if version == FORMAT_VERSION:
-            for name in (WEIGHTS, STATE):
+            return f"its manifest says step {manifest['step']}", {}, 0
+        if version in (FORMAT_VERSION, SHARDED_VERSION):
+            shards = int(manifest["shards"]) if version == SHARDED_VERSION else 0
+            for name in (WEIGHTS, STATE, *map(shard_file, range(shards))):
                 if _digest(path / name) != expected[name]:
-                    return f"{name} is not what was written", {}
-            return None, tied
+                    return f"{name} is not what was written", {}, 0
+            return None, tied, shards
     except OSError as error:
-        return f"{error.filename}: {error.strerror}", {}
+        return f"{error.filename}: {error.strerror}", {}, 0
     except (ValueError, KeyError, TypeError):
-        return f"{MANIFEST} is not what was written", {}
+        return f"{MANIFEST} is not what was written", {}, 0
     raise ResumeError(
-        what=f"its format version is {version}, this program reads {FORMAT_VERSION}",
+        what=f"its format version is {version}, this program reads {FORMAT_VERSION} and {SHARDED_VERSION}",
         where=str(path / MANIFEST),
         mend="use the version of subquad that wrote the run",
     )

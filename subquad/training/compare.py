@@ -41,7 +41,8 @@ class ComparedRun:
     def tokens_per_step(self) -> int:
         """Tokens of one optimizer step on all devices."""
         trainer = self.config.trainer
-        return trainer.batch_size * trainer.seq_len * trainer.accumulate * trainer.devices
+        groups = trainer.devices // trainer.context_parallel
+        return trainer.batch_size * trainer.seq_len * trainer.accumulate * groups
 
     def curve(self, column: str) -> list[tuple[float, float]]:
         """A column of metrics.csv over tokens; what is no number (a run that diverged) is left out."""

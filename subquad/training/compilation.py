@@ -12,7 +12,7 @@ from subquad.compiler.example import Example
 from subquad.compiler.options import CompileOptions
 from subquad.compiler.pipeline import compile_model, kernel_versions, plan_versions
 from subquad.compiler.plan import Plan
-from subquad.compiler.run_shapes import compute_dtype, training_example
+from subquad.compiler.run_shapes import compute_dtype, part_of, training_example
 from subquad.compiler.target import Target, require_local, resolve_target
 from subquad.errors import ConfigError
 from subquad.model.language_model import LanguageModel
@@ -46,8 +46,8 @@ def compiled(model: LanguageModel, config: RunConfig, plan: Plan | None, *, pack
         changes = plan.staleness(target.device.name, plan_versions(), kernel_versions(plan))
         if changes is not None:
             warnings.warn(f"the plan is stale ({changes}); it is followed all the same", stacklevel=2)
-    example = training_example(config, target, packed=packed)
-    return compile_model(model, example, target=target, options=CompileOptions.of_run(config), plan=plan)
+    example, part = training_example(config, target, packed=packed), part_of(config, packed=packed)
+    return compile_model(model, example, target=target, options=CompileOptions.of_run(config), plan=plan, part=part)
 
 
 def compile_for_generation(model: LanguageModel, config: RunConfig, batch_size: int = 1) -> None:

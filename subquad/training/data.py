@@ -108,6 +108,27 @@ class FixedBatches(Dataset[Batch]):
         return batch_of(self._source, "validation", self._ids[number * self._rows : (number + 1) * self._rows])
 
 
+class PartsOfBatches(Dataset[Batch]):
+    """The batches of a rank that holds part `index` of `count` of every sequence.
+
+    Boundaries stay those of whole sequences, and bytes of text are counted by the first part alone.
+    """
+
+    def __init__(self, batches: NumberedBatches | FixedBatches, index: int, count: int) -> None:
+        self._batches, self._index, self._count = batches, index, count
+
+    def __len__(self) -> int:
+        return len(self._batches)  # type: ignore[arg-type]
+
+    def __getitem__(self, number: int) -> Batch:
+        batch = self._batches[number]
+        for name in ("tokens", "targets"):
+            batch[name] = batch[name].chunk(self._count, dim=1)[self._index].contiguous()
+        if self._index:
+            batch["target_bytes"] = 0
+        return batch
+
+
 def batch_of(source: Source, split: Split, sample_ids: list[int]) -> Batch:
     """The samples of these numbers, one row each."""
     samples = [source.sample(split, index) for index in sample_ids]
@@ -159,7 +180,7 @@ class TextData(L.LightningDataModule):
     def steps_per_epoch(self) -> int:
         """Optimizer steps in which each training sample is seen about once (at least 1)."""
         config = self._config
-        per_step = config.batch_size * config.accumulate * self._world_size
+        per_step = config.batch_size * config.accumulate * self._groups
         return max(1, self.source.num_samples("train") // per_step)
 
     def train_dataloader(self, start_step: int | None = None) -> DataLoader[Batch]:
@@ -170,8 +191,8 @@ class TextData(L.LightningDataModule):
             "train",
             batch_size=self._config.batch_size,
             seed=self._seed,
-            rank=self._rank,
-            world_size=self._world_size,
+            rank=self._rank // self._config.context_parallel,
+            world_size=self._groups,
         )
         return self._loader(batches, CountingSampler(step * self._config.accumulate))
 
@@ -181,8 +202,8 @@ class TextData(L.LightningDataModule):
             self.source,
             batch_size=self._config.batch_size,
             num_batches=self._config.validation_batches,
-            rank=self._rank,
-            world_size=self._world_size,
+            rank=self._rank // self._config.context_parallel,
+            world_size=self._groups,
         )
         return self._loader(batches, None)
 
@@ -206,12 +227,15 @@ class TextData(L.LightningDataModule):
         return 0 if self.trainer is None else int(self.trainer.global_rank)
 
     @property
-    def _world_size(self) -> int:
-        return self._config.devices if self.trainer is None else int(self.trainer.world_size)
+    def _groups(self) -> int:
+        """How many ranks, or groups of ranks that share sequences, have samples of their own."""
+        ranks = self._config.devices if self.trainer is None else int(self.trainer.world_size)
+        return ranks // self._config.context_parallel
 
-    def _loader(self, batches: Dataset[Batch], sampler: Sampler[int] | None) -> DataLoader[Batch]:
+    def _loader(self, batches: NumberedBatches | FixedBatches, sampler: Sampler[int] | None) -> DataLoader[Batch]:
+        count = self._config.context_parallel
         return DataLoader(
-            batches,
+            batches if count == 1 else PartsOfBatches(batches, self._rank % count, count),
             batch_size=None,  # the data set's items are whole batches
             sampler=sampler,
             num_workers=self._config.num_workers,

@@ -14,12 +14,15 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
+from subquad.bidirectional import Bidirectional
 from subquad.compiler.assign_mixers import with_mixers
 from subquad.compiler.html_report import write_html
 from subquad.compiler.know_device import know_device
 from subquad.compiler.options import CompileOptions
+from subquad.compiler.pipeline import kernel_versions, kernels_in_use, plan_versions
 from subquad.compiler.plan import Plan
 from subquad.compiler.predict_step import predict_step
 from subquad.compiler.report import PLAN_COLUMNS, choice_table
@@ -27,24 +30,36 @@ from subquad.errors import ConfigError, ResumeError, suggestion
 from subquad.model.build import build_model
 from subquad.model.import_weights import import_weights
 from subquad.model.language_model import LanguageModel
+from subquad.model.recompute import RECOMPUTE
 from subquad.schema import RunConfig
 from subquad.training import run_folder
 from subquad.training.checkpoint import Checkpoint, newest_checkpoint
 from subquad.training.compilation import compiled, device_of, plan_of, target_of, uses_bfloat16
 from subquad.training.data import TextData, build_data
 from subquad.training.denial import denied_after, deny, free_memory, message, without_denied
-from subquad.training.distributed import Ranks, process_group, ranks_here, share_of_threads, told_by_rank_zero
+from subquad.training.distributed import (
+    Ranks,
+    check_alike,
+    process_group,
+    ranks_here,
+    share_of_threads,
+    share_sequences,
+    started_by_rank_zero,
+    told_by_rank_zero,
+)
 from subquad.training.environment import environment_record
 from subquad.training.gradient_norms import GradientNorms
+from subquad.training.metrics import drop_samples_of_other_ranks
 from subquad.training.module import TrainingModule, Validation
 from subquad.training.optimizers import check_schedule, optimizer_config
 from subquad.training.profile import Profile
 from subquad.training.progress import ProgressBar
 from subquad.training.recorder import Recorder
 from subquad.training.report import write_report
-from subquad.training.resume import check_same_data, resumed_config
+from subquad.training.resume import check_same_data, check_same_samples, resumed_config
 from subquad.training.room import check_room
 from subquad.training.run_folder import RunFolder, disk_errors
+from subquad.training.sharding import is_sharded
 from subquad.training.step_clock import StepClock
 from subquad.training.stopping import EXIT_TERMINATED, Interrupts, StopAfterStep
 from subquad.training.tokenizer import save_tokenizer
@@ -79,12 +94,15 @@ def train(config: RunConfig, *, overrides: Sequence[str] | None = None) -> Train
     on SIGTERM likewise, and SystemExit(143).
     """
     config = copy.deepcopy(config)  # sizes are filled in; the caller's stays as it is
+    folder: RunFolder | None = None
+    if config.resume is not None:
+        folder, config = resumed_config(config, overrides)
     ranks = ranks_here(config.trainer)
     with share_of_threads(config.trainer.devices):
         if ranks.from_outside and ranks.rank > 0:
             with process_group(ranks, None):
-                return _fit(_joined(RunFolder(Path(told_by_rank_zero(None)))), ranks)
-        prepared = _started(config) if config.resume is None else _resumed(config, overrides)
+                return _fit(_joined(RunFolder(Path(told_by_rank_zero(None))), ranks), ranks)
+        prepared = _started(config) if folder is None else _resumed(folder, config, ranks)
         with process_group(ranks, prepared.folder.path):
             if ranks.from_outside and ranks.world_size > 1:
                 told_by_rank_zero(str(prepared.folder.path))
@@ -124,7 +142,7 @@ def train_as_other_rank(run_dir: Path) -> None:
     folder = RunFolder(run_dir)
     ranks = ranks_here(run_folder.read_config(folder, "run_dir").trainer)
     with process_group(ranks, None):
-        _fit(_joined(folder), ranks)
+        _fit(_joined(folder, ranks), ranks)
 
 
 @dataclass(frozen=True)
@@ -163,17 +181,17 @@ def _started(config: RunConfig) -> _Prepared:
     return _Prepared(folder, config, data, model, plan, None)
 
 
-def _resumed(asked: RunConfig, overrides: Sequence[str] | None) -> _Prepared:
+def _resumed(folder: RunFolder, config: RunConfig, ranks: Ranks) -> _Prepared:
     """A run that goes on."""
-    folder, config = resumed_config(asked, overrides)
     _check(config)
     checkpoint = newest_checkpoint(folder.checkpoints)
     if checkpoint is None:
         raise ResumeError(
             what="the run holds no checkpoint that is whole",
-            where=f"resume={asked.resume}",
+            where=f"resume={folder.path}",
             mend="start it again in another folder",
         )
+    check_same_samples(checkpoint, folder, config, ranks.world_size)
     prepared = _prepared(folder, config, checkpoint)
     with disk_errors(folder):
         folder.report.unlink(missing_ok=True)  # its presence says that the run has ended
@@ -182,17 +200,21 @@ def _resumed(asked: RunConfig, overrides: Sequence[str] | None) -> _Prepared:
     return prepared
 
 
-def _joined(folder: RunFolder) -> _Prepared:
-    """The run of that folder, on a rank that rank 0 has told of it."""
+def _joined(folder: RunFolder, ranks: Ranks) -> _Prepared:
+    """The run of that folder, on a rank that rank 0 has told of it; its weights, if they are sharded, come later."""
     config = run_folder.read_config(folder, "run_dir")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # rank 0 has told of damaged checkpoints and stale plans
-        return _prepared(folder, config, newest_checkpoint(folder.checkpoints))
+        return _prepared(
+            folder, config, newest_checkpoint(folder.checkpoints), hollow=is_sharded(config, ranks.world_size)
+        )
 
 
-def _prepared(folder: RunFolder, config: RunConfig, checkpoint: Checkpoint | None) -> _Prepared:
+def _prepared(
+    folder: RunFolder, config: RunConfig, checkpoint: Checkpoint | None, *, hollow: bool = False
+) -> _Prepared:
     """What the folder of a run describes, built with its plan, to start at that checkpoint."""
-    data, model, config = _built(config, starts=checkpoint is None)
+    data, model, config = _built(config, starts=checkpoint is None, hollow=hollow)
     recorded = run_folder.read_json(folder.data)
     check_same_data(recorded["fingerprint"], data.fingerprint, str(folder.data))
     plan = without_denied(Plan.load(folder.plan), config, packed=data.source.packed)
@@ -211,8 +233,9 @@ def _check(config: RunConfig) -> None:
     for key, value, allowed in (
         ("precision", trainer.precision, ("auto", "float32", "bfloat16")),
         ("accelerator", trainer.accelerator, ("auto", "cpu", "cuda")),
-        ("strategy", trainer.strategy, ("auto", "ddp")),
+        ("strategy", trainer.strategy, ("auto", "ddp", "fsdp")),
         ("nonfinite", trainer.nonfinite, ("stop", "skip")),
+        ("recompute", trainer.recompute, RECOMPUTE),
     ):
         if value not in allowed:
             raise ConfigError(
@@ -220,6 +243,12 @@ def _check(config: RunConfig) -> None:
                 where=f"trainer.{key}",
                 mend=f"{suggestion(value, allowed)}use one of {', '.join(allowed)}",
             )
+    if trainer.strategy == "fsdp" and trainer.context_parallel > 1:
+        raise ConfigError(
+            what="a model in shards, on ranks that share sequences, was never tried",
+            where="trainer.context_parallel",
+            mend="use trainer.strategy=ddp, or trainer.context_parallel=1",
+        )
     have = torch.cuda.device_count()
     if trainer.accelerator == "cuda" and not have:
         raise ConfigError(
@@ -234,18 +263,20 @@ def _check(config: RunConfig) -> None:
     target_of(config)
 
 
-def _built(config: RunConfig, *, starts: bool) -> tuple[TextData, LanguageModel, RunConfig]:
+def _built(config: RunConfig, *, starts: bool, hollow: bool = False) -> tuple[TextData, LanguageModel, RunConfig]:
     """Data and model, seeded; the sizes that the configuration left to the data are filled in.
 
-    A run that starts, instead of going on from a checkpoint of its own, reads the weights that `init_from` names.
+    A run that starts, instead of going on from a checkpoint of its own, reads the weights that `init_from` names. A
+    hollow model is on the meta device and is given its weights by another rank.
     """
     data = build_data(config)
     _fill(config, "vocab_size", data.vocab_size, "the tokenizer's size")
     _fill(config, "context_len", config.trainer.seq_len, "trainer.seq_len")
     check_room(config, device_of(config))
     torch.manual_seed(config.seed)
-    model = build_model(config.model)
-    if starts and config.model.init_from is not None:
+    model = build_model(config.model, device="meta") if hollow else build_model(config.model)
+    _refuse_both_sides(model)
+    if starts and not hollow and config.model.init_from is not None:
         import_weights(model, config.model)
         if config.tokenizer.kind != "file":
             warnings.warn(
@@ -254,7 +285,19 @@ def _built(config: RunConfig, *, starts: bool) -> tuple[TextData, LanguageModel,
                 stacklevel=2,
             )
     model.activation_checkpointing = config.trainer.activation_checkpointing
+    model.recompute = config.trainer.recompute
     return data, model, config
+
+
+def _refuse_both_sides(model: LanguageModel) -> None:
+    """A recipe is refused when it is composed; this is for configurations made in Python."""
+    for index, block in enumerate(model.blocks):
+        if isinstance(block.mixer, Bidirectional):
+            raise ConfigError(
+                what=f"layer {index} sees later tokens, and runs learn to predict the next one",
+                where=f"model.mixers, {block.mixer_name}.bidirectional",
+                mend="leave it out, or train the model that build_model makes with a loop of your own",
+            )
 
 
 def _fill(config: RunConfig, key: str, least: int, what: str) -> None:
@@ -271,18 +314,28 @@ def _fill(config: RunConfig, key: str, least: int, what: str) -> None:
 def _fit(prepared: _Prepared, ranks: Ranks) -> TrainResult:
     """Run Lightning from the checkpoint (or the beginning) to the end."""
     config, folder, checkpoint = prepared.config, prepared.folder, prepared.checkpoint
+    if ranks.world_size > 1:
+        check_alike(kernels_in_use(prepared.model) | plan_versions() | kernel_versions(prepared.plan))
     state: dict[str, Any] | None = None
     if checkpoint is not None:
-        prepared.model.load_state_dict(checkpoint.weights())
-        state = checkpoint.trainer_state()
+        if ranks.rank > 0 and is_sharded(config, ranks.world_size):
+            state = checkpoint.trainer_outline()  # rank 0 sends the rest
+        else:
+            prepared.model.load_state_dict(checkpoint.weights())
+            state = checkpoint.trainer_state()
         prepared.data.load_state_dict(state["data"])
-    module = TrainingModule(prepared.model, config, state)
+    if prepared.model.part is not None:
+        share_sequences(prepared.model.part, ranks)
+    module = TrainingModule(prepared.model, config, state, prepared.model.part)
     resumed_at, spent_s = (checkpoint.step, float(state["seconds"])) if checkpoint and state else (None, 0.0)
+    del state  # the module lets go of it once the optimizer has it
     norms = GradientNorms(prepared.model, config.trainer)
     used = utilisation(prepared.model, prepared.plan, target_of(config))
     tracker = build_tracker(config.tracking, folder, asdict(config), resumed_at) if ranks.rank == 0 else NoTracker()
     tracker.table("plan", PLAN_COLUMNS, choice_table(prepared.plan))
     recorder = Recorder(folder, tracker, norms, used, rank=ranks.rank, resumed_at=resumed_at, spent_s=spent_s)
+    if ranks.rank == 0 and resumed_at is not None:
+        drop_samples_of_other_ranks(folder.samples(0).parent, ranks.world_size, resumed_at)
     interrupts = Interrupts()
     callbacks: list[L.Callback] = [norms, recorder, StopAfterStep(interrupts, recorder, folder)]
     if ranks.rank == 0:
@@ -295,7 +348,7 @@ def _fit(prepared: _Prepared, ranks: Ranks) -> TrainResult:
     try:
         with interrupts.listening(), _quiet_lightning():
             trainer = _lightning(config, ranks, [*callbacks, *build_callbacks(config.callbacks)])
-            if config.compile:
+            if config.compile and not is_sharded(config, ranks.world_size):
                 module.model.compile()
             if resumed_at is not None and resumed_at >= config.trainer.max_steps:
                 trainer.validate(module, prepared.data, verbose=False)
@@ -337,13 +390,14 @@ def _run(trainer: L.Trainer, module: TrainingModule, data: TextData) -> None:
 
 def _lightning(config: RunConfig, ranks: Ranks, callbacks: list[L.Callback]) -> L.Trainer:
     settings, device = config.trainer, device_of(config)
-    distributed = ranks.world_size > 1
     never = sys.maxsize
     return L.Trainer(
         accelerator=device.type,
         devices=settings.devices,
         num_nodes=ranks.world_size // settings.devices,
-        strategy=DDPStrategy() if distributed else "auto",
+        strategy=_strategy(settings.strategy, ranks),
+        # Within a job of SLURM Lightning would take its tasks for ranks, also where rank 0 has started them.
+        plugins=[LightningEnvironment()] if ranks.world_size > 1 and started_by_rank_zero(ranks) else None,
         precision="bf16-mixed" if uses_bfloat16(config) else "32-true",
         max_steps=settings.max_steps,
         max_epochs=-1,
@@ -359,6 +413,15 @@ def _lightning(config: RunConfig, ranks: Ranks, callbacks: list[L.Callback]) -> 
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+
+
+def _strategy(name: str, ranks: Ranks) -> Strategy | str:
+    """How ranks share the work; one rank has nothing to share, whatever is asked for."""
+    if ranks.world_size == 1:
+        return "auto"
+    if name == "fsdp":
+        return ModelParallelStrategy(data_parallel_size=ranks.world_size, tensor_parallel_size=1)
+    return DDPStrategy()
 
 
 def _go_on_from(trainer: L.Trainer, step: int, accumulate: int) -> None:

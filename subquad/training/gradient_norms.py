@@ -12,6 +12,7 @@ from torch.nn.utils import get_total_norm
 
 from subquad.model.language_model import LanguageModel
 from subquad.schema import TrainerConfig
+from subquad.training.sharding import whole_tensor
 
 CHANNEL_MIXER, OTHER = "channel_mixer", "other"
 """The channel mixers of all blocks; embedding, head and norms."""
@@ -24,23 +25,20 @@ class GradientNorms(L.Callback):
     """
 
     def __init__(self, model: LanguageModel, settings: TrainerConfig) -> None:
-        self._families, self._settings = parameters_by_family(model), settings
-        self._step, self._norms = 0, {family: torch.zeros(()) for family in self._families}
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """What the figures are called in `metrics.csv`."""
-        return tuple(f"gradient_norm/{family}" for family in self._families)
+        self._model, self._settings = model, settings
+        self.columns = tuple(f"gradient_norm/{family}" for family in parameters_by_family(model))
+        self._step, self._norms = 0, [torch.zeros(()) for _ in self.columns]
 
     def of_step(self, step: int) -> Mapping[str, float]:
         """The figures of a step; none if they were not taken."""
-        return dict(zip(self.columns, map(float, self._norms.values()))) if step == self._step else {}
+        return dict(zip(self.columns, map(float, self._norms), strict=True)) if step == self._step else {}
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         step, settings = int(trainer.global_step) + 1, self._settings
         intervals = (settings.log_every_n_steps, settings.validate_every_n_steps)
         if step in (1, settings.max_steps) or any(every and step % every == 0 for every in intervals):
-            self._step, self._norms = step, {family: _norm(own) for family, own in self._families.items()}
+            # Of all ranks alike. A sharded model has other parameters than those it was built with.
+            self._step, self._norms = step, [_norm(own) for own in parameters_by_family(self._model).values()]
 
 
 def parameters_by_family(model: LanguageModel) -> dict[str, list[nn.Parameter]]:
@@ -64,4 +62,4 @@ def parameters_by_family(model: LanguageModel) -> dict[str, list[nn.Parameter]]:
 
 
 def _norm(parameters: list[nn.Parameter]) -> Tensor:
-    return get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    return whole_tensor(get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]))

@@ -81,6 +81,13 @@ class SampleRecord:
         self._record.close()
 
 
+def drop_samples_of_other_ranks(folder: Path, world_size: int, resume_at: int) -> None:
+    """Drop later steps from the records of ranks that a run no longer has: others consume those samples again."""
+    for path in folder.glob("rank-*.csv"):
+        if int(path.stem.removeprefix("rank-")) >= world_size:
+            SampleRecord(path, resume_at).close()
+
+
 def read_rows(path: Path) -> list[dict[str, str]]:
     """The whole rows of a record, cells by column; a last row that was cut off is no row."""
     text = path.read_text(encoding="utf-8")

@@ -12,13 +12,18 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.nn import functional as F
 
+from subquad.model.language_model import LanguageModel
+from subquad.parallel.part import SequencePart
 from subquad.schema import RunConfig
 from subquad.training.data import Batch
+from subquad.training.distributed import first_of_ranks
 from subquad.training.nonfinite import first_nonfinite
 from subquad.training.optimizers import build_optimizer, learning_rate_factor
+from subquad.training.sharding import shard_model, spread_optimizer_state, whole_tensor
 from subquad.training.sources.source import IGNORED
 
 
@@ -53,13 +58,21 @@ def step_seed(seed: int, micro_batch: int, rank: int) -> int:
 class TrainingModule(L.LightningModule):
     """A language model with mean token cross entropy, gradient clipping and a warm-up + cosine schedule.
 
-    `restored` is the trainer state of a checkpoint whose weights the model already holds.
+    `restored` is the trainer state of a checkpoint whose weights the model already holds. `part` is that of every
+    sequence which the model computes on, if ranks share them.
     """
 
-    def __init__(self, model: torch.nn.Module, config: RunConfig, restored: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        config: RunConfig,
+        restored: dict[str, Any] | None = None,
+        part: SequencePart | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.config = config
+        self._part = part
         self.validation: Validation | None = None
         self._restored = restored
         # Sums over the micro-batches of the current step; read by the recorder when the step is over.
@@ -69,6 +82,14 @@ class TrainingModule(L.LightningModule):
         self.step_batches: list[Batch] = []
         self.guard: Callable[[], bool] | None = None
         """Asked when a step's gradient is complete and its norm known: whether the optimizer may use it."""
+        self.is_sharded = False
+
+    def configure_model(self) -> None:
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy) and not self.is_sharded:
+            self.is_sharded = True
+            assert isinstance(self.model, LanguageModel)
+            shard_model(self.model, strategy.device_mesh["data_parallel"], compiles=self.config.compile)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         micro_batch = self.trainer.fit_loop.total_batch_idx
@@ -90,7 +111,10 @@ class TrainingModule(L.LightningModule):
         return loss
 
     def _loss(self, batch: Batch) -> Tensor:
+        """The mean over the targets; of a part of sequences such that the mean over ranks is that of whole ones."""
         nats, count = summed_cross_entropy(self.model(batch["tokens"], batch["cu_seqlens"]), batch["targets"])
+        if self._part is not None:
+            nats, count = self._part.count * nats, self._part.total(count)
         return nats / count.clamp(min=1)
 
     def first_nonfinite(self) -> str | None:
@@ -99,7 +123,11 @@ class TrainingModule(L.LightningModule):
         for place, batch in enumerate(self.step_batches):
             self._seed(first + place)
             with self.trainer.strategy.precision_plugin.forward_context():
-                found = first_nonfinite(self.model, lambda batch=batch: self._loss(batch))  # type: ignore[misc]
+                found = first_nonfinite(
+                    self.model,
+                    lambda batch=batch: self._loss(batch),  # type: ignore[misc]
+                    first_of_ranks if self.is_sharded or self._part is not None else None,
+                )
             if found is not None:
                 return found if len(self.step_batches) == 1 else f"{found}, micro-batch {place + 1} of the step"
         return None
@@ -114,7 +142,8 @@ class TrainingModule(L.LightningModule):
         limit = self.config.trainer.gradient_clip_norm
         self.learning_rate = float(optimizer.param_groups[0]["lr"])
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else math.inf)
+        self.gradient_norm = whole_tensor(norm)
         if self.guard is not None and not self.guard():
             for parameter in parameters:
                 parameter.grad = None  # an optimizer passes over what has no gradient
@@ -138,7 +167,10 @@ class TrainingModule(L.LightningModule):
         optimizer = build_optimizer(self.config.optimizer, self.model.parameter_groups)  # type: ignore[arg-type]
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(self.config.trainer))
         if self._restored is not None:
-            optimizer.load_state_dict(self._restored["optimizer"])
+            stored = self._restored["optimizer"]
+            if self.is_sharded:
+                stored = spread_optimizer_state(optimizer, stored if self.trainer.global_rank == 0 else None)
+            optimizer.load_state_dict(stored)
             schedule.load_state_dict(self._restored["schedule"])
             factor = learning_rate_factor(self.config.trainer)(schedule.last_epoch)
             for group, peak in zip(optimizer.param_groups, schedule.base_lrs):

@@ -14,24 +14,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from subquad.training.sharding import holds_shards, rows_of
+
 FORMAT_VERSION = 1
 
 
-def first_nonfinite(model: nn.Module, loss_of: Callable[[], Tensor]) -> str | None:
+def first_nonfinite(
+    model: nn.Module, loss_of: Callable[[], Tensor], agree: Callable[[str | None], str | None] | None = None
+) -> str | None:
     """The first tensor that is not finite as the loss is computed and differentiated; None if all are.
 
     In the order of computing: a parameter, the output of a module (of the innermost one that returned it), the loss,
     and, as gradients flow from the loss to the embedding, the gradient of the parameter that is last in the model.
-    No gradient is kept and none is exchanged between ranks.
+    No gradient is kept, and none is exchanged between ranks that hold whole models. Ranks of a sharded one, or of
+    shared sequences, need each other for every block: `agree`, called by all after each stage, gives all what one has
+    found.
     """
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            return f"the parameter {name}"
+    shared = agree or (lambda found: found)
+    spoilt = (name for name, parameter in model.named_parameters() if not _is_finite(rows_of(parameter)))
+    name = shared(next(spoilt, None))
+    if name is not None:
+        return f"the parameter {name}"
     found: list[str] = []
 
     def look(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: object, output: object) -> None:
-            if not found and not all(bool(torch.isfinite(tensor).all()) for tensor in _tensors(output)):
+            if not found and not all(map(_is_finite, _tensors(output))):
                 found.append(f"the output of {name} ({type(module).__name__})")
 
         return hook
@@ -43,17 +51,32 @@ def first_nonfinite(model: nn.Module, loss_of: Callable[[], Tensor]) -> str | No
     finally:
         for hook in hooks:
             hook.remove()
-    if found:
-        return found[0]
-    if not bool(torch.isfinite(loss)):
-        return "the loss"
-    learned = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not found and not _is_finite(loss):
+        found.append("the loss")
+    first = shared(found[0] if found else None)
+    if first is not None:
+        return first
     with _as_written(model):
-        gradients = torch.autograd.grad(loss, [parameter for _, parameter in learned], allow_unused=True)
-    for (name, _), gradient in zip(reversed(learned), reversed(gradients)):
-        if gradient is not None and not bool(torch.isfinite(gradient).all()):
-            return f"the gradient of {name}"
-    return None
+        gradients = _rows_of_gradients(loss, model) if holds_shards(model) else _gradients(loss, model)
+    spoilt = (name for name, gradient in reversed(gradients) if gradient is not None and not _is_finite(gradient))
+    name = shared(next(spoilt, None))
+    return None if name is None else f"the gradient of {name}"
+
+
+def _gradients(loss: Tensor, model: nn.Module) -> list[tuple[str, Tensor | None]]:
+    learned = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(loss, [parameter for _, parameter in learned], allow_unused=True)
+    return [(name, gradient) for (name, _), gradient in zip(learned, gradients)]
+
+
+def _rows_of_gradients(loss: Tensor, model: nn.Module) -> list[tuple[str, Tensor | None]]:
+    """This rank's rows of the ranks' mean gradient, which sharded parameters get although they are not in the graph."""
+    loss.backward()  # type: ignore[no-untyped-call]
+    rows = []
+    for name, parameter in model.named_parameters():
+        rows.append((name, None if parameter.grad is None else rows_of(parameter.grad)))
+        parameter.grad = None
+    return rows
 
 
 def keep_batches(path: Path, step: int, batches: Iterable[Mapping[str, Any]]) -> None:
@@ -63,6 +86,10 @@ def keep_batches(path: Path, step: int, batches: Iterable[Mapping[str, Any]]) ->
         {key: value.cpu() if isinstance(value, Tensor) else value for key, value in batch.items()} for batch in batches
     ]
     torch.save({"format_version": FORMAT_VERSION, "step": step, "batches": kept}, path)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
 
 
 def _tensors(output: object) -> Iterator[Tensor]:

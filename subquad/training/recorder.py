@@ -13,7 +13,9 @@ from subquad.training.data import Batch
 from subquad.training.gradient_norms import GradientNorms
 from subquad.training.metrics import COLUMNS, CsvRecord, SampleRecord
 from subquad.training.module import TrainingModule
+from subquad.training.resume import samples_per_step
 from subquad.training.run_folder import RunFolder
+from subquad.training.sharded_checkpoint import write_sharded_checkpoint
 from subquad.training.tracking import Tracker
 from subquad.training.utilisation import Utilisation
 
@@ -160,7 +162,7 @@ class Recorder(L.Callback):
         if step > self._written and (last or (every > 0 and step % every == 0)):
             self._written = step
             self._samples.flush()
-            if self._writes:
+            if self._writes or pl_module.is_sharded:
                 self._save(trainer, pl_module, step)
             trainer.strategy.barrier("checkpoint")
 
@@ -173,6 +175,8 @@ class Recorder(L.Callback):
             "optimizer": trainer.optimizers[0].state_dict(),
             "schedule": schedule.state_dict(),
             "data": trainer.datamodule.state_dict(),  # type: ignore[attr-defined]
+            "samples_per_step": samples_per_step(pl_module.config, trainer.world_size),
         }
         keep = pl_module.config.checkpoint.keep
-        write_checkpoint(self._folder.checkpoints, step, pl_module.model.state_dict(), state, keep=keep)
+        write = write_sharded_checkpoint if pl_module.is_sharded else write_checkpoint
+        write(self._folder.checkpoints, step, pl_module.model.state_dict(), state, keep=keep)

@@ -9,6 +9,7 @@ from typing import Any
 
 from subquad.errors import ResumeError
 from subquad.schema import AUTO, RunConfig
+from subquad.training.checkpoint import Checkpoint
 from subquad.training.run_folder import RunFolder, read_config
 
 FREE_KEYS = frozenset(
@@ -20,6 +21,9 @@ FREE_KEYS = frozenset(
         "trainer.num_workers",
         "trainer.nonfinite",
         "trainer.progress_bar",
+        "trainer.strategy",
+        "trainer.devices",  # these two as long as a step takes the same samples, which is checked
+        "trainer.accumulate",
         "checkpoint.every_n_steps",
         "checkpoint.keep",
         "tracking",
@@ -27,7 +31,10 @@ FREE_KEYS = frozenset(
         "deny",  # nodes whose kernel is denied get another; the rest of the plan stays
     }
 )
-"""Keys that a resumed run may change: none of them touches weights that are already computed or data order."""
+"""Keys that a resumed run may change: none of them touches weights that are already computed or data order.
+
+On another number of devices sums are taken in another order, so what follows agrees up to rounding.
+"""
 PLACES = ("resume", "run_dir")
 """They say where the run lies, not what it is."""
 
@@ -62,6 +69,25 @@ def resumed_config(asked: RunConfig, overrides: Sequence[str] | None) -> tuple[R
             mend=f"leave these keys out, or start a new run; a resumed run may change {', '.join(sorted(FREE_KEYS))}",
         )
     return folder, config
+
+
+def samples_per_step(config: RunConfig, world_size: int) -> int:
+    """Sequences that all ranks consume in one optimizer step."""
+    return config.trainer.batch_size * config.trainer.accumulate * world_size
+
+
+def check_same_samples(checkpoint: Checkpoint, folder: RunFolder, config: RunConfig, world_size: int) -> None:
+    """Refuse to go on with steps of another size, which would pass over data or repeat it.  Raises: ResumeError."""
+    stored = read_config(folder, "resume")
+    before = checkpoint.trainer_outline().get("samples_per_step", samples_per_step(stored, stored.trainer.devices))
+    now = samples_per_step(config, world_size)
+    if before != now:
+        raise ResumeError(
+            what=f"a step took {before} samples so far and would take {now}: batch_size {config.trainer.batch_size}"
+            f" x accumulate {config.trainer.accumulate} x {world_size} devices",
+            where=str(checkpoint.path),
+            mend="choose trainer.devices and trainer.accumulate so that their product stays",
+        )
 
 
 def check_same_data(recorded: Mapping[str, Any], fingerprint: Mapping[str, Any], where: str) -> None:

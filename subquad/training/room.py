@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from subquad.compiler.run_shapes import local_tokens
 from subquad.errors import ConfigError
 from subquad.model.build import build_model
 from subquad.schema import RunConfig
@@ -17,14 +18,16 @@ BYTES_PER_PARAMETER = 8
 def check_room(config: RunConfig, device: torch.device) -> None:
     """Refuse a model, or a batch, that is larger than all of the device's memory.  Raises: ConfigError.
 
-    Bounds:  8 parameters  for weights and gradients;  4 batch_size seq_len vocab_size  for the logits.
+    Bounds:  8 parameters  for weights and gradients, over the devices that share them out (fsdp);
+             4 batch_size seq_len vocab_size  for the logits of a device.
     """
     room = _memory_of(device)
     trainer, vocab_size = config.trainer, config.model.vocab_size
-    logits = 4 * trainer.batch_size * trainer.seq_len * vocab_size
+    rows, tokens = local_tokens(config)
+    logits = 4 * rows * tokens * vocab_size
     if logits > room:
         raise _too_large(
-            f"the logits of {trainer.batch_size} x {trainer.seq_len} tokens", logits, room, "trainer.batch_size",
+            f"the logits of {rows} x {tokens} tokens", logits, room, "trainer.batch_size",
             "use a smaller trainer.batch_size, with trainer.accumulate in its place",
         )  # fmt: skip
     # The embedding and the widest matrix, before torch is asked to count what overflows.
@@ -39,10 +42,13 @@ def check_room(config: RunConfig, device: torch.device) -> None:
             where="model",
             mend="look for a size in it that is negative or far too large",
         ) from error
-    if parameters * BYTES_PER_PARAMETER > room:
+    ranks = trainer.devices if trainer.strategy == "fsdp" else 1
+    need = parameters * BYTES_PER_PARAMETER // ranks
+    if need > room:
+        shared = f", over {ranks} devices," if ranks > 1 else ""
         raise _too_large(
-            f"a model of {parameters:,} parameters and its gradients",
-            parameters * BYTES_PER_PARAMETER, room, "model", "use a smaller model",
+            f"a model of {parameters:,} parameters and its gradients{shared}",
+            need, room, "model", "use a smaller model, or trainer.strategy=fsdp with more trainer.devices",
         )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """A job of a sweep in a folder of its own: begun, gone on with after an interruption, skipped once it has finished.
 
-The jobs of `train --multirun run_dir=PATH` lie in PATH/0, PATH/1, ... Each folder holds `sweep.json`, which says by a
-digest what was asked for: a sweep that is started again, or with more values, finds its jobs by that, not by their
+The jobs of `train --multirun run_dir=PATH` lie in PATH/0, PATH/1, ... Each folder holds `sweep.json`, which says by
+digests what was asked for: a sweep that is started again, or with more values, finds its jobs by that, not by their
 number. The report is what a run writes last, so a folder with one has finished.
 """
 
@@ -20,10 +20,23 @@ from filelock import FileLock, Timeout
 
 from subquad.schema import RunConfig
 from subquad.training.checkpoint import checkpoint_steps
-from subquad.training.resume import FREE_KEYS, PLACES, leaves, set_key
+from subquad.training.resume import PLACES, leaves, set_key
 from subquad.training.run_folder import RunFolder, new_run_folder, read_config, read_json, write_json
 
 LOCK = "sweep.lock"
+HORIZON = frozenset({"trainer.max_steps", "trainer.max_seconds"})
+CHANGEABLE = HORIZON | {
+    "trainer.validate_every_n_steps",
+    "trainer.log_every_n_steps",
+    "trainer.num_workers",
+    "trainer.progress_bar",
+    "checkpoint.every_n_steps",
+    "checkpoint.keep",
+    "tracking",
+    "profile",
+}
+"""What the job of a number may be asked for anew: fewer than a resumed run may change, since a sweep may compare the
+others. A longer horizon goes on with a job that had finished."""
 
 
 @contextmanager
@@ -35,8 +48,9 @@ def sweep_job(config: RunConfig, overrides: Sequence[str]) -> Iterator[tuple[Run
     Raises: ConfigError when the folder cannot be written; ResumeError when what it holds cannot be read.
     """
     assert config.run_dir is not None
-    asked, digest = Path(config.run_dir).expanduser().absolute(), digest_of(config)
-    path = _folder_of(asked, digest)
+    asked = Path(config.run_dir).expanduser().absolute()
+    digests = {"exact": digest_of(config), "job": digest_of(config, CHANGEABLE)}
+    path = _folder_of(asked, digests)
     if path != asked:
         config = dataclasses.replace(config, run_dir=str(path))
     if not path.exists():
@@ -57,8 +71,8 @@ def sweep_job(config: RunConfig, overrides: Sequence[str]) -> Iterator[tuple[Run
             _say(f"{shown} goes on in {path}")
         elif path != asked:
             _say(f"{shown} is begun in {path}: {asked} holds another job")
-        if not folder.sweep.exists():
-            record = {"sweep": path.parent.name, "job": asked.name, "overrides": list(overrides), "digest": digest}
+        if job is not None:
+            record = {"sweep": path.parent.name, "overrides": list(overrides), "digests": digests}
             write_json(folder.sweep, record)
         yield job
     finally:
@@ -67,17 +81,21 @@ def sweep_job(config: RunConfig, overrides: Sequence[str]) -> Iterator[tuple[Run
         lock.release()
 
 
-def digest_of(config: RunConfig) -> str:
-    """A hash of what is asked for, without the place of a run and what a resumed run may change."""
-    kept = [pair for pair in leaves(dataclasses.asdict(config)) if pair[0] not in FREE_KEYS | set(PLACES)]
+def digest_of(config: RunConfig, but: frozenset[str] = frozenset()) -> str:
+    """A hash of what is asked for, but for the place of the run and some keys."""
+    kept = [pair for pair in leaves(dataclasses.asdict(config)) if pair[0] not in but | set(PLACES)]
     return hashlib.sha256(json.dumps(sorted(kept, key=lambda pair: pair[0])).encode()).hexdigest()
 
 
-def _folder_of(asked: Path, digest: str) -> Path:
+def _folder_of(asked: Path, digests: dict[str, str]) -> Path:
     """The folder in which the job was begun before; else the asked one, or the next that holds no other job."""
-    for path in (asked, *sorted(asked.parent.glob("*/"))):
+    for kind, path in (
+        ("exact", asked),
+        *(("exact", path) for path in sorted(asked.parent.glob("*/"))),
+        ("job", asked),
+    ):
         record = RunFolder(path).sweep
-        if record.is_file() and read_json(record)["digest"] == digest:
+        if record.is_file() and read_json(record)["digests"][kind] == digests[kind]:
             return path
     path, attempt = asked, 1
     while any(file.exists() for file in (RunFolder(path).sweep, RunFolder(path).config)):
@@ -94,8 +112,8 @@ def _to_do(folder: RunFolder, config: RunConfig, overrides: Sequence[str]) -> tu
     # The run's own configuration: what was left open is chosen there, and kernels that failed are denied.
     going_on = read_config(folder, f"run_dir={folder.path}")
     before, now = (dict(leaves(dataclasses.asdict(one))) for one in (going_on, config))
-    changed = sorted(key for key in FREE_KEYS - {"deny"} if before[key] != now[key])
-    if has_finished and not any(key in ("trainer.max_steps", "trainer.max_seconds") for key in changed):
+    changed = sorted(key for key in CHANGEABLE if before[key] != now[key])
+    if has_finished and not HORIZON.intersection(changed):
         return None
     for key in changed:
         set_key(going_on, key, now[key])

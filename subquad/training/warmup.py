@@ -27,7 +27,7 @@ STEP_TOKENS = 512
 
 @dataclass(frozen=True, kw_only=True)
 class WarmUp:
-    """What was done and how many seconds it took; `step_s` is None on devices for which nothing is compiled."""
+    """What was done and how many seconds it took; `step_s` is None where none was made."""
 
     plan: Plan
     first_calls: tuple[FirstCall, ...]
@@ -58,7 +58,8 @@ def warm_up(config: RunConfig) -> WarmUp:
     followed = plan_of(config)
     config, assignment = with_mixers(config, target, followed, chooser)
     plan = followed or replace(plan_of_shapes(config, target, chooser), assignment=assignment)
-    step_s = one_step_s(config, plan, target) if target.kind == "cuda" else None
+    alone = config.trainer.context_parallel == 1
+    step_s = one_step_s(config, plan, target) if alone and target.kind == "cuda" else None
     return WarmUp(
         plan=plan,
         first_calls=tuple(chooser.first_calls),
@@ -86,6 +87,7 @@ def one_step_s(config: RunConfig, plan: Plan, target: Target) -> float:
             tokens = torch.zeros(rows, t, dtype=torch.int64)
             boundaries = torch.tensor([0, t // 2, t], dtype=torch.int32) if packed else None
         model.activation_checkpointing = config.trainer.activation_checkpointing
+        model.recompute = config.trainer.recompute
         compile_model(model, training_example(config, target, packed=packed), target=target, plan=plan)
         with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32):
             logits = model(tokens, boundaries)

@@ -8,10 +8,8 @@ import sys
 from pathlib import Path
 
 from subquad.errors import SubquadError
+from subquad.training.distributed import EXIT_LEFT, lost_a_rank
 from subquad.training.fit import train_as_other_rank
-
-LOST = ("Connection closed by peer", "Connection reset by peer")
-"""How gloo says that another process has gone; that one has told its own reason."""
 
 
 def main() -> int:
@@ -26,10 +24,10 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     except RuntimeError as error:
-        if not any(sign in str(error) for sign in LOST):
+        if not lost_a_rank(error):
             raise
         print(f"rank {os.environ['RANK']} ends: another rank has left the run", file=sys.stderr)
-        return 1
+        return EXIT_LEFT
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from subquad import ConfigError
+from subquad import ConfigError, MixerContext, SharedTensor, Sharing
 
 
 def at_least_one(config: object, *names: str) -> None:
@@ -47,6 +47,7 @@ class RetNetConfig:
     num_heads: int = 4  # the paper's heads are 256 keys wide
     expand_v: int = 2  # width of all values / d_model
     rope_theta: float = 10_000.0  # base of the rotary angles
+    bidirectional: bool = False  # see later tokens too, whole sequences alone
 
     def __post_init__(self) -> None:
         at_least_one(self, "num_heads", "expand_v")
@@ -112,6 +113,7 @@ class LightningConfig:
 
     num_heads: int = 8
     decays: str = "alibi"  # alibi: MiniMax-01's rates 2^(-8 (h+1) / H); transnormer: TransNormerLLM's 8 h / H
+    bidirectional: bool = False  # see later tokens too, whole sequences alone
 
     def __post_init__(self) -> None:
         at_least_one(self, "num_heads")
@@ -152,12 +154,14 @@ class RWKV7Config:
     num_heads: int = 4  # the authors' heads are 64 wide
     decay_rank: int = 0  # rank of the map from a token to its decays; 0: 2.5 sqrt(d_model)
     rate_rank: int = 0  # rank of the map from a token to its rates in context; 0: 2.5 sqrt(d_model)
-    gate_rank: int = 0  # rank of the output gate; 0: 5 sqrt(d_model); all three rounded to 32, at least 32
+    gate_rank: int = 0  # rank of the output gate; 0: 5 sqrt(d_model)
+    value_residual: bool = True  # layers after the first mix its values into theirs
+    value_rank: int = 0  # rank of the map from a token to their shares; 0: 1.7 sqrt(d_model); all rounded to 32
     blocks_per_layer: int = 1  # blocks that the authors count as one layer: 2 with rwkv_channel_mix
 
     def __post_init__(self) -> None:
         at_least_one(self, "num_heads", "blocks_per_layer")
-        at_least_zero(self, "decay_rank", "rate_rank", "gate_rank")
+        at_least_zero(self, "decay_rank", "rate_rank", "gate_rank", "value_rank")
 
     def resolved_decay_rank(self, d_model: int) -> int:
         """`decay_rank`, or what the authors suggest."""
@@ -171,9 +175,25 @@ class RWKV7Config:
         """`gate_rank`, or what the authors suggest."""
         return self.gate_rank or _suggested_rank(5.0, d_model)
 
+    def resolved_value_rank(self, d_model: int) -> int:
+        """`value_rank`, or what the authors suggest."""
+        return self.value_rank or _suggested_rank(1.7, d_model)
+
+
+FIRST_VALUE = "rwkv7.value"
+"""What the first layer of RWKV-7 publishes: its values."""
+
+
+def share_values(config: RWKV7Config, context: MixerContext) -> Sharing:
+    """The first layer publishes its values, b t d; every later one reads them."""
+    if not config.value_residual:
+        return Sharing()
+    value = {FIRST_VALUE: SharedTensor(shape=(context.d_model,))}
+    return Sharing(reads=value) if FIRST_VALUE in context.published else Sharing(publishes=value)
+
 
 def _suggested_rank(factor: float, d_model: int) -> int:
-    """factor sqrt(d), rounded to 32 (the authors' code of RWKV-7)."""
+    """factor sqrt(d), rounded to 32, at least 32 (the authors' code of RWKV-7)."""
     return max(32, round(factor * math.sqrt(d_model) / 32) * 32)
 
 

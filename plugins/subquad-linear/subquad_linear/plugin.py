@@ -19,9 +19,10 @@ from subquad_linear.config import (
     ScalarLSTMConfig,
     TTTLinearConfig,
     TTTMLPConfig,
+    share_values,
 )
 
-RWKV7_LOW_RANK = ("decay", "rate", "gate")
+RWKV7_LOW_RANK = ("decay", "rate", "gate", "value")
 
 
 @hookimpl
@@ -37,9 +38,10 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             summary="linear attention with rotary positions and a constant decay per head",
             paper="Sun et al. 2023 (arXiv 2307.08621)",
             config=RetNetConfig,
-            build="subquad_linear.retnet:RetNet",
+            build="subquad_linear.retnet:build_retnet",
             work_growth=Growth.LINEAR,
             carry_growth=Growth.CONSTANT,
+            bidirectional=True,
             operators=("linear_attention", "rotary"),
         ),
         MixerSpec(
@@ -82,9 +84,10 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             summary="linear attention of activated keys and values, with a constant decay per head and layer",
             paper="Qin et al. 2024 (arXiv 2401.04658)",
             config=LightningConfig,
-            build="subquad_linear.lightning:Lightning",
+            build="subquad_linear.lightning:build_lightning",
             work_growth=Growth.LINEAR,
             carry_growth=Growth.CONSTANT,
+            bidirectional=True,
             operators=("linear_attention",),
         ),
         MixerSpec(
@@ -125,6 +128,7 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             # It acts exponentially on the state through the decays.
             float32_parameters=("decay_base",),
             operators=("delta_rule",),
+            shares=share_values,
         ),
         MixerSpec(
             name="rwkv_channel_mix",

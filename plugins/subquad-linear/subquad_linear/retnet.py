@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from subquad import MixerContext
+from subquad import Bidirectional, MixerContext, ReversedDocuments
 from subquad_kernels.operators import linear_attention, rotary
+from subquad_linear.both_sides import attend_to_both_sides
 from subquad_linear.config import RetNetConfig, width_of_a_head
 from subquad_linear.gated_output import GatedOutput
 
@@ -86,5 +87,31 @@ class RetNet(nn.Module):
         k = self.k_proj(x).unflatten(-1, (self.num_heads, self.key_dim))
         v = self.v_proj(x).unflatten(-1, (self.num_heads, self.value_dim))
         q, k = rotary(q, k, cu_seqlens, start=position, theta=self.rope_theta)
-        o, state = linear_attention(q, k, v, self.log_decay, initial_state=state, cu_seqlens=cu_seqlens)
+        o, state = self._attend(q, k, v, state, cu_seqlens)
         return self.output(o, x), state
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return linear_attention(q, k, v, self.log_decay, initial_state=state, cu_seqlens=cu_seqlens)
+
+
+class BidirectionalRetNet(Bidirectional, RetNet):
+    """Retention to both sides:  o_i = n^-1/2 sum_j gamma_h^|i - j| (q_i . k_j) v_j.  Shapes:  x: b t d  ->  b t d
+
+    Source: Afzal et al. 2025 (LION-D), with RetNet's positions and norms.
+    """
+
+    def __init__(self, config: RetNetConfig, context: MixerContext) -> None:
+        super().__init__(config, context)
+        self.backwards = ReversedDocuments()
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Any]:
+        return attend_to_both_sides(q, k, v, self.log_decay, cu_seqlens, self.backwards), None
+
+
+def build_retnet(config: RetNetConfig, context: MixerContext) -> RetNet:
+    """Retention to earlier tokens, or to both sides."""
+    return (BidirectionalRetNet if config.bidirectional else RetNet)(config, context)

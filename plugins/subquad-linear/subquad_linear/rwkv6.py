@@ -12,7 +12,7 @@ from subquad_linear.config import RWKV6Config, width_of_a_head
 from subquad_linear.head_group_norm import HeadGroupNorm
 from subquad_linear.low_rank import LowRank
 from subquad_linear.rwkv_depth import Depth
-from subquad_linear.shifted_memory import ShiftedMemory
+from subquad_linear.shifted_memory import Shared, ShiftedMemory
 from subquad_linear.token_shift import TokenShift
 
 POWERS = {"w": 1.0, "k": 1.0, "v": 1.0, "r": 0.5, "g": 0.5}
@@ -79,8 +79,8 @@ class RWKV6(ShiftedMemory):
         self.bonus.copy_((depth.risen * (1 - place) + zigzag).view_as(self.bonus))
 
     def _mix(
-        self, x: Tensor, last: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, last: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None, shared: Shared
+    ) -> tuple[Tensor, Tensor, Shared]:
         change = self.shift(x, last, cu_seqlens)
         low = torch.tanh(self.mix_down(x + change * self.first_mix)).unflatten(-1, (STREAMS, -1))
         mix = self.mix[:, None, None] + torch.einsum("btsr,srd->sbtd", low, self.mix_up)
@@ -94,4 +94,4 @@ class RWKV6(ShiftedMemory):
             self.v_proj(x_v).unflatten(-1, heads), log_decay, self.bonus,
             initial_state=state, cu_seqlens=cu_seqlens, scale=1.0, read="before",
         )  # fmt: skip
-        return self.o_proj(self.norm(o) * F.silu(self.g_proj(x_g))), state
+        return self.o_proj(self.norm(o) * F.silu(self.g_proj(x_g))), state, {}

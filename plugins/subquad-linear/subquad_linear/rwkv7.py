@@ -10,11 +10,11 @@ from torch.nn import functional as F
 
 from subquad import MixerContext
 from subquad_kernels.operators import delta_rule
-from subquad_linear.config import RWKV7Config, width_of_a_head
+from subquad_linear.config import FIRST_VALUE, RWKV7Config, share_values, width_of_a_head
 from subquad_linear.head_group_norm import HeadGroupNorm
 from subquad_linear.low_rank import LowRank
 from subquad_linear.rwkv_depth import Depth
-from subquad_linear.shifted_memory import ShiftedMemory
+from subquad_linear.shifted_memory import Shared, ShiftedMemory
 from subquad_linear.token_shift import TokenShift
 
 LARGEST_RATE = math.exp(-0.5)
@@ -41,8 +41,7 @@ class RWKV7(ShiftedMemory):
     k~ = k * (1 + (a - 1) * alpha) what is written;  a = sigmoid(a_0 + B_a A_a x_a) is the rate in context;
     w = -exp(-1/2) sigmoid(w_0 + B_w tanh(A_w x_w));  gate = B_g sigmoid(A_g x_g);
     y = W_o( (GroupNorm(o) + (r . (rho * k~)) v) * gate ).
-    Values are of this layer alone: a mixer sees no other layer, hence the paper's lerp towards the values of the first
-    layer (its v_0, A_v, B_v) is left out.
+    In every layer but the first, v is  v + (v' - v) * sigmoid(v_0 + B_v A_v x_v)  with v' the first layer's W_v x_v.
 
     Shapes:  x: b t d  ->  b t d      h heads of n = d / h keys and values; rho: h n    w, a, c, xi, alpha: h n
     Source: Peng et al. 2025 (RWKV-7), section 4; initial values from the authors' code.
@@ -66,6 +65,11 @@ class RWKV7(ShiftedMemory):
         self.r_proj = nn.Linear(d, d, bias=False)
         self.k_proj = nn.Linear(d, d, bias=False)
         self.v_proj = nn.Linear(d, d, bias=False)
+        sharing = share_values(config, context)
+        self.publishes, self.reads = bool(sharing.publishes), bool(sharing.reads)
+        if self.reads:
+            self.value_base = nn.Parameter(torch.empty(d))
+            self.value = LowRank(d, config.resolved_value_rank(d), nn.Identity())
         self.unit_direction = UnitDirection()
         self.norm = HeadGroupNorm(h, self.head_dim)
         self.o_proj = nn.Linear(d, d, bias=False)
@@ -76,7 +80,7 @@ class RWKV7(ShiftedMemory):
         for linear, gain in ((self.r_proj, 1.0), (self.k_proj, 0.1), (self.v_proj, 1.0)):
             nn.init.orthogonal_(linear.weight, gain=gain)
         nn.init.zeros_(self.o_proj.weight)
-        for low_rank in (self.decay, self.rate, self.gate):
+        for low_rank in (self.decay, self.rate, self.gate, *((self.value,) if self.reads else ())):
             low_rank.init_orthogonal(UP_GAIN)
         self.norm.init_parameters(self.depth.norm_weight)
         self._init_dynamics()
@@ -91,16 +95,22 @@ class RWKV7(ShiftedMemory):
         zigzag = centred * centred.abs()
         self.decay_base.copy_(-5.5 + 6 * place ** (1 + depth.risen**0.3) + 2.5 * zigzag)
         self.rate_base.copy_(-0.19 + 0.3 * zigzag + 0.4 * (place - 0.5))
+        if self.reads:
+            self.value_base.copy_(0.73 - 0.4 * (place - 0.5))
         self.removal.copy_(0.71 - 0.1 * (place - 0.5))
         nn.init.constant_(self.replacement, 1.02)
         nn.init.constant_(self.bonus, -0.04)
 
     def _mix(
-        self, x: Tensor, last: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, last: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None, shared: Shared
+    ) -> tuple[Tensor, Tensor, Shared]:
         change = self.shift(x, last, cu_seqlens)
         x_r, x_w, x_k, x_v, x_a, x_g = (x + change * self.mix[:, None, None]).unbind(0)
         r, k, v = self.r_proj(x_r), self.k_proj(x_k), self.v_proj(x_v)
+        published = {FIRST_VALUE: v} if self.publishes else {}
+        if self.reads:
+            share = torch.sigmoid(self.value_base + self.value(x_v)).to(v.dtype)
+            v = v + (shared[FIRST_VALUE].to(v.dtype) - v) * share
         rate = torch.sigmoid(self.rate_base + self.rate(x_a))
         # The base is fp32, which makes the decays fp32 where products are rounded to 8 bits.
         log_decay = -LARGEST_RATE * torch.sigmoid(self.decay_base + self.decay(x_w))
@@ -115,4 +125,4 @@ class RWKV7(ShiftedMemory):
             initial_state=state, cu_seqlens=cu_seqlens, scale=1.0,
         )  # fmt: skip
         current = (r * written * self.bonus).sum(-1, keepdim=True) * v
-        return self.o_proj((self.norm(o) + current.flatten(-2)) * self.gate(x_g)), state
+        return self.o_proj((self.norm(o) + current.flatten(-2)) * self.gate(x_g)), state, published

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from subquad import SharedTensor
 from subquad.testing.mixer_suite import MixerSuite, carry_bytes
 
 
@@ -141,6 +142,21 @@ class TestRWKV7OfOtherSizes(LinearMixerSuite):
     mixer = "rwkv7"
     config: ClassVar = {"num_heads": 2, "decay_rank": 3, "rate_rank": 5, "gate_rank": 7, "blocks_per_layer": 2}
     state_bytes = 4 * 2 * 8 * 8 + 4 * 16
+
+
+class TestRWKV7BehindItsFirstLayer(TestRWKV7):
+    published: ClassVar = {"rwkv7.value": SharedTensor(shape=(16,))}
+
+
+class TestRWKV7BehindItsFirstLayerOfOtherSizes(TestRWKV7OfOtherSizes):
+    published: ClassVar = {"rwkv7.value": SharedTensor(shape=(16,))}
+
+
+class TestRWKV7Alone(TestRWKV7):
+    config: ClassVar = {"value_residual": False}
+
+    def test_names_only_parameters_that_exist(self) -> None:
+        assert not any(name.startswith("value") for name, _ in self.build().named_parameters())
 
 
 class TestRWKVChannelMix(MixerSuite):

@@ -5,13 +5,14 @@ The loops share nothing with the operators; torch's autograd differentiates them
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from subquad import MixerContext
+from subquad import MixerContext, SharedTensor
 from subquad.registry import load_registry
 from subquad.testing.mixer_suite import assert_close, gradients
 from subquad_kernels.catalogue import load_attribute
@@ -21,10 +22,14 @@ TOLERANCE = 1e-9
 """Relative to the largest value: float64, sums of a hundred terms in another order, through a norm."""
 
 
-def build(name: str, *, layer_index: int = 1, **config: Any) -> Any:
+def build(
+    name: str, *, layer_index: int = 1, published: Mapping[str, SharedTensor] | None = None, **config: Any
+) -> Any:
     """A float64 mixer with parameters drawn wide, so that every path shows in the output."""
     spec = load_registry().mixer(name)
-    context = MixerContext(d_model=D_MODEL, layer_index=layer_index, num_layers=4, context_len=64)
+    context = MixerContext(
+        d_model=D_MODEL, layer_index=layer_index, num_layers=4, context_len=64, published=published or {}
+    )
     mixer = load_attribute(spec.build)(spec.config(**config), context).double()  # type: ignore[operator]
     mixer.init_parameters(0.3)
     with torch.no_grad():
@@ -74,17 +79,23 @@ def retnet(m: Any, x: Tensor) -> Tensor:
     return (o * silu(x @ m.output.g_proj.weight.T)) @ m.output.o_proj.weight.T
 
 
-def retnet_parallel(m: Any, x: Tensor) -> Tensor:
+def retnet_parallel(m: Any, x: Tensor, both_sides: bool = False) -> Tensor:
     """Sun et al. 2023, equation 5: (Q K^T o D) V with D_nm = gamma^(n-m) for n >= m."""
     h, t = m.num_heads, torch.arange(x.shape[1], dtype=torch.float64)
     gamma = 1 - 2.0 ** (-5 - torch.arange(h, dtype=torch.float64))
     q, k = (turned(heads(x @ w.T, h), m.rope_theta) for w in (m.q_proj.weight, m.k_proj.weight))
     v = heads(x @ m.v_proj.weight.T, h)
     distance = t[:, None] - t[None, :]
-    mask = torch.where(distance >= 0, gamma[:, None, None] ** distance.clamp(min=0), 0.0)
+    seen = distance >= 0 if not both_sides else torch.ones_like(distance, dtype=torch.bool)
+    mask = torch.where(seen, gamma[:, None, None] ** distance.abs(), 0.0)
     scores = torch.einsum("bihk,bjhk->bhij", q, k) * mask / q.shape[-1] ** 0.5
     o = rms_norm(torch.einsum("bhij,bjhv->bihv", scores, v), 1e-6).flatten(2)
     return (o * silu(x @ m.output.g_proj.weight.T)) @ m.output.o_proj.weight.T
+
+
+def retnet_to_both_sides(m: Any, x: Tensor) -> Tensor:
+    """Afzal et al. 2025 (LION-D): the same with D_nm = gamma^|n-m|."""
+    return retnet_parallel(m, x, both_sides=True)
 
 
 def gla(m: Any, x: Tensor) -> Tensor:
@@ -161,6 +172,18 @@ def lightning(m: Any, x: Tensor) -> Tensor:
         state = torch.exp(-rate)[:, None, None] * state + k[:, t, :, :, None] * v[:, t, :, None, :]
         outputs.append((q[:, t, :, :, None] * state).sum(2) / (d // h) ** 0.5)
     o = rms_norm(torch.stack(outputs, 1).flatten(2), 1e-6, m.norm.weight)
+    return (o / (1 + torch.exp(-x @ m.g_proj.weight.T))) @ m.o_proj.weight.T
+
+
+def lightning_to_both_sides(m: Any, x: Tensor) -> Tensor:
+    """Scores of all pairs of tokens, decayed by their distance; rates of MiniMax-01 in block 1 of 4."""
+    h, d = m.num_heads, x.shape[-1]
+    rate = torch.tensor([0.25, 0.0625, 0.015625, 0.00390625], dtype=torch.float64) * (1 - 1 / 3.00001 + 1e-5)
+    q, k, v = (heads(silu(part), h) for part in (x @ m.qkv_proj.weight.T).split([d, d, d], dim=-1))
+    t = torch.arange(x.shape[1], dtype=torch.float64)
+    decay = torch.exp(-rate[:, None, None] * (t[:, None] - t[None, :]).abs())
+    scores = torch.einsum("bihk,bjhk->bhij", q, k) * decay / (d // h) ** 0.5
+    o = rms_norm(torch.einsum("bhij,bjhv->bihv", scores, v).flatten(2), 1e-6, m.norm.weight)
     return (o / (1 + torch.exp(-x @ m.g_proj.weight.T))) @ m.o_proj.weight.T
 
 
@@ -246,8 +269,11 @@ def rwkv6_parallel(m: Any, x: Tensor) -> Tensor:
     return rwkv6_out(m, outputs, w, gate)
 
 
-def rwkv7_streams(m: Any, x: Tensor) -> tuple[Tensor, ...]:
-    """Receptance, replacement key, value, decay, removal key, rate and gate of Peng et al. 2025, equations 4 to 14."""
+def rwkv7_streams(m: Any, x: Tensor, first_value: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Receptance, replacement key, value, decay, removal key, rate and gate of Peng et al. 2025, equations 4 to 14.
+
+    Equation 10 mixes the values of the first layer, if this is another one, into those of the layer.
+    """
     h, back = m.num_heads, step_back(x)
     x_r, x_w, x_k, x_v, x_a, x_g = (x + back * mix for mix in m.mix)
     r, k, v = x_r @ m.r_proj.weight.T, x_k @ m.k_proj.weight.T, x_v @ m.v_proj.weight.T
@@ -255,6 +281,9 @@ def rwkv7_streams(m: Any, x: Tensor) -> tuple[Tensor, ...]:
     a = sigmoid(m.rate_base + low_rank(m.rate, x_a))
     removal = heads(k * m.removal, h)
     removal = removal / removal.square().sum(-1, keepdim=True).sqrt()
+    if first_value is not None:
+        share = sigmoid(m.value_base + low_rank(m.value, x_v))
+        v = (1 - share) * v + share * first_value
     written = k * (1 - m.replacement + a * m.replacement)
     gate = low_rank(m.gate, x_g, sigmoid)
     return heads(r, h), heads(written, h), heads(v, h), heads(w, h), removal, heads(a, h), gate
@@ -266,9 +295,9 @@ def rwkv7_out(m: Any, o: Tensor, r: Tensor, k: Tensor, v: Tensor, gate: Tensor) 
     return ((group_norm(m.norm, o) + bonus.flatten(2)) * gate) @ m.o_proj.weight.T
 
 
-def rwkv7(m: Any, x: Tensor) -> Tensor:
+def rwkv7(m: Any, x: Tensor, first_value: Tensor | None = None) -> Tensor:
     """Peng et al. 2025, equations 15 to 17: S_t (diag(w_t) - c_t^T (a_t * c_t)) + v_t^T k~_t, values by keys."""
-    r, k, v, w, c, a, gate = rwkv7_streams(m, x)
+    r, k, v, w, c, a, gate = rwkv7_streams(m, x, first_value)
     state, outputs = x.new_zeros(x.shape[0], m.num_heads, v.shape[-1], k.shape[-1]), []
     for t in range(x.shape[1]):
         transition = torch.diag_embed(w[:, t]) - c[:, t, :, :, None] * (a * c)[:, t, :, None, :]
@@ -326,6 +355,7 @@ CASES: list[tuple[str, dict[str, Any], Any]] = [
     ("retnet", {"num_heads": 3}, retnet),
     ("retnet", {"num_heads": 2, "expand_v": 1, "rope_theta": 50.0}, retnet),
     ("retnet", {"num_heads": 3}, retnet_parallel),
+    ("retnet", {"num_heads": 3, "bidirectional": True}, retnet_to_both_sides),
     ("gla", {}, gla),
     ("gla", {"num_heads": 3, "expand_k": 1.0, "expand_v": 2.0, "gate_rank": 5, "gate_temperature": 2.0}, gla),
     ("gated_delta_net", {}, gated_delta_net),
@@ -333,6 +363,7 @@ CASES: list[tuple[str, dict[str, Any], Any]] = [
     ("gated_delta_net", {"num_heads": 6, "num_key_heads": 2, "key_dim": 5}, gated_delta_net),
     ("lightning", {"num_heads": 4}, lightning),
     ("lightning", {"num_heads": 3, "decays": "transnormer"}, lightning),
+    ("lightning", {"num_heads": 4, "bidirectional": True}, lightning_to_both_sides),
     ("mlstm", {"num_heads": 3, "gate_cap": 2.0}, mlstm),
     ("mlstm", {"num_heads": 2, "expand_k": 1.0}, mlstm),
     ("slstm", {"num_heads": 3}, slstm),
@@ -365,3 +396,23 @@ def test_the_mixer_equals_the_paper_s_equations_with_all_gradients(
     right = gradients(expected, pull, x, mixer)
     for name_of, found in gradients(y, pull, x, mixer).items():
         assert_close(found, right[name_of], name_of, TOLERANCE)
+
+
+@pytest.mark.oracle("rwkv7")
+@pytest.mark.parametrize("t", [1, 2, 71])
+def test_later_layers_of_rwkv7_mix_the_values_of_the_first_into_theirs(t: int) -> None:
+    """Two layers, one behind the other; gradients of the first one's values come from both."""
+    torch.manual_seed(t)
+    first = build("rwkv7", layer_index=0, num_heads=3)
+    later = build("rwkv7", published={"rwkv7.value": SharedTensor(shape=(D_MODEL,))}, num_heads=3, value_rank=5)
+    x, pull = tokens(2, t).requires_grad_(), tokens(2, t)
+    h, published = first(x, None, {})
+    y, nothing = later(h, None, published)
+    assert not nothing
+    x_v = x + step_back(x) * first.mix[3]
+    expected = rwkv7(later, rwkv7(first, x), x_v @ first.v_proj.weight.T)
+    assert_close(y, expected, tolerance=TOLERANCE)
+    both = torch.nn.ModuleList([first, later])
+    right = gradients(expected, pull, x, both)
+    for name, found in gradients(y, pull, x, both).items():
+        assert_close(found, right[name], name, TOLERANCE)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from subquad import ConfigError, MixerContext, build_model, load_config
+from subquad import ConfigError, MixerContext, SharedTensor, build_model, load_config
 from subquad_linear.config import (
     DeltaNetConfig,
     GatedDeltaNetConfig,
@@ -152,7 +153,8 @@ def test_rwkv6_starts_by_channel_and_depth() -> None:
 def test_rwkv7_starts_by_channel_and_depth() -> None:
     """Block 6 of 8, two blocks a layer: the last of 4 layers, thus i / (L - 1) = 1 and 1 - i / L = 1/4."""
     config = RWKV7Config(blocks_per_layer=2)
-    mixer = initialised(RWKV7(config, context(layer_index=6, num_layers=8)))
+    place = replace(context(layer_index=6, num_layers=8), published={"rwkv7.value": SharedTensor(shape=(64,))})
+    mixer = initialised(RWKV7(config, place))
     for stream, power in enumerate((0.2, 0.9, 0.7, 0.7, 0.9, 0.2)):
         assert mixer.mix[stream, 32].item() == pytest.approx(1 - 0.5 ** (power / 4)), stream
     # Heads of 16: the first channel of a head is at -1 of its zigzag, the last at 1.
@@ -162,7 +164,8 @@ def test_rwkv7_starts_by_channel_and_depth() -> None:
     assert mixer.removal[[0, 63]].tolist() == pytest.approx([0.76, 0.66])
     assert mixer.replacement.tolist() == pytest.approx([1.02] * 64)
     assert mixer.bonus.flatten().tolist() == pytest.approx([-0.04] * 64)
-    for low_rank in (mixer.decay, mixer.rate, mixer.gate):
+    assert mixer.value_base[[0, 63]].tolist() == pytest.approx([0.93, 0.53])
+    for low_rank in (mixer.decay, mixer.rate, mixer.gate, mixer.value):
         assert (low_rank.down.weight == 0).all()
         assert_orthogonal(low_rank.up.weight, 0.1)
     for linear, gain in ((mixer.r_proj, 1.0), (mixer.k_proj, 0.1), (mixer.v_proj, 1.0)):
@@ -172,10 +175,12 @@ def test_rwkv7_starts_by_channel_and_depth() -> None:
 
 
 def test_the_ranks_of_rwkv7_are_those_of_the_authors_code() -> None:
-    for d_model, decay, gate in ((192, 32, 64), (768, 64, 128), (1024, 64, 160), (2048, 128, 224), (4096, 160, 320)):
-        config = RWKV7Config()
+    config = RWKV7Config()
+    for d_model, decay, gate, value in (
+        (192, 32, 64, 32), (768, 64, 128, 32), (1024, 64, 160, 64), (2048, 128, 224, 64), (4096, 160, 320, 96)
+    ):  # fmt: skip
         assert config.resolved_decay_rank(d_model) == config.resolved_rate_rank(d_model) == decay
-        assert config.resolved_gate_rank(d_model) == gate
+        assert (config.resolved_gate_rank(d_model), config.resolved_value_rank(d_model)) == (gate, value)
 
 
 @pytest.mark.parametrize(("receptance", "power"), [(True, 3), (False, 4)])

@@ -15,6 +15,7 @@ class MambaConfig:
     state_dim: int = 16  # states per channel
     conv_width: int = 4  # tokens the short convolution sees, the current one included
     dt_rank: int = 0  # rank of the map to the step sizes; 0: d_model / 16, rounded up
+    bidirectional: bool = False  # a second block from the last token to the first, whole sequences alone
 
     def __post_init__(self) -> None:
         for name in ("expand", "state_dim", "conv_width"):

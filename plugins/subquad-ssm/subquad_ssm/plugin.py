@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from subquad import Growth, ImportSpec, MixerSpec, hookimpl
 from subquad_ssm.config import LogLinearMamba2Config, Mamba2Config, Mamba3Config, MambaConfig
 
+MAMBA_DYNAMICS = ("A_log", "D", "dt_proj.bias")
+"""Parameters of a scan; of the one backwards, below `back`, where there is one."""
+
 
 @hookimpl
 def subquad_provide_config_packages() -> Iterable[str]:
@@ -21,13 +24,14 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             summary="selective state-space model with input-dependent steps, behind a short convolution",
             paper="Gu and Dao 2023 (arXiv 2312.00752)",
             config=MambaConfig,
-            build="subquad_ssm.mamba:Mamba",
+            build="subquad_ssm.bidirectional_mamba:build_mamba",
             work_growth=Growth.LINEAR,
             carry_growth=Growth.CONSTANT,
-            no_decay=("A_log", "D", "dt_proj.bias"),
+            no_decay=(*MAMBA_DYNAMICS, *(f"back.{name}" for name in MAMBA_DYNAMICS)),
             # Rates and step sizes act exponentially on the state: 8 bits of them change what is remembered.
-            float32_parameters=("A_log", "D", "dt_proj.bias"),
+            float32_parameters=(*MAMBA_DYNAMICS, *(f"back.{name}" for name in MAMBA_DYNAMICS)),
             operators=("causal_conv", "selective_scan"),
+            bidirectional=True,
         ),
         MixerSpec(
             name="mamba2",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from subquad import ConfigError, MixerContext
 from subquad.registry import load_registry
 from subquad_kernels.catalogue import load_attribute
+from subquad_ssm.bidirectional_mamba import BidirectionalMamba
 from subquad_ssm.config import MambaConfig
 from subquad_ssm.mamba import Mamba
 
@@ -52,11 +53,27 @@ def block_from_the_equations(mixer: Mamba, x: Tensor) -> np.ndarray[Any, Any]:
     return np.stack(out)
 
 
+@pytest.mark.oracle("mamba")
+def test_its_bidirectional_form_is_two_blocks_one_of_them_on_the_reversed_sequence() -> None:
+    torch.manual_seed(0)
+    context = MixerContext(d_model=12, layer_index=0, num_layers=2, context_len=64)
+    mixer = BidirectionalMamba(MambaConfig(bidirectional=True), context)
+    mixer.init_parameters(0.3)
+    mixer.double()
+    x = tokens(1, 9)
+    expected = block_from_the_equations(mixer, x[0]) + block_from_the_equations(mixer.back, x[0].flip(0))[::-1]
+    np.testing.assert_allclose(mixer(x)[0].detach().numpy(), expected, rtol=1e-9, atol=1e-12)
+
+
 def test_it_is_discovered_under_its_name() -> None:
     spec = load_registry().mixer("mamba")
     assert spec.config is MambaConfig
-    assert load_attribute(spec.build) is Mamba
-    names = {name for name, _ in build().named_parameters()}
+    context = MixerContext(d_model=12, layer_index=0, num_layers=2, context_len=64)
+    names = set[str]()
+    for config, kind in ((MambaConfig(), Mamba), (MambaConfig(bidirectional=True), BidirectionalMamba)):
+        mixer: Any = load_attribute(spec.build)(config, context)  # type: ignore[operator]
+        assert type(mixer) is kind
+        names |= {name for name, _ in mixer.named_parameters()}
     assert {*spec.no_decay, *spec.float32_parameters} <= names
 
 

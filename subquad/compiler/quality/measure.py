@@ -18,6 +18,7 @@ from subquad.compiler.quality.proxy import HeldOut, QualityProxy, block_of
 from subquad.compiler.quality.replace_one_kl import replace_one_kl
 from subquad.compiler.quality.table import QualityTable
 from subquad.errors import ConfigError
+from subquad.model.block import Block
 from subquad.model.build import build_model, full_schedule
 from subquad.model.language_model import LanguageModel
 from subquad.schema import ModelConfig
@@ -55,6 +56,8 @@ def measure_quality(
     model.eval().requires_grad_(True)
     schedule = full_schedule(config)
     _refuse_other_channel_mixers(config, [*keys, *schedule])
+    for layer in range(len(schedule)):
+        _refuse_readers(block_of(model, layer), "the run")
     loss: list[dict[str, float]] = []
     for layer, own in enumerate(schedule):
         figures = {}
@@ -84,6 +87,7 @@ def _student(config: ModelConfig, layer: int, key: str, seed: int) -> nn.Module:
     with torch.random.fork_rng(()):
         torch.manual_seed(seed)
         built = build_model(replace(config, schedule=schedule, candidates=[]))
+    _refuse_readers(block_of(built, layer), f"the candidate '{key}'")
     mixer: nn.Module = block_of(built, layer).mixer
     return mixer
 
@@ -100,4 +104,14 @@ def _refuse_other_channel_mixers(config: ModelConfig, keys: Sequence[str]) -> No
             what=f"the candidates differ in their channel mixers: {own}",
             where="model.mixers",
             mend="measure candidates that share one",
+        )
+
+
+def _refuse_readers(block: Block, what: str) -> None:
+    """A mixer that is exchanged takes what it publishes with it."""
+    if block.sharing.reads:
+        raise ConfigError(
+            what=f"layer {block.layer_index} of {what} reads {', '.join(block.sharing.reads)} of earlier layers",
+            where="model.schedule",
+            mend="measure a model whose layers read nothing of each other, candidates likewise",
         )

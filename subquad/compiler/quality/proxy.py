@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from subquad.contracts import NOTHING_SHARED
 from subquad.model.block import Block
 from subquad.model.language_model import LanguageModel
 
@@ -40,14 +41,14 @@ def block_of(model: LanguageModel, layer: int) -> Block:
 
 @contextmanager
 def exchanged(model: LanguageModel, layer: int, student: nn.Module) -> Iterator[None]:
-    """The model with another mixer in one layer."""
+    """The model with another mixer, which shares nothing, in one layer that no other layer reads."""
     block = block_of(model, layer)
-    teacher = block.mixer
-    block.mixer = student
+    teacher, sharing = block.mixer, block.sharing
+    block.mixer, block.sharing = student, NOTHING_SHARED
     try:
         yield
     finally:
-        block.mixer = teacher
+        block.mixer, block.sharing = teacher, sharing
 
 
 @contextmanager
@@ -58,8 +59,8 @@ def mixer_calls(model: LanguageModel, layer: int) -> Iterator[list[tuple[Tensor,
     """
     calls: list[tuple[Tensor, Tensor]] = []
 
-    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        calls.append((inputs[0], output))
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        calls.append((inputs[0], output[0] if isinstance(output, tuple) else output))
 
     handle = block_of(model, layer).mixer.register_forward_hook(note)
     try:

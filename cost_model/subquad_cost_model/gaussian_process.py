@@ -1,0 +1,130 @@
+"""What rows leave of a physical sum, as a smooth function of their shapes: an exact Gaussian process of fixed scales.
+
+    f ~ GP(0, K),    K(x, y) = (A_o^2 [same operator] + A_k^2 [same kernel]) M(3^1/2 |x - y|),    M(d) = (1 + d) e^-d
+
+x are logarithms of lengths and widths, dtype, options and device, each over the distance along which it matters; what a
+layout or a length costs the kernels of an operator is mostly shared by them. A few dozen rows of a kernel are enough,
+where trees want hundreds; thousands make the system too large, and are left to trees.
+
+Source: Rasmussen and Williams 2006 (sections 2.2, 4.2.1); weights of outliers as in Student's t (section 9.3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.linalg import cho_factor, cho_solve, cholesky
+from scipy.linalg.lapack import dtrtri
+from scipy.spatial.distance import cdist
+
+from subquad_cost_model.device import Device
+from subquad_cost_model.features import Floats, words
+from subquad_cost_model.physics import multiprocessors, programs
+from subquad_cost_model.rows import CostRow
+
+MOST_ROWS = 4000
+"""A system of so many takes seconds to solve and megabytes to keep; above, trees answer as well."""
+OPERATOR, KERNEL = 0.2, 0.3
+"""Amplitudes, as logarithms of seconds."""
+LENGTH, WIDTH, REACH, PARALLEL, SIZE, DEVICE = 16.0, 2.0, 2.0, 8.0, 12.0, 2.0
+"""Octaves of lengths, of widths, of windows and segments, of waves of programs, of seconds and launches, of bandwidth.
+
+These and the amplitudes began where the marginal likelihood of half of the rows that S0 does not hold out is largest,
+and were rounded by errors out of fold on the others, which hardly change if one of them is halved or doubled."""
+NOISE, DOUBTED = 0.045, 1.8
+"""What repeats of a steady row differ by, and how much more than its own repeats a row in doubt does."""
+TAIL, LEAST_WEIGHT = 4.0, 1 / 30
+"""Degrees of freedom of the noise, and how little an outlier counts at least."""
+DIGITS = 4
+"""Of coordinates: what is kept in a file answers as what was fitted."""
+SCALES = (OPERATOR, KERNEL, LENGTH, WIDTH, REACH, PARALLEL, SIZE, DEVICE)
+"""What a fit in a file must agree with."""
+LENGTHS, WIDTHS = ("b", "t", "s", "m", "documents"), ("k", "v", "n", "p", "w")
+
+
+def coordinates(rows: Sequence[CostRow], devices: Sequence[Device], sums: Floats) -> Floats:
+    """Where each row lies, one line each; `sums` are what the physics head says of them."""
+    found = [_place(row, device) for row, device in zip(rows, devices, strict=True)]
+    sized = np.log2(sums) / SIZE
+    return np.round(np.column_stack([np.array(found).reshape(len(rows), -1), sized]), DIGITS)
+
+
+def _place(row: CostRow, device: Device) -> list[float]:
+    shape, options = row.shape, row.options
+    t = shape.get("t", 1)
+    window, segment = (float(options.get(name, 0) or 0) for name in ("window", "segment_len"))
+    reaches = (window or 1, segment or 1, max(1.0, t / window) if window else 1, 1 + t / segment if segment else 1)
+    said = (
+        row.dtype in ("float32", "float64"),
+        0.25 * (row.dtype == "float16"),
+        "documents" in shape,
+        0.5 * bool(options.get("causal")),
+    )
+    return [
+        *(math.log2(shape.get(axis) or 1) / LENGTH for axis in LENGTHS),
+        *(math.log2(shape.get(axis) or 1) / WIDTH for axis in WIDTHS),
+        *(math.log2(reach) / REACH for reach in reaches),
+        *map(float, said),
+        math.log2(programs(row) / multiprocessors(device)) / PARALLEL,
+        math.log2(row.launches) / SIZE,
+        math.log2(device.bytes_per_s) / DEVICE,
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussianProcess:
+    """Weights of the rows that it was fitted to, where these lie, and their operators and kernels."""
+
+    places: Floats
+    operators: tuple[str, ...]
+    kernels: tuple[str, ...]
+    weights: Floats
+
+    @classmethod
+    def fit(
+        cls, rows: Sequence[CostRow], devices: Sequence[Device], sums: Floats, target: Floats, doubts: Floats
+    ) -> GaussianProcess:
+        """Solve (K + noise) weights = target, the noise of a row growing with its doubt and with its own error.
+
+            noise_i = (NOISE^2 + (DOUBTED doubt_i)^2) max(1, (TAIL + r_i^2) / (TAIL + 1))
+
+        r_i is the error of the others about row i (leave one out), over what they expect it to be.
+        """
+        operators, kernels = _names(rows)
+        blank = cls(
+            places=coordinates(rows, devices, sums), operators=operators, kernels=kernels, weights=np.zeros(len(rows))
+        )
+        covariance = blank._covariance(blank.places, operators, kernels)
+        noise = NOISE**2 + (DOUBTED * np.minimum(doubts, 1)) ** 2
+        factor = cholesky(covariance + np.diag(noise), lower=True)
+        inverse, _ = dtrtri(factor, lower=True)
+        surprise = cho_solve((factor, True), target) ** 2 / (inverse**2).sum(axis=0)
+        noise = noise * np.clip((TAIL + surprise) / (TAIL + 1), 1, 1 / LEAST_WEIGHT)
+        weights = cho_solve(cho_factor(covariance + np.diag(noise), lower=True), target)
+        return cls(places=blank.places, operators=operators, kernels=kernels, weights=weights)
+
+    def predict(self, rows: Sequence[CostRow], devices: Sequence[Device], sums: Floats) -> Floats:
+        """The mean at each row: beyond all rows what it is at their edge, 0 for operators that were not among them."""
+        places = np.clip(coordinates(rows, devices, sums), self.places.min(axis=0), self.places.max(axis=0))
+        covariance = self._covariance(places, *_names(rows))
+        # Row by row, and not as a product, whose rounding depends on how many rows are asked.
+        return np.asarray((covariance * self.weights).sum(axis=1), dtype=np.float64)
+
+    def _covariance(self, places: Floats, operators: Sequence[str], kernels: Sequence[str]) -> Floats:
+        distances = np.sqrt(3) * cdist(places, self.places)
+        shared = OPERATOR**2 * _same(operators, self.operators) + KERNEL**2 * _same(kernels, self.kernels)
+        return np.asarray(shared * (1 + distances) * np.exp(-distances), dtype=np.float64)
+
+
+def _names(rows: Sequence[CostRow]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    found = [words(row)[:2] for row in rows]
+    return tuple(operator for operator, _ in found), tuple(kernel for _, kernel in found)
+
+
+def _same(some: Sequence[str], others: Sequence[str]) -> Floats:
+    codes = {name: code for code, name in enumerate(dict.fromkeys([*some, *others]))}
+    left, right = (np.array([codes[name] for name in names]) for names in (some, others))
+    return np.asarray(np.equal.outer(left, right), dtype=np.float64)
