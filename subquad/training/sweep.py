@@ -89,11 +89,8 @@ def digest_of(config: RunConfig, but: frozenset[str] = frozenset()) -> str:
 
 def _folder_of(asked: Path, digests: dict[str, str]) -> Path:
     """The folder in which the job was begun before; else the asked one, or the next that holds no other job."""
-    for kind, path in (
-        ("exact", asked),
-        *(("exact", path) for path in sorted(asked.parent.glob("*/"))),
-        ("job", asked),
-    ):
+    equal = [("exact", path) for path in (asked, *sorted(asked.parent.glob("*/")))]
+    for kind, path in [*equal, ("job", asked)]:
         record = RunFolder(path).sweep
         if record.is_file() and read_json(record)["digests"][kind] == digests[kind]:
             return path
