@@ -26,7 +26,7 @@ from subquad.training.metrics import read_metrics
 from subquad.training.run_folder import RunFolder
 from subquad_kernels.operators import linear_attention
 
-MQAR = {"name": "mqar", "vocab_size": 32, "num_pairs": 4}
+MQAR = {"name": "synthetic", "vocab_size": 32, "sizes": [4]}
 TinyRun = Callable[..., RunConfig]
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -80,7 +80,7 @@ REFUSED = {
     "log_linear_mamba2": "log_linear_attention",
     "mamba3": "the argument q",
     "rwkv6": "the argument q",
-    "rwkv7": "the argument q",
+    "rwkv7": "it shares tensors with other layers",
     "rwkv_channel_mix": "its output depends on other tokens",
     "slstm": "slstm_scan",
     "ttt_linear": "the argument q",

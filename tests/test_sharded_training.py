@@ -35,7 +35,7 @@ from subquad.training.run_folder import RunFolder
 
 TinyRun = Callable[..., RunConfig]
 
-MQAR = {"name": "mqar", "vocab_size": 32, "num_pairs": 4}
+MQAR = {"name": "synthetic", "vocab_size": 32, "sizes": [4]}
 """Every row predicts equally many tokens, so a mean of two ranks' means is the mean of all."""
 SCOUT = ModelConfig(
     name="scout",

@@ -52,7 +52,7 @@ TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-2}
 COMMON = [
     "compiler.measure=false", "calibrate=never", "trainer.progress_bar=false", "tracking=none", "checkpoint.keep=1",
 ]  # fmt: skip
-EVERY_ROW_PREDICTS_EQUALLY = ["data=mqar", "data.vocab_size=256", "data.num_pairs=8"]
+EVERY_ROW_PREDICTS_EQUALLY = ["data=synthetic", "data.vocab_size=256", "data.sizes=[8]"]
 """So that a mean of two ranks' means is the mean of all."""
 TOKENS_PER_DEVICE = 32_768
 SMALL = ["model=scout_mamba", "model.d_model=32", "model.num_layers=2", "model.channel_mixer.d_hidden=48"]

@@ -46,8 +46,6 @@ CORPORA: Mapping[str, tuple[str, str]] = {
     "text_files": ("yours", "files that you name"),
     "hf": ("that of the data set", "a data set of Hugging Face that you name"),
     "mixture": ("those of its sources", "other sources by weight"),
-    "mqar": ("none", "rows drawn from a seed"),
-    "copying": ("none", "rows drawn from a seed"),
     "synthetic": ("none", "rows drawn from a seed"),
 }
 """By data source: under which licence is what it reads, and what that is. No corpus is in the repository or a wheel."""
