@@ -12,7 +12,7 @@ from subquad.training.sources.documents import Bytes
 from subquad.training.tokenizer import Encoded, Tokenizer
 
 MOST_THREADS = 8
-"""A piece of a document takes a hundred times its size while it is encoded (README.md beside this)."""
+"""Each encodes a piece of a megabyte, which takes nearly two hundred times that meanwhile (README.md beside this)."""
 PARALLELISM = "TOKENIZERS_PARALLELISM"
 
 
