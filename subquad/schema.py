@@ -216,7 +216,8 @@ class RunConfig:
     target: str = "auto"  # the machine at hand, or the name or path of a device file
     calibrate: str = "offer"  # a device that the cost model does not know: offer (a line) | auto (at once) | never
     compile: bool = False  # torch.compile the rewritten model
-    tracking: str = "csv"  # none | csv | wandb  (metrics.csv is always written)
+    tracking: str = "csv"  # none | csv | wandb | tensorboard  (metrics.csv is always written)
+    profile: bool = False  # three steps, as torch's profiler sees them, into trace.json
     run_dir: str | None = None  # default: runs/<date>/<time>-<model>
     resume: str | None = None  # a run folder to go on with
     seed: int = 0  # of parameters, data and dropout

@@ -360,10 +360,10 @@ def test_a_launcher_that_is_chosen_by_name_is_used(jobs: Jobs) -> None:
 
 
 def test_the_task_travels_to_the_process_of_a_launcher() -> None:
-    task = _Task("train", train.train_job, load_registry(), ["subquad"], None)
+    task = _Task("train", (train.train_job, train.train_in_sweep), load_registry(), ["subquad"], None)
     travelled = pickle.loads(pickle.dumps(task))
     assert travelled.__name__ == "train"
-    assert travelled._job is train.train_job
+    assert travelled._jobs == (train.train_job, train.train_in_sweep)
 
 
 def test_the_example_project_composes_by_config_dir(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -470,7 +470,7 @@ def test_hf_mistakes_are_named(jsonl: Path, fields: dict[str, object], what: str
 
 def test_declaring_the_sources_loads_neither_numpy_nor_torch() -> None:
     code = (
-        "import sys; from subquad.training.sources.declarations import DATA_SOURCES; assert len(DATA_SOURCES) == 8; "
+        "import sys; from subquad.training.sources.declarations import DATA_SOURCES; assert len(DATA_SOURCES) == 6; "
         "sys.exit(sorted({'numpy', 'torch', 'lightning', 'datasets'} & set(sys.modules)) or 0)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -451,8 +451,8 @@ def test_wandb_offline_holds_the_rows_of_metrics_csv(tiny_run: TinyRun) -> None:
     assert settings["trainer"]["max_steps"] == 6
 
 
-def wandb_records(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The history and the configuration in an offline file: blocks of 32 KiB, frames crc32 + length + type."""
+def wandb_messages(path: Path) -> list[Any]:
+    """The records of an offline file: blocks of 32 KiB, frames crc32 + length + type."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     content, offset, block = path.read_bytes(), 7, 1 << 15
@@ -467,10 +467,13 @@ def wandb_records(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         if kind in (1, 4):  # a whole record, or the last part of one
             messages.append(partial)
             partial = b""
+    return [Record.FromString(message) for message in messages]
+
+
+def wandb_records(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The history and the configuration in an offline file."""
     history, settings = [], {}
-    for message in messages:
-        record = Record()
-        record.ParseFromString(message)
+    for record in wandb_messages(path):
         if record.HasField("history"):
             items = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
             history.append(items)

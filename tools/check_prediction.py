@@ -28,8 +28,6 @@ from profile_step import group_of
 from torch.profiler import ProfilerActivity, profile
 
 from subquad import load_config
-from subquad.compiler.choice_map import node_rows
-from subquad.compiler.plan import Plan
 from subquad.compiler.predict_step import predict_step
 from subquad.compiler.run_shapes import is_packed
 from subquad.model.build import build_model
@@ -37,6 +35,7 @@ from subquad.training.compilation import compiled, device_of, target_of, uses_bf
 from subquad.training.module import summed_cross_entropy
 from subquad.training.optimizers import build_optimizer
 from subquad.training.step_clock import SKIPPED_STEPS, TIMED_STEPS
+from subquad.training.utilisation import operator_flops
 
 MODELS = ("scout_mamba_430m", "scout_swa_470m", "transformer_340m", "mamba2_370m")
 BATCHES = {2048: 16, 8192: 4, 32_768: 1, 131_072: 1}
@@ -112,7 +111,7 @@ def checked(overrides: list[str]) -> dict[str, Any]:
         measured["host_call_s"] = (seconds - sum(measured["groups_s"].values())) / max(1, predicted.calls)
     rate = b * t / seconds
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    products = _operator_flops(plan)
+    products = operator_flops(plan)
     return {
         "parameters": parameters,
         "tokens_per_s": round(rate),
@@ -145,12 +144,6 @@ def _timed(step: Callable[[], None], device: torch.device) -> tuple[float, int, 
         else:
             found.append(time.perf_counter() - started)
     return statistics.median(found), len(found), torch.cuda.max_memory_allocated() if cuda else None
-
-
-def _operator_flops(plan: Plan) -> int:
-    """Of the matrix products inside operators, forward and backward."""
-    used = [choice for choice in plan.choices if choice.used]
-    return sum(row.matmul_flops for choice in used for row in node_rows(choice, choice.chosen))
 
 
 def _device_seconds(step: Callable[[], None]) -> dict[str, float]:

@@ -40,8 +40,8 @@ Job = Callable[[RunConfig, Sequence[str]], object]
 """What a verb does with a configuration and the overrides that led to it."""
 
 
-def run_with_hydra(verb: str, arguments: Sequence[str], job: Job) -> int:
-    """Give the arguments to Hydra, and every configuration that it composes to `job`.
+def run_with_hydra(verb: str, arguments: Sequence[str], job: Job, job_of_sweep: Job | None = None) -> int:
+    """Give the arguments to Hydra, and every configuration that it composes to `job`, or to `job_of_sweep`.
 
     Raises: SubquadError, for Hydra's errors too; what a job raises. In a sweep every job is run, failures are reported
     as they come, and the first one ends the command.
@@ -49,7 +49,7 @@ def run_with_hydra(verb: str, arguments: Sequence[str], job: Job) -> int:
     registry = load_registry()
     parsed = _parsed(verb, arguments)
     full_error = os.environ.get("HYDRA_FULL_ERROR")
-    task = _Task(verb, job, registry, sys.argv, full_error)
+    task = _Task(verb, (job, job_of_sweep or job), registry, sys.argv, full_error)
     try:
         with (
             composition_errors(registry),
@@ -71,14 +71,16 @@ def run_with_hydra(verb: str, arguments: Sequence[str], job: Job) -> int:
 class _Task:
     """The function that Hydra calls for each job, here or in the process of a launcher."""
 
-    def __init__(self, verb: str, job: Job, registry: Registry, argv: list[str], full_error: str | None) -> None:
+    def __init__(
+        self, verb: str, jobs: tuple[Job, Job], registry: Registry, argv: list[str], full_error: str | None
+    ) -> None:
         self.__name__ = self.__qualname__ = verb
-        self._job, self._registry, self._argv, self._full_error = job, registry, argv, full_error
+        self._jobs, self._registry, self._argv, self._full_error = jobs, registry, argv, full_error
         self.reported: list[SubquadError] = []
 
     def __reduce__(self) -> tuple[object, ...]:
         # Records of plugins hold functions; another process finds its own.
-        return _task_elsewhere, (self.__name__, self._job, self._argv, self._full_error)
+        return _task_elsewhere, (self.__name__, self._jobs, self._argv, self._full_error)
 
     def __call__(self, composed: DictConfig) -> None:
         hydra_config = HydraConfig.get()
@@ -90,7 +92,7 @@ class _Task:
                 config = to_run_config(composed, self._registry)
                 if is_sweep and config.run_dir is not None:
                     config.run_dir = str(Path(config.run_dir) / str(hydra_config.job.num))
-                self._job(config, overrides)
+                self._jobs[is_sweep](config, overrides)
         except SubquadError as error:
             if is_sweep:  # Hydra runs the other jobs before it says which one failed first
                 print(f"job {hydra_config.job.num} failed: {' '.join(overrides)}\n{error}", file=sys.stderr, flush=True)
@@ -117,8 +119,8 @@ class _Task:
                 os.environ["HYDRA_FULL_ERROR"] = lent
 
 
-def _task_elsewhere(verb: str, job: Job, argv: list[str], full_error: str | None) -> _Task:
-    return _Task(verb, job, load_registry(), argv, full_error)
+def _task_elsewhere(verb: str, jobs: tuple[Job, Job], argv: list[str], full_error: str | None) -> _Task:
+    return _Task(verb, jobs, load_registry(), argv, full_error)
 
 
 @contextmanager

@@ -95,6 +95,10 @@ def _against(value: float, limit: float, shown: Callable[[float], str]) -> str:
     return f"{shown(value)} of {shown(limit)}{', over it' if value > limit else ''}"
 
 
+PLAN_COLUMNS = ("layers", "operator", "kernel", "one call, forward and backward", "why")
+"""Of `choice_table`."""
+
+
 def choice_table(plan: Plan) -> list[tuple[str, str, str, str, str]]:
     """Rows for a report: layers, operator, kernel, seconds with their source, why."""
     rows = []

@@ -25,6 +25,7 @@ from subquad.compiler.options import CompileOptions
 from subquad.compiler.pipeline import kernel_versions, kernels_in_use, plan_versions
 from subquad.compiler.plan import Plan
 from subquad.compiler.predict_step import predict_step
+from subquad.compiler.report import PLAN_COLUMNS, choice_table
 from subquad.errors import ConfigError, ResumeError, suggestion
 from subquad.model.build import build_model
 from subquad.model.import_weights import import_weights
@@ -47,9 +48,11 @@ from subquad.training.distributed import (
     told_by_rank_zero,
 )
 from subquad.training.environment import environment_record
+from subquad.training.gradient_norms import GradientNorms
 from subquad.training.metrics import drop_samples_of_other_ranks
 from subquad.training.module import TrainingModule, Validation
 from subquad.training.optimizers import check_schedule, optimizer_config
+from subquad.training.profile import Profile
 from subquad.training.progress import ProgressBar
 from subquad.training.recorder import Recorder
 from subquad.training.report import write_report
@@ -62,6 +65,7 @@ from subquad.training.stopping import EXIT_TERMINATED, Interrupts, StopAfterStep
 from subquad.training.tokenizer import save_tokenizer
 from subquad.training.tracking import NoTracker, build_tracker, check_tracking
 from subquad.training.user_callbacks import build_callbacks
+from subquad.training.utilisation import utilisation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +194,7 @@ def _resumed(folder: RunFolder, config: RunConfig, ranks: Ranks) -> _Prepared:
     check_same_samples(checkpoint, folder, config, ranks.world_size)
     prepared = _prepared(folder, config, checkpoint)
     with disk_errors(folder):
+        folder.report.unlink(missing_ok=True)  # its presence says that the run has ended
         prepared.plan.save(folder.plan)
         run_folder.write_config(folder, config)
     return prepared
@@ -324,14 +329,19 @@ def _fit(prepared: _Prepared, ranks: Ranks) -> TrainResult:
     module = TrainingModule(prepared.model, config, state, prepared.model.part)
     resumed_at, spent_s = (checkpoint.step, float(state["seconds"])) if checkpoint and state else (None, 0.0)
     del state  # the module lets go of it once the optimizer has it
-    tracker = build_tracker(config.tracking, folder.path, asdict(config)) if ranks.rank == 0 else NoTracker()
-    recorder = Recorder(folder, tracker, rank=ranks.rank, resumed_at=resumed_at, spent_s=spent_s)
+    norms = GradientNorms(prepared.model, config.trainer)
+    used = utilisation(prepared.model, prepared.plan, target_of(config))
+    tracker = build_tracker(config.tracking, folder, asdict(config), resumed_at) if ranks.rank == 0 else NoTracker()
+    tracker.table("plan", PLAN_COLUMNS, choice_table(prepared.plan))
+    recorder = Recorder(folder, tracker, norms, used, rank=ranks.rank, resumed_at=resumed_at, spent_s=spent_s)
     if ranks.rank == 0 and resumed_at is not None:
         drop_samples_of_other_ranks(folder.samples(0).parent, ranks.world_size, resumed_at)
     interrupts = Interrupts()
-    callbacks: list[L.Callback] = [recorder, StopAfterStep(interrupts, recorder, folder)]
+    callbacks: list[L.Callback] = [norms, recorder, StopAfterStep(interrupts, recorder, folder)]
     if ranks.rank == 0:
         callbacks.append(StepClock(folder, tracker, prepared.plan.prediction))
+        if config.profile:
+            callbacks.append(Profile(folder))
     if config.trainer.progress_bar and ranks.rank == 0:
         callbacks.append(ProgressBar(recorder, resumed_at or 0))
     exit_code = 1

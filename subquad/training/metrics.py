@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TextIO
 
 COLUMNS = (
-    "step", "train/loss", "val/loss", "val/bits_per_byte", "tokens_per_s", "learning_rate", "gradient_norm", "seconds",
+    "step", "train/loss", "val/loss", "val/bits_per_byte", "tokens_per_s", "mfu", "learning_rate", "gradient_norm",
+    "seconds",
 )  # fmt: skip
+"""Of every `metrics.csv`; a gradient norm for each family of the model's mixers follows."""
 SAMPLE_COLUMNS = ("step", "sample_ids")
 MAX_RECORDED_IDS = 5_000_000
 """Sample numbers that a rank records (tens of megabytes); what comes later is known from the seed all the same."""
@@ -19,7 +21,8 @@ MAX_RECORDED_IDS = 5_000_000
 class CsvRecord:
     """A CSV file with a row per step, in rising order; rows are in the file when `flush` returns.
 
-    Opened with `resume_at`, it drops the rows of later steps: the resumed run writes them again.
+    Opened with `resume_at`, it drops the rows of later steps: the resumed run writes them again. What another version
+    recorded in other columns is kept as far as columns are called the same.
     """
 
     def __init__(self, path: Path, columns: Sequence[str], resume_at: int | None = None) -> None:
@@ -30,7 +33,11 @@ class CsvRecord:
             self._writer.writerow(self._columns)
             self._file.flush()
             return
-        kept = [row for row in read_rows(path, self._columns) if int(row[0]) <= resume_at]
+        kept = [
+            [row.get(column, "") for column in self._columns]
+            for row in read_rows(path)
+            if int(row[self._columns[0]]) <= resume_at
+        ]
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         with temporary.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([self._columns, *kept])
@@ -81,19 +88,16 @@ def drop_samples_of_other_ranks(folder: Path, world_size: int, resume_at: int) -
             SampleRecord(path, resume_at).close()
 
 
-def read_rows(path: Path, columns: Sequence[str]) -> list[list[str]]:
-    """The whole rows of a record; a last row that was cut off is no row."""
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The whole rows of a record, cells by column; a last row that was cut off is no row."""
     text = path.read_text(encoding="utf-8")
-    lines = text[: text.rfind("\n") + 1].splitlines()
-    return [row for row in list(csv.reader(lines))[1:] if len(row) == len(columns)]
+    columns, *rows = list(csv.reader(text[: text.rfind("\n") + 1].splitlines())) or [[]]
+    return [dict(zip(columns, row)) for row in rows if len(row) == len(columns)]
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The rows of metrics.csv; an empty cell is no key."""
-    return [
-        {column: float(cell) for column, cell in zip(COLUMNS, row, strict=True) if cell}
-        for row in read_rows(path, COLUMNS)
-    ]
+    return [{column: float(cell) for column, cell in row.items() if cell} for row in read_rows(path)]
 
 
 def _text(value: object) -> str:

@@ -10,12 +10,14 @@ import lightning as L
 
 from subquad.training.checkpoint import remove_unfinished, write_checkpoint
 from subquad.training.data import Batch
+from subquad.training.gradient_norms import GradientNorms
 from subquad.training.metrics import COLUMNS, CsvRecord, SampleRecord
 from subquad.training.module import TrainingModule
 from subquad.training.resume import samples_per_step
 from subquad.training.run_folder import RunFolder
 from subquad.training.sharded_checkpoint import write_sharded_checkpoint
 from subquad.training.tracking import Tracker
+from subquad.training.utilisation import Utilisation
 
 STATE_VERSION = 1
 
@@ -54,16 +56,19 @@ class Recorder(L.Callback):
         self,
         folder: RunFolder,
         tracker: Tracker,
+        gradient_norms: GradientNorms,
+        utilisation: Utilisation | None,
         *,
         rank: int,
         resumed_at: int | None,
         spent_s: float,
     ) -> None:
         self._folder, self._tracker, self._writes = folder, tracker, rank == 0
+        self._gradient_norms, self._utilisation = gradient_norms, utilisation
         self._samples = SampleRecord(folder.samples(rank), resumed_at)
         self._metrics: CsvRecord | None = None
         if self._writes:
-            self._metrics = CsvRecord(folder.metrics, COLUMNS, resumed_at)
+            self._metrics = CsvRecord(folder.metrics, (*COLUMNS, *gradient_norms.columns), resumed_at)
             remove_unfinished(folder.checkpoints)
         self._started = time.monotonic() - spent_s
         self._throughput = Throughput()
@@ -135,10 +140,13 @@ class Recorder(L.Callback):
             "learning_rate": pl_module.learning_rate,
             "gradient_norm": float(pl_module.gradient_norm),
             "seconds": self.seconds,
+            **self._gradient_norms.of_step(int(trainer.global_step)),
         }
         rate = self._throughput.take()
         if rate is not None:
             self._row["tokens_per_s"] = rate
+            if self._utilisation is not None:
+                self._row["mfu"] = self._utilisation.at(rate / trainer.world_size)
         self.last = self.last | self._row
 
     def _settle(self, trainer: L.Trainer, pl_module: L.LightningModule, last: bool = False) -> None:

@@ -27,6 +27,7 @@ FREE_KEYS = frozenset(
         "checkpoint.every_n_steps",
         "checkpoint.keep",
         "tracking",
+        "profile",
         "deny",  # nodes whose kernel is denied get another; the rest of the plan stays
     }
 )
@@ -47,7 +48,7 @@ def resumed_config(asked: RunConfig, overrides: Sequence[str] | None) -> tuple[R
     assert asked.resume is not None
     folder = RunFolder(Path(asked.resume).expanduser().absolute())
     config = read_config(folder, f"resume={asked.resume}")
-    stored, wanted = dict(_leaves(dataclasses.asdict(config))), dict(_leaves(dataclasses.asdict(asked)))
+    stored, wanted = dict(leaves(dataclasses.asdict(config))), dict(leaves(dataclasses.asdict(asked)))
     names = None if overrides is None else [_key(override) for override in overrides]
     differing = []
     for key in sorted(stored.keys() | wanted.keys()):
@@ -57,7 +58,7 @@ def resumed_config(asked: RunConfig, overrides: Sequence[str] | None) -> tuple[R
         if key == "model.schedule" and AUTO in (wanted.get(key) or ()):
             continue  # the run holds what was chosen
         if key in FREE_KEYS:
-            _set(config, key, wanted.get(key))
+            set_key(config, key, wanted.get(key))
         elif key not in ("model.vocab_size", "model.context_len") or wanted.get(key) != 0:  # 0: filled from the data
             differing.append(f"{key} is {stored.get(key)!r} in the run and {wanted.get(key)!r} here")
     if differing:
@@ -91,7 +92,7 @@ def check_same_samples(checkpoint: Checkpoint, folder: RunFolder, config: RunCon
 
 def check_same_data(recorded: Mapping[str, Any], fingerprint: Mapping[str, Any], where: str) -> None:
     """Refuse to go on with other data than the run has seen so far.  Raises: ResumeError."""
-    before, now = dict(_leaves(recorded)), dict(_leaves(fingerprint))
+    before, now = dict(leaves(recorded)), dict(leaves(fingerprint))
     differing = [key for key in sorted(before.keys() | now.keys()) if str(before.get(key)) != str(now.get(key))]
     if differing:
         raise ResumeError(
@@ -101,11 +102,11 @@ def check_same_data(recorded: Mapping[str, Any], fingerprint: Mapping[str, Any],
         )
 
 
-def _leaves(values: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(values: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys and their plain values; lists count as one value."""
     if isinstance(values, Mapping) and (values or not prefix):
         for key, value in values.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+            yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, values
 
@@ -116,6 +117,7 @@ def _key(override: str) -> str:
     return name.partition("@")[2] or name
 
 
-def _set(config: RunConfig, key: str, value: object) -> None:
+def set_key(config: RunConfig, key: str, value: object) -> None:
+    """Set the field of a dotted key."""
     section, _, name = key.rpartition(".")
     setattr(getattr(config, section) if section else config, name, value)

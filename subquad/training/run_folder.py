@@ -57,6 +57,11 @@ class RunFolder:
         return self.path / "metrics.csv"
 
     @property
+    def trace(self) -> Path:
+        """What `profile=true` records."""
+        return self.path / "trace.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -75,6 +80,11 @@ class RunFolder:
     def nonfinite(self, step: int, rank: int) -> Path:
         """The batches of a step whose loss or gradient was no number."""
         return self.path / "nonfinite" / f"step-{step}-rank-{rank}.pt"
+
+    @property
+    def sweep(self) -> Path:
+        """Which job of a sweep the run is (`sweep.py`)."""
+        return self.path / "sweep.json"
 
     @property
     def evaluation(self) -> Path:

@@ -52,8 +52,15 @@ class Tokenizer(Protocol):
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens; bytes that are no UTF-8 become U+FFFD."""
 
-    def encode_document(self, text: NDArray[np.uint8]) -> Iterator[Encoded]:
-        """The tokens of a document of UTF-8 bytes, in pieces; the bytes of all tokens add up to the document's."""
+    @property
+    def in_threads(self) -> bool:
+        """Whether several threads encode more pieces than one does."""
+
+    def pieces(self, text: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
+        """A document of UTF-8 bytes, cut into what is encoded by itself."""
+
+    def encode_piece(self, piece: NDArray[np.uint8]) -> Encoded:
+        """The tokens of a piece; their bytes add up to those of the piece."""
 
     def settings(self) -> Mapping[str, object]:
         """What a saved tokenizer must hold, as JSON."""
@@ -63,6 +70,7 @@ class ByteTokenizer:
     """Each byte is its own token: vocabulary 256, nothing to learn, every text is expressible."""
 
     kind = "bytes"
+    in_threads = False
     vocab_size = 256
     digest = "bytes"
 
@@ -72,8 +80,11 @@ class ByteTokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         return bytes(tokens).decode(errors="replace")
 
-    def encode_document(self, text: NDArray[np.uint8]) -> Iterator[Encoded]:
-        yield Encoded(text, None)
+    def pieces(self, text: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
+        yield text
+
+    def encode_piece(self, piece: NDArray[np.uint8]) -> Encoded:
+        return Encoded(piece, None)
 
     def settings(self) -> Mapping[str, object]:
         return {}
@@ -83,6 +94,7 @@ class FileTokenizer:
     """A tokenizer that the `tokenizers` library reads from its JSON; special tokens are never added by themselves."""
 
     kind = "file"
+    in_threads = True
 
     def __init__(self, description: str) -> None:
         from tokenizers import Tokenizer as TokenizerFile
@@ -102,11 +114,14 @@ class FileTokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False))
 
-    def encode_document(self, text: NDArray[np.uint8]) -> Iterator[Encoded]:
-        for piece in _pieces(text):
-            encoding = self._tokenizer.encode(piece.tobytes().decode(), add_special_tokens=False)
-            ends = np.asarray([end for _, end in encoding.offsets], dtype=np.int64)
-            yield Encoded(np.asarray(encoding.ids, dtype=token_dtype(self.vocab_size)), _bytes_per_token(piece, ends))
+    def pieces(self, text: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
+        return _pieces(text)
+
+    def encode_piece(self, piece: NDArray[np.uint8]) -> Encoded:
+        # A batch, even of one: `encode` would keep other threads of Python waiting.
+        (encoding,) = self._tokenizer.encode_batch([piece.tobytes().decode()], add_special_tokens=False)
+        ends = np.asarray([end for _, end in encoding.offsets], dtype=np.int64)
+        return Encoded(np.asarray(encoding.ids, dtype=token_dtype(self.vocab_size)), _bytes_per_token(piece, ends))
 
     def settings(self) -> Mapping[str, object]:
         return {"tokenizer": json.loads(self._description)}
@@ -116,6 +131,7 @@ class SymbolTokenizer:
     """The numbers of a synthetic task, written in decimal and separated by spaces."""
 
     kind = "symbols"
+    in_threads = False
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
@@ -136,8 +152,11 @@ class SymbolTokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         return " ".join(str(token) for token in tokens)
 
-    def encode_document(self, text: NDArray[np.uint8]) -> Iterator[Encoded]:
-        yield Encoded(np.asarray(self.encode(text.tobytes().decode()), dtype=token_dtype(self.vocab_size)), None)
+    def pieces(self, text: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
+        yield text
+
+    def encode_piece(self, piece: NDArray[np.uint8]) -> Encoded:
+        return Encoded(np.asarray(self.encode(piece.tobytes().decode()), dtype=token_dtype(self.vocab_size)), None)
 
     def settings(self) -> Mapping[str, object]:
         return {"vocab_size": self.vocab_size}

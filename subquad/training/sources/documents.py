@@ -19,6 +19,7 @@ Bytes = NDArray[np.uint8]
 MAX_RECORDED_NAMES = 10_000
 """Above this a fingerprint holds the number of documents, not their names."""
 CHECKED_AT_ONCE = 1 << 24
+SEARCHED_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -157,11 +158,11 @@ def cut_document(document: Document, fraction: float) -> tuple[Document, Documen
     """
     text = document.read()
     target = max(1, min(len(text) - 1, round(len(text) * (1 - fraction))))
-    head = text[:target].tobytes()
     cut = target
     for boundary in (b"\n\n", b"\n"):
-        position = head.rfind(boundary)
-        if position > len(head) // 2:  # a boundary far from the target would hold out another share than asked for
+        # A boundary far from the target would hold out another share than asked for.
+        position = _last(boundary, text, target // 2 + 1, target)
+        if position is not None:
             cut = position + len(boundary)
             break
     while cut < len(text) and text[cut] & 0xC0 == 0x80:  # a continuation byte of UTF-8
@@ -170,6 +171,19 @@ def cut_document(document: Document, fraction: float) -> tuple[Document, Documen
         Document(f"{document.name}[:{cut}]", cut, lambda: document.read()[:cut]),
         Document(f"{document.name}[{cut}:]", document.num_bytes - cut, lambda: document.read()[cut:]),
     )
+
+
+def _last(boundary: bytes, text: Bytes, start: int, end: int) -> int | None:
+    """Where a boundary lies last within text[start:end]; no more of the text is held than SEARCHED_AT_ONCE bytes."""
+    while end - start >= len(boundary):
+        begin = max(start, end - SEARCHED_AT_ONCE)
+        position = text[begin:end].tobytes().rfind(boundary)
+        if position >= 0:
+            return begin + position
+        if begin == start:
+            return None
+        end = begin + len(boundary) - 1
+    return None
 
 
 def recorded_names(documents: Sequence[Document]) -> list[str] | int:

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from subquad.errors import DataError
-from subquad.training.sources.documents import Corpus, Document, digest_of, recorded_names
+from subquad.training.sources.documents import Bytes, Corpus, Document, digest_of, recorded_names
+from subquad.training.sources.encode import encoded
 from subquad.training.sources.source import IGNORED, DataContext, Sample, Split
 from subquad.training.sources.token_cache import FORMAT_VERSION, TokenArrays, cached_tokens
 from subquad.training.tokenizer import Tokenizer, token_dtype
@@ -124,24 +125,25 @@ def tokenise(documents: Sequence[Document], tokenizer: Tokenizer, scratch: Path 
     With a `scratch` folder the tokens lie in a file there, and memory use does not grow with the corpus.
     """
     byte_counts = np.zeros(256, dtype=np.int64)
-    starts = [0]
+    token_counts = np.zeros(len(documents), dtype=np.int64)
     token_spool, width_spool = _Spool(scratch), _Spool(scratch)
-    for document in documents:
+
+    def counted(document: Document) -> Bytes:
         text = document.read()
-        num_tokens = starts[-1]
-        for tokens, token_bytes in tokenizer.encode_document(text):
-            token_spool.append(tokens)
-            if token_bytes is not None:
-                width_spool.append(token_bytes)
-            num_tokens += len(tokens)
-        if num_tokens > starts[-1]:
-            starts.append(num_tokens)
         for start in range(0, len(text), COUNTED_AT_ONCE):  # bincount works on a copy of eight times the size
-            byte_counts += np.bincount(text[start : start + COUNTED_AT_ONCE], minlength=256)
+            byte_counts[:] += np.bincount(text[start : start + COUNTED_AT_ONCE], minlength=256)
+        return text
+
+    for number, (tokens, token_bytes) in encoded(map(counted, documents), tokenizer):
+        token_spool.append(tokens)
+        if token_bytes is not None:
+            width_spool.append(token_bytes)
+        token_counts[number] += len(tokens)
+    starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(token_counts[token_counts > 0])])
     widths = width_spool.array(np.uint32)
     return TokenArrays(
         tokens=token_spool.array(token_dtype(tokenizer.vocab_size)),
-        document_starts=np.asarray(starts, dtype=np.int64),
+        document_starts=starts,
         byte_counts=byte_counts,
         token_bytes=widths if len(widths) else None,
     )
