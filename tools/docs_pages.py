@@ -38,6 +38,7 @@ ROOMS: Mapping[str, str] = {
     "rooms/subquad.md": "subquad/README.md",
     "rooms/compiler.md": "subquad/compiler/README.md",
     "rooms/training.md": "subquad/training/README.md",
+    "rooms/parallel.md": "subquad/parallel/README.md",
     "rooms/kernels.md": "kernels/README.md",
     "rooms/cost_model.md": "cost_model/README.md",
     "rooms/timed_rows.md": "cost_model/data/README.md",
