@@ -37,13 +37,20 @@ KNOWN_PLUGINS: Mapping[str, str] = MappingProxyType(
         "gated_delta_net": "subquad-linear",
         "gla": "subquad-linear",
         "lightning": "subquad-linear",
+        "log_linear": "subquad-linear",
+        "log_linear_mamba2": "subquad-ssm",
         "mamba": "subquad-ssm",
         "mamba2": "subquad-ssm",
         "mamba3": "subquad-ssm",
         "mlstm": "subquad-linear",
         "retnet": "subquad-linear",
+        "rwkv6": "subquad-linear",
+        "rwkv7": "subquad-linear",
+        "rwkv_channel_mix": "subquad-linear",
         "segment_attention": "subquad-scout",
         "slstm": "subquad-linear",
+        "ttt_linear": "subquad-linear",
+        "ttt_mlp": "subquad-linear",
     }
 )
 """Mixers of plugins that are published with subquad: named when a recipe asks for one that is not installed."""

@@ -13,7 +13,7 @@ from plugin_site import Site
 from subquad.commands import plugins
 from subquad.contracts import CONTRACT_VERSION
 from subquad.errors import NotFoundError, PluginError
-from subquad.registry import ENTRY_POINT_GROUP, SLOW_IMPORT_S, build_registry, load_registry
+from subquad.registry import ENTRY_POINT_GROUP, KNOWN_PLUGINS, SLOW_IMPORT_S, build_registry, load_registry
 
 MIXER = """
 from dataclasses import dataclass
@@ -275,3 +275,13 @@ def test_plugins_are_declared_without_loading_torch() -> None:
         "sys.exit(str(loaded) if loaded else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_published_mixer_is_known_by_its_distribution() -> None:
+    """A recipe that asks for one without its plugin is told what to install."""
+    published = {
+        name: spec.build.partition(".")[0].replace("_", "-")
+        for name, spec in load_registry().mixers.items()
+        if spec.build.startswith("subquad_")
+    }
+    assert published == KNOWN_PLUGINS
