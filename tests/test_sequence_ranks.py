@@ -142,7 +142,7 @@ def test_what_no_operator_shows_is_found(beside: Callable[[Tensor], Tensor]) -> 
         seams(Toy(beside))
 
 
-def test_lengths_that_do_not_divide_are_refused(tiny_run: TinyRun) -> None:
+def test_what_ranks_cannot_share_is_refused(tiny_run: TinyRun) -> None:
     for settings, what in (
         (
             {"devices": 2, "context_parallel": 2, "seq_len": 33, "batch_size": 1},
@@ -153,6 +153,7 @@ def test_lengths_that_do_not_divide_are_refused(tiny_run: TinyRun) -> None:
             "2 devices are to share each .* run has 3",
         ),
         ({"devices": 2, "context_parallel": 2, "batch_size": 2}, "ranks share packed sequences one at a time"),
+        ({"devices": 2, "context_parallel": 2, "batch_size": 1, "strategy": "fsdp"}, "a model in shards"),
     ):
         with pytest.raises(ConfigError, match=what):
             train(tiny_run("refused", **settings))

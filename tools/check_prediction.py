@@ -115,7 +115,7 @@ def checked(overrides: list[str]) -> dict[str, Any]:
     return {
         "parameters": parameters,
         "tokens_per_s": round(rate),
-        "mfu": round((6 * parameters * b * t + products) / seconds / PEAK_FLOPS_PER_S, 3),
+        "mfu": float(f"{(6 * parameters * b * t + products) / seconds / PEAK_FLOPS_PER_S:.3g}"),
         "predicted": asdict(predicted),
         "measured": measured,
         "ratio": {name: round(value, 3) for name, value in ratio.items()},
