@@ -2,8 +2,9 @@
 
     python tools/check_ranks.py OUT.json losses|throughput|faults|all [key=value ...]
 
-losses      a small model at an equal global batch on one device and on two (DDP, FSDP), float32 and bfloat16: the
-            largest relative difference of a step's loss and of its gradient norm from the one device's.
+losses      a small model at an equal global batch on one device and on two (DDP, FSDP, and each sequence shared by
+            both), float32 and bfloat16: the largest relative difference of a step's loss and of its gradient norm from
+            the one device's.
 throughput  model=scout_mamba_430m, 32,768 tokens per device and step, of 2,048 and of 8,192: tokens/s, scaling
             efficiency (tokens/s of two devices over twice that of one), peak of allocated memory of rank 0.
 faults      rank 1 is killed in mid-run: seconds until rank 0 has ended, and with which words.
@@ -47,6 +48,7 @@ WAYS = {
     "ddp": ["trainer.devices=2", "trainer.strategy=ddp"],
     "fsdp": ["trainer.devices=2", "trainer.strategy=fsdp"],
 }
+SHARED = ["trainer.devices=2", "trainer.context_parallel=2"]
 TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-2}
 """Relative, of a step's loss: gradients are summed in another order, in bfloat16 after rounding to 8 bits."""
 COMMON = [
@@ -85,15 +87,15 @@ def main(out: Path, part: str, overrides: Overrides) -> None:
 
 
 def check_losses(record: Record, overrides: Overrides) -> None:
-    """Two devices of four rows, and one of eight, in steps of the same samples."""
+    """Two devices of four rows, one of eight, and two that share the rows of eight, in steps of the same samples."""
     settings = [
         *(SMALL if on_cpu(overrides) else ["model=scout_mamba"]), "trainer.seq_len=256", "trainer.max_steps=20",
         "trainer.log_every_n_steps=1", "trainer.validate_every_n_steps=0", *EVERY_ROW_PREDICTS_EQUALLY,
     ]  # fmt: skip
     for precision, tolerance in TOLERANCES.items():
         alone: list[dict[str, float]] = []
-        for way, asked in WAYS.items():
-            rows = "trainer.batch_size=8" if way == "one device" else "trainer.batch_size=4"
+        for way, asked in {**WAYS, "context parallel": SHARED}.items():
+            rows = "trainer.batch_size=4" if way in ("ddp", "fsdp") else "trainer.batch_size=8"
             run = [*settings, f"trainer.precision={precision}", rows, *asked, *overrides]
             name = f"losses/{precision}, {way}"
             try:
