@@ -6,6 +6,7 @@ from subquad_kernels.catalogue import CATALOGUE, Kernel, Operator
 from subquad_kernels.causal_conv import declaration as causal_conv
 from subquad_kernels.delta_rule import declaration as delta_rule
 from subquad_kernels.gated_linear_attention import declaration as gated_linear_attention
+from subquad_kernels.gated_norm import declaration as gated_norm
 from subquad_kernels.linear_attention import declaration as linear_attention
 from subquad_kernels.log_linear_attention import declaration as log_linear_attention
 from subquad_kernels.rotary import declaration as rotary
@@ -21,6 +22,7 @@ _DECLARATIONS = (
     selective_scan,
     causal_conv,
     rotary,
+    gated_norm,
     linear_attention,
     gated_linear_attention,
     delta_rule,

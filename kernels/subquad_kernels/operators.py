@@ -4,6 +4,7 @@ from subquad_kernels import builtin as _builtin  # noqa: F401 - fills the catalo
 from subquad_kernels.causal_conv.operator import causal_conv
 from subquad_kernels.delta_rule.operator import delta_rule
 from subquad_kernels.gated_linear_attention.operator import gated_linear_attention
+from subquad_kernels.gated_norm.operator import gated_norm
 from subquad_kernels.linear_attention.operator import linear_attention, linear_attention_normalizer
 from subquad_kernels.log_linear_attention.operator import log_linear_attention
 from subquad_kernels.rotary.operator import rotary
@@ -17,6 +18,7 @@ __all__ = [
     "causal_conv",
     "delta_rule",
     "gated_linear_attention",
+    "gated_norm",
     "linear_attention",
     "linear_attention_normalizer",
     "log_linear_attention",

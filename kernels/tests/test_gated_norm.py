@@ -1,0 +1,167 @@
+"""The gated norm: every kernel against the written-out equation in float64, and that against torch's own norm."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import subquad_kernels.builtin  # noqa: F401  (fills the catalogue)
+from subquad_kernels.catalogue import CATALOGUE
+from subquad_kernels.gated_norm import declaration, definition, fused
+from subquad_kernels.operators import gated_norm
+from subquad_kernels.self_check import judge, kernel_errors
+from subquad_kernels.workload import Workload
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNELS = ("composed", "fused")
+OPTIONS = {"gate_first": False, "activation": "silu", "weight": True, "shared": False, "skip": False, "eps": 1e-5}
+WAYS = {
+    "mamba-2": {"gate_first": True, "skip": True},
+    "a weight for all heads": {"shared": True},
+    "no weight": {"weight": False},
+    "sigmoid": {"activation": "sigmoid"},
+    "skip, then the gate last": {"skip": True, "activation": "sigmoid", "shared": True},
+    "gate first, no weight": {"gate_first": True, "weight": False},
+}
+
+
+def case(dtype: str = "float32", b: int = 2, t: int = 5, c: int = 24, g: int = 3, **options: Any) -> Workload:
+    shape = {"b": b, "t": t, "c": c, "g": g} | ({"h": 2} if options.get("skip") else {})
+    return Workload(operator="gated_norm", shape=shape, dtype=dtype, options=OPTIONS | options)  # type: ignore[arg-type]
+
+
+def sample(workload: Workload) -> dict[str, Any]:
+    return definition.sample_inputs(workload, seed=3, device=DEVICE)
+
+
+def assert_exact(kernel: str, workload: Workload, arguments: dict[str, Any] | None = None) -> None:
+    arguments = arguments or sample(workload)
+    record = CATALOGUE.kernel("gated_norm", kernel)
+    errors = kernel_errors(declaration.OPERATOR, record, arguments, gradients=True)
+    given = {name for name in ("weight", "skip", "skip_weight") if arguments[name] is not None}
+    assert set(errors) == {"y", "d_x", "d_z"} | {f"d_{name}" for name in given}
+    verdict = judge(declaration.OPERATOR, record, workload, errors)
+    assert verdict.passed, verdict.reason
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_equation_is_torch_s_norm_with_a_gate(way: str) -> None:
+    """Written here with torch's rms_norm, group by group, and differentiated by torch."""
+    workload = case("float64", **WAYS[way])
+    arguments = sample(workload)
+    tensors = {name: value.requires_grad_() for name, value in arguments.items() if isinstance(value, Tensor)}
+    x, z, weight = arguments["x"], arguments["z"], arguments["weight"]
+    value = x
+    if arguments["skip"] is not None:
+        heads = arguments["skip"].unflatten(-1, (2, -1)) * arguments["skip_weight"][:, None]
+        value = x + heads.flatten(-2)
+    act = F.silu(z) if arguments["activation"] == "silu" else F.sigmoid(z)
+    before, after = (act, 1) if arguments["gate_first"] else (1, act)
+    parts = []
+    for i, part in enumerate((value * before).split(8, dim=-1)):
+        own = weight if weight is None or len(weight) == 8 else weight[8 * i : 8 * i + 8]
+        parts.append(F.rms_norm(part, (8,), own, 1e-5))
+    expected = torch.cat(parts, dim=-1) * after
+    (found,) = definition.reference(**arguments)
+    assert torch.allclose(found, expected, rtol=1e-12, atol=1e-13)
+    pull = torch.randn(found.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    for one, other in zip(*(torch.autograd.grad(y, list(tensors.values()), pull) for y in (found, expected)), strict=True):
+        assert torch.allclose(one, other, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_gate_and_weigh(kernel: str, way: str) -> None:
+    assert_exact(kernel, case(**WAYS[way]))
+    assert_exact(kernel, case(b=1, t=1, c=20, g=1, **WAYS[way]))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_group_wider_than_a_tile_and_more_tokens_than_one(kernel: str) -> None:
+    assert_exact(kernel, case(b=1, t=3, c=1200, g=1, gate_first=True, skip=True))
+    assert_exact(kernel, case(b=3, t=67, c=32, g=2, shared=True))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_rounded_once(kernel: str, dtype: str) -> None:
+    assert_exact(kernel, case(dtype, t=33, gate_first=True, skip=True))
+
+
+def test_a_program_that_takes_several_tiles_gives_the_same_sums() -> None:
+    """Two programs for each group, of three tiles of four tokens: the last tile is not full."""
+    arguments = sample(case(t=11, gate_first=True, skip=True))
+    exact = {name: value.double() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    launch = fused.Launch(tile=32, warp=32, programs=6)
+    (y,) = fused.forward(**arguments, launch=launch)
+    (expected,) = definition.reference(**exact)
+    assert torch.allclose(y.double(), expected, atol=1e-5)
+    pull = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    found = fused.backward(arguments, (y,), (pull,), launch=launch)
+    wanted = definition.REFERENCE.backward(exact, (expected,), (pull.double(),))
+    for name, gradient in wanted.items():
+        assert gradient is not None
+        assert torch.allclose(found[name].double(), gradient, atol=1e-4, rtol=1e-4), name  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_slices_of_a_wider_tensor_are_read_where_they_stand(kernel: str) -> None:
+    """The gate is a part of what one projection made, and autograd gets its gradient at the right place."""
+    wide = torch.randn(2, 5, 50, device=DEVICE, requires_grad=True)
+    x, z = wide[..., 2:26], wide[..., 26:]
+    y = gated_norm(x, z, groups=3, kernel=kernel)
+    copied = gated_norm(x.contiguous(), z.contiguous(), groups=3, kernel=kernel)
+    assert torch.allclose(y, copied, atol=1e-6)
+    (one,), (other,) = (torch.autograd.grad(result.square().sum(), wide) for result in (y, copied))
+    assert torch.allclose(one, other, atol=1e-5)
+    assert bool((one[..., :2] == 0).all())
+
+
+def test_a_gate_of_any_size_gives_finite_values() -> None:
+    x = torch.randn(1, 4, 8, device=DEVICE)
+    z = torch.tensor([-1e30, -200.0, 200.0, 1e15], device=DEVICE).view(1, 4, 1).expand(1, 4, 8)
+    for kernel in KERNELS:
+        for gate_first in (False, True):
+            given = [part.clone().requires_grad_() for part in (x, z)]
+            y = gated_norm(*given, gate_first=gate_first, kernel=kernel)
+            y.sum().backward()
+            assert all(bool(tensor.isfinite().all()) for tensor in (y, *(part.grad for part in given)))
+
+
+def test_where_the_gate_stands_is_seen() -> None:
+    """The check can fail: the gate last instead of first."""
+    workload = case(gate_first=True)
+    arguments = sample(workload)
+    (y,), (other,) = (definition.reference(**arguments | {"gate_first": first}) for first in (True, False))
+    assert not torch.allclose(y, other, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.zeros(5, 24)}, "axes"),
+        ({"z": torch.zeros(2, 5, 23)}, "must be equal"),
+        ({"z": torch.zeros(2, 5, 24, dtype=torch.float64)}, "must be equal"),
+        ({"groups": 5}, "equal groups"),
+        ({"weight": torch.ones(12)}, "shared by the groups"),
+        ({"skip": torch.zeros(2, 5, 24)}, "go together"),
+        ({"skip": torch.zeros(2, 5, 24), "skip_weight": torch.zeros(7)}, "no divisor"),
+        ({"activation": "relu"}, "silu, sigmoid"),
+        ({"eps": 0.0}, "more than 0"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(changes: dict[str, Any], message: str) -> None:
+    arguments = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in sample(case()).items()}
+    with pytest.raises(ValueError, match=message):
+        definition.check(arguments | changes)
+
+
+def test_the_widest_group_is_declared() -> None:
+    limits = declaration.KERNELS[-1]
+    wide = replace(case(), shape={"b": 1, "t": 1, "c": 2 * declaration.MOST_WIDTH, "g": 1})
+    assert "16384" in str(limits.supports(wide, None))  # type: ignore[arg-type]
