@@ -131,6 +131,15 @@ def rotary(draw: Draw, b: int, packed: Tensor | None) -> Case:
     return Case("rotary", arguments, ("q", "k"), outputs=2)
 
 
+def gated_norm(draw: Draw, b: int, packed: Tensor | None) -> Case:
+    arguments = {
+        "x": draw(b, TOKENS, 6), "z": draw(b, TOKENS, 6), "weight": draw(6), "skip": draw(b, TOKENS, 6),
+        "skip_weight": draw(2), "groups": 3, "gate_first": True, "activation": "silu", "eps": 1e-5,
+        "kernel": "composed",
+    }  # fmt: skip
+    return Case("gated_norm", arguments, ("x", "z", "skip"))
+
+
 def softmax_attention(draw: Draw, b: int, packed: Tensor | None, *, window: int = 0) -> Case:
     arguments = {
         "q": draw(b, TOKENS, 4, 6), "k": draw(b, TOKENS, 2, 6), "v": draw(b, TOKENS, 2, 5), "cu_seqlens": packed,
@@ -159,12 +168,17 @@ OPERATORS: dict[str, Callable[[Draw, int, Tensor | None], Case]] = {
     "selective_scan without softplus": lambda *given: selective_scan(*given, softplus=False),
     "causal_conv": causal_conv,
     "rotary": rotary,
+    "gated_norm": gated_norm,
     "softmax_attention": softmax_attention,
     "window of 1": lambda *given: softmax_attention(*given, window=1),
     "window of 7": lambda *given: softmax_attention(*given, window=7),
     "window over three parts": lambda *given: softmax_attention(*given, window=35),
     "segment_attention": segment_attention,
 }
+
+
+def as_tuple(results: Any) -> tuple[Tensor, ...]:
+    return (results,) if isinstance(results, Tensor) else tuple(results)
 
 
 def compare_operator(case: Case, part: SequencePart, draw: Draw) -> float:
@@ -183,8 +197,8 @@ def compare_operator(case: Case, part: SequencePart, draw: Draw) -> float:
         name: value.clone().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in local.items()
     }
-    outputs = getattr(torch.ops.subquad, case.operator)(*whole.values())[: case.outputs]
-    found = on_part(part, case.operator, local)[: case.outputs]
+    outputs = as_tuple(getattr(torch.ops.subquad, case.operator)(*whole.values()))[: case.outputs]
+    found = as_tuple(on_part(part, case.operator, local))[: case.outputs]
     pulls = [draw(*y.shape) for y in outputs]
     torch.autograd.backward(list(outputs), pulls)
     torch.autograd.backward(list(found), [pull[:, mine] for pull in pulls])

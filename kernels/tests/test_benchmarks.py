@@ -84,8 +84,8 @@ def test_growth_is_measured_for_the_linear_operators_and_for_segments(tmp_path: 
     found = rows("growth", "growth", tmp_path)
     operators = {row["operator"] for row in found}
     assert operators == {
-        "selective_scan", "causal_conv", "rotary", "linear_attention", "gated_linear_attention", "delta_rule",
-        "segment_attention", "slstm_scan", "ttt_scan",
+        "selective_scan", "causal_conv", "gated_norm", "rotary", "linear_attention", "gated_linear_attention",
+        "delta_rule", "segment_attention", "slstm_scan", "ttt_scan",
     }  # fmt: skip
     assert {row["options"]["segment_len"] for row in found if row["operator"] == "segment_attention"} == {10, 64}
     for before, row in pairwise(found):

@@ -70,7 +70,8 @@ def test_the_equation_is_torch_s_norm_with_a_gate(way: str) -> None:
     (found,) = definition.reference(**arguments)
     assert torch.allclose(found, expected, rtol=1e-12, atol=1e-13)
     pull = torch.randn(found.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    for one, other in zip(*(torch.autograd.grad(y, list(tensors.values()), pull) for y in (found, expected)), strict=True):
+    gradients = [torch.autograd.grad(y, list(tensors.values()), pull) for y in (found, expected)]
+    for one, other in zip(*gradients, strict=True):
         assert torch.allclose(one, other, rtol=1e-11, atol=1e-12)
 
 

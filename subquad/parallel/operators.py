@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from subquad.parallel import neighbours, states
+from subquad.parallel import alone, neighbours, states
 from subquad.parallel.part import NotSplitError, SequencePart
 
 SPLIT: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
         function.__name__: function
         for function in (
+            alone.gated_norm,
             neighbours.causal_conv,
             neighbours.rotary,
             neighbours.segment_attention,

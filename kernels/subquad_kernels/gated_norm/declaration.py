@@ -66,7 +66,7 @@ OPERATOR = Operator(
     work=work,
     tolerances={
         "float64": Tolerance(output=1e-12, gradient=1e-12, reason="sums of c / g and of b t terms in another order"),
-        "float32": Tolerance(output=5e-6, gradient=2e-5, reason="sums of c / g and of b t terms in another order, fp32"),
+        "float32": Tolerance(output=5e-6, gradient=2e-5, reason="sums of c / g and of b t terms in fp32"),
         "bfloat16": Tolerance(output=8e-3, gradient=8e-3, reason="fp32 inside; results rounded once to 8 bits"),
         "float16": Tolerance(output=1e-3, gradient=1e-3, reason="fp32 inside; results rounded once to 11 bits"),
     },

@@ -52,13 +52,13 @@ def check(arguments: Arguments) -> None:
     for name, other in (("z", z), ("skip", skip)):
         if other is not None and (other.shape != x.shape or other.dtype != x.dtype):
             raise ValueError(
-                f"{name} is {tuple(other.shape)} of {other.dtype}, and x {tuple(x.shape)} of {x.dtype}: they must be equal"
+                f"{name} is {tuple(other.shape)} of {other.dtype}, x {tuple(x.shape)} of {x.dtype}: they must be equal"
             )
     c = x.shape[2]
     if groups < 1 or c % groups:
         raise ValueError(f"{c} channels are not {groups} equal groups")
     if (weight := values["weight"]) is not None and weight.shape not in ((c,), (c // groups,)):
-        raise ValueError(f"weight is {tuple(weight.shape)}, and needs {c} entries, or {c // groups} shared by the groups")
+        raise ValueError(f"weight is {tuple(weight.shape)}, not {c}, nor {c // groups} shared by the groups")
     if (skip is None) != (values["skip_weight"] is None):
         raise ValueError("skip and skip_weight go together")
     if skip is not None and (values["skip_weight"].dim() != 1 or c % values["skip_weight"].shape[0]):

@@ -31,9 +31,9 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 class Launch:
     """Elements a program holds of each tensor at a time, elements a warp has of them, and programs in all."""
 
-    tile: int = 1024
-    warp: int = 512
-    programs: int = 2112
+    tile: int
+    warp: int
+    programs: int
 
     def rows(self, pad: int, tokens: int) -> int:
         """Tokens of a tile."""
@@ -44,8 +44,9 @@ class Launch:
         return max(1, min(16, elements // self.warp))
 
 
-FORWARD, BACKWARD = Launch(), Launch(warp=256, programs=1056)
-"""2112 and 1056 programs: 16 and 8 on each of an H100's 132 multiprocessors."""
+FORWARD = Launch(tile=2048, warp=256, programs=4224)
+BACKWARD = Launch(tile=1024, warp=512, programs=1056)
+"""4224 and 1056 programs: 32 and 8 on each of an H100's 132 multiprocessors."""
 
 
 def forward(
@@ -88,7 +89,7 @@ def backward(
     programs = call.programs(launch)
     parts = programs[0] if programs else 0
     dweight, dskip_weight = (
-        None if given is None else x.new_empty(parts, x.shape[2], dtype=torch.float32) for given in (weight, skip_weight)
+        None if of is None else x.new_empty(parts, x.shape[2], dtype=torch.float32) for of in (weight, skip_weight)
     )
     if programs:
         _differentiate[programs](

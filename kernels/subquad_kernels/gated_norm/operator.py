@@ -28,11 +28,11 @@ def gated_norm(
     skip_weight: Tensor | None = None,
     kernel: str = DEFAULT,
 ) -> Tensor:
-    """Normalise groups of channels and gate them:  y = RMS(v) weight act(z),  or  y = RMS( v act(z) ) weight  (`gate_first`).
+    """Normalise groups of channels, and gate:  y = RMS(v) weight act(z),  or RMS( v act(z) ) weight  (`gate_first`).
 
     Shapes:  x, z, skip: b t c    weight: c, or c / groups, shared by them    skip_weight: h  ->  b t c
-    v = x + skip_weight skip, a number for each c / h channels; `activation` is silu or sigmoid. Everything inside is fp32
-    or wider, y has the type of x. `kernel` names a kernel or a table of kernels.
+    v = x + skip_weight skip, a number for each c / h channels; `activation` is silu or sigmoid. Inside all is fp32 or
+    wider, y has the type of x. `kernel` names a kernel or a table of kernels.
     Raises: ValueError for shapes that do not fit; CatalogueError for an unknown kernel.
     Source: Zhang and Sennrich 2019; Dao and Gu 2024 (Mamba-2), section 7.3; Sun et al. 2023 (RetNet), equation 8.
     """

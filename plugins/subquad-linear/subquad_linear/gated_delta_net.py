@@ -85,4 +85,4 @@ class GatedDeltaNet(DeltaMemory):
         # Rates and biases are fp32, which makes the decays fp32 where products are rounded to 8 bits.
         log_decay = -torch.exp(self.A_log) * F.softplus(self.decay_proj(x) + self.dt_bias)
         o, state = delta_rule(q, k, v, log_decay, write_gate, initial_state=state, cu_seqlens=cu_seqlens)
-        return self.output(o, x), conv_inputs, state
+        return self.output.leave(o, x), conv_inputs, state

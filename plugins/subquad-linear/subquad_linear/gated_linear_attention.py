@@ -82,4 +82,4 @@ class GatedLinearAttention(nn.Module):
         logits = F.linear(self.decay_down(x), self.decay_up.weight) + self.decay_up.bias
         log_decay = F.logsigmoid(logits).unflatten(-1, (self.num_heads, self.key_dim)) / self.gate_temperature
         o, state = gated_linear_attention(q, k, v, log_decay, initial_state=state, cu_seqlens=cu_seqlens)
-        return self.output(o, x), state
+        return self.output.leave(o, x), state

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from subquad import Bidirectional, MixerContext, ReversedDocuments
-from subquad_kernels.operators import linear_attention
+from subquad_kernels.operators import gated_norm, linear_attention
 from subquad_linear.both_sides import attend_to_both_sides
 from subquad_linear.config import LightningConfig, width_of_a_head
-from subquad_linear.exact_norm import ExactNorm
+from subquad_linear.exact_norm import EPS, ExactNorm
 
 FACTOR_EPS = 1e-5
 """Keeps the last layer's decay below 1 and a model of one layer finite, as the authors' code does."""
@@ -98,7 +98,8 @@ class Lightning(nn.Module):
     def _mix(self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         q, k, v = silu(self.qkv_proj(x)).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         o, state = self._attend(q, k, v, state, cu_seqlens)
-        return self.o_proj(torch.sigmoid(self.g_proj(x)) * self.norm(o.flatten(2))), state
+        y = gated_norm(o.flatten(2), self.g_proj(x), self.norm.weight, activation="sigmoid", eps=EPS)
+        return self.o_proj(y), state
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, cu_seqlens: Tensor | None

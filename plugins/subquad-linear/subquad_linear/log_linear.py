@@ -93,4 +93,4 @@ class LogLinear(nn.Module):
         o, state = log_linear_attention(
             q, k, v, scales, log_decay, initial_state=state, cu_seqlens=cu_seqlens, position=position
         )
-        return self.output(o, x), state
+        return self.output.leave(o, x), state

@@ -42,7 +42,7 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             work_growth=Growth.LINEAR,
             carry_growth=Growth.CONSTANT,
             bidirectional=True,
-            operators=("linear_attention", "rotary"),
+            operators=("gated_norm", "linear_attention", "rotary"),
         ),
         MixerSpec(
             name="gla",
@@ -55,7 +55,7 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             no_decay=("decay_up.bias",),
             # A bias acts exponentially on the state through the decays: 8 bits of it change what is remembered.
             float32_parameters=("decay_up.bias",),
-            operators=("gated_linear_attention",),
+            operators=("gated_linear_attention", "gated_norm"),
         ),
         MixerSpec(
             name="gated_delta_net",
@@ -67,7 +67,7 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             carry_growth=Growth.CONSTANT,
             no_decay=("A_log", "dt_bias"),
             float32_parameters=("A_log", "dt_bias"),
-            operators=("causal_conv", "delta_rule"),
+            operators=("causal_conv", "delta_rule", "gated_norm"),
         ),
         MixerSpec(
             name="delta_net",
@@ -88,7 +88,7 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             work_growth=Growth.LINEAR,
             carry_growth=Growth.CONSTANT,
             bidirectional=True,
-            operators=("linear_attention",),
+            operators=("gated_norm", "linear_attention"),
         ),
         MixerSpec(
             name="mlstm",
@@ -164,7 +164,7 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             no_decay=("L", "decay_proj.bias"),
             # They weigh whole states, and decide how fast these decay.
             float32_parameters=("L", "decay_proj.bias"),
-            operators=("log_linear_attention",),
+            operators=("gated_norm", "log_linear_attention"),
         ),
         MixerSpec(
             name="ttt_linear",

@@ -88,7 +88,7 @@ class RetNet(nn.Module):
         v = self.v_proj(x).unflatten(-1, (self.num_heads, self.value_dim))
         q, k = rotary(q, k, cu_seqlens, start=position, theta=self.rope_theta)
         o, state = self._attend(q, k, v, state, cu_seqlens)
-        return self.output(o, x), state
+        return self.output.leave(o, x), state
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, cu_seqlens: Tensor | None

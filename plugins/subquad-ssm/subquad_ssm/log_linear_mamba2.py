@@ -110,14 +110,12 @@ class LogLinearMamba2(nn.Module):
         )
         states = self.num_groups * self.state_dim
         u, B, C = mixed.split([self.channels, states, states], dim=-1)
-        u = u.unflatten(-1, (self.num_heads, self.head_dim))
         B, C = (part.unflatten(-1, (self.num_groups, self.state_dim)) for part in (B, C))
         # Bias, rates and L are fp32, which makes steps, decays and weights fp32 where products are rounded to 8 bits.
         step = F.softplus(dt + self.dt_bias)
         scales = F.softplus(self.L * dl.unflatten(-1, (self.num_heads, self.num_levels)))
         y, state = log_linear_attention(
-            C, B, u, scales, -torch.exp(self.A_log) * step, step,
+            C, B, u.unflatten(-1, (self.num_heads, self.head_dim)), scales, -torch.exp(self.A_log) * step, step,
             initial_state=state, cu_seqlens=cu_seqlens, position=position, scale=1.0,
         )  # fmt: skip
-        y = y + self.D.unsqueeze(-1) * u
-        return self.out_proj(self.norm(y.flatten(2), z)), conv_inputs, state
+        return self.out_proj(self.norm.gated(y.flatten(2), z, u, self.D)), conv_inputs, state

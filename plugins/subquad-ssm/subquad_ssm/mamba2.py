@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from subquad import MixerContext
-from subquad_kernels.operators import causal_conv, linear_attention
+from subquad_kernels.operators import causal_conv, gated_norm, linear_attention
 from subquad_ssm.config import Mamba2Config, grouped_channels
 from subquad_ssm.step_sizes import draw_step_biases
 
@@ -35,9 +35,9 @@ class Mamba2Carry(NamedTuple):
 
 
 class GatedNorm(nn.Module):
-    """y = RMSNorm( x * silu(z) ) * weight, the norm over each group of channels by itself, in fp32 or wider.
+    """y = RMSNorm( (x + D u) * silu(z) ) * weight, the norm over each group of channels by itself, in fp32 or wider.
 
-    Shapes:  x, z: b t c  ->  b t c, of the type of z
+    Shapes:  x, z, u: b t c    D: h, one for each head of c / h channels  ->  b t c
     Source: Dao and Gu 2024 (Mamba-2), section 7.3; one group of channels per group of B and C, as in the authors' code.
     """
 
@@ -46,12 +46,11 @@ class GatedNorm(nn.Module):
         self.groups = groups
         self.weight = nn.Parameter(torch.ones(channels))
 
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        """Gate, then scale."""
-        exact = torch.promote_types(x.dtype, torch.float32)
-        gated = (x.to(exact) * F.silu(z.to(exact))).unflatten(-1, (self.groups, -1))
-        normal = F.rms_norm(gated, gated.shape[-1:], eps=NORM_EPS).flatten(-2)
-        return (normal * self.weight.to(exact)).to(z.dtype)
+    def gated(self, x: Tensor, z: Tensor, u: Tensor, D: Tensor) -> Tensor:
+        """Add what skips the mixer, gate, then scale; not `forward`, so that the operator is a node of the mixer."""
+        return gated_norm(
+            x, z, self.weight, groups=self.groups, gate_first=True, eps=NORM_EPS, skip=u, skip_weight=D
+        )
 
 
 class Mamba2(nn.Module):
@@ -130,12 +129,11 @@ class Mamba2(nn.Module):
         )
         states = self.num_groups * self.state_dim
         u, B, C = mixed.split([self.channels, states, states], dim=-1)
-        u = u.unflatten(-1, (self.num_heads, self.head_dim))
         B, C = (part.unflatten(-1, (self.num_groups, self.state_dim)) for part in (B, C))
         # The bias and the rates are fp32, which makes steps and decays fp32 where products are rounded to 8 bits.
         step = F.softplus(dt + self.dt_bias)
         y, state = linear_attention(
-            C, B, u, -torch.exp(self.A_log) * step, step, initial_state=state, cu_seqlens=cu_seqlens, scale=1.0
-        )
-        y = y + self.D.unsqueeze(-1) * u
-        return self.out_proj(self.norm(y.flatten(2), z)), conv_inputs, state
+            C, B, u.unflatten(-1, (self.num_heads, self.head_dim)), -torch.exp(self.A_log) * step, step,
+            initial_state=state, cu_seqlens=cu_seqlens, scale=1.0,
+        )  # fmt: skip
+        return self.out_proj(self.norm.gated(y.flatten(2), z, u, self.D)), conv_inputs, state

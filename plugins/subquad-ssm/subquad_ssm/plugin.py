@@ -43,7 +43,7 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             carry_growth=Growth.CONSTANT,
             no_decay=("A_log", "D", "dt_bias"),
             float32_parameters=("A_log", "D", "dt_bias"),
-            operators=("causal_conv", "linear_attention"),
+            operators=("causal_conv", "gated_norm", "linear_attention"),
         ),
         MixerSpec(
             name="mamba3",
@@ -67,7 +67,7 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             carry_growth=Growth.LOGARITHMIC,
             no_decay=("A_log", "D", "L", "dt_bias"),
             float32_parameters=("A_log", "D", "L", "dt_bias"),
-            operators=("causal_conv", "log_linear_attention"),
+            operators=("causal_conv", "gated_norm", "log_linear_attention"),
         ),
     ]
 
