@@ -62,6 +62,25 @@ def checked(config: RunConfig) -> dict[str, Any]:
     assign_s = time.perf_counter() - started
     if assignment is None:
         raise SystemExit("the schedule has no open layers: model=auto_hybrid has")
+    measured = measured_step(config)
+    predicted = {name: assignment.totals[name] for name in measured}
+    sources = {assignment.candidates[key].source for key in assignment.schedule}
+    return {
+        "schedule": list(assignment.schedule),
+        "sources": sorted(sources),
+        "assign_s": round(assign_s, 2),
+        "predicted": predicted,
+        "measured": measured,
+        "ratio": {name: round(measured[name] / predicted[name], 3) for name in measured},
+        "budgets": dict(assignment.budgets),
+    }
+
+
+def measured_step(config: RunConfig) -> dict[str, float]:
+    """Seconds of forward and backward through all blocks, and on CUDA the peak of memory over a whole step.
+
+    The schedule is closed. Random tokens, in equal documents where the run's are packed.
+    """
     device = device_of(config)
     torch.manual_seed(config.seed)
     model = build_model(config.model, device=device)
@@ -102,23 +121,13 @@ def checked(config: RunConfig) -> dict[str, Any]:
     for _ in range(2):
         step()
         blocks()
-    measured: dict[str, Any] = {"latency_s": sorted(blocks() for _ in range(5))[2]}
+    measured: dict[str, float] = {"latency_s": sorted(blocks() for _ in range(5))[2]}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         step()
         _wait(device)
         measured["memory_bytes"] = torch.cuda.max_memory_allocated()
-    predicted = {name: assignment.totals[name] for name in measured}
-    sources = {assignment.candidates[key].source for key in assignment.schedule}
-    return {
-        "schedule": list(assignment.schedule),
-        "sources": sorted(sources),
-        "assign_s": round(assign_s, 2),
-        "predicted": predicted,
-        "measured": measured,
-        "ratio": {name: round(measured[name] / predicted[name], 3) for name in measured},
-        "budgets": dict(assignment.budgets),
-    }
+    return measured
 
 
 def _wait(device: torch.device) -> None:
