@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -31,6 +32,7 @@ class QuickLaunch:
         self.jitted = kernel
         self._names: list[str] = kernel.arg_names
         self._compiled: dict[tuple[object, ...], Send] = {}
+        self._locks: dict[tuple[object, ...], threading.Lock] = {}
 
     def __getitem__(self, programs: tuple[int, ...]) -> Callable[..., None]:
         return partial(self._launch, programs)
@@ -51,17 +53,32 @@ class QuickLaunch:
         send = self._compiled.get(known)
         grid: tuple[int, int, int] = (*programs, 1, 1)[:3]  # type: ignore[assignment]
         rest = [constants[name] for name in self._names[len(values) :]]
+        launched = False
         if send is None:
+            send, launched = self._first(known, programs, values, constants)
+        if send is not None and not launched:
+            send(grid, stream_of(values[0].device), plain + rest)
+        if ACTIVE.recording is not None:
+            ACTIVE.recording.launch(send, grid, [*values, *rest])
+
+    def _first(
+        self, known: tuple[object, ...], programs: tuple[int, ...], values: Sequence[Any], constants: dict[str, Any]
+    ) -> tuple[Send | None, bool]:
+        """Leave a list of arguments to triton: what it compiles for them, and whether that is launched already.
+
+        Threads that call alike at once (`first_calls`) compile once: triton itself would in each of them.
+        """
+        with self._locks.setdefault(known, threading.Lock()):
+            if (send := self._compiled.get(known)) is not None:
+                return send, False
             compiled = self.jitted[programs](*values, **constants)
             # None in triton's interpreter; for AMD, triton looks at the sizes of tensors as well.
             if compiled is not None and torch.version.hip is None:
                 if len(self._compiled) >= _MOST_KNOWN:
                     self._compiled.clear()
                 send = self._compiled[known] = partial(_send, compiled)
-        else:
-            send(grid, stream_of(values[0].device), plain + rest)
-        if ACTIVE.recording is not None:
-            ACTIVE.recording.launch(send, grid, [*values, *rest])
+        self._locks.pop(known, None)
+        return send, True
 
 
 def _send(compiled: Any, programs: tuple[int, int, int], stream: int, arguments: Sequence[Any]) -> None:
