@@ -103,13 +103,12 @@ def define(operator: Operator, signature: str) -> Callable[..., Any]:
         operator.torch_half.check(arguments)
         return kernel_for(operator, call[-1], arguments)
 
-    @contextmanager
-    def computing(call: Sequence[Any]) -> Iterator[Arguments]:
+    def computed(call: Sequence[Any], compute: Callable[[Arguments], list[Tensor]]) -> list[Tensor]:
         arguments = dict(zip(names, call))
         # A kernel is one operation with the types of its arguments: autocast must not reach the products inside.
         with torch._C._DisableAutocast():
             try:
-                yield arguments
+                return compute(arguments)
             except Exception as error:
                 _blame(error, operator, call[-1], arguments)
                 raise
@@ -119,9 +118,11 @@ def define(operator: Operator, signature: str) -> Callable[..., Any]:
         functions = kernel.torch_half
 
         def work(values: Sequence[Any]) -> Sequence[Tensor]:
-            with computing(values) as arguments:
+            def compute(arguments: Arguments) -> list[Tensor]:
                 results = functions.forward(**arguments)
                 return [result if result.is_contiguous() else result.contiguous() for result in results]
+
+            return computed(values, compute)
 
         return Repeated(work, replayable=kernel.replayable)
 
@@ -131,9 +132,12 @@ def define(operator: Operator, signature: str) -> Callable[..., Any]:
 
         def work(values: Sequence[Any]) -> Sequence[Tensor]:
             call, rest = values[: len(parameters)], values[len(parameters) :]
-            with computing(call) as arguments:
+
+            def compute(arguments: Arguments) -> list[Tensor]:
                 found = functions.backward(arguments, tuple(rest[:-num_outputs]), tuple(rest[-num_outputs:]))
                 return [_gradient(found.get(names[place]), call[place]) for place in differentiable(call)]
+
+            return computed(call, compute)
 
         return Repeated(work, replayable=kernel.replayable)
 

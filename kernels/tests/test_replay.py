@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 import subquad_kernels.builtin  # noqa: F401  (fills the catalogue)
 from subquad_kernels.catalogue import CATALOGUE, Kernel
+from subquad_kernels.device_limits import device_limits
 from subquad_kernels.replay import Recording, Repeated, signature_of
 from subquad_kernels.workload import DeviceLimits, Workload
 
@@ -231,3 +232,41 @@ def test_the_signature_has_all_that_host_code_can_know_of_a_tensor() -> None:
     others = [x.double(), x[:4], x.T, torch.zeros(65)[1:].view(8, 8), x.to("meta"), 8]
     signatures = {signature_of([value]) for value in (x, torch.ones(8, 8), *others)}
     assert len(signatures) == 1 + len(others)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kernel", "example"), list(cases()))
+def test_on_a_gpu_a_replay_gives_the_bits_of_the_host_code(kernel: Kernel, example: Workload) -> None:
+    """In bfloat16, from tensors of its own each time, and in a CUDA graph; forward and backward."""
+    operator = CATALOGUE.operator(kernel.operator)
+    case = replace(
+        example, dtype="bfloat16", shape=example.shape | {axis: 32 for axis in "kvnp" if axis in example.shape}
+    )
+    if (refusal := kernel.refusal(case, device_limits("cuda"))) is not None:
+        pytest.skip(refusal)
+    draws = [operator.torch_half.sample_inputs(case, seed=seed, device="cuda") for seed in (1, 2, 3, 4)]
+    draws = [
+        {name: value if isinstance(value, Tensor) else draws[0][name] for name, value in draw.items()} for draw in draws
+    ]
+    count = len(operator.outputs)
+    forward, backward = (Work(kernel, list(draws[0]), outputs) for outputs in (None, count))
+    again, back = Repeated(forward, replayable=True), Repeated(backward, replayable=True)
+    for draw in draws:
+        values = list(draw.values())
+        outputs = again(values)
+        for found, expected in zip(outputs[:count], Work(kernel, list(draw), None)(values)):
+            assert_close(found, expected, rtol=0, atol=0)
+        if case.phase == "decode":
+            continue
+        values += [*outputs, *(torch.randn_like(output) for output in outputs[:count])]
+        for found, expected in zip(back(values), Work(kernel, list(draw), count)(values), strict=True):
+            assert_close(found, expected, rtol=0, atol=0)
+    assert forward.calls == 2
+    assert backward.calls == (0 if case.phase == "decode" else 2)
+    values = list(draws[0].values())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = again(values)
+    graph.replay()
+    for found, expected in zip(captured[:count], forward(values)):
+        assert_close(found, expected, rtol=0, atol=0)
