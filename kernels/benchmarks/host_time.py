@@ -1,6 +1,6 @@
 """Time what a call of an operator costs the host: Python, dispatcher and autograd, without the work of the device.
 
-    python kernels/benchmarks/host_time.py [--repeats 2000] [--json OUT.json]
+    python kernels/benchmarks/host_time.py [--repeats 2000] [--json OUT.json] [--only OPERATOR ...]
 
 A number is the wall time, in microseconds, of one call that begins with an idle device and is not waited for: the least
 median of twenty groups of calls.
@@ -9,12 +9,16 @@ Four of them for every operator, packed and not:
     op            the operator in torch.no_grad()
     op+grad       the operator where autograd records it
     op+backward   the same, and torch.autograd.grad of every floating argument
-    kernel        the kernel's own forward, then its backward, called directly: the part that is not the operator's
+    kernel        the kernel's own forward, then its backward, called directly: the part that is not the operator's,
+                  as a first call of the operator takes it; later ones replay it
 
 On any machine:    `nothing` is a kernel that allocates its results and computes none: what is left is the operator's.
                    `unlaunched` is the operator's Triton kernel with its launches left out (tensors on the CPU):
                    what is left is the Python that prepares them.
-On a CUDA device:  `launched` is the operator's Triton kernel as it is.
+On a CUDA device:  `launched` is the operator's Triton kernel as it is, `unsent` the same up to where a compiled kernel
+                   is handed to triton's launcher. A line after them says where the time of a forward goes: the
+                   operator, what else the host does, and the launches, of which it names the number, and that of
+                   torch's own operations.
 """
 
 from __future__ import annotations
@@ -38,10 +42,12 @@ from torch import Tensor
 import subquad_kernels.operators
 from subquad_kernels.builtin import OPERATORS
 from subquad_kernels.catalogue import CATALOGUE, Kernel, Operator
+from subquad_kernels.replay import Recording
 from subquad_kernels.self_check import stack_versions
 from subquad_kernels.triton_launch import QuickLaunch
-from subquad_kernels.workload import Workload
+from subquad_kernels.workload import DeviceLimits, Workload
 
+LIMITS = DeviceLimits(kind="cuda", name="any", capability=(9, 0))
 SIZES = {"b": 2, "t": 256, "s": 256, "h": 4, "h_kv": 4, "k": 64, "v": 64, "c": 256}
 
 
@@ -67,10 +73,11 @@ class Unlaunched(dict[Any, Any]):
 
     def get(self, key: object, default: object = None) -> object:
         hash(key)
-        return self
+        return _unsent
 
-    def __getitem__(self, programs: object) -> Callable[..., None]:
-        return lambda *values: None
+
+def _unsent(programs: object, stream: object, arguments: object) -> None:
+    """Stands for triton's launcher and the driver."""
 
 
 def nothing(operator: Operator) -> str:
@@ -96,6 +103,19 @@ def triton_kernels(operator: Operator) -> list[Kernel]:
 
 def _launches(module: ModuleType) -> list[QuickLaunch]:
     return [value for value in vars(module).values() if isinstance(value, QuickLaunch)]
+
+
+@contextmanager
+def nothing_sent() -> Iterator[None]:
+    """Compiled kernels are not handed to triton's launcher; who gets them, and with what, is found as ever."""
+    from triton.compiler import CompiledKernel
+
+    run = CompiledKernel.run
+    CompiledKernel.run = property(lambda compiled: lambda *values: None)
+    try:
+        yield
+    finally:
+        CompiledKernel.run = run
 
 
 @contextmanager
@@ -187,10 +207,24 @@ def measure(operator: Operator, kernel: str, case: Workload, device: str, repeat
     }
 
 
+def forward_steps(operator: Operator, kernel: Kernel, case: Workload, device: str) -> tuple[int, int]:
+    """How many kernels a forward launches, and how many operations of torch's own it runs."""
+    arguments = operator.torch_half.sample_inputs(case, seed=0, device=device)
+    tensors = {name: value.detach() for name, value in arguments.items() if isinstance(value, Tensor)}
+    with Recording(list(tensors.values())) as recording:
+        results = kernel.torch_half.forward(**arguments | tensors)
+    replay = recording.replay([result.contiguous() for result in results])
+    if replay is None:
+        print(f"    {kernel.key} is not replayed: {recording.refusal}")
+        return -1, -1
+    return replay.launches, len(replay.operations)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=2000)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", nargs="*", default=None, help="names of operators; all unless given")
     options = parser.parse_args()
     torch.set_num_threads(1)
     on_cuda = torch.cuda.is_available()
@@ -198,7 +232,7 @@ def main() -> None:
     columns = ("op", "op+grad", "op+backward", "kernel forward", "kernel both")
     print(f"{'operator':20}{'case':8}{'kernel':22}" + "".join(f"{column:>16}" for column in columns))
 
-    def report(operator: Operator, label: str, kernel: str, how: str, case: Workload, device: str) -> None:
+    def report(operator: Operator, label: str, kernel: str, how: str, case: Workload, device: str) -> dict[str, float]:
         row = measure(operator, kernel, case, device, options.repeats)
         rows.append({"operator": operator.name, "case": label, "kernel": kernel, "how": how, **row})
         print(
@@ -210,16 +244,30 @@ def main() -> None:
             device_name = torch.cuda.get_device_name() if on_cuda else "cpu"
             found = {"device": device_name, "versions": stack_versions(), "rows": rows}
             options.json.write_text(json.dumps(found, indent=1))
+        return row
 
     for operator in OPERATORS:
+        if options.only is not None and operator.name not in options.only:
+            continue
         empty = nothing(operator)
         for label, case in workloads(operator):
-            report(operator, label, empty, "nothing", case, "cpu")
+            base = report(operator, label, empty, "nothing", case, "cpu")["op"]
             for kernel in triton_kernels(operator):
+                if kernel.supports(case, LIMITS) is not None:
+                    continue
                 with launches_left_out():
                     report(operator, label, kernel.name, "unlaunched", case, "cpu")
-                if on_cuda:
-                    report(operator, label, kernel.name, "launched", case, "cuda")
+                if not on_cuda:
+                    continue
+                whole = report(operator, label, kernel.name, "launched", case, "cuda")["op"]
+                with nothing_sent():
+                    prepared = report(operator, label, kernel.name, "unsent", case, "cuda")["op"]
+                launches, operations = forward_steps(operator, kernel, case, "cuda")
+                print(
+                    f"    a forward's {whole:.1f} us: the operator {base:.1f}, other host code {prepared - base:.1f}, "
+                    f"{launches} launches {whole - prepared:.1f}; {operations} operations of torch",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

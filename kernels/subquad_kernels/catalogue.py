@@ -142,6 +142,8 @@ class Kernel:
     dozens, or some for every chunk, and then takes as long as the host needs to start them.
     `serial_steps` counts the dependent steps of a kernel that cuts time where its operator's work does not (None: that
     of the operator).
+    `replayable` promises that its host code follows from the signature of its arguments alone and reaches the device by
+    torch's operations and `QuickLaunch` only: calls through the op leave it out when it is known (`replay.py`).
     """
 
     operator: str
@@ -155,6 +157,7 @@ class Kernel:
     first_calls_in_threads: bool = True
     launches: Callable[[Workload], int] = one_launch
     serial_steps: Callable[[Workload], int] | None = None
+    replayable: bool = False
 
     @property
     def key(self) -> str:

@@ -7,6 +7,7 @@ processes, need no CUDA context and no import of torch each; later processes fin
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from subquad_kernels.catalogue import CATALOGUE, Kernel, Operator
-from subquad_kernels.self_check import shape_class
+from subquad_kernels.compilations import Compilation, compilations
+from subquad_kernels.self_check import run_class, shape_class
 from subquad_kernels.workload import Workload
 
 if TYPE_CHECKING:
@@ -29,17 +31,24 @@ Part = Literal["forward", "backward", "backward of the first output"]
 
 @dataclass(frozen=True, kw_only=True)
 class FirstCall:
-    """One direction of a kernel, called on the shape class of a workload; `failure` is what it raised, if it did."""
+    """One direction of a kernel, called on few and short sequences; `failure` is what it raised, if it did.
+
+    `compiled` is what Triton compiled for it, but for kernels that another call was compiling at that time.
+    """
 
     kernel: str
     workload: Workload
     part: Part
     seconds: float
     failure: str | None
+    compiled: tuple[Compilation, ...] = ()
 
 
 def first_calls(jobs: Iterable[tuple[Kernel, Workload]], device: str, *, threads: int | None = None) -> list[FirstCall]:
     """Call every kernel that compiles, in both directions, all at once; one thread a core unless `threads` says.
+
+    Each is called as its self-check calls it, and with the heads and channels of the run, which may be another kernel
+    to Triton.
 
     Kernels that compile nothing, or must be alone when they do, are left out. A backward is called with the gradient
     of every output, as checks do, and of the first alone, as training does where nobody uses a final state: to Triton
@@ -47,8 +56,9 @@ def first_calls(jobs: Iterable[tuple[Kernel, Workload]], device: str, *, threads
     """
     kind = torch.device(device).type
     small = {
-        (kernel, shape_class(workload, kind))
+        (kernel, small_class(workload, kind))
         for kernel, workload in jobs
+        for small_class in (shape_class, run_class)
         if kernel.compiles and kernel.first_calls_in_threads
     }
     calls = [
@@ -63,10 +73,11 @@ def first_calls(jobs: Iterable[tuple[Kernel, Workload]], device: str, *, threads
 
         driver.active.get_current_device()  # builds a C module at its first use, once if it is done here
     pool = ThreadPoolExecutor(min(len(calls), threads or cores()))
-    try:
-        return [future.result() for future in [pool.submit(call) for call in calls]]
-    finally:
-        pool.shutdown(cancel_futures=True)  # on Ctrl-C only what has begun is waited for
+    with compilations() as compiled:
+        try:
+            return [future.result() for future in [pool.submit(call, compiled) for call in calls]]
+        finally:
+            pool.shutdown(cancel_futures=True)  # on Ctrl-C only what has begun is waited for
 
 
 def cores() -> int:
@@ -74,13 +85,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _calls(kernel: Kernel, workload: Workload, device: str) -> list[Callable[[], FirstCall]]:
+def _calls(kernel: Kernel, workload: Workload, device: str) -> list[Callable[[list[Compilation]], FirstCall]]:
     operator = CATALOGUE.operator(kernel.operator)
     try:
         functions = kernel.torch_half  # not in the threads: two that import one module may wait for each other
     except Exception as error:  # a stranger's module may raise anything
         failed = FirstCall(kernel=kernel.key, workload=workload, part="forward", seconds=0.0, failure=_failure(error))
-        return [lambda: failed]
+        return [lambda compiled: failed]
     arguments = operator.torch_half.sample_inputs(workload, seed=0, device=device)
     parts: dict[Part, Callable[[], object]] = {"forward": partial(functions.forward, **arguments)}
     if workload.phase != "decode":
@@ -98,8 +109,10 @@ def _outputs(operator: Operator, arguments: Arguments) -> Outputs:
     return tuple(torch.zeros_like(output) for output in operator.torch_half.empty_outputs(arguments))
 
 
-def _first_call(kernel: Kernel, workload: Workload, part: Part, run: Callable[[], object], device: str) -> FirstCall:
-    started, failure = time.perf_counter(), None
+def _first_call(
+    kernel: Kernel, workload: Workload, part: Part, run: Callable[[], object], device: str, compiled: list[Compilation]
+) -> FirstCall:
+    started, failure, before = time.perf_counter(), None, len(compiled)
     on_device = torch.cuda.device(device) if device.startswith("cuda") else nullcontext()
     try:
         with on_device, torch.no_grad():
@@ -108,9 +121,11 @@ def _first_call(kernel: Kernel, workload: Workload, part: Part, run: Callable[[]
                 torch.cuda.synchronize()
     except Exception as error:  # a stranger's kernel may raise anything
         failure = _failure(error)
+    mine = tuple(one for one in compiled[before:] if one.thread == threading.get_ident())
+    seconds = time.perf_counter() - started
     return FirstCall(
-        kernel=kernel.key, workload=workload, part=part, seconds=time.perf_counter() - started, failure=failure
-    )
+        kernel=kernel.key, workload=workload, part=part, seconds=seconds, failure=failure, compiled=mine
+    )  # fmt: skip
 
 
 def _failure(error: Exception) -> str:

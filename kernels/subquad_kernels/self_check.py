@@ -62,6 +62,15 @@ def shape_class(workload: Workload, device_kind: str) -> Workload:
     return replace(workload, shape=shape, phase=phase)
 
 
+def run_class(workload: Workload, device_kind: str) -> Workload:
+    """The workload with its own heads and channels over few and short sequences: Triton compiles for it what a run
+    calls, where kernels choose tiles by channels and addresses are multiples of what heads and channels make of them.
+    """
+    small = shape_class(workload, device_kind)
+    widths = {axis: workload.shape[axis] for axis in ("c", "h", "h_kv", "h_k") if axis in workload.shape}
+    return replace(small, shape=dict(small.shape) | widths)
+
+
 def verdict_key(kernel: Kernel, workload: Workload, device: str = "cpu") -> str:
     """What a verdict holds for: the kernel and its code, the shape class, the device and the versions beneath it."""
     small = shape_class(workload, torch.device(device).type)

@@ -21,9 +21,10 @@ from torch.utils.flop_counter import register_flop_formula
 from subquad_kernels.catalogue import CATALOGUE, Kernel, Operator
 from subquad_kernels.device_limits import device_limits
 from subquad_kernels.kernel_table import DEFAULT, look_up
+from subquad_kernels.replay import Repeated, signature_of
 
 if TYPE_CHECKING:
-    from subquad_kernels.catalogue import Arguments, KernelFunctions, Outputs
+    from subquad_kernels.catalogue import Arguments, Outputs
 
 _LIBRARY = torch.library.Library("subquad", "FRAGMENT")
 
@@ -32,8 +33,8 @@ _DEVICES = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 _BLAMED = "_subquad_kernel"
 """The attribute of an exception that names the kernel which raised it."""
 
-_MOST_DECISIONS = 4096
-"""Signatures that one operator remembers, about a kilobyte each."""
+_MOST_SIGNATURES = 4096
+"""Signatures that one direction of an operator remembers, a few kilobytes each."""
 
 
 def kernel_for(operator: Operator, text: str, arguments: Arguments) -> Kernel:
@@ -54,33 +55,24 @@ def default_kernels(operator: Operator, device_kind: str) -> tuple[str, ...]:
     return operator.defaults.get(device_kind, ("reference",))
 
 
-class _Decisions:
-    """Which kernel runs a call: checked and looked up once for all calls of one kernel text, shapes, types and devices.
+class _Known:
+    """What was made of a signature, by `make` at its first call, for all calls of it.
 
-    A call then costs the host what it takes to compare its shapes (benchmarks/host_time.py).
+    A call then costs the host what it takes to compare its arguments (benchmarks/host_time.py).
     """
 
-    def __init__(self, operator: Operator, names: list[str]) -> None:
-        self._operator, self._names = operator, names
-        self._known: dict[tuple[object, ...], KernelFunctions] = {}
+    def __init__(self, make: Callable[[Sequence[Any]], Repeated]) -> None:
+        self._make = make
+        self._known: dict[tuple[object, ...], Repeated] = {}
 
-    def functions(self, values: Sequence[Any]) -> KernelFunctions:
-        """The functions of the kernel for a call; `values` are the op's arguments, the kernel's text last."""
-        key: list[object] = []
-        for value in values:
-            if isinstance(value, Tensor):
-                key += (value.shape, value.dtype, value.device)
-            else:
-                key.append(value)
-        known = self._known.get(signature := tuple(key))
+    def __call__(self, values: Sequence[Any]) -> Sequence[Tensor]:
+        known = self._known.get(signature := signature_of(values))
         if known is None:
-            arguments = dict(zip(self._names, values))
-            self._operator.torch_half.check(arguments)
-            known = kernel_for(self._operator, values[-1], arguments).torch_half
-            if len(self._known) >= _MOST_DECISIONS:  # generation meets a new length with every token
+            known = self._make(values)
+            if len(self._known) >= _MOST_SIGNATURES:  # generation meets a new length with every token
                 self._known.clear()
             self._known[signature] = known
-        return known
+        return known(values)
 
 
 def define(operator: Operator, signature: str) -> Callable[..., Any]:
@@ -100,23 +92,59 @@ def define(operator: Operator, signature: str) -> Callable[..., Any]:
     _LIBRARY.define(f"{backward_name}{backward_inputs} -> Tensor[]")
     num_outputs = len(operator.outputs)
 
-    decisions = _Decisions(operator, names)
     tensors, options = _places(names, operator.tensors)
 
     def differentiable(values: Sequence[Any]) -> list[int]:
         """Where the arguments stand that are given and have gradients."""
         return [place for place in tensors if values[place] is not None and values[place].is_floating_point()]
 
-    def run(*values: Any) -> Any:
-        functions, arguments = decisions.functions(values), dict(zip(names, values))
+    def chosen(call: Sequence[Any]) -> Kernel:
+        arguments = dict(zip(names, call))
+        operator.torch_half.check(arguments)
+        return kernel_for(operator, call[-1], arguments)
+
+    def computed(call: Sequence[Any], compute: Callable[[Arguments], list[Tensor]]) -> list[Tensor]:
+        arguments = dict(zip(names, call))
         # A kernel is one operation with the types of its arguments: autocast must not reach the products inside.
         with torch._C._DisableAutocast():
             try:
-                results = functions.forward(**arguments)
+                return compute(arguments)
             except Exception as error:
-                _blame(error, operator, values[-1], arguments)
+                _blame(error, operator, call[-1], arguments)
                 raise
-        return _unwrapped(tuple(result if result.is_contiguous() else result.contiguous() for result in results))
+
+    def forward_of(values: Sequence[Any]) -> Repeated:
+        kernel = chosen(values)
+        functions = kernel.torch_half
+
+        def work(values: Sequence[Any]) -> Sequence[Tensor]:
+            def compute(arguments: Arguments) -> list[Tensor]:
+                results = functions.forward(**arguments)
+                return [result if result.is_contiguous() else result.contiguous() for result in results]
+
+            return computed(values, compute)
+
+        return Repeated(work, replayable=kernel.replayable)
+
+    def backward_of(values: Sequence[Any]) -> Repeated:
+        kernel = chosen(values[: len(parameters)])
+        functions = kernel.torch_half
+
+        def work(values: Sequence[Any]) -> Sequence[Tensor]:
+            call, rest = values[: len(parameters)], values[len(parameters) :]
+
+            def compute(arguments: Arguments) -> list[Tensor]:
+                found = functions.backward(arguments, tuple(rest[:-num_outputs]), tuple(rest[-num_outputs:]))
+                return [_gradient(found.get(names[place]), call[place]) for place in differentiable(call)]
+
+            return computed(call, compute)
+
+        return Repeated(work, replayable=kernel.replayable)
+
+    forwards, backwards = _Known(forward_of), _Known(backward_of)
+
+    def run(*values: Any) -> Any:
+        return _unwrapped(tuple(forwards(values)))
 
     def fake(*values: Any) -> Any:
         arguments = dict(zip(names, values))
@@ -126,14 +154,7 @@ def define(operator: Operator, signature: str) -> Callable[..., Any]:
 
     def run_backward(*values: Any) -> list[Tensor]:
         *call, outputs, gradients = values
-        functions, arguments = decisions.functions(call), dict(zip(names, call))
-        with torch._C._DisableAutocast():
-            try:
-                found = functions.backward(arguments, tuple(outputs), tuple(gradients))
-            except Exception as error:
-                _blame(error, operator, call[-1], arguments)
-                raise
-        return [_gradient(found.get(names[place]), call[place]) for place in differentiable(call)]
+        return list(backwards((*call, *outputs, *gradients)))
 
     def fake_backward(*values: Any) -> list[Tensor]:
         return [

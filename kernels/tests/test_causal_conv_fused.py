@@ -96,6 +96,18 @@ def test_packed_documents_see_only_themselves(lengths: tuple[int, ...], w: int, 
     assert_exact(sample(case, cu_seqlens=bounds(*lengths)), SMALL)
 
 
+@pytest.mark.parametrize(("b", "c", "w"), [(66, 70, 4), (3, 5, 2), (2, 3, 1)])
+def test_one_token_steps_the_state_of_every_sequence(b: int, c: int, w: int) -> None:
+    """Sequences that share a program, some of them past the last one; a slice as x; all tensors, and no others."""
+    for full in (True, False):
+        arguments = sample(workload(1, b=b, c=c, w=w, full=full))
+        wide = torch.cat([arguments["x"], arguments["x"]], dim=2)[..., c - 1 :]
+        found = fused.forward(**arguments | {"x": wide[..., 1:]})
+        expected = definition.reference(**arguments)
+        for result, exact in zip(found, expected, strict=True):
+            torch.testing.assert_close(result, exact, rtol=0, atol=2e-6)
+
+
 def test_the_launch_that_is_chosen_is_exact_too() -> None:
     assert_exact(sample(workload(18)))
 
@@ -168,6 +180,7 @@ def test_what_it_cannot_compute_is_declined_with_a_reason() -> None:
         (dict(b=1, t=700, c=160, w=4, documents=9), True),
         (dict(b=1, t=517, c=128, w=8, documents=5), False),
         (dict(b=3, t=1, c=200, w=4), True),
+        (dict(b=130, t=1, c=2048, w=4), True),
         (dict(b=2, t=129, c=77, w=3), True),
     ],
     ids=str,

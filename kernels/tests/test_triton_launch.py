@@ -11,6 +11,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton import knobs
+
 from subquad_kernels import triton_launch
 from subquad_kernels.builtin import KERNELS
 from subquad_kernels.triton_documents import halvings
@@ -20,11 +22,18 @@ from subquad_kernels.triton_launch import QuickLaunch
 class Compiled:
     """What triton hands back from a launch: launched with every argument by place, constants included."""
 
+    function, packed_metadata = 17, ("metadata",)
+
     def __init__(self) -> None:
         self.launches: list[tuple[Any, ...]] = []
+        self.heard: list[tuple[int, int, int]] = []
+
+    def run(self, x: int, y: int, z: int, stream: int, function: int, metadata: Any, *rest: Any) -> None:
+        assert (stream, function, metadata, *rest[:3]) == (0, 17, ("metadata",), None, None, None)
+        self.launches.append(((x, y, z), *rest[3:]))
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Any:
-        return lambda *values: self.launches.append((grid, *values))
+        return lambda *values, stream: self.heard.append(grid)
 
 
 class Jitted:
@@ -51,7 +60,7 @@ def test_a_list_of_arguments_that_was_seen_goes_to_what_was_compiled_for_it() ->
     kernel[(6,)](second, 7, PACKED=False, WIDTH=4, num_warps=1)  # named in another order: asked again, not confused
     kernel[(8,)](second, 7, WIDTH=4, PACKED=False, num_warps=1)
     assert [len(compiled.launches) for compiled in jitted.compiled] == [1, 0]
-    assert jitted.compiled[0].launches == [((8, 1, 1), second, 7, 4, False)]
+    assert jitted.compiled[0].launches == [((8, 1, 1), second.data_ptr(), 7, 4, False)]
 
 
 def test_programs_are_counted_along_one_to_three_axes() -> None:
@@ -62,6 +71,16 @@ def test_programs_are_counted_along_one_to_three_axes() -> None:
         kernel[programs](x, 7, WIDTH=4, PACKED=False)
     assert len(jitted.compiled) == 1
     assert [grid for grid, *_ in jitted.compiled[0].launches] == [(3, 1, 1), (3, 4, 1), (3, 4, 5)]
+
+
+def test_a_launch_is_announced_where_somebody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's own call of what it compiled names the launch and calls the hooks."""
+    jitted = Jitted()
+    kernel = QuickLaunch(jitted)
+    for _ in range(3):
+        kernel[(5,)](torch.zeros(32), 7, WIDTH=4, PACKED=False)
+        monkeypatch.setattr(knobs.runtime.launch_enter_hook, "calls", [print])
+    assert [len(found) for found in (jitted.compiled[0].launches, jitted.compiled[0].heard)] == [0, 2]
 
 
 def quick_launches() -> list[Any]:

@@ -51,11 +51,28 @@ def as_text(done: WarmUp) -> str:
     return "\n".join(
         [
             table("Compiled", header, rows).rstrip(),
+            *_compilations(done),
             *(f"{name:<9} {seconds:7.1f} s   {remark}" for name, seconds, remark in parts),
             *sorted(failed),
             f"{done.plan.target} is ready in {done.seconds:.1f} s for {', '.join(chosen)}",
         ]
     )
+
+
+def _compilations(done: WarmUp) -> list[str]:
+    """Triton's kernels, the slowest first; those that are not compiled ahead are the run's to wait for."""
+    from subquad_kernels.compilations import Compilation
+
+    def row(one: Compilation, wanted_by: str) -> tuple[str, ...]:
+        stages = " ".join(f"{stage} {seconds:.2f}" for stage, seconds in one.stages.items() if seconds >= 0.005)
+        return one.kernel, wanted_by, f"{one.seconds:.2f}", stages or "found in Triton's folder"
+
+    found = [(one, f"{call.kernel} {call.part}") for call in done.first_calls for one in call.compiled]
+    found += [(one, "later: checks, measurements, step") for one in done.later]
+    if not found:
+        return []
+    rows = [row(*one) for one in sorted(found, key=lambda pair: -pair[0].seconds)]
+    return [table("Triton", ("kernel", "for", "seconds", "of them"), rows).rstrip()]
 
 
 def _shape(call: FirstCall) -> str:

@@ -19,6 +19,7 @@ from subquad.errors import ConfigError, RunError
 from subquad.model.build import build_model
 from subquad.schema import RunConfig
 from subquad.training.compilation import plan_of, target_of, uses_bfloat16
+from subquad_kernels.compilations import Compilation, compilations
 from subquad_kernels.first_calls import FirstCall
 
 STEP_TOKENS = 512
@@ -27,10 +28,14 @@ STEP_TOKENS = 512
 
 @dataclass(frozen=True, kw_only=True)
 class WarmUp:
-    """What was done and how many seconds it took; `step_s` is None where none was made."""
+    """What was done and how many seconds it took; `step_s` is None where none was made.
+
+    `later` is what Triton compiled after the first calls: for checks, measurements and the step.
+    """
 
     plan: Plan
     first_calls: tuple[FirstCall, ...]
+    later: tuple[Compilation, ...]
     compiled_s: float
     checked_s: float
     measured_s: float
@@ -56,13 +61,16 @@ def warm_up(config: RunConfig) -> WarmUp:
     target = target_of(config)
     chooser = Chooser(target, CompileOptions.of_run(config), compile_all=True)
     followed = plan_of(config)
-    config, assignment = with_mixers(config, target, followed, chooser)
-    plan = followed or replace(plan_of_shapes(config, target, chooser), assignment=assignment)
-    alone = config.trainer.context_parallel == 1
-    step_s = one_step_s(config, plan, target) if alone and target.kind == "cuda" else None
+    with compilations() as compiled:
+        config, assignment = with_mixers(config, target, followed, chooser)
+        plan = followed or replace(plan_of_shapes(config, target, chooser), assignment=assignment)
+        alone = config.trainer.context_parallel == 1
+        step_s = one_step_s(config, plan, target) if alone and target.kind == "cuda" else None
+    ahead = {one.thread for call in chooser.first_calls for one in call.compiled}
     return WarmUp(
         plan=plan,
         first_calls=tuple(chooser.first_calls),
+        later=tuple(one for one in compiled if one.thread not in ahead),
         compiled_s=chooser.compiled_s,
         checked_s=chooser.checked_s,
         measured_s=chooser.measured_s,

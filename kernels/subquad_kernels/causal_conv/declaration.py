@@ -144,6 +144,7 @@ KERNELS = (
         supports=_fused_supports,
         devices=frozenset({"cuda"}),
         requires=("triton>=3.6",),
+        replayable=True,
     ),
     Kernel(
         operator="causal_conv",

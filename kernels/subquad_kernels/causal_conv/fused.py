@@ -3,7 +3,8 @@
 A program is one warp with a tile of channels, a few neighbours a lane. It walks over the tokens of a stretch of time
 and keeps the last w-1 inputs, backward also the w-1 gradients of x that later tokens still add to; it begins w-1
 tokens early and (backward) ends w-1 late. Sums over tokens are written as one partial sum a stretch and added
-afterwards: no atomics, the same bits every time. Gradients of initial states have a small kernel of their own.
+afterwards: no atomics, the same bits every time. Gradients of initial states have a small kernel of their own, and so
+has one token (`fused_step`).
 """
 
 # What Triton compiles has no Python types, and tuples that grow.
@@ -22,6 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad_kernels.causal_conv.declaration import MOST_TAPS
+from subquad_kernels.causal_conv.fused_step import step_one
+from subquad_kernels.tile_sizes import ceil_div, power_of_two
 from subquad_kernels.triton_documents import find_documents, halvings
 from subquad_kernels.triton_launch import QuickLaunch
 
@@ -51,9 +54,9 @@ def launch_of(tokens: int, c: int, width: int, *, backward: bool) -> Launch:
     4224 programs are 32 warps on each of an H100's 132 multiprocessors; stretches under 16 tokens reread too much.
     """
     widest = 128 if backward or width > 4 else 256
-    tile_c = min(widest, max(32, _power_of_two(c)))
+    tile_c = min(widest, max(32, power_of_two(c)))
     tiles = -(-c // tile_c)
-    stretch = _power_of_two(max(1, tokens * tiles // 4224))
+    stretch = power_of_two(max(1, tokens * tiles // 4224))
     return Launch(tile_c=tile_c, stretch=min(256, max(16, stretch)))
 
 
@@ -68,6 +71,8 @@ def forward(
 ) -> Outputs:
     """y and final_state."""
     call = _Call(x, weight, bias, initial_state, cu_seqlens, activation)
+    if call.t == 1 and call.cu_seqlens is None:
+        return call.step()
     return call.forward(launch or launch_of(call.b * call.t, call.c, call.width, backward=False))
 
 
@@ -102,7 +107,7 @@ class _Call:
         self.width = weight.shape[1]
         if self.width > MOST_TAPS:
             raise ValueError(f"causal_conv/fused has at most {MOST_TAPS} taps, not {self.width}: use kernel='conv1d'")
-        self.sequences, self.x = x, _rows(x)
+        self.x = _rows(x)
         self.taps = weight
         self.bias = bias
         self.initial = None if initial_state is None else initial_state.contiguous()
@@ -123,7 +128,7 @@ class _Call:
         }
 
     def _cut(self, launch: Launch) -> tuple[int, int]:
-        return -(-self.c // launch.tile_c), -(-self.t // launch.stretch)
+        return ceil_div(self.c, launch.tile_c), ceil_div(self.t, launch.stretch)
 
     def forward(self, launch: Launch) -> Outputs:
         """y: b t c    final_state: q (w-1) c"""
@@ -138,17 +143,30 @@ class _Call:
     def _final_state(self) -> Tensor:
         """The last w-1 inputs of every sequence or document, its initial state among them where it is shorter."""
         kept = self.width - 1
-        if self.cu_seqlens is None and self.t >= kept:
-            return self.sequences[:, self.t - kept :].contiguous()
         states = self.b if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
         final = self.x.new_empty(states, kept, self.c)
         if kept:
-            tile = min(256, _power_of_two(self.c))
+            tile = min(256, power_of_two(self.c))
             _keep_last[(-(-self.c // tile) * states,)](
                 self.x, self.initial, self.cu_seqlens, final, self.t, self.c, self.x.stride(0), KEPT=kept, TILE_C=tile,
                 PACKED=self.cu_seqlens is not None, INITIAL=self.initial is not None, num_warps=1,
             )  # fmt: skip
         return final
+
+    def step(self) -> Outputs:
+        """One token of every sequence, by programs small enough to keep a large GPU busy."""
+        b, c, kept = self.b, self.c, self.width - 1
+        tile_b = 4 if b >= 64 else 1
+        tile_c = min(256, max(32, power_of_two(c)))
+        while tile_c > 64 and b * ceil_div(c, tile_c) < 528:
+            tile_c //= 2
+        y, final = self.x.new_empty(b, 1, c), self.x.new_empty(b, kept, c)
+        step_one[(ceil_div(b, tile_b) * ceil_div(c, tile_c),)](
+            self.x, self.taps, self.bias, self.initial, y, final, b, c, *self.taps.stride(), self.x.stride(0),
+            WIDTH=self.width, TILE_B=tile_b, TILE_C=tile_c, SILU=self.silu, BIAS=self.bias is not None,
+            INITIAL=self.initial is not None, num_warps=tile_b,
+        )  # fmt: skip
+        return y, final
 
     def backward(self, launch: Launch, dy: Tensor | None, dfinal: Tensor | None) -> dict[str, Tensor | None]:
         """Gradients; those of x and initial_state in their types, the others in fp32."""
@@ -181,11 +199,6 @@ class _Call:
             "bias": None if self.bias is None else totals[width],
             "initial_state": dinitial,
         }
-
-
-def _power_of_two(number: int) -> int:
-    """The least one that is not smaller; triton's own function takes microseconds of every call."""
-    return 1 << (number - 1).bit_length()
 
 
 def _rows(tensor: Tensor) -> Tensor:

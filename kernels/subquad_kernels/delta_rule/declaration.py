@@ -199,6 +199,7 @@ KERNELS = (
         supports=_fused_supports,
         devices=frozenset({"cuda"}),
         requires=("triton>=3.6",),
+        replayable=True,
     ),
     Kernel(
         operator="delta_rule",
@@ -207,6 +208,7 @@ KERNELS = (
         supports=_fused_diagonal_supports,
         devices=_CUDA,
         requires=("triton>=3.6",),
+        replayable=True,
     ),
     Kernel(
         operator="delta_rule",

@@ -172,6 +172,7 @@ KERNELS = (
         devices=frozenset({"cuda"}),
         requires=("triton>=3.6",),
         serial_steps=_fused_steps,
+        replayable=True,
     ),
     Kernel(
         operator="gated_linear_attention",

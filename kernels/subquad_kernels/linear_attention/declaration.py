@@ -215,6 +215,7 @@ KERNELS = (
         devices=frozenset({"cuda"}),
         requires=("triton>=3.6",),
         serial_steps=_fused_steps,
+        replayable=True,
     ),
     Kernel(
         operator="linear_attention",

@@ -157,5 +157,6 @@ KERNELS = (
         supports=_tiled_supports,
         devices=frozenset({"cuda"}),
         requires=("triton>=3.6",),
+        replayable=True,
     ),
 )

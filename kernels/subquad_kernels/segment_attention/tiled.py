@@ -45,7 +45,7 @@ MARKED_T = 128
 """Tokens of one program that finds documents."""
 
 ADD_ROWS = 32
-"""Summaries of one program that adds gradients to tokens: bound by memory, hardly by this."""
+"""Summaries of one program that adds gradients to tokens, or copies rows: bound by memory, hardly by this."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Tiling:
 
 
 TILINGS: dict[Stage, Tiling] = {}
-"""Overrides of `tiling`, for benchmarks and for tests of edges."""
+"""Overrides of `tiling`, for benchmarks and for tests of edges, which call this module: a replayed call has its own."""
 
 
 def tiling(stage: Stage, dtype: torch.dtype, width: int, t: int) -> Tiling:
@@ -252,8 +252,14 @@ class _Seen:
         )  # fmt: skip
         low, high = tokens.unbind()
         position, end = room[:, :count].unbind()
-        rows = position.clamp(max=t - 1)
-        return cls(k.index_select(1, rows), v.index_select(1, rows), count, 0, low, high, position, end)
+        (b, _, h_kv, key_width), value_width = k.shape, v.shape[3]
+        keys, values = k.new_empty(b, count, h_kv, key_width), v.new_empty(b, count, h_kv, value_width)
+        _gather_kernel[(-(-count // ADD_ROWS) * b * h_kv,)](
+            k, v, position, keys, values, *k.stride()[:3], *v.stride()[:3], t, h_kv, count,
+            K=key_width, V=value_width, BLOCK_K=_block(key_width), BLOCK_V=_block(value_width), TILE_N=ADD_ROWS,
+            num_warps=4,
+        )  # fmt: skip
+        return cls(keys, values, count, 0, low, high, position, end)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -313,6 +319,28 @@ def _put(pointers, tile, row_ok, column_ok, WHOLE: tl.constexpr):
         tl.store(pointers, tile.to(pointers.dtype.element_ty), mask=row_ok[:, None])
     else:
         tl.store(pointers, tile.to(pointers.dtype.element_ty), mask=row_ok[:, None] & column_ok[None, :])
+
+
+@QuickLaunch
+@triton.jit(do_not_specialize=["t", "h_kv", "count"])
+def _gather_kernel(
+    k, v, positions, keys, values, k_b, k_t, k_h, v_b, v_t, v_h, t, h_kv, count,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILE_N: tl.constexpr,
+):  # fmt: skip
+    """Copy the rows where summaries stand; room that none takes gets the last row, which nobody sees."""
+    tiles = tl.cdiv(count, TILE_N)
+    batch_head = tl.program_id(0) // tiles
+    batch, key_head = (batch_head // h_kv).to(tl.int64), (batch_head % h_kv).to(tl.int64)
+    summary = tl.program_id(0) % tiles * TILE_N + tl.arange(0, TILE_N)
+    inside = summary < count
+    token = tl.minimum(tl.load(positions + summary, mask=inside, other=0), t - 1).to(tl.int64)[:, None]
+    place = (batch * count + summary.to(tl.int64)[:, None]) * h_kv + key_head
+    column_k, column_v = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    k_ok, v_ok = column_k < K, column_v < V
+    key = _tile(k + batch * k_b + key_head * k_h + token * k_t + column_k[None, :], inside, k_ok, True, K == BLOCK_K)
+    value = _tile(v + batch * v_b + key_head * v_h + token * v_t + column_v[None, :], inside, v_ok, True, V == BLOCK_V)
+    _put(keys + place * K + column_k[None, :], key, inside, k_ok, K == BLOCK_K)
+    _put(values + place * V + column_v[None, :], value, inside, v_ok, V == BLOCK_V)
 
 
 @triton.jit
