@@ -99,9 +99,9 @@ def a_decay_per_head(seed: int) -> tuple[Workload, dict[str, Any]]:
 
 
 def test_a_sum_over_tokens_is_held_against_its_terms_and_not_against_what_is_left_of_them() -> None:
-    """Values that are off by half a unit of bfloat16, all else exact: no draw may fail what is a rounding of operands.
+    """Values off by half a unit of bfloat16, all else exact, are a rounding of operands: no draw may fail for it.
 
-    Against the sum itself two of ten do, though no token's term is off by more than the rounding.
+    Against the sum itself these two do, of the first ten, in which little of it is left.
     """
     operator = CATALOGUE.operator("linear_attention")
     chunked = CATALOGUE.kernel("linear_attention", "chunked")
@@ -120,13 +120,11 @@ def test_a_sum_over_tokens_is_held_against_its_terms_and_not_against_what_is_lef
     kernel = replace(chunked, name="rounded")
     kernel.__dict__["torch_half"] = Rounded
     as_sums = replace(operator, spread=nothing_shared)
-    missed = 0
-    for seed in range(10):
+    for seed in (5, 8):
         workload, arguments = a_decay_per_head(seed)
         errors = kernel_errors(operator, kernel, arguments, gradients=True, seed=seed)
         assert judge(operator, kernel, workload, errors).passed, errors
-        missed += kernel_errors(as_sums, kernel, arguments, gradients=True, seed=seed)["d_log_decay"] > allowed
-    assert missed == 2
+        assert kernel_errors(as_sums, kernel, arguments, gradients=True, seed=seed)["d_log_decay"] > allowed
 
 
 def test_a_wrong_sum_over_tokens_is_found_all_the_same() -> None:
