@@ -53,7 +53,7 @@ class Form:
 
 
 FORMS = {
-    "gated": Form("fused", fused, "scalar", False, ((16, 64), (4, 64), (4, 128), (1, 64), (1, 128))),
+    "gated": Form("fused", fused, "scalar", False, ((16, 64), (4, 64), (4, 128), (1, 64), (1, 128), (4, 32))),
     "kda": Form("fused_diagonal", fused_diagonal, "vector", False, ((16, 64), (4, 64), (4, 128), (1, 64))),
     "rwkv7": Form("fused_diagonal", fused_diagonal, "vector", True, ((16, 64), (4, 64), (1, 64))),
 }

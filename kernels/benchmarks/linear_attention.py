@@ -79,6 +79,8 @@ CASES = (
     Case(name="SSD L32k", b=1, t=32_768, h=32, h_k=1, n=128, p=64, decay="token", write_gate=True),
     Case(name="Mamba-3 L8k", b=4, t=8_192, h=32, h_k=32, n=128, p=64, decay="token", write_gate=True, diagonal=True),
     Case(name="D64 L128k", b=1, t=131_072),
+    Case(name="SSD narrow", b=4, t=8_192, h_k=1, p=32, decay="token", write_gate=True),
+    Case(name="RetNet narrow", b=4, t=8_192, n=32),
 )
 def ours(inputs: dict[str, Any]) -> Tensor:
     return linear_attention(**inputs, kernel="fused")[0]

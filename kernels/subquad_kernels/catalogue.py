@@ -35,7 +35,8 @@ class CatalogueError(ValueError):
 class Tolerance:
     """How far a kernel may stand from its fp64 reference, and why.
 
-    The error is ‖kernel − reference‖∞ / max(‖reference‖∞, 1e-2), per output and per gradient.
+    The error is ‖kernel − reference‖∞ / max(‖reference‖∞, 1e-2), per output and per gradient; where a gradient sums a
+    term a token (`Operator.spread`), ‖sum of |terms|‖∞ stands for ‖reference‖∞.
     """
 
     output: float
@@ -88,6 +89,11 @@ class KernelFunctions(Protocol):
         """Compute the gradient of every tensor argument, by name."""
 
 
+def nothing_shared(arguments: Arguments) -> dict[str, torch.Tensor]:
+    """Every tensor has values of its own for every token, or far more of them than may all cancel."""
+    return {}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Operator:
     """A mathematical function with a name; mixers call it, kernels compute it.
@@ -97,6 +103,8 @@ class Operator:
     the backward. `defaults` maps a device kind to the kernels that run when nobody chose, most wanted first: the first
     one that is installed and supports the call. `examples` are small workloads on which every kernel can be checked
     within a second. `benchmarks` maps a device kind to the smallest workload of a series in which `t` doubles.
+    `spread` gives a tensor whose few values all tokens share to each token, as a view that means the same call: its
+    gradient is a sum over tokens, and a check takes the size of what may cancel there from the terms.
     """
 
     name: str
@@ -110,6 +118,7 @@ class Operator:
     tolerances: Mapping[str, Tolerance]
     examples: tuple[Workload, ...] = ()
     benchmarks: Mapping[str, Workload] = field(default_factory=dict)
+    spread: Callable[[Arguments], dict[str, torch.Tensor]] = nothing_shared
 
     @property
     def op_name(self) -> str:

@@ -35,7 +35,7 @@ _SMALLEST = 1e-2
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What a check found: the largest error of each output and gradient, relative to the reference's largest value."""
+    """What a check found: the largest error of each output and gradient, relative as `kernel_errors` says."""
 
     kernel: str
     workload: str
@@ -116,6 +116,9 @@ def kernel_errors(
     """The error of each output, and of each gradient as `d_NAME`, against the float64 reference.
 
     error = max |kernel - reference| / max( max |reference|, 1e-2 )
+
+    Rounding goes with the terms of a sum, not with what is left when they cancel: the gradient of a tensor that tokens
+    share (`Operator.spread`) is held against max sum |terms|, which is as large as a sum of these terms can be.
     """
     exact = {
         name: value.detach().double() if isinstance(value, Tensor) and value.is_floating_point() else value
@@ -126,7 +129,8 @@ def kernel_errors(
         for name in operator.tensors
         if isinstance(exact[name], Tensor) and exact[name].is_floating_point()
     }
-    expected = operator.torch_half.reference(**exact)
+    terms = {name: value.detach().requires_grad_() for name, value in operator.spread(exact).items()}
+    expected = operator.torch_half.reference(**exact | terms)
     with _poisoned(operator.torch_half.empty_outputs(arguments)):
         found = tuple(result.contiguous() for result in kernel.torch_half.forward(**arguments))
     names = operator.outputs + operator.residuals
@@ -139,7 +143,7 @@ def kernel_errors(
     pulls = [torch.randn(out.shape, generator=generator, device=out.device).to(out.dtype) for out in found[:count]]
     reference = torch.autograd.grad(
         [out for out in expected[:count] if out.requires_grad],
-        list(wanted.values()),
+        list((wanted | terms).values()),
         [pull.double() for pull, out in zip(pulls, expected) if out.requires_grad],
         allow_unused=True,
     )
@@ -149,17 +153,22 @@ def kernel_errors(
         mine = computed.get(name)
         if gradient is None:
             gradient = torch.zeros_like(wanted[name])
-        errors[f"d_{name}"] = _error(torch.zeros_like(gradient) if mine is None else mine, gradient)
+        size = gradient
+        if name in terms:
+            gradient, size = (part.sum_to_size(wanted[name].shape) for part in (gradient, gradient.abs()))
+        errors[f"d_{name}"] = _error(torch.zeros_like(gradient) if mine is None else mine, gradient, size)
     return errors
 
 
-def _error(found: Tensor, expected: Tensor) -> float:
+def _error(found: Tensor, expected: Tensor, size: Tensor | None = None) -> float:
+    """The largest difference, relative to the largest finite value of `size` (None: of what is expected)."""
     if found.shape != expected.shape:
         raise ValueError(f"shape {tuple(found.shape)} instead of {tuple(expected.shape)}")
     if found.numel() == 0:
         return 0.0
     expected = expected.detach()
-    scale = max(float(expected.where(expected.isfinite(), 0).abs().max()), _SMALLEST)
+    size = expected if size is None else size
+    scale = max(float(size.where(size.isfinite(), 0).abs().max()), _SMALLEST)
     # Infinities that agree, as logarithms of nothing, are no error.
     off = torch.where(found.double() == expected, 0.0, found.double() - expected)
     return float(off.abs().max()) / scale

@@ -1,23 +1,26 @@
 """Compile ahead of time what a kernel's calls launch, without a GPU, and print what each launch takes of the device.
 
-    python kernels/tests/compile_launches.py OPERATOR KERNEL TARGET,... [--sample | --all]
+    python kernels/tests/compile_launches.py OPERATOR KERNEL TARGET,... [--sample | --all | --widths TYPE]
 
 Run as a script and not in the interpreter of Triton: forward and backward are called on CPU tensors, and in place of
 each launch its kernel is compiled with the types, constants and alignments of the arguments. One JSON line a launch:
 registers a thread, bytes of memory a thread that registers spilled to, bytes of shared memory a program, and for Hopper
 the instructions that read a register which was never set (`unset_registers`). The calls are
 those of a training step in bfloat16, for every example of the operator; with --sample for one that is packed and one of
-a single token, with --all every case, in float32 as well.
+a single token, with --all every case, in float32 as well. With --widths they are those of a step in that type, packed
+and not, at every pair of widths of keys and values (--pairs N,P ...: of these). --packed leaves out steps that are not,
+--launch NAME all other launches.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -32,7 +35,7 @@ from unset_registers import unset_registers
 
 import subquad_kernels.builtin  # noqa: F401  (fills the catalogue)
 from subquad_kernels.catalogue import CATALOGUE, Operator
-from subquad_kernels.workload import DeviceLimits, Workload
+from subquad_kernels.workload import DeviceLimits, DType, Workload
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -46,6 +49,8 @@ TYPES = {
 }  # fmt: skip
 SIZES = {"t": 300, "s": 300, "k": 64, "v": 64, "c": 96, "n": 16}
 """Widths of models instead of those of the operators' examples, which are for quick checks."""
+WIDTHS = (16, 32, 64, 128, 256)
+"""Of keys and values: what a tile in shared memory may measure."""
 
 
 def cases(operator: Operator, everything: bool) -> Iterator[Workload]:
@@ -79,16 +84,27 @@ def sample(supported: list[Workload]) -> list[Workload]:
     return [*packed[:1], *decodes[:1]] or supported[:1]
 
 
+def of_widths(supported: list[Workload], dtype: DType, pairs: list[tuple[int, int]]) -> Iterator[Workload]:
+    """The first training step, packed and not, at each pair of widths of keys and values."""
+    first = next(case for case in supported if case.phase != "decode" and "documents" not in case.shape)
+    for n, p in pairs:
+        shape = first.shape | {"n": n, "p": p}  # type: ignore[operator]
+        yield replace(first, shape=shape, dtype=dtype)
+        yield replace(first, shape=shape | {"b": 1, "documents": 4}, dtype=dtype)
+
+
 class Compiled:
     """What was compiled, once for every kernel, signature and target."""
 
-    def __init__(self, targets: list[str]) -> None:
-        self._targets, self._seen = targets, set[str]()
+    def __init__(self, targets: list[str], launch: str | None) -> None:
+        self._targets, self._only, self._seen = targets, launch, set[str]()
         self.case = ""
 
     def launch(self, jitted: JITFunction[Any], *args: Any, grid: tuple[int, ...], warmup: bool, **named: Any) -> None:
         """Stand where `JITFunction.run` stood."""
         assert grid[0] > 0
+        if self._only not in (None, jitted.fn.__name__):
+            return
         values = dict(zip(jitted.arg_names, args)) | named
         options = {name: value for name, value in named.items() if name not in jitted.arg_names}
         signature, constants, attributes = {}, {}, {}
@@ -145,17 +161,39 @@ def _number(before: str, text: str) -> int:
     return int(found[1])
 
 
-def main(operator_name: str, kernel_name: str, targets: str, *flags: str) -> None:
-    operator, kernel = CATALOGUE.operator(operator_name), CATALOGUE.kernel(operator_name, kernel_name)
-    names = targets.split(",")
-    if any(TARGETS[name].backend == "hip" for name in names):
-        assert all(TARGETS[name].backend == "hip" for name in names), "the targets of one run are of one vendor"
+def pair(text: str) -> tuple[int, int]:
+    n, p = map(int, text.split(","))
+    return n, p
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compile ahead of time what a kernel's calls launch.")
+    parser.add_argument("operator")
+    parser.add_argument("kernel")
+    parser.add_argument("targets", type=lambda text: text.split(","))
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--sample", action="store_true")
+    which.add_argument("--all", action="store_true")
+    which.add_argument("--widths", metavar="TYPE")
+    parser.add_argument("--pairs", metavar="N,P", type=pair, nargs="+", default=list(product(WIDTHS, WIDTHS)))
+    parser.add_argument("--packed", action="store_true")
+    parser.add_argument("--launch", metavar="NAME")
+    told = parser.parse_args()
+    operator, kernel = CATALOGUE.operator(told.operator), CATALOGUE.kernel(told.operator, told.kernel)
+    if any(TARGETS[name].backend == "hip" for name in told.targets):
+        assert all(TARGETS[name].backend == "hip" for name in told.targets), "the targets of one run are of one vendor"
         torch.version.hip = "ahead of time"  # what launches ask for the vendor
-    compiled = Compiled(names)
+    compiled = Compiled(told.targets, told.launch)
     JITFunction.run = lambda jitted, *args, **named: compiled.launch(jitted, *args, **named)  # type: ignore[method-assign]
     hopper = DeviceLimits(kind="cuda", name="any", capability=(9, 0))
-    supported = [case for case in cases(operator, "--all" in flags) if kernel.supports(case, hopper) is None]
-    for case in sample(supported) if "--sample" in flags else supported:
+    chosen = [case for case in cases(operator, told.all) if kernel.supports(case, hopper) is None]
+    if told.sample:
+        chosen = sample(chosen)
+    elif told.widths:
+        chosen = [case for case in of_widths(chosen, told.widths, told.pairs) if kernel.supports(case, hopper) is None]
+    for case in chosen:
+        if told.packed and "documents" not in case.shape:
+            continue
         compiled.case = f"{case.dtype} {case.phase} {dict(case.shape)}"
         arguments = operator.torch_half.sample_inputs(case, seed=0, device="cpu")
         outputs = kernel.torch_half.forward(**arguments)
@@ -165,4 +203,4 @@ def main(operator_name: str, kernel_name: str, targets: str, *flags: str) -> Non
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -14,7 +14,7 @@ import subquad_kernels.builtin  # noqa: F401  (fills the catalogue)
 from subquad_kernels.catalogue import CATALOGUE
 from subquad_kernels.device_limits import device_limits
 from subquad_kernels.linear_attention import declaration, definition, fused
-from subquad_kernels.self_check import judge, kernel_errors
+from subquad_kernels.self_check import check_kernel, judge, kernel_errors
 from subquad_kernels.workload import DeviceLimits, Option, Workload
 
 # The interpreter computes in numpy: lanes that a mask discards may hold anything. Results are checked, for NaN too.
@@ -159,6 +159,16 @@ def test_rounded_operands_cost_one_rounding_and_the_decays_gradient_no_more(rate
     assert max(errors.values()) < OPERATOR.tolerances["float16"].output  # half of what gradients are allowed
 
 
+def test_values_narrower_than_keys_take_tiles_of_one_width_in_half_precision() -> None:
+    n, p = 70, 20
+    half, whole = (fused.launch_of(n, p, dtype, backward=True).tile_p for dtype in (torch.float16, torch.float32))
+    assert (half, whole) == (64, 32)
+    lengths = (0, 66, 1, 13)
+    case = workload(sum(lengths), dtype="float16", h=1, n=n, p=p, documents=len(lengths))
+    verdict = judge(OPERATOR, launched(None), case, errors_of(sample(case, cu_seqlens=bounds(*lengths)), None))
+    assert verdict.passed, verdict.reason
+
+
 def test_slices_of_wider_tensors_are_taken_as_they_are() -> None:
     """q, k and v are slices of one projection: views, with rows and heads further apart."""
     arguments = sample(workload(20, b=2, h_k=2, p=5))
@@ -259,6 +269,9 @@ def test_time_is_cut_only_where_programs_are_few() -> None:
         (dict(b=2, t=1025, h=8, h_k=1, n=128, p=64), "token", True),
         (dict(b=1, t=900, h=4, h_k=2, n=64, p=128, documents=9), "token", True),
         (dict(b=1, t=517, h=2, h_k=2, n=32, p=48, documents=5), "none", False),
+        (dict(b=1, t=517, h=4, h_k=1, n=64, p=32, documents=5), "token", True),
+        (dict(b=2, t=300, h=4, h_k=1, n=128, p=32), "token", True),
+        (dict(b=1, t=517, h=4, h_k=4, n=32, p=64, documents=5), "head", False),
         (dict(b=3, t=1, h=6, h_k=2, n=128, p=64), "token", True),
         (dict(b=2, t=129, h=2, h_k=1, n=20, p=13), "head", True),
         (dict(b=1, t=300, h=2, h_k=2, n=128, p=128), "token", False),
@@ -281,6 +294,17 @@ def test_on_a_gpu_it_is_within_the_operators_tolerance(
         errors = kernel_errors(OPERATOR, launched(*launches), sample(case, "cuda"), gradients=True)
         verdict = judge(OPERATOR, kernel, case, errors)
         assert verdict.passed, verdict.reason
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n", "p"), [(32, 64), (64, 32), (256, 256)])
+def test_on_a_gpu_a_decay_per_head_passes_its_check_whatever_is_drawn(n: int, p: int) -> None:
+    case = workload(299, full=False, decay="head", dtype="bfloat16", h_k=2, n=n, p=p, documents=5)
+    kernel = CATALOGUE.kernel("linear_attention", "fused")
+    for seed in range(10):
+        verdict = check_kernel(kernel, case, "cuda", seed=seed)
+        print(seed, verdict.reason)
+        assert verdict.passed, f"seed {seed}: {verdict.reason}"
 
 
 @pytest.mark.gpu

@@ -13,9 +13,18 @@ from torch import Tensor
 
 from subquad_kernels import self_check
 from subquad_kernels.builtin import OPERATORS
-from subquad_kernels.catalogue import CATALOGUE, Kernel, Operator
+from subquad_kernels.catalogue import CATALOGUE, Kernel, Operator, nothing_shared
+from subquad_kernels.linear_attention import definition
 from subquad_kernels.samples import draw_boundaries
-from subquad_kernels.self_check import VerdictStore, check_kernel, shape_class, stack_versions, verdict_key
+from subquad_kernels.self_check import (
+    VerdictStore,
+    check_kernel,
+    judge,
+    kernel_errors,
+    shape_class,
+    stack_versions,
+    verdict_key,
+)
 from subquad_kernels.workload import DType, Workload
 
 Outputs = tuple[Tensor, ...]
@@ -79,6 +88,55 @@ def test_one_wrong_gradient_is_found_and_named(operator: Operator, name: str) ->
     found = verdict(planted(operator, gradients=one_percent_off), training(operator))
     assert not found.passed
     assert found.reason.startswith(f"d_{name} is off by")
+
+
+def a_decay_per_head(seed: int) -> tuple[Workload, dict[str, Any]]:
+    """Packed linear attention of one head: the gradient of its decay is one sum, which may all but vanish."""
+    shape = {"b": 1, "t": 40, "h": 1, "h_k": 1, "n": 8, "p": 8, "documents": 4}
+    example = CATALOGUE.operator("linear_attention").examples[0]
+    workload = replace(example, shape=shape, dtype="bfloat16", options=dict(example.options) | {"decay": "head"})
+    return workload, definition.sample_inputs(workload, seed=seed, device="cpu")
+
+
+def test_a_sum_over_tokens_is_held_against_its_terms_and_not_against_what_is_left_of_them() -> None:
+    """Values off by half a unit of bfloat16, all else exact, are a rounding of operands: no draw may fail for it.
+
+    Against the sum itself these two do, of the first ten, in which little of it is left.
+    """
+    operator = CATALOGUE.operator("linear_attention")
+    chunked = CATALOGUE.kernel("linear_attention", "chunked")
+    allowed = operator.tolerances["bfloat16"].gradient
+
+    class Rounded:
+        forward = staticmethod(chunked.torch_half.forward)
+
+        @staticmethod
+        def backward(arguments: Any, found: Outputs, pulls: tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
+            exact = {name: arguments[name].float() for name in "qkv"}
+            draw = torch.Generator().manual_seed(0)
+            exact["v"] *= 1 + 2**-8 * (torch.rand(exact["v"].shape, generator=draw) - 0.5)
+            return chunked.torch_half.backward(arguments | exact, found, pulls)
+
+    kernel = replace(chunked, name="rounded")
+    kernel.__dict__["torch_half"] = Rounded
+    as_sums = replace(operator, spread=nothing_shared)
+    for seed in (5, 8):
+        workload, arguments = a_decay_per_head(seed)
+        errors = kernel_errors(operator, kernel, arguments, gradients=True, seed=seed)
+        assert judge(operator, kernel, workload, errors).passed, errors
+        assert kernel_errors(as_sums, kernel, arguments, gradients=True, seed=seed)["d_log_decay"] > allowed
+
+
+def test_a_wrong_sum_over_tokens_is_found_all_the_same() -> None:
+    operator = CATALOGUE.operator("linear_attention")
+
+    def doubled(arguments: dict[str, Any], gradients: dict[str, Any]) -> dict[str, Any]:
+        return gradients | {"log_decay": 2 * gradients["log_decay"]}
+
+    twice = planted(operator, gradients=doubled)
+    workload, arguments = a_decay_per_head(0)
+    errors = kernel_errors(operator, twice, arguments, gradients=True)
+    assert judge(operator, twice, workload, errors).reason.startswith("d_log_decay is off by")
 
 
 WITH_HEADS = [operator for operator in OPERATORS if "k" in operator.examples[0].shape]

@@ -112,10 +112,6 @@ def _anything(workload: Workload, limits: DeviceLimits) -> str | None:
     return None
 
 
-HALF_KEYS = 33
-"""Keys narrower than this take tiles under 64 wide, of which half-precision gradients come out wrong on an H100."""
-
-
 def _fused_supports(workload: Workload, limits: DeviceLimits) -> str | None:
     shape, options = workload.shape, workload.options
     if options["low_rank"]:
@@ -126,8 +122,6 @@ def _fused_supports(workload: Workload, limits: DeviceLimits) -> str | None:
         return "computes in float32, not in float64"
     if max(shape["n"], shape["p"]) > 256:
         return f"was tried on states of up to 256 x 256, not {shape['n']} x {shape['p']}"
-    if workload.dtype != "float32" and shape["n"] < HALF_KEYS:
-        return f"has wrong gradients in {workload.dtype} on Hopper for keys under {HALF_KEYS}: {shape['n']}"
     if limits.capability is not None and limits.capability < (8, 0):
         return "needs compute capability 8.0"
     return None

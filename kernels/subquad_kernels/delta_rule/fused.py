@@ -47,6 +47,9 @@ if TYPE_CHECKING:
     from subquad_kernels.catalogue import Argument, Arguments, Outputs
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
+_HALF_COLUMNS = 64
+"""Columns of half precision from which rows in shared memory have one layout, of 128 bytes: of narrower tiles beside
+wider ones, ptxas 12.8 (triton 3.6 to 3.7) may read operands from nowhere (README)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,9 +245,12 @@ class _Call:
         # The gradient by decays is summed from kernel to kernel; `read` is the key's part as what reads.
         read = self._new(b, t, h, n, dtype=torch.float32)
         grid, sizes = (self.chunks * h,), self._sizes()
+        least = 1 if self.v.dtype == torch.float32 else _HALF_COLUMNS
+        pad_n, pad_p = (max(padded(width), least) for width in (n, p))
         constants |= {
-            "PAD_P": padded(p),
-            "TILE_P": min(launch.differentiate_tile_p, padded(p)),
+            "PAD_N": pad_n,
+            "PAD_P": pad_p,
+            "TILE_P": min(launch.differentiate_tile_p, pad_p),
             "num_warps": launch.differentiate_warps,
         }
         _differentiate_query[grid](

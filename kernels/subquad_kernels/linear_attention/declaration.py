@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from subquad_kernels.catalogue import Kernel, Operator, Tolerance
 from subquad_kernels.optional_packages import FLA, MAMBA, MAMBA_EXTENSIONS, gated_backward_defect, half_only
 from subquad_kernels.workload import DeviceLimits, DType, Option, Phase, Work, Workload
+
+if TYPE_CHECKING:
+    import torch
+
+    from subquad_kernels.catalogue import Arguments
 
 _HERE = "subquad_kernels.linear_attention"
 
@@ -79,6 +86,15 @@ def work(workload: Workload) -> Work:
     )
 
 
+def spread(arguments: Arguments) -> dict[str, torch.Tensor]:
+    """A decay per head, given to each token: b t h. Of two heads' sums both may all but vanish (README)."""
+    values: dict[str, Any] = dict(arguments)
+    log_decay = values["log_decay"]
+    if log_decay is None or log_decay.dim() == 3:
+        return {}
+    return {"log_decay": log_decay.expand(values["v"].shape[:3])}
+
+
 def _example(
     dtype: DType, phase: Phase = "forward", *, full: bool = False, decay: str = "token", **shape: int
 ) -> Workload:
@@ -124,6 +140,7 @@ OPERATOR = Operator(
         "cpu": _example("float32", b=1, t=128, h=2, h_k=2, n=64, p=64),
         "cuda": _example("bfloat16", b=4, t=1024, h=16, h_k=16, n=64, p=64),
     },
+    spread=spread,
 )  # fmt: skip
 
 

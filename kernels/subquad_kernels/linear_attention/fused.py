@@ -64,12 +64,16 @@ def launch_of(n: int, p: int, dtype: torch.dtype, *, backward: bool) -> Launch:
     """Sizes for a state of n rows and p columns: at most 64 registers a lane for it.
 
     Four warps hold one 64-row tile a product; eight would repeat products of 64 rows, and serve larger states alone.
-    The backward holds whole values up to 128 columns: narrower tiles would each write a part of dq and dk.
+    The backward holds whole values up to 128 columns: narrower tiles would each write a part of dq and dk. It takes
+    values of few columns in tiles as wide as those of keys, up to 64, from where on rows in shared memory have one
+    layout: ptxas 12.8 may read an operand with rows of 64 bytes from nowhere where others are of 128 (README).
     """
     rows, columns = padded(n), padded(p)
     if dtype == torch.float32:  # products in three parts need room
         return Launch(tile_p=min(columns, 32 if rows > 64 else 64), num_stages=1)
     tile_p = min(columns, 128 if backward and rows <= 128 else 64)
+    if backward:
+        tile_p = max(tile_p, min(rows, 64))
     return Launch(tile_p=tile_p, num_warps=4 if rows * tile_p <= 8192 else 8, num_stages=2 if rows <= 128 else 1)
 
 
