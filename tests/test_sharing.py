@@ -197,7 +197,7 @@ def test_a_recipe_whose_readers_find_nothing_is_refused_when_it_is_composed(over
     [
         (["model=transformer", "model.mixers.softmax_attention.bidirectional=true"], "sees later tokens, and runs"),
         (["model=mamba", "model.mixers.mamba.bidirectional=true"], "'mamba' sees later tokens"),
-        (["model=samba", "model.mixers.window.bidirectional=true"], "a window looks back alone"),
+        (["model=samba", "model.mixers.window.bidirectional=true"], "'window' sees later tokens"),
         (["model=transformer_cla2", "model.mixers.reader.bidirectional=true"], "has its own keys and values, and kv"),
     ],
 )
