@@ -499,7 +499,10 @@ class MixerSuite:
         assert published.keys() == declared.keys(), f"it publishes {list(published)}, and {list(declared)} are declared"
         with torch.no_grad():
             first = {name: read[:, :-1] for name, read in shared.items()}
-            last = {name: read if mixer.sharing.reads[name].history else read[:, -1:] for name, read in shared.items()}
+            last = {
+                name: mixer.thinned(name, read, 1) if mixer.sharing.reads[name].history else read[:, -1:]
+                for name, read in shared.items()
+            }
             _, carry, early = own.prefill(x[:, :-1], own.empty_carry(2), first)
             _, _, late = own.decode(x[:, -1], carry, last)
         t = self.length
