@@ -55,7 +55,7 @@ class SharedTensor:
     """A tensor that a layer publishes to later ones.  Shape:  b t *shape, of the t tokens of the call (1 in a decode)
 
     With `history` it is of all tokens so far instead, like a cache, or of as many of the last ones as a reader may see:
-    prefill and decode publish it with those of earlier calls in front; with `every` n, of those the last of each n alone.
+    prefill and decode publish it with those of earlier calls in front, with `every` n the last of each n of them alone.
     `options` is what readers must agree on besides.
     """
 
