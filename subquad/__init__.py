@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from subquad.bidirectional import Bidirectional, ReversedDocuments
+    from subquad.bidirectional import Bidirectional, BothDirections, ReversedDocuments
     from subquad.compiler.capture import copy_graph
     from subquad.compiler.compile_model import compile_model
     from subquad.compiler.example import Example
@@ -52,8 +52,8 @@ _HOMES = {
     "AdapterSpec": "contracts", "Carry": "contracts", "ComponentSpec": "contracts", "Growth": "contracts",
     "Mixer": "contracts", "MixerContext": "contracts", "MixerSpec": "contracts", "PassOutcome": "contracts",
     "PassSpec": "contracts", "Computed": "contracts", "ImportMap": "contracts", "ImportSpec": "contracts",
-    "Bidirectional": "bidirectional", "ReversedDocuments": "bidirectional", "SharedTensor": "contracts",
-    "Sharing": "contracts",
+    "Bidirectional": "bidirectional", "BothDirections": "bidirectional", "ReversedDocuments": "bidirectional",
+    "SharedTensor": "contracts", "Sharing": "contracts",
     "ChannelMixerConfig": "schema", "ModelConfig": "schema", "CheckpointConfig": "model.checkpoint_config",
     "import_weights": "model.import_weights", "load_model": "model.exported",
     "ConfigError": "errors", "DataError": "errors", "NotFoundError": "errors", "PluginError": "errors",
@@ -65,11 +65,12 @@ _HOMES = {
 }  # fmt: skip
 
 __all__ = [
-    "AdapterSpec", "Bidirectional", "Carry", "ChannelMixerConfig", "CheckpointConfig", "ComponentSpec", "Computed",
-    "ConfigError", "DataError", "Example", "Growth", "ImportMap", "ImportSpec", "Mixer", "MixerContext", "MixerSpec",
-    "ModelConfig", "NotFoundError", "PassOutcome", "PassSpec", "PluginError", "ResumeError", "ReversedDocuments",
-    "RunError", "SharedTensor", "Sharing", "SubquadError", "build_model", "compile_model", "copy_graph",
-    "forward_as_written", "hookimpl", "import_weights", "load_config", "load_model", "replace_forward", "train",
+    "AdapterSpec", "Bidirectional", "BothDirections", "Carry", "ChannelMixerConfig", "CheckpointConfig",
+    "ComponentSpec", "Computed", "ConfigError", "DataError", "Example", "Growth", "ImportMap", "ImportSpec", "Mixer",
+    "MixerContext", "MixerSpec", "ModelConfig", "NotFoundError", "PassOutcome", "PassSpec", "PluginError",
+    "ResumeError", "ReversedDocuments", "RunError", "SharedTensor", "Sharing", "SubquadError", "build_model",
+    "compile_model", "copy_graph", "forward_as_written", "hookimpl", "import_weights", "load_config", "load_model",
+    "replace_forward", "train",
 ]  # fmt: skip
 
 

@@ -33,6 +33,39 @@ class Bidirectional:
         )
 
 
+class BothDirections(Bidirectional):
+    """y = Mixer(x) + reversed( Mixer'(reversed x) ),  two that share nothing; the second one lies below `back`.
+
+    In front of the mixer, which is named once more as `one_direction`:
+
+        class BidirectionalRecurrence(BothDirections, Recurrence):
+            one_direction = Recurrence
+
+    Shapes:  x: b t d  ->  b t d
+    Source: Schuster and Paliwal 1997 (bidirectional recurrent networks), their outputs added.
+    """
+
+    one_direction: type[nn.Module]
+
+    def __init__(self, config: Any, context: Any) -> None:
+        super().__init__(config, context)  # type: ignore[call-arg]
+        self.back: Any = self.one_direction(config, context)
+        self.backwards = ReversedDocuments()
+
+    def init_parameters(self, std: float) -> None:
+        """Both as the mixer's."""
+        super().init_parameters(std)  # type: ignore[misc]
+        self.back.init_parameters(std)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Mix whole sequences.  Shapes:  x: b t d  ->  b t d"""
+        ahead: Tensor = super().forward(x, cu_seqlens)  # type: ignore[misc]
+        # Not a call of the module, which a captured graph would hold as a leaf, its operators unseen.
+        back: Tensor = self.back.forward(self.backwards(x, cu_seqlens), cu_seqlens)
+        turned: Tensor = self.backwards(back, cu_seqlens)
+        return ahead + turned
+
+
 class ReversedDocuments(nn.Module):
     """Each sequence, or each document of a packed one, from its last token to its first.
 

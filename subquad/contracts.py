@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.fx import GraphModule
 
-CONTRACT_VERSION = "1.4"
+CONTRACT_VERSION = "1.5"
 """Grows by minor numbers when something is added, by major ones when something a plugin relies on is removed.
 
 A plugin says its major version by the entry-point group that it stands in: `subquad` for 1, `subquad.N` for N.
@@ -55,12 +55,18 @@ class SharedTensor:
     """A tensor that a layer publishes to later ones.  Shape:  b t *shape, of the t tokens of the call (1 in a decode)
 
     With `history` it is of all tokens so far instead, like a cache, or of as many of the last ones as a reader may see:
-    prefill and decode publish it with those of earlier calls in front. `options` is what readers must agree on besides.
+    prefill and decode publish it with those of earlier calls in front, with `every` n the last of each n of them alone.
+    `options` is what readers must agree on besides.
     """
 
     shape: tuple[int, ...]
     history: bool = False
     options: Mapping[str, object] = field(default_factory=dict)
+    every: int = 1
+
+    def length(self, t: int, before: int) -> int:
+        """Of how many tokens it is in a call of t, after so many."""
+        return t + before // self.every if self.history else t
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,9 @@ MOST_LAYERS = 10_000
 MOST_PROCESSES = 1024
 """Ranks, or workers of a loader, on one machine."""
 INFINITY = float("inf")
+STD_RULES = ("width", "small")
+"""Standard deviations of linear maps that follow from the width d: d^-1/2, which keeps the variance of what a map takes
+(LeCun et al. 1998), and (2 / 5d)^1/2, "small init" (Nguyen and Salazar 2019)."""
 
 
 def _check_limits(config: object, section: str, **limits: tuple[float, float]) -> None:
@@ -58,7 +62,7 @@ class ModelConfig:
     tie_embeddings: bool = True  # the lm_head is the embedding
     norm_eps: float = 1e-6  # added to mean squares in every norm
     logit_cap: float = 0.0  # logits become cap tanh(logits / cap); 0: they stay as they are
-    init_std: float = 0.02  # standard deviation of linear maps at the start
+    init_std: int | float | str = 0.02  # standard deviation of linear maps at the start, or a rule: width, small
     init_from: str | None = None  # hf:PATH_OR_ID, a Hugging Face checkpoint whose weights training starts from
 
     def __post_init__(self) -> None:
@@ -70,9 +74,16 @@ class ModelConfig:
             vocab_size=(0, INFINITY),
             context_len=(0, INFINITY),
             norm_eps=(0, 1),
-            init_std=(0, 1e3),
             logit_cap=(0, INFINITY),
         )
+        if isinstance(self.init_std, str) and self.init_std not in STD_RULES:
+            raise ConfigError(
+                what=f"init_std is '{self.init_std}'",
+                where="model.init_std",
+                mend=f"use a number, or {' or '.join(STD_RULES)}",
+            )
+        if not isinstance(self.init_std, str):
+            _check_limits(self, "model", init_std=(0, 1e3))
         if not self.schedule and self.init_from is None:
             raise ConfigError(
                 what="the schedule is empty, and no checkpoint is named whose layout could be taken",
@@ -86,6 +97,12 @@ class ModelConfig:
                     where="model.schedule",
                     mend=f"use one of {', '.join(self.mixers)}, or add model.mixers.{key}",
                 )
+
+    def resolved_init_std(self) -> float:
+        """`init_std`, or what its rule gives for the width."""
+        if isinstance(self.init_std, str):
+            return math.sqrt((1.0 if self.init_std == "width" else 0.4) / self.d_model)
+        return float(self.init_std)
 
 
 @dataclass(kw_only=True)

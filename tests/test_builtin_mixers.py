@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from subquad.contracts import MixerContext
 from subquad.errors import ConfigError
-from subquad.mixers.bidirectional_attention import BidirectionalAttention
+from subquad.mixers.bidirectional_attention import BidirectionalAttention, BidirectionalWindow
 from subquad.mixers.configs import SoftmaxAttentionConfig, WindowConfig
 from subquad.mixers.reading_attention import ReadingAttention
 from subquad.mixers.softmax_attention import SoftmaxAttention
@@ -65,6 +65,13 @@ class TestWindowOfOneToken(MixerSuite):
     mixer = "window"
     config: ClassVar = {"num_heads": 2, "window": 1}
 
+    def test_its_bidirectional_form_sees_both_sides(self) -> None:
+        """It sees what the causal one sees: itself."""
+        form = self.to_both_sides()
+        assert form is not None
+        x = self.tokens(2, 5)
+        assert_close(form().build()(x), self.build()(x))
+
     def test_gradient_reaches_every_parameter(self) -> None:
         """Not to W_q and W_k: one token's softmax is 1 whatever the score."""
         mixer = self.build()
@@ -94,6 +101,16 @@ def test_a_token_sees_exactly_window_tokens() -> None:
     assert seen.nonzero().flatten().tolist() == [6, 7, 8, 9]
 
 
+def test_a_token_sees_window_tokens_to_either_side_where_it_sees_both() -> None:
+    mixer = BidirectionalWindow(WindowConfig(num_heads=2, window=4, bidirectional=True), CONTEXT).double()
+    x = torch.randn(1, 16, 16, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(mixer(x)[:, 9].sum(), x)
+    seen = gradient[0].abs().amax(dim=1) > 0
+    assert seen.nonzero().flatten().tolist() == [6, 7, 8, 9, 10, 11, 12]
+    with pytest.raises(ConfigError, match="tokens see later ones"):
+        mixer.empty_carry(1)
+
+
 def test_the_window_cache_stops_growing() -> None:
     _, windowed = build_pair(window=4)
     sizes = []
@@ -117,14 +134,23 @@ def test_a_reader_of_its_own_keys_is_the_publisher() -> None:
     assert torch.equal(reader(x, None, shared)[0], y)
 
 
-@pytest.mark.oracle("softmax_attention")
-@pytest.mark.parametrize("causal", [True, False])
-def test_softmax_attention_equals_torchs_own_on_rotated_heads(causal: bool) -> None:
+@pytest.mark.parametrize(
+    ("causal", "window"),
+    [
+        pytest.param(causal, window, marks=pytest.mark.oracle("window" if window else "softmax_attention"))
+        for causal, window in ((True, 0), (False, 0), (True, 4), (False, 4))
+    ],
+)
+def test_attention_equals_torchs_own_on_rotated_heads(causal: bool, window: int) -> None:
     """Rotation written out with complex numbers, pair (i, i + k/2) as real and imaginary part."""
-    full, _ = build_pair(window=4)
+    full, windowed = build_pair(window=4)
+    full = windowed if window else full
     if not causal:
-        weights, config = full.state_dict(), SoftmaxAttentionConfig(num_heads=2, bidirectional=True)
-        full = BidirectionalAttention(config, CONTEXT).double()
+        weights = full.state_dict()
+        if window:
+            full = BidirectionalWindow(WindowConfig(num_heads=2, window=4, bidirectional=True), CONTEXT).double()
+        else:
+            full = BidirectionalAttention(SoftmaxAttentionConfig(num_heads=2, bidirectional=True), CONTEXT).double()
         full.load_state_dict(weights)
     x = torch.randn(2, 11, 16, dtype=torch.float64)
     half = full.head_dim // 2
@@ -140,8 +166,10 @@ def test_softmax_attention_equals_torchs_own_on_rotated_heads(causal: bool) -> N
         turned = torch.complex(y[..., :half], y[..., half:]) * turn
         return torch.cat([turned.real, turned.imag], dim=-1)
 
+    ahead = torch.arange(11)[None, :] - torch.arange(11)[:, None]
+    seen = (ahead <= 0 if causal else ahead == ahead) & (ahead.abs() < (window or 11))
     out = scaled_dot_product_attention(
-        heads(full.q_proj, True), heads(full.k_proj, True), heads(full.v_proj, False), is_causal=causal
+        heads(full.q_proj, True), heads(full.k_proj, True), heads(full.v_proj, False), attn_mask=seen
     )
     assert_close(full(x), full.o_proj(out.transpose(1, 2).reshape(2, 11, 16)))
 

@@ -34,7 +34,7 @@ BAD_NUMBERS: dict[str, list[object]] = {
     "model.context_len": [-1, 5],
     "model.channel_mixer.d_hidden": [0, -7, HUGE],
     "model.norm_eps": [-1e-6, math.nan, math.inf],
-    "model.init_std": [-0.02, math.nan, math.inf],
+    "model.init_std": [-0.02, math.nan, math.inf, "wide"],
     "trainer.max_steps": [0, -1],
     "trainer.max_seconds": [0.0, -1.0, math.nan],
     "trainer.batch_size": [0, -1, HUGE],

@@ -32,6 +32,8 @@ def tool(tmp_path: Path) -> Any:
     """The tool, on records of its own."""
     module = loaded()
     module.VERDICTS = module.BENCHMARKS = tmp_path
+    module.LAYERS = tmp_path / "layers"
+    module.LAYERS.mkdir()
     return module
 
 
@@ -62,7 +64,7 @@ def test_every_promise_of_a_column_is_one_of_the_suite() -> None:
 
 
 def test_a_broken_promise_shows_and_a_missing_record_is_no_yes(tool: Any) -> None:
-    assert set(cells(tool, "window").values()) == {"`window`", "-", "no"}
+    assert set(cells(tool, "window").values()) == {"`window`", "-"}
     kept = dict.fromkeys(promises(MixerSuite), True) | {"packed_documents_equal_separate_ones": False}
     del kept["compiles_without_graph_breaks"]
     verdict = {"kind": "mixer", "name": "window", "promises": [{"name": n, "kept": k} for n, k in kept.items()]}
@@ -94,6 +96,25 @@ def test_times_are_of_one_case_and_a_record_with_a_rival_is_preferred(tool: Any)
     (tool.BENCHMARKS / "linear_attention_gpu_2026-12-01.json").write_text(json.dumps(newer))
     (tool.BENCHMARKS / "linear_attention_rivals_gpu_2026-11-30.json").write_text(json.dumps(older))
     assert cells(tool, "retnet")["on a GPU, beside rivals"] == "`linear_attention` 4.00 ms (n 64, p 64), fast 5.00 ms"
+
+
+def test_a_layer_that_was_timed_stands_for_its_operator_beside_its_fastest_rival(tool: Any) -> None:
+    def row(mixer: str, package: str, what: str = "layer", t: int = 8192, **more: Any) -> dict[str, Any]:
+        return {"mixer": mixer, "package": package, "what": what, "t": t, "d_model": 1024} | more
+
+    newest = [row("gla", "subquad", both_device_ms=5.0), row("gla", "fla", failure="ModuleNotFoundError: fla")]
+    older = [
+        row("gla", "subquad", both_device_ms=9.0), row("retnet", "subquad", both_device_ms=3.0),
+        row("retnet", "subquad", t=2048, both_device_ms=1.0), row("retnet", "fla", both_device_ms=4.0),
+        row("retnet", "fla", "linear_attention/fla_chunked", both_device_ms=3.5),
+        row("retnet", "fla", t=2048, both_device_ms=0.5),
+    ]  # fmt: skip
+    for date, rows in (("2026-12-02", newest), ("2026-12-01", older)):
+        (tool.LAYERS / f"mixers_gpu_{date}.json").write_text(json.dumps({"device": "GPU", "layers": rows}))
+    assert cells(tool, "gla")["on a GPU, beside rivals"] == "layer 5.00 ms (width 1024), no rival timed"
+    shown = cells(tool, "retnet")["on a GPU, beside rivals"]
+    assert shown == "layer 3.00 ms (width 1024), fla `linear_attention/fla_chunked` 3.50 ms"
+    assert "Layers (GPU)" in tool.table()
 
 
 def test_oracles_are_counted_by_mixer_and_a_skipped_one_is_not(tmp_path: Path) -> None:

@@ -53,6 +53,17 @@ def test_the_papers_sizes_have_the_papers_parameter_counts(recipe: str, paramete
     assert all(parameter.device.type == "meta" for parameter in model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("said", "std"), [("0.02", 0.02), ("1", 1.0), ("width", 96**-0.5), ("small", (2 / 480) ** 0.5)]
+)
+def test_linear_maps_start_as_wide_as_is_said_or_follows_from_the_width(said: str, std: float) -> None:
+    config = load_config(["model=transformer", "model.d_model=96", f"model.init_std={said}"]).model
+    config.vocab_size, config.context_len = 256, 64
+    model: Any = build_model(config)
+    for linear in (model.embedding, model.blocks[0].mixer.q_proj, model.blocks[3].channel_mixer.down):
+        assert float(linear.weight.detach().std()) == pytest.approx(std, rel=0.05)
+
+
 @pytest.mark.parametrize("recipe", ["scout_mamba", "scout_swa", "transformer", "mamba", "mamba2", "log_linear_mamba2"])
 def test_every_laptop_recipe_builds_and_runs(recipe: str) -> None:
     config = load_config([f"model={recipe}"])

@@ -39,7 +39,15 @@ SHARED_KEYS: Mapping[str, Any] = {
         "near_reader": {"mixer": "window", "window": 3, "kv": "read"},
     },
 }
-LAYOUTS = {"value residual": RWKV7, "shared keys": SHARED_KEYS}
+SHARED_SUMMARIES: Mapping[str, Any] = {
+    "schedule": ["window", "publisher", "window", "reader"],
+    "mixers": {
+        "window": {"mixer": "window", "window": 3},
+        "publisher": {"mixer": "segment_attention", "segment_len": 3, "num_kv_heads": 2, "kv": "publish"},
+        "reader": {"mixer": "segment_attention", "segment_len": 3, "num_kv_heads": 2, "kv": "read"},
+    },
+}
+LAYOUTS = {"value residual": RWKV7, "shared keys": SHARED_KEYS, "shared summaries": SHARED_SUMMARIES}
 TOKENS = torch.arange(22).view(2, 11) * 7 % 32
 
 
@@ -192,12 +200,17 @@ def test_a_recipe_whose_readers_find_nothing_is_refused_when_it_is_composed(over
         load_config(["model=transformer_cla2", override])
 
 
+def test_summaries_are_shared_by_segments_of_one_length_alone() -> None:
+    with pytest.raises(ConfigError, match=re.escape("segment_len 5; the last one before it is of 4 x 48 numbers")):
+        load_config(["model=scout_mamba_cla2", "model.mixers.reader.segment_len=5"])
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
         (["model=transformer", "model.mixers.softmax_attention.bidirectional=true"], "sees later tokens, and runs"),
         (["model=mamba", "model.mixers.mamba.bidirectional=true"], "'mamba' sees later tokens"),
-        (["model=samba", "model.mixers.window.bidirectional=true"], "a window looks back alone"),
+        (["model=samba", "model.mixers.window.bidirectional=true"], "'window' sees later tokens"),
         (["model=transformer_cla2", "model.mixers.reader.bidirectional=true"], "has its own keys and values, and kv"),
     ],
 )
@@ -227,10 +240,15 @@ def test_an_auto_layer_may_publish_and_not_read() -> None:
         assigned_schedule("model=transformer_cla2", "model.candidates=[reader]", "model.schedule=[publisher,auto]")
 
 
-def test_a_cache_is_kept_by_publishers_alone() -> None:
-    config = load_config(["model=transformer_cla2"]).model
+@pytest.mark.parametrize(
+    ("recipe", "kept"),
+    [("transformer_cla2", [2 * 27 * 48 * 4, 0] * 2), ("scout_mamba_cla2", [2 * 2 * 192 * 4, 0])],
+    ids=["all tokens", "2 summaries of 10 tokens each"],
+)
+def test_a_cache_is_kept_by_publishers_alone(recipe: str, kept: list[int]) -> None:
+    config = load_config([f"model={recipe}"]).model
     config.vocab_size, config.context_len = 64, 64
     model: Any = build_model(config)
-    _, carry = model.prefill(torch.zeros(1, 7, dtype=torch.int64), model.empty_carry(1))
-    sizes = [carry_bytes(part) for part in carry]
-    assert sizes == [2 * 7 * 48 * 4, 0] * 2
+    _, carry = model.prefill(torch.zeros(1, 27, dtype=torch.int64), model.empty_carry(1))
+    sizes = [carry_bytes(part) for block, part in zip(model.blocks, carry) if block.sharing]
+    assert sizes == kept

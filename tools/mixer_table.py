@@ -7,7 +7,8 @@
     python tools/mixer_table.py write               # puts it where README.md and plugins/README.md have it
 
 A cell says `yes` where every promise of its column is kept, `NO` where one is broken, `-` where no record says.
-Times on a GPU are of the operator that the mixer spends its work in, from the records in kernels/benchmarks/results.
+Times on a GPU are of the whole layer, from the newest record in plugins/benchmarks/results; where there is none, of the
+operator that the mixer spends its work in, from the records in kernels/benchmarks/results.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from subquad.registry import load_registry
 ROOT = Path(__file__).resolve().parent.parent
 VERDICTS = ROOT / "plugins" / "verdicts"
 BENCHMARKS = ROOT / "kernels" / "benchmarks" / "results"
+LAYERS = ROOT / "plugins" / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "plugins" / "README.md")
 BEGIN, END = "<!-- python tools/mixer_table.py write -->", "<!-- end of the table -->"
 SETTINGS = {name: ("config={head_dim: 8, state_dim: 8}",) for name in ("mamba2", "mamba3", "log_linear_mamba2")}
@@ -100,10 +102,10 @@ def table() -> str:
         "on a GPU, beside rivals",
     ]
     specs = sorted(load_registry().mixers.values(), key=lambda spec: spec.name)
-    oracles, times = _read(VERDICTS / "oracles.json"), gpu_times()
-    rows = [_row(spec, oracles.get("mixers", {}), times) for spec in specs]
+    oracles, layers, times = _read(VERDICTS / "oracles.json"), layer_times(), gpu_times()
+    rows = [_row(spec, oracles.get("mixers", {}), layers, times) for spec in specs]
     lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
-    return "\n".join([*lines, "", _legend(oracles, times)])
+    return "\n".join([*lines, "", _legend(oracles, layers, times)])
 
 
 def with_table(text: str, content: str) -> str:
@@ -115,13 +117,17 @@ def with_table(text: str, content: str) -> str:
     return f"{before}{BEGIN}\n{content}\n{END}{after}"
 
 
-def _row(spec: MixerSpec, oracles: Mapping[str, Any], times: Mapping[str, GpuTime]) -> list[str]:
+def _row(
+    spec: MixerSpec, oracles: Mapping[str, Any], layers: Mapping[str, GpuTime], times: Mapping[str, GpuTime]
+) -> list[str]:
     kept = {target: promises_of(spec.name, target) for target in ("cpu", "cuda")}
     cells = [_cell(kept["cpu"], wanted) for wanted in COLUMNS.values()]
     growth = _cell(kept["cpu"], GROWS)
     shown = f"{GROWTH[spec.work_growth]}, {GROWTH[spec.carry_growth]}" if growth == "yes" else growth
     main_operators = [name for name in spec.operators if name not in HELPERS]
     gpu = [f"`{name}` {times[name]}" for name in main_operators if name in times]
+    if spec.name in layers:
+        gpu = [f"layer {layers[spec.name]}"]
     return [
         f"`{spec.name}`", *cells, _both_sides(spec, kept["cpu"]), _count(kept["cpu"]), _count(kept["cuda"]),
         _oracle(oracles.get(spec.name)), shown, "; ".join(gpu) or "-",
@@ -175,6 +181,27 @@ class GpuTime(NamedTuple):
         return f"{self.ours_ms:.2f} ms{sizes}, {beside}"
 
 
+def layer_times() -> dict[str, GpuTime]:
+    """By mixer: its layer in the newest record that has it, at `LENGTH` tokens, and the fastest of its rivals there."""
+    found: dict[str, GpuTime] = {}
+    for path in sorted(LAYERS.glob("*.json"), key=_newest_first):
+        record = _read(path)
+        rows = [row for row in record["layers"] if row["t"] == LENGTH and "both_device_ms" in row]
+        for row in rows:
+            if row["package"] != "subquad" or row["mixer"] in found:
+                continue
+            others = [
+                (other["both_device_ms"], " ".join([other["package"], *([f"`{what}`"] if what != "layer" else [])]))
+                for other in rows
+                if other["mixer"] == row["mixer"] and other["package"] != "subquad"
+                for what in [other["what"]]
+            ]
+            rival_ms, rival = min(others, default=(None, None))
+            label = f"width {row['d_model']}"
+            found[row["mixer"]] = GpuTime(record["device"], label, row["both_device_ms"], rival, rival_ms)
+    return found
+
+
 def gpu_times() -> dict[str, GpuTime]:
     """By operator: the newest record in which a rival was timed, else the newest; of its rows the first that fits."""
     found: dict[str, GpuTime] = {}
@@ -213,10 +240,14 @@ def _times(path: Path) -> Iterator[GpuTime]:
         yield GpuTime(record["device"], label, ours, rival, rival_ms)
 
 
-def _legend(oracles: Mapping[str, Any], times: Mapping[str, GpuTime]) -> str:
+def _legend(oracles: Mapping[str, Any], layers: Mapping[str, GpuTime], times: Mapping[str, GpuTime]) -> str:
     records = [_read(path) for path in sorted(VERDICTS.glob("*.c*.json"))]
     made = sorted({f"{record['device']}, torch {record['torch']}, {record['date']}" for record in records})
     devices = sorted({time.device for time in times.values()})
+    timed_layers = (
+        f"Layers ({', '.join(sorted({time.device for time in layers.values()}))}): forward + backward under autocast to"
+        " bfloat16, the same tokens (`plugins/benchmarks/mixers.py`).",
+    )
     sentences = (
         f"`yes`: every promise of `MixerSuite` in that column is kept. CPU, CUDA: promises kept ({'; '.join(made)}).",
         "Bidirectional: a form that sees both sides (`bidirectional: true`) keeps its promise.",
@@ -224,6 +255,7 @@ def _legend(oracles: Mapping[str, Any], times: Mapping[str, GpuTime]) -> str:
         f" ({oracles.get('date', 'none')}). Growth in t as declared, and no faster when measured.",
         f"GPU ({', '.join(devices)}): forward + backward of the operator, 32,768 tokens in sequences of {LENGTH:,},"
         " device time (`kernels/benchmarks/results`). `-`: no record.",
+        *(timed_layers if layers else ()),
     )
     return " ".join(sentences)
 

@@ -135,7 +135,7 @@ def overrides(cell: Cell, width: int) -> list[str]:
         f"model.d_model={setting.d_model}",
         "model.num_layers=4",
         # The default, 0.02, is for wide models: so narrow a one would begin with queries that match nothing.
-        f"model.init_std={setting.d_model**-0.5:.4f}",
+        "model.init_std=width",
         f"model.schedule=[{','.join(schedule)}]",
         *(f"++model.mixers.{name}={_flow(entry)}" for name, entry in entries.items()),
         "model.channel_mixer=null" if "shift" in schedule else f"model.channel_mixer.d_hidden={width}",

@@ -398,6 +398,8 @@ CASES: list[tuple[str, str, dict[str, int], dict[str, Option]]] = [
     ("softmax_attention", "flash_attn", SOFTMAX | {"t": 5}, {"causal": True, "window": 7}),
     ("softmax_attention", "flash_attn", SOFTMAX | PACKED, {"causal": True, "window": 3}),
     ("softmax_attention", "flash_attn", SOFTMAX | PACKED, {"causal": False, "window": 0}),
+    ("softmax_attention", "flash_attn", SOFTMAX | {"t": 5}, {"causal": False, "window": 4}),
+    ("softmax_attention", "flash_attn", SOFTMAX | PACKED, {"causal": False, "window": 3}),
 ]  # fmt: skip
 FORWARD_ONLY = {("delta_rule", "fla_recurrent"), ("selective_scan", "mamba_step")}
 

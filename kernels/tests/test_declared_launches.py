@@ -77,6 +77,13 @@ def test_declared_launches_are_those_of_a_call(kernel: Kernel, phase: Phase) -> 
         assert kernel.launches(workload) == pytest.approx(counted(kernel, workload), rel=0.34), (workload.shape, phase)
 
 
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_a_window_to_both_sides_launches_as_declared(phase: Phase) -> None:
+    kernel = CATALOGUE.kernel("softmax_attention", "windowed")
+    workload = replace(workload_of(kernel, phase, 300), options={"causal": False, "window": 64})
+    assert kernel.launches(workload) == pytest.approx(counted(kernel, workload), rel=0.1)
+
+
 @pytest.mark.parametrize("documents", [None, 4])
 def test_declared_launches_of_flex_attention_are_those_of_its_mask(documents: int | None) -> None:
     kernel = CATALOGUE.kernel("softmax_attention", COMPILED)

@@ -49,31 +49,33 @@ def close(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-12)
 @pytest.mark.parametrize("window", [0, 1, 5, 17, 100])
 @pytest.mark.parametrize("t", [1, 2, 17, 33])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_kernels_equal_the_reference_at_any_length_and_window(kernel: str, t: int, window: int) -> None:
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "to both sides"])
+def test_kernels_equal_the_reference_at_any_length_and_window(kernel: str, t: int, window: int, causal: bool) -> None:
     if kernel == "windowed" and not window:
         return
-    inputs = draw(t, t)
-    close(run(inputs, window=window, kernel=kernel), run(inputs, window=window, kernel="reference"))
+    inputs, options = draw(t, t), {"window": window, "causal": causal}
+    close(run(inputs, **options, kernel=kernel), run(inputs, **options, kernel="reference"))
 
 
 @pytest.mark.parametrize("lengths", [[33], [5, 0, 1, 27], [0, 16, 17, 0], [1] * 7])
 @pytest.mark.parametrize("window", [0, 4])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_packed_documents_equal_separate_calls(kernel: str, window: int, lengths: list[int]) -> None:
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "to both sides"])
+def test_packed_documents_equal_separate_calls(kernel: str, window: int, lengths: list[int], causal: bool) -> None:
     if kernel == "windowed" and not window:
         return
     inputs = draw(sum(lengths), sum(lengths), b=1)
     boundaries = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    packed = softmax_attention(*inputs, boundaries, window=window, kernel=kernel)
+    packed = softmax_attention(*inputs, boundaries, window=window, causal=causal, kernel=kernel)
     parts = [
-        softmax_attention(*document, window=window, kernel="reference")
+        softmax_attention(*document, window=window, causal=causal, kernel="reference")
         for document in zip(*(x.split(lengths, dim=1) for x in inputs), strict=True)
         if document[0].shape[1]
     ]
     close([packed], [torch.cat(parts, dim=1)])
     close(
-        run(inputs, boundaries, window=window, kernel=kernel),
-        run(inputs, boundaries, window=window, kernel="reference"),
+        run(inputs, boundaries, window=window, causal=causal, kernel=kernel),
+        run(inputs, boundaries, window=window, causal=causal, kernel="reference"),
     )
 
 
@@ -88,13 +90,24 @@ def test_bidirectional_attention_sees_the_whole_document(kernel: str) -> None:
     close(run(inputs, boundaries, causal=False, kernel=kernel), expected)
 
 
+@pytest.mark.parametrize("kernel", ["reference", *KERNELS])
+def test_a_window_to_both_sides_is_attention_over_a_slice_of_the_keys(kernel: str) -> None:
+    q, k, v = draw(40, 40)
+    out = softmax_attention(q, k, v, causal=False, window=18, kernel=kernel)
+    for token in (0, 3, 20, 39):
+        near = slice(max(0, token - 17), token + 18)
+        alone = softmax_attention(q[:, token : token + 1], k[:, near], v[:, near], causal=False, kernel="reference")
+        close([out[:, token : token + 1]], [alone])
+
+
 @pytest.mark.parametrize("t", [1, 3, 16])
 @pytest.mark.parametrize("window", [0, 6])
-def test_the_queries_are_the_last_of_the_keys(t: int, window: int) -> None:
-    inputs = draw(16, 16)
-    whole = softmax_attention(*inputs, window=window, kernel="reference")
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "to both sides"])
+def test_the_queries_are_the_last_of_the_keys(t: int, window: int, causal: bool) -> None:
+    inputs, options = draw(16, 16), {"window": window, "causal": causal}
+    whole = softmax_attention(*inputs, **options, kernel="reference")
     for kernel in ("reference", "sdpa_flash"):
-        tail = softmax_attention(inputs[0][:, -t:], *inputs[1:], window=window, kernel=kernel)
+        tail = softmax_attention(inputs[0][:, -t:], *inputs[1:], **options, kernel=kernel)
         close([tail], [whole[:, -t:]])
 
 
@@ -130,7 +143,7 @@ def test_flex_masks_say_what_the_definition_says() -> None:
     boundaries = torch.tensor([0, 3, 3, 8], dtype=torch.int32)
     for t, s, bounds, causal, window in (
         (8, 8, None, True, 0), (8, 8, boundaries, True, 0), (8, 8, None, True, 3), (3, 8, None, True, 4),
-        (8, 8, boundaries, False, 0),
+        (8, 8, boundaries, False, 0), (8, 8, boundaries, False, 2), (3, 8, None, False, 4),
     ):  # fmt: skip
         seen = mask_function(t, s, bounds, causal, window)
         query, key = torch.arange(t)[:, None].expand(t, s), torch.arange(s)[None].expand(t, s)
@@ -140,7 +153,10 @@ def test_flex_masks_say_what_the_definition_says() -> None:
 
 @pytest.mark.parametrize(
     ("t", "s", "causal", "window"),
-    [(7, 7, True, 0), (7, 7, False, 0), (3, 9, True, 0), (9, 9, True, 4), (3, 9, True, 8)],
+    [
+        (7, 7, True, 0), (7, 7, False, 0), (3, 9, True, 0), (9, 9, True, 4), (3, 9, True, 8),
+        (9, 9, False, 1), (9, 9, False, 4), (9, 9, False, 30), (3, 9, False, 8),
+    ],
 )
 def test_work_counts_the_visible_pairs(t: int, s: int, causal: bool, window: int) -> None:
     seen = visible(t, s, None, causal, window, torch.device("cpu"))
@@ -169,6 +185,7 @@ def test_the_operator_keeps_torchs_rules() -> None:
     inputs = [x.detach().requires_grad_() for x in draw(9, 9)]
     torch.library.opcheck(OP, (*inputs, None, True, 0, None, "default"))
     torch.library.opcheck(OP, (*inputs, None, True, 3, None, "windowed"))
+    torch.library.opcheck(OP, (*inputs, None, False, 3, None, "windowed"))
 
 
 def test_it_stays_one_node_under_export_and_compile() -> None:
@@ -216,11 +233,6 @@ def test_shapes_that_do_not_fit_are_named(change: Any, word: str) -> None:
         softmax_attention(*inputs)
 
 
-def test_a_window_without_causality_is_refused() -> None:
-    with pytest.raises(ValueError, match="causal"):
-        softmax_attention(*(x.detach() for x in draw(5, 5)), causal=False, window=3)
-
-
 def test_an_unknown_kernel_is_named() -> None:
     with pytest.raises(CatalogueError, match="no kernel called 'flsh'"):
         softmax_attention(*(x.detach() for x in draw(5, 5)), kernel="flsh")
@@ -233,6 +245,9 @@ def test_kernels_say_why_they_do_not_apply() -> None:
     assert "float32" in str(CATALOGUE.kernel("softmax_attention", "sdpa_flash").refusal(workload, cuda))
     assert CATALOGUE.kernel("softmax_attention", "sdpa_flash").refusal(half, cuda) is None
     assert CATALOGUE.kernel("softmax_attention", "sdpa_cudnn").refusal(half, cuda) is None
+    near = replace(half, options={"causal": False, "window": 7})
+    assert "windows" in str(CATALOGUE.kernel("softmax_attention", "sdpa_cudnn").refusal(near, cuda))
+    assert "windows" in str(CATALOGUE.kernel("softmax_attention", "sdpa_efficient").refusal(near, cuda))
     packed = replace(half, shape={**half.shape, "documents": 3})
     assert "packed" in str(CATALOGUE.kernel("softmax_attention", "sdpa_cudnn").refusal(packed, cuda))
     assert "cuda" in str(CATALOGUE.kernel("softmax_attention", "sdpa_cudnn").refusal(half, device_limits("cpu")))
@@ -251,14 +266,14 @@ def test_rows_handed_to_the_efficient_backward_are_aligned_whatever_their_stride
 
 @pytest.mark.parametrize(("t", "s"), [(1, 50), (7, 50), (50, 50)])
 @pytest.mark.parametrize("window", [0, 1, 8, 49, 60])
-def test_keys_that_no_query_sees_are_not_counted_as_moved(t: int, s: int, window: int) -> None:
-    rows, columns = torch.arange(s - t, s)[:, None], torch.arange(s)[None]
-    visible = (columns <= rows) & ((rows - columns < window) if window else torch.ones(t, s, dtype=torch.bool))
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "to both sides"])
+def test_keys_that_no_query_sees_are_not_counted_as_moved(t: int, s: int, window: int, causal: bool) -> None:
+    seen = visible(t, s, None, causal, window, torch.device("cpu"))
     shape = {"b": 2, "t": t, "s": s, "h": 4, "h_kv": 2, "k": 16, "v": 8}
     workload = Workload(
         operator="softmax_attention", shape=shape, dtype="float32", phase="forward",
-        options={"causal": True, "window": window},
+        options={"causal": causal, "window": window},
     )  # fmt: skip
     queries, outputs, lse = t * 4 * 16, t * 4 * 8, t * 4
-    keys = int(visible.any(0).sum()) * 2 * (16 + 8)
+    keys = int(seen.any(0).sum()) * 2 * (16 + 8)
     assert OPERATOR.work(workload).bytes_moved == 2 * 4 * (queries + keys + outputs + lse)

@@ -64,7 +64,7 @@ def node_workloads(
         def shared(b: int, t: int, before: int = 0) -> dict[str, torch.Tensor]:
             """What is read of earlier layers, with as many tokens as came before where it is a history."""
             return {
-                name: empty(b, t + before * tensor.history, *tensor.shape) for name, tensor in sharing.reads.items()
+                name: empty(b, tensor.length(t, before), *tensor.shape) for name, tensor in sharing.reads.items()
             }
 
         owner: Any = mixer

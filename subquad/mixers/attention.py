@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from subquad.contracts import MixerContext
-from subquad.mixers.bidirectional_attention import BidirectionalAttention
+from subquad.mixers.bidirectional_attention import BidirectionalAttention, BidirectionalWindow
 from subquad.mixers.configs import SoftmaxAttentionConfig, WindowConfig
 from subquad.mixers.reading_attention import ReadingAttention
 from subquad.mixers.softmax_attention import SoftmaxAttention
@@ -20,5 +20,7 @@ def build_softmax_attention(config: SoftmaxAttentionConfig, context: MixerContex
 
 
 def build_window(config: WindowConfig, context: MixerContext) -> nn.Module:
-    """Attention over the last tokens."""
+    """Attention over the last tokens, or over those nearby."""
+    if config.bidirectional:
+        return BidirectionalWindow(config, context)
     return (ReadingAttention if config.kv == "read" else Window)(config, context)

@@ -54,16 +54,12 @@ class SoftmaxAttentionConfig:
 
 @dataclass(kw_only=True)
 class WindowConfig(SoftmaxAttentionConfig):
-    """Softmax attention over the last `window` tokens, itself included."""
+    """Softmax attention over the last `window` tokens, itself included, or as many to either side."""
 
     window: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bidirectional:
-            raise ConfigError(
-                what="a window looks back alone", where="bidirectional", mend="use softmax_attention, or leave it out"
-            )
         if self.window < 1:
             raise ConfigError(what=f"window is {self.window}", where="window", mend="use 1 or more")
 

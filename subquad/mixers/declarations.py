@@ -27,6 +27,7 @@ MIXERS = (
         work_growth=Growth.LINEAR,
         carry_growth=Growth.CONSTANT,
         operators=("rotary", "softmax_attention"),
+        bidirectional=True,
         shares=share_keys,
     ),
 )

@@ -56,7 +56,7 @@ def build_model(config: ModelConfig, *, device: torch.device | str | None = None
             logit_cap=config.logit_cap,
         )
     if torch.device(device or "cpu").type != "meta":
-        model.init_parameters(config.init_std)
+        model.init_parameters(config.resolved_init_std())
     return model
 
 

@@ -63,7 +63,7 @@ def _their_config(spec: ImportSpec, config: ModelConfig) -> dict[str, object]:
         "hidden_size": config.d_model,
         "num_hidden_layers": config.num_layers,
         "tie_word_embeddings": config.tie_embeddings,
-        "initializer_range": config.init_std,
+        "initializer_range": config.resolved_init_std(),
         # Their defaults are numbers of their own tokenizers: a text would end at whatever stands there in ours.
         "bos_token_id": None,
         "eos_token_id": None,

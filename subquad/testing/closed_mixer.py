@@ -83,7 +83,13 @@ class ClosedMixer(nn.Module):
         new = self.drawn(x)
         own, before = (carry.own, carry.read) if isinstance(carry, ClosedCarry) else (carry, {})
         read = {name: torch.cat([before[name], new[name]], dim=1) for name in before}
-        return new | read, own, read
+        given = {name: self.thinned(name, history, x.shape[1]) for name, history in read.items()}
+        return new | given, own, read
+
+    def thinned(self, name: str, history: Tensor, t: int) -> Tensor:
+        """Of all tokens so far, those that are read: the t of the call, and as many of the others as are declared."""
+        before, every = history.shape[1] - t, self.sharing.reads[name].every
+        return torch.cat([history[:, :before][:, every - 1 :: every], history[:, before:]], dim=1)
 
     def _as_output(self, published: dict[str, Tensor], x: Tensor) -> Tensor:
         """G p; of a history, the tokens of this call."""

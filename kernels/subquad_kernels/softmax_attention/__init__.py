@@ -1,7 +1,7 @@
 """Softmax attention:  o_i = sum_j softmax_j( scale q_i . k_j + mask_ij ) v_j,   lse_i = log sum_j exp(...).
 
 Token i of t queries stands at position p = s - t + i among s keys, so that one definition serves training (s = t),
-prefill and decode (s > t). Key j is visible when j <= p (causal), p - j < window (window > 0), and both are in one
+prefill and decode (s > t). Key j is visible when j <= p (causal), |p - j| < window (window > 0), and both are in one
 document (packed). Query head n reads key/value head n // (h / h_kv) (grouped queries).
 
 Shapes:  q: b t h k    k: b s h_kv k    v: b s h_kv v    cu_seqlens: documents + 1 (int32; then b = 1, s = t)

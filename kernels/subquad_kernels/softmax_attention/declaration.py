@@ -22,12 +22,13 @@ def visible_pairs(workload: Workload) -> int:
 def visible_keys(workload: Workload) -> int:
     """How many keys of a sequence any of its queries sees: the last ones of a cache, if there is a window."""
     t, s, window = workload.shape["t"], workload.shape["s"], int(workload.options["window"])
-    return min(s, t + window - 1) if window and workload.options["causal"] else s
+    return min(s, t + window - 1) if window else s
 
 
 def _pairs(t: int, s: int, causal: bool, window: int) -> int:
     if not causal:
-        return t * s
+        # Behind as if causal, and ahead as far as there are keys: the last query has none ahead, as the first behind.
+        return _pairs(t, s, True, window) + _pairs(t, t, True, window) - t if window else t * s
     first, last = s - t + 1, s  # keys that the first and the last query may see
     if not window or last <= window:
         return t * (first + last) // 2
@@ -60,9 +61,11 @@ def work(workload: Workload) -> Work:
     )
 
 
-def _example(dtype: DType, phase: Phase = "forward", window: int = 0, **shape: int) -> Workload:
+def _example(
+    dtype: DType, phase: Phase = "forward", window: int = 0, causal: bool = True, **shape: int
+) -> Workload:
     axes = {"b": 2, "t": 37, "s": 37, "h": 4, "h_kv": 2, "k": 16, "v": 16} | shape
-    options = {"causal": True, "window": window}
+    options = {"causal": causal, "window": window}
     return Workload(operator="softmax_attention", shape=axes, dtype=dtype, phase=phase, options=options)
 
 
@@ -84,6 +87,7 @@ OPERATOR = Operator(
     examples=(
         _example("float32"),
         _example("float32", window=7),
+        _example("float32", window=7, causal=False),
         _example("float32", b=1, documents=4),
         _example("float32", "decode", t=1),
         _example("bfloat16", k=64, v=64),
@@ -147,8 +151,8 @@ def _flex_supports(workload: Workload, limits: DeviceLimits) -> str | None:
 
 
 def _windowed_supports(workload: Workload, limits: DeviceLimits) -> str | None:
-    if not workload.options["window"] or not workload.options["causal"]:
-        return "computes causal windows only"
+    if not workload.options["window"]:
+        return "computes windows only"
     if workload.shape["t"] != workload.shape["s"]:
         return "needs as many queries as keys"
     return None
@@ -164,8 +168,10 @@ def _flash_attn_supports(workload: Workload, limits: DeviceLimits) -> str | None
 
 
 def _windowed_launches(workload: Workload) -> int:
-    """Products over blocks of the window, and the lay-out of documents."""
-    return (24 if workload.phase == "forward" else 42) + (10 if "documents" in workload.shape else 0)
+    """Products over tiles of the window, and the lay-out of documents; a third tile where both sides are seen."""
+    tiles = 24 if workload.phase == "forward" else 42
+    ahead = 0 if workload.options["causal"] else tiles // 4
+    return tiles + ahead + (10 if "documents" in workload.shape else 0)
 
 
 def _flex_launches(workload: Workload) -> int:

@@ -24,7 +24,7 @@ def visible(t: int, s: int, cu_seqlens: Tensor | None, causal: bool, window: int
     if causal:
         seen = key <= query
     if window:
-        seen = seen & (query - key < window)
+        seen = seen & ((query - key).abs() < window)
     if cu_seqlens is not None:
         document = document_ids(cu_seqlens, s)
         seen = seen & (document[:, None] == document[None, :])
@@ -76,8 +76,6 @@ def check(arguments: Arguments) -> None:
         raise ValueError(f"{h} query heads are not a multiple of {h_kv} key heads")
     if t > s or t == 0:
         raise ValueError(f"{t} queries for {s} keys: there must be one or more, at most as many as keys")
-    if arguments["window"] and not arguments["causal"]:
-        raise ValueError("a window needs causal=True")
     check_cu_seqlens(cu_seqlens, b)
     if cu_seqlens is not None and t != s:
         raise ValueError(f"a packed sequence has as many queries as keys, not {t} and {s}")

@@ -27,7 +27,7 @@ def forward(
     call: dict[str, Any] = {
         "softmax_scale": scale_of(q, scale),
         "causal": causal,
-        "window_size": _window(window),
+        "window_size": _window(window, causal),
         "return_attn_probs": True,
     }
     if cu_seqlens is None:
@@ -47,7 +47,7 @@ def backward(arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | N
     (out, lse), gradient = outputs, gradients[0]
     assert gradient is not None
     found = tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (q, k, v))
-    left, right = _window(values["window"])
+    left, right = _window(values["window"], values["causal"])
     call: dict[str, Any] = {
         "dropout_p": 0.0,
         "softmax_scale": scale_of(q, values["scale"]),
@@ -67,6 +67,6 @@ def backward(arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | N
     return dict(zip(("q", "k", "v"), found))
 
 
-def _window(window: int) -> tuple[int, int]:
+def _window(window: int, causal: bool) -> tuple[int, int]:
     """Keys to the left and right of the token; -1 is no bound."""
-    return (window - 1, 0) if window else (-1, -1)
+    return (window - 1, 0 if causal else window - 1) if window else (-1, -1)

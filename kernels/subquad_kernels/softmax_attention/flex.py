@@ -72,7 +72,7 @@ def mask_function(
         if causal:
             visible = visible & (key <= position)
         if window:
-            visible = visible & (position - key < window)
+            visible = visible & ((position - key).abs() < window)
         if documents is not None:
             visible = visible & (documents[position] == documents[key])
         return visible

@@ -29,8 +29,8 @@ def softmax_attention(
     """Softmax attention  o_i = sum_j softmax_j( scale q_i . k_j ) v_j  over the keys that token i may see.
 
     Shapes:  q: b t h k    k: b s h_kv k    v: b s h_kv v    cu_seqlens: documents + 1 (int32)  ->  b t h v
-    Queries are the last t of the s positions. `window` counts tokens, itself included; 0 is no window. `scale` None is
-    k^-0.5. `kernel` names a kernel or a table of kernels.
+    Queries are the last t of the s positions. `window` counts tokens, itself included, to either side that is seen; 0
+    is no window. `scale` None is k^-0.5. `kernel` names a kernel or a table of kernels.
     Raises: ValueError for shapes that do not fit; CatalogueError for an unknown kernel.
     Source: Vaswani et al. 2017, section 3.2.
     """

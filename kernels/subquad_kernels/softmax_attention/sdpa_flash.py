@@ -133,7 +133,7 @@ def _cuda_bounds(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, causal: bool, 
         "dropout_p": 0.0,
         "is_causal": causal,
         "window_size_left": window - 1 if window else None,
-        "window_size_right": 0 if window else None,
+        "window_size_right": (0 if causal else window - 1) if window else None,
     }
 
 

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from subquad import ReversedDocuments
+from subquad import Bidirectional, MixerContext, ReversedDocuments
 from subquad_kernels.operators import linear_attention
 
 
-def attend_to_both_sides(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None, backwards: ReversedDocuments
-) -> Tensor:
+class AttendsToBothSides(Bidirectional):
     """o_i = n^-1/2 sum_j gamma_h^|i - j| (q_i . k_j) v_j:  a sum forwards, and one backwards without the token itself.
 
-    Shapes:  q, k: b t h n    v: b t h p    log_decay: h, log gamma  ->  b t h p
+    In front of a mixer whose `_attend` is linear attention that forgets by its buffer `log_decay`, log gamma a head.
     Source: Afzal et al. 2025 (LION), section 3; constant decays are its LION-D.
     """
-    earlier, _ = linear_attention(q, k, v, log_decay, cu_seqlens=cu_seqlens)
-    q, k, v = backwards(q, cu_seqlens), backwards(k, cu_seqlens), backwards(v, cu_seqlens)
-    nothing_of_itself = q.new_zeros(()).expand(q.shape[:3])
-    later, _ = linear_attention(q, k, v, log_decay, diagonal=nothing_of_itself, cu_seqlens=cu_seqlens)
-    both: Tensor = earlier + backwards(later, cu_seqlens)
-    return both
+
+    log_decay: Tensor
+
+    def __init__(self, config: Any, context: MixerContext) -> None:
+        super().__init__(config, context)  # type: ignore[call-arg]
+        self.backwards = ReversedDocuments()
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Any]:
+        """Shapes:  q, k: b t h n    v: b t h p  ->  b t h p, and no state"""
+        earlier, _ = linear_attention(q, k, v, self.log_decay, cu_seqlens=cu_seqlens)
+        q, k, v = (self.backwards(tensor, cu_seqlens) for tensor in (q, k, v))
+        nothing_of_itself = q.new_zeros(()).expand(q.shape[:3])
+        later, _ = linear_attention(q, k, v, self.log_decay, diagonal=nothing_of_itself, cu_seqlens=cu_seqlens)
+        return earlier + self.backwards(later, cu_seqlens), None

@@ -63,6 +63,7 @@ class GatedLinearAttentionConfig:
     expand_v: float = 1.0  # width of all values / d_model
     gate_rank: int = 16  # rank of the map from a token to its decays
     gate_temperature: float = 16.0  # divides log decays: the larger, the slower the state forgets
+    bidirectional: bool = False  # a second mixer from the last token to the first, whole sequences alone
 
     def __post_init__(self) -> None:
         at_least_one(self, "num_heads", "gate_rank")
@@ -79,6 +80,7 @@ class GatedDeltaNetConfig:
     expand_v: int = 2  # width of a head's values / width of its keys
     conv_width: int = 4  # tokens the short convolution sees, the current one included
     negative_eigenvalues: bool = False  # write gates in (0, 2) instead of (0, 1): a state may flip its sign
+    bidirectional: bool = False  # a second mixer from the last token to the first, whole sequences alone
 
     def __post_init__(self) -> None:
         at_least_one(self, "num_heads", "expand_v", "conv_width")
@@ -128,6 +130,7 @@ class MatrixLSTMConfig:
     num_heads: int = 4
     expand_k: float = 0.5  # width of all keys / d_model
     gate_cap: float = 15.0  # gates stay within +- this, softly: exp(15) is still exact enough to add up in float32
+    bidirectional: bool = False  # a second mixer from the last token to the first, whole sequences alone
 
     def __post_init__(self) -> None:
         at_least_one(self, "num_heads")

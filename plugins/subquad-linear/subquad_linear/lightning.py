@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from subquad import Bidirectional, MixerContext, ReversedDocuments
+from subquad import MixerContext
 from subquad_kernels.operators import gated_norm, linear_attention
-from subquad_linear.both_sides import attend_to_both_sides
+from subquad_linear.both_sides import AttendsToBothSides
 from subquad_linear.config import LightningConfig, width_of_a_head
 from subquad_linear.exact_norm import EPS, ExactNorm
 
@@ -107,21 +107,12 @@ class Lightning(nn.Module):
         return linear_attention(q, k, v, self.log_decay, initial_state=state, cu_seqlens=cu_seqlens)
 
 
-class BidirectionalLightning(Bidirectional, Lightning):
+class BidirectionalLightning(AttendsToBothSides, Lightning):
     """Lightning attention to both sides:  o_i = n^-1/2 sum_j gamma_h^|i - j| (q_i . k_j) v_j.
 
     Shapes:  x: b t d  ->  b t d
     Source: Afzal et al. 2025 (LION-D), with lightning attention's activations, gate and norm.
     """
-
-    def __init__(self, config: LightningConfig, context: MixerContext) -> None:
-        super().__init__(config, context)
-        self.backwards = ReversedDocuments()
-
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Any]:
-        return attend_to_both_sides(q, k, v, self.log_decay, cu_seqlens, self.backwards), None
 
 
 def build_lightning(config: LightningConfig, context: MixerContext) -> Lightning:

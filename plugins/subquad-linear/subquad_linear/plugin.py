@@ -22,6 +22,12 @@ from subquad_linear.config import (
     share_values,
 )
 
+
+def both_ways(*names: str) -> tuple[str, ...]:
+    """Parameters of a mixer, and of the one from the last token to the first, where there is one."""
+    return (*names, *(f"back.{name}" for name in names))
+
+
 RWKV7_LOW_RANK = ("decay", "rate", "gate", "value")
 
 
@@ -49,25 +55,27 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             summary="linear attention with a decay per key channel and token",
             paper="Yang et al. 2023 (arXiv 2312.06635)",
             config=GatedLinearAttentionConfig,
-            build="subquad_linear.gated_linear_attention:GatedLinearAttention",
+            build="subquad_linear.both_directions:build_gla",
             work_growth=Growth.LINEAR,
             carry_growth=Growth.CONSTANT,
-            no_decay=("decay_up.bias",),
+            no_decay=both_ways("decay_up.bias"),
             # A bias acts exponentially on the state through the decays: 8 bits of it change what is remembered.
-            float32_parameters=("decay_up.bias",),
+            float32_parameters=both_ways("decay_up.bias"),
             operators=("gated_linear_attention", "gated_norm"),
+            bidirectional=True,
         ),
         MixerSpec(
             name="gated_delta_net",
             summary="the delta rule with a decay per head and token, behind a short convolution",
             paper="Yang, Kautz and Hatamizadeh 2024 (arXiv 2412.06464)",
             config=GatedDeltaNetConfig,
-            build="subquad_linear.gated_delta_net:GatedDeltaNet",
+            build="subquad_linear.both_directions:build_gated_delta_net",
             work_growth=Growth.LINEAR,
             carry_growth=Growth.CONSTANT,
-            no_decay=("A_log", "dt_bias"),
-            float32_parameters=("A_log", "dt_bias"),
+            no_decay=both_ways("A_log", "dt_bias"),
+            float32_parameters=both_ways("A_log", "dt_bias"),
             operators=("causal_conv", "delta_rule", "gated_norm"),
+            bidirectional=True,
         ),
         MixerSpec(
             name="delta_net",
@@ -95,13 +103,14 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             summary="linear attention with an exponential input gate, a forget gate and a normaliser",
             paper="Beck et al. 2025 (arXiv 2503.13427)",
             config=MatrixLSTMConfig,
-            build="subquad_linear.matrix_lstm:MatrixLSTM",
+            build="subquad_linear.both_directions:build_mlstm",
             work_growth=Growth.LINEAR,
             carry_growth=Growth.CONSTANT,
-            no_decay=("forget_gate.bias", "input_gate.bias"),
+            no_decay=both_ways("forget_gate.bias", "input_gate.bias"),
             # Gates act exponentially on the state: 8 bits of a bias change what is remembered.
-            float32_parameters=("forget_gate.bias", "input_gate.bias"),
+            float32_parameters=both_ways("forget_gate.bias", "input_gate.bias"),
             operators=("linear_attention",),
+            bidirectional=True,
         ),
         MixerSpec(
             name="rwkv6",

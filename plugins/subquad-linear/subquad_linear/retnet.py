@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from subquad import Bidirectional, MixerContext, ReversedDocuments
+from subquad import MixerContext
 from subquad_kernels.operators import linear_attention, rotary
-from subquad_linear.both_sides import attend_to_both_sides
+from subquad_linear.both_sides import AttendsToBothSides
 from subquad_linear.config import RetNetConfig, width_of_a_head
 from subquad_linear.gated_output import GatedOutput
 
@@ -96,20 +96,11 @@ class RetNet(nn.Module):
         return linear_attention(q, k, v, self.log_decay, initial_state=state, cu_seqlens=cu_seqlens)
 
 
-class BidirectionalRetNet(Bidirectional, RetNet):
+class BidirectionalRetNet(AttendsToBothSides, RetNet):
     """Retention to both sides:  o_i = n^-1/2 sum_j gamma_h^|i - j| (q_i . k_j) v_j.  Shapes:  x: b t d  ->  b t d
 
     Source: Afzal et al. 2025 (LION-D), with RetNet's positions and norms.
     """
-
-    def __init__(self, config: RetNetConfig, context: MixerContext) -> None:
-        super().__init__(config, context)
-        self.backwards = ReversedDocuments()
-
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
-    ) -> tuple[Tensor, Any]:
-        return attend_to_both_sides(q, k, v, self.log_decay, cu_seqlens, self.backwards), None
 
 
 def build_retnet(config: RetNetConfig, context: MixerContext) -> RetNet:

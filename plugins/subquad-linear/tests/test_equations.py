@@ -351,6 +351,17 @@ def slstm(m: Any, x: Tensor) -> Tensor:
     return (centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(2) * m.norm.weight
 
 
+def both_ways(one: Any) -> Any:
+    """The sum of two mixers, the second one (below `back`) of the sequence from its last token to its first."""
+
+    def added(m: Any, x: Tensor) -> Tensor:
+        y: Tensor = one(m, x) + one(m.back, x.flip(1)).flip(1)
+        return y
+
+    added.__name__ = f"{one.__name__}_both_ways"
+    return added
+
+
 CASES: list[tuple[str, dict[str, Any], Any]] = [
     ("retnet", {"num_heads": 3}, retnet),
     ("retnet", {"num_heads": 2, "expand_v": 1, "rope_theta": 50.0}, retnet),
@@ -361,6 +372,9 @@ CASES: list[tuple[str, dict[str, Any], Any]] = [
     ("gated_delta_net", {}, gated_delta_net),
     ("gated_delta_net", {"num_heads": 2, "key_dim": 7, "conv_width": 2, "negative_eigenvalues": True}, gated_delta_net),
     ("gated_delta_net", {"num_heads": 6, "num_key_heads": 2, "key_dim": 5}, gated_delta_net),
+    ("gla", {"bidirectional": True}, both_ways(gla)),
+    ("gated_delta_net", {"bidirectional": True}, both_ways(gated_delta_net)),
+    ("mlstm", {"num_heads": 3, "bidirectional": True}, both_ways(mlstm)),
     ("lightning", {"num_heads": 4}, lightning),
     ("lightning", {"num_heads": 3, "decays": "transnormer"}, lightning),
     ("lightning", {"num_heads": 4, "bidirectional": True}, lightning_to_both_sides),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from subquad import ConfigError, MixerContext
+from subquad import MixerContext
 from subquad_kernels.operators import rotary, segment_attention
-from subquad_scout.config import SegmentAttentionConfig
+from subquad_scout.config import SegmentAttentionConfig, share_summaries
 
 
 class SegmentCarry(NamedTuple):
@@ -28,7 +29,8 @@ class SegmentAttention(nn.Module):
 
     Token g attends to itself and to the last token of each segment that ended before it: 1 + floor(g / segment_len)
     keys. The summaries are not pooled and add no parameters; the mixer before this one writes a segment's content into
-    its last token.
+    its last token. With `kv` "publish" it hands R k and v to later layers (`ReadingSegmentAttention`), in a prefill or
+    decode with those of the summaries so far in front.
 
     Shapes:  x: b t d  ->  b t d      R rotates by absolute position, summaries keep the phase of their own token.
     Source: SCOUT 2025 (arXiv 2509.00935).
@@ -39,37 +41,35 @@ class SegmentAttention(nn.Module):
         self.segment_len = config.resolved_segment_len(context.context_len)
         self.num_heads = config.num_heads
         self.num_kv_heads = config.num_kv_heads or config.num_heads
-        self.head_dim = config.head_dim or context.d_model // config.num_heads
-        if not config.head_dim and context.d_model % config.num_heads:
-            raise ConfigError(
-                what=f"{config.num_heads} heads do not divide the width {context.d_model}",
-                where="num_heads",
-                mend="use a divisor of model.d_model, or set head_dim",
-            )
+        self.head_dim = config.resolved_head_dim(context.d_model)
         self.q_proj = nn.Linear(context.d_model, self.num_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(context.d_model, self.num_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(context.d_model, self.num_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, context.d_model, bias=False)
         self.rope_theta = config.rope_theta
+        self.published = tuple(share_summaries(config, context).publishes)
 
     def init_parameters(self, std: float) -> None:
         """Every projection normal(0, std)."""
         for linear in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
             nn.init.normal_(linear.weight, std=std)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, shared: Mapping[str, Tensor] | None = None) -> Any:
         """Mix whole sequences.  Shapes:  x: b t d  ->  b t d"""
         q, k, v = self._project(x)
         q, k = rotary(q, k, cu_seqlens, theta=self.rope_theta)
         out = segment_attention(q, k, v, cu_seqlens=cu_seqlens, segment_len=self.segment_len)
-        return self.o_proj(out.flatten(2))  # type: ignore[no-any-return]
+        y = self.o_proj(out.flatten(2))
+        return y if shared is None else (y, dict(zip(self.published, (k, v))))
 
     def empty_carry(self, batch_size: int) -> SegmentCarry:
         """No summaries yet."""
         shape = (batch_size, 0, self.num_kv_heads, self.head_dim)
         return SegmentCarry(self.k_proj.weight.new_zeros(shape), self.v_proj.weight.new_zeros(shape), 0)
 
-    def prefill(self, x: Tensor, carry: SegmentCarry) -> tuple[Tensor, SegmentCarry]:
+    def prefill(
+        self, x: Tensor, carry: SegmentCarry, shared: Mapping[str, Tensor] | None = None
+    ) -> tuple[Any, ...]:
         """Mix the next t tokens, and keep the summaries of the segments they complete.  Shapes:  x: b t d  ->  b t d"""
         q, k, v = self._project(x)
         q, k = rotary(q, k, start=carry.position, theta=self.rope_theta)
@@ -77,17 +77,23 @@ class SegmentAttention(nn.Module):
             q, k, v, carry.keys, carry.values, segment_len=self.segment_len, start=carry.position
         )
         first = self.segment_len - 1 - carry.position % self.segment_len
-        carry = SegmentCarry(
+        after = SegmentCarry(
             torch.cat([carry.keys, k[:, first :: self.segment_len]], dim=1),
             torch.cat([carry.values, v[:, first :: self.segment_len]], dim=1),
             carry.position + x.shape[1],
         )
-        return self.o_proj(out.flatten(2)), carry
+        y = self.o_proj(out.flatten(2))
+        if shared is None:
+            return y, after
+        published = (torch.cat([carry.keys, k], dim=1), torch.cat([carry.values, v], dim=1))
+        return y, after, dict(zip(self.published, published))
 
-    def decode(self, x_t: Tensor, carry: SegmentCarry) -> tuple[Tensor, SegmentCarry]:
+    def decode(
+        self, x_t: Tensor, carry: SegmentCarry, shared: Mapping[str, Tensor] | None = None
+    ) -> tuple[Any, ...]:
         """Mix the next token.  Shapes:  x_t: b d  ->  b d"""
-        out, carry = self.prefill(x_t.unsqueeze(1), carry)
-        return out.squeeze(1), carry
+        y, *rest = self.prefill(x_t.unsqueeze(1), carry, shared)
+        return y.squeeze(1), *rest
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return (

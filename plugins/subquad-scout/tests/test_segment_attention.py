@@ -13,8 +13,9 @@ from subquad.contracts import MixerContext
 from subquad.errors import ConfigError
 from subquad.mixers.configs import SoftmaxAttentionConfig
 from subquad.mixers.softmax_attention import SoftmaxAttention
-from subquad.testing.mixer_suite import MixerSuite, assert_close
+from subquad.testing.mixer_suite import MixerSuite, assert_close, carry_bytes
 from subquad_scout.config import SegmentAttentionConfig
+from subquad_scout.reading_segment_attention import ReadingSegmentAttention
 from subquad_scout.segment_attention import SegmentAttention
 
 CONTEXT = MixerContext(d_model=16, layer_index=0, num_layers=1, context_len=64)
@@ -28,6 +29,21 @@ class TestSegmentAttention(MixerSuite):
 class TestSharedKeyHeads(MixerSuite):
     mixer = "segment_attention"
     config: ClassVar = {"num_heads": 4, "num_kv_heads": 1, "segment_len": 4}
+
+
+class TestSegmentAttentionThatPublishes(MixerSuite):
+    mixer = "segment_attention"
+    config: ClassVar = {"num_heads": 4, "num_kv_heads": 2, "segment_len": 3, "kv": "publish"}
+
+
+class TestSegmentAttentionThatReads(MixerSuite):
+    mixer = "segment_attention"
+    config: ClassVar = {"num_heads": 4, "num_kv_heads": 2, "segment_len": 3, "kv": "read"}
+
+    def test_keeps_no_summaries(self) -> None:
+        mixer = self.build().mixer
+        assert carry_bytes(mixer.empty_carry(2)) == 0
+        assert [name for name, _ in mixer.named_parameters()] == ["q_proj.weight", "o_proj.weight"]
 
 
 class TestSegmentsOfTheSquareRoot(MixerSuite):
@@ -93,6 +109,25 @@ def test_the_cache_holds_one_entry_per_complete_segment() -> None:
             _, carry = mixer.decode(tokens(1)[:, 0], carry)
             assert carry.keys.shape[1] == n // 4
             assert carry.position == n
+
+
+def test_a_reader_of_its_own_keys_is_the_publisher() -> None:
+    """With equal queries and outputs the two layers are one function, in forward, prefill and every decode."""
+    config = {"num_heads": 2, "segment_len": 4}
+    torch.manual_seed(0)
+    publisher = SegmentAttention(SegmentAttentionConfig(**config, kv="publish"), CONTEXT).double()
+    reader = ReadingSegmentAttention(SegmentAttentionConfig(**config, kv="read"), CONTEXT).double()
+    reader.load_state_dict({name: publisher.state_dict()[name] for name in reader.state_dict()})
+    x = tokens(19)
+    y, shared = publisher(x, None, {})
+    assert torch.equal(reader(x, None, shared)[0], y)
+    carry, position = publisher.empty_carry(1), reader.empty_carry(1)
+    for piece in (slice(0, 6), slice(6, 14), *(slice(t, t + 1) for t in range(14, 19))):
+        published, carry, shared = publisher.prefill(x[:, piece], carry, {})
+        read, position, _ = reader.prefill(x[:, piece], position, shared)
+        assert shared["segment_attention.keys"].shape[1] == piece.start // 4 + piece.stop - piece.start
+        assert_close(published, y[:, piece])
+        assert torch.equal(read, published)
 
 
 def test_the_order_of_summaries_matters_only_through_their_positions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,7 @@ class Mamba2Config:
     head_dim: int = 64  # channels that share a decay
     num_groups: int = 1  # input and output maps B, C; each is shared by the heads of its group
     conv_width: int = 4  # tokens the short convolution sees, the current one included
+    bidirectional: bool = False  # a second block from the last token to the first, whole sequences alone
 
     def __post_init__(self) -> None:
         for name in ("expand", "state_dim", "head_dim", "num_groups", "conv_width"):

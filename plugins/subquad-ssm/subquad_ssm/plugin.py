@@ -7,8 +7,14 @@ from collections.abc import Iterable
 from subquad import Growth, ImportSpec, MixerSpec, hookimpl
 from subquad_ssm.config import LogLinearMamba2Config, Mamba2Config, Mamba3Config, MambaConfig
 
-MAMBA_DYNAMICS = ("A_log", "D", "dt_proj.bias")
-"""Parameters of a scan; of the one backwards, below `back`, where there is one."""
+
+def both_ways(*names: str) -> tuple[str, ...]:
+    """Parameters of a block, and of the one from the last token to the first, where there is one."""
+    return (*names, *(f"back.{name}" for name in names))
+
+
+MAMBA_DYNAMICS = both_ways("A_log", "D", "dt_proj.bias")
+MAMBA2_DYNAMICS = both_ways("A_log", "D", "dt_bias")
 
 
 @hookimpl
@@ -24,12 +30,12 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             summary="selective state-space model with input-dependent steps, behind a short convolution",
             paper="Gu and Dao 2023 (arXiv 2312.00752)",
             config=MambaConfig,
-            build="subquad_ssm.bidirectional_mamba:build_mamba",
+            build="subquad_ssm.both_directions:build_mamba",
             work_growth=Growth.LINEAR,
             carry_growth=Growth.CONSTANT,
-            no_decay=(*MAMBA_DYNAMICS, *(f"back.{name}" for name in MAMBA_DYNAMICS)),
+            no_decay=MAMBA_DYNAMICS,
             # Rates and step sizes act exponentially on the state: 8 bits of them change what is remembered.
-            float32_parameters=(*MAMBA_DYNAMICS, *(f"back.{name}" for name in MAMBA_DYNAMICS)),
+            float32_parameters=MAMBA_DYNAMICS,
             operators=("causal_conv", "selective_scan"),
             bidirectional=True,
         ),
@@ -38,12 +44,13 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             summary="selective state-space model with one decay per head, as linear attention behind a convolution",
             paper="Dao and Gu 2024 (arXiv 2405.21060)",
             config=Mamba2Config,
-            build="subquad_ssm.mamba2:Mamba2",
+            build="subquad_ssm.both_directions:build_mamba2",
             work_growth=Growth.LINEAR,
             carry_growth=Growth.CONSTANT,
-            no_decay=("A_log", "D", "dt_bias"),
-            float32_parameters=("A_log", "D", "dt_bias"),
+            no_decay=MAMBA2_DYNAMICS,
+            float32_parameters=MAMBA2_DYNAMICS,
             operators=("causal_conv", "gated_norm", "linear_attention"),
+            bidirectional=True,
         ),
         MixerSpec(
             name="mamba3",

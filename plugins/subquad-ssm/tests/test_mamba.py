@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from subquad import ConfigError, MixerContext
 from subquad.registry import load_registry
 from subquad_kernels.catalogue import load_attribute
-from subquad_ssm.bidirectional_mamba import BidirectionalMamba
+from subquad_ssm.both_directions import BidirectionalMamba
 from subquad_ssm.config import MambaConfig
 from subquad_ssm.mamba import Mamba
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from subquad import ConfigError, MixerContext
 from subquad.testing.mixer_suite import MixerSuite, assert_close, carry_bytes, gradients
+from subquad_ssm.both_directions import BidirectionalMamba2, build_mamba2
 from subquad_ssm.config import Mamba2Config
 from subquad_ssm.mamba2 import Mamba2
 
@@ -113,6 +114,22 @@ def test_the_mixer_equals_both_forms_of_the_paper_with_all_gradients(form: Any, 
     mixer = wide(**config)
     x, pull = tokens(2, t).requires_grad_(), tokens(2, t)
     y, expected = mixer(x), form(mixer, x)
+    assert_close(y, expected, tolerance=TOLERANCE)
+    right = gradients(expected, pull, x, mixer)
+    for name, found in gradients(y, pull, x, mixer).items():
+        assert_close(found, right[name], name, TOLERANCE)
+
+
+@pytest.mark.oracle("mamba2")
+@pytest.mark.parametrize("t", [1, 33])
+def test_its_bidirectional_form_is_two_blocks_one_of_them_on_the_reversed_sequence(t: int) -> None:
+    torch.manual_seed(t)
+    context = MixerContext(d_model=D_MODEL, layer_index=0, num_layers=2, context_len=64)
+    mixer = build_mamba2(Mamba2Config(**SMALL, bidirectional=True), context).double()
+    assert isinstance(mixer, BidirectionalMamba2)
+    mixer.init_parameters(0.3)
+    x, pull = tokens(2, t).requires_grad_(), tokens(2, t)
+    y, expected = mixer(x), recurrence(mixer, x) + recurrence(mixer.back, x.flip(1)).flip(1)
     assert_close(y, expected, tolerance=TOLERANCE)
     right = gradients(expected, pull, x, mixer)
     for name, found in gradients(y, pull, x, mixer).items():

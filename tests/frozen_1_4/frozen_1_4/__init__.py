@@ -1,0 +1,1 @@
+"""A plugin written for contract 1.4."""
