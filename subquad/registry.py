@@ -38,6 +38,7 @@ KNOWN_PLUGINS: Mapping[str, str] = MappingProxyType(
         "gla": "subquad-linear",
         "lightning": "subquad-linear",
         "log_linear": "subquad-linear",
+        "log_linear_gated_delta_net": "subquad-linear",
         "log_linear_mamba2": "subquad-ssm",
         "mamba": "subquad-ssm",
         "mamba2": "subquad-ssm",

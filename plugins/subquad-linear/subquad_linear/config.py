@@ -249,6 +249,21 @@ class LogLinearConfig:
 
 
 @dataclass(kw_only=True)
+class LogLinearGatedDeltaNetConfig(GatedDeltaNetConfig):
+    """Gated DeltaNet with log t states, each read with a weight of its own (log-linear attention, 2025)."""
+
+    num_levels: int = 0  # weights of a token; 0: as many as model.context_len asks for, its bits and one
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least_zero(self, "num_levels")
+
+    def resolved_levels(self, context_len: int) -> int:
+        """The bits of the largest number below `context_len`, and one for the token itself."""
+        return self.num_levels or (context_len - 1).bit_length() + 1
+
+
+@dataclass(kw_only=True)
 class TTTLinearConfig:
     """A linear map as state, trained on the tokens it meets (TTT-Linear, 2024)."""
 

@@ -11,6 +11,7 @@ from subquad_linear.config import (
     GatedLinearAttentionConfig,
     LightningConfig,
     LogLinearConfig,
+    LogLinearGatedDeltaNetConfig,
     MatrixLSTMConfig,
     RetNetConfig,
     RWKV6Config,
@@ -165,6 +166,19 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             # They weigh whole states, and decide how fast these decay.
             float32_parameters=("L", "decay_proj.bias"),
             operators=("gated_norm", "log_linear_attention"),
+        ),
+        MixerSpec(
+            name="log_linear_gated_delta_net",
+            summary="the gated delta rule over log t states with weights from the token, behind a short convolution",
+            paper="Guo et al. 2025 (arXiv 2506.04761)",
+            config=LogLinearGatedDeltaNetConfig,
+            build="subquad_linear.log_linear_gated_delta_net:LogLinearGatedDeltaNet",
+            work_growth=Growth.LOG_LINEAR,
+            carry_growth=Growth.LOGARITHMIC,
+            no_decay=("A_log", "L", "dt_bias"),
+            # They weigh whole states, and decide how fast these decay.
+            float32_parameters=("A_log", "L", "dt_bias"),
+            operators=("causal_conv", "log_linear_delta_rule"),
         ),
         MixerSpec(
             name="ttt_linear",
