@@ -85,7 +85,9 @@ REFUSED = {
     "rwkv_channel_mix": "its output depends on other tokens",
     "slstm": "slstm_scan",
     "ttt_linear": "the argument q",
+    "ttt_linear_mamba": "the argument q",
     "ttt_mlp": "the argument q",
+    "ttt_mlp_mamba": "the argument q",
 }
 """What is said of mixers that mix tokens, or count them, otherwise than by operators that ranks can share."""
 

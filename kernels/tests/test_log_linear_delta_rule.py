@@ -293,6 +293,7 @@ def test_the_op_passes_gradcheck_with_initial_and_final_states() -> None:
     assert torch.autograd.gradcheck(attend, [arguments[name].requires_grad_() for name in DIFFERENTIABLE])
 
 
+@pytest.mark.slow
 def test_the_op_keeps_the_rules_of_torch_library_in_documents_that_go_on() -> None:
     case = workload(5, documents=3, n=2, p=2)
     arguments = sample(case, cu_seqlens=bounds(2, 0, 3), **after(5, case, 3))

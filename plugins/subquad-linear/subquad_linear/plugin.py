@@ -18,8 +18,11 @@ from subquad_linear.config import (
     RWKV7Config,
     RWKVChannelMixConfig,
     ScalarLSTMConfig,
+    ShortConvConfig,
     TTTLinearConfig,
+    TTTLinearMambaConfig,
     TTTMLPConfig,
+    TTTMLPMambaConfig,
     share_values,
 )
 
@@ -204,6 +207,41 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             no_decay=("b1", "b2", "norm_bias", "norm_weight"),
             float32_parameters=("W1", "W2", "b1", "norm_bias", "norm_weight", "rate_proj.bias", "token_scale"),
             operators=("ttt_scan",),
+        ),
+        MixerSpec(
+            name="ttt_linear_mamba",
+            summary="TTT-Linear with a gate, and convolved queries and keys of one map; stands after short_conv",
+            paper="Sun et al. 2024 (arXiv 2407.04620)",
+            config=TTTLinearMambaConfig,
+            build="subquad_linear.ttt:linear_mamba",
+            work_growth=Growth.LINEAR,
+            carry_growth=Growth.CONSTANT,
+            no_decay=("b1", "norm_bias", "norm_weight"),
+            float32_parameters=("W1", "norm_bias", "norm_weight", "rate_proj.bias", "token_scale"),
+            operators=("causal_conv", "ttt_scan"),
+        ),
+        MixerSpec(
+            name="ttt_mlp_mamba",
+            summary="TTT-MLP with a gate, and convolved queries and keys of one map; stands after short_conv",
+            paper="Sun et al. 2024 (arXiv 2407.04620)",
+            config=TTTMLPMambaConfig,
+            build="subquad_linear.ttt:mlp_mamba",
+            work_growth=Growth.LINEAR,
+            carry_growth=Growth.CONSTANT,
+            no_decay=("b1", "b2", "norm_bias", "norm_weight"),
+            float32_parameters=("W1", "W2", "b1", "norm_bias", "norm_weight", "rate_proj.bias", "token_scale"),
+            operators=("causal_conv", "ttt_scan"),
+        ),
+        MixerSpec(
+            name="short_conv",
+            summary="a short causal convolution, in a block of its own before each TTT layer of the Mamba backbone",
+            paper="Sun et al. 2024 (arXiv 2407.04620)",
+            config=ShortConvConfig,
+            build="subquad_linear.short_conv:ShortConv",
+            work_growth=Growth.LINEAR,
+            carry_growth=Growth.CONSTANT,
+            operators=("causal_conv",),
+            candidate=False,  # it sees a few tokens
         ),
     ]
 

@@ -85,6 +85,14 @@ def ttt_block(d: int, inner: int) -> int:
     return 4 * d * d + 16 * (d + 1) + 16 + 2 * d + 2 * d + inner
 
 
+def ttt_mamba_layer(d: int, inner: int) -> int:
+    """Sun et al. 2024, released code: a gate for the map that q and k share, their taps of 4 and biases.
+
+    Before it, a convolution with bias and its norm.
+    """
+    return ttt_block(d, inner) + 2 * 5 * d + 5 * d + d
+
+
 LAYOUTS = {
     # recipe: (parameters of a mixer, d_model, blocks, hidden width of SwiGLU, vocabulary, tied)
     "retnet_340m": (retnet_block(1024), 1024, 24, 1536, 32000, True),
@@ -99,6 +107,8 @@ LAYOUTS = {
     "rwkv7_450m": (rwkv7_layer(1024), 1024, 24, 0, 65536, False),
     "ttt_linear_350m": (ttt_block(1024, 1024 * (64 + 1)), 1024, 24, 2736, 32000, True),
     "ttt_mlp_350m": (ttt_block(1024, 1024 * (8 * 64 + 5)), 1024, 24, 2736, 32000, True),
+    "ttt_linear_mamba_350m": (ttt_mamba_layer(1024, 1024 * (64 + 1)), 1024, 24, 2736, 32000, True),  # of two blocks
+    "ttt_mlp_mamba_350m": (ttt_mamba_layer(1024, 1024 * (8 * 64 + 5)), 1024, 24, 2736, 32000, True),
     "log_linear_340m": (log_linear_block(1024), 1024, 24, 2816, 32000, True),
 }
 
