@@ -120,4 +120,4 @@ class LogLinearGatedDeltaNet(nn.Module):
             q, k, v, scales, log_decay, write_gate,
             initial_state=state, cu_seqlens=cu_seqlens, position=position, scale=1.0,
         )  # fmt: skip
-        return self.output(o, x), conv_inputs, state
+        return self.output.leave(o, x), conv_inputs, state

@@ -181,7 +181,7 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             no_decay=("A_log", "L", "dt_bias"),
             # They weigh whole states, and decide how fast these decay.
             float32_parameters=("A_log", "L", "dt_bias"),
-            operators=("causal_conv", "log_linear_delta_rule"),
+            operators=("causal_conv", "gated_norm", "log_linear_delta_rule"),
         ),
         MixerSpec(
             name="ttt_linear",
