@@ -38,6 +38,7 @@ KNOWN_PLUGINS: Mapping[str, str] = MappingProxyType(
         "gla": "subquad-linear",
         "lightning": "subquad-linear",
         "log_linear": "subquad-linear",
+        "log_linear_gated_delta_net": "subquad-linear",
         "log_linear_mamba2": "subquad-ssm",
         "mamba": "subquad-ssm",
         "mamba2": "subquad-ssm",
@@ -48,9 +49,12 @@ KNOWN_PLUGINS: Mapping[str, str] = MappingProxyType(
         "rwkv7": "subquad-linear",
         "rwkv_channel_mix": "subquad-linear",
         "segment_attention": "subquad-scout",
+        "short_conv": "subquad-linear",
         "slstm": "subquad-linear",
         "ttt_linear": "subquad-linear",
+        "ttt_linear_mamba": "subquad-linear",
         "ttt_mlp": "subquad-linear",
+        "ttt_mlp_mamba": "subquad-linear",
     }
 )
 """Mixers of plugins that are published with subquad: named when a recipe asks for one that is not installed."""

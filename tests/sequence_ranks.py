@@ -226,6 +226,7 @@ MIXERS: dict[str, dict[str, Any]] = {
     "mlstm": {"num_heads": 2},
     "retnet": {"num_heads": 2},
     "segment_attention": {"num_heads": 2, "segment_len": 4},
+    "short_conv": {},
     "softmax_attention": {"num_heads": 2},
     "window": {"num_heads": 2, "window": 7},
 }

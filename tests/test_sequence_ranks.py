@@ -77,6 +77,7 @@ def test_ranks_share_sequences_over_nccl(tmp_path: Path) -> None:
 
 REFUSED = {
     "log_linear": "log_linear_attention",
+    "log_linear_gated_delta_net": "log_linear_delta_rule",
     "log_linear_mamba2": "log_linear_attention",
     "mamba3": "the argument q",
     "rwkv6": "the argument q",
@@ -84,7 +85,9 @@ REFUSED = {
     "rwkv_channel_mix": "its output depends on other tokens",
     "slstm": "slstm_scan",
     "ttt_linear": "the argument q",
+    "ttt_linear_mamba": "the argument q",
     "ttt_mlp": "the argument q",
+    "ttt_mlp_mamba": "the argument q",
 }
 """What is said of mixers that mix tokens, or count them, otherwise than by operators that ranks can share."""
 

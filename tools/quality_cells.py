@@ -26,7 +26,10 @@ RATES = (3e-3, 1e-3, 1e-2)
 SEEDS = (0, 1)
 SIZES = (4, 16, 64)
 """Key-value pairs of multi-query associative recall."""
-SERIAL = ("slstm", "ttt_mlp", "ttt_linear", "log_linear_mamba2", "log_linear")
+SERIAL = (
+    "slstm", "ttt_mlp_mamba", "ttt_mlp", "ttt_linear_mamba", "ttt_linear", "log_linear_gated_delta_net",
+    "log_linear_mamba2", "log_linear",
+)  # fmt: skip
 """Mixers of torch kernels with many launches, the slowest first: they start before the others."""
 QUICK = ("rwkv_channel_mix", "transformer")
 """Models that compile next to nothing."""
@@ -165,7 +168,7 @@ def _entry(name: str, d_model: int, width: int) -> dict[str, Any]:
         return {"mixer": "rwkv_channel_mix", "d_hidden": width}
     if name == "rwkv_channel_mix":
         return {"mixer": name, "d_hidden": 2 * d_model}
-    if name == "mamba":
+    if name in ("mamba", "short_conv"):
         return {"mixer": name}
     if name in ("mamba2", "mamba3", "log_linear_mamba2"):
         return {"mixer": name, "head_dim": HEAD_DIM, "state_dim": 64}

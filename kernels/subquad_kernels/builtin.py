@@ -9,6 +9,7 @@ from subquad_kernels.gated_linear_attention import declaration as gated_linear_a
 from subquad_kernels.gated_norm import declaration as gated_norm
 from subquad_kernels.linear_attention import declaration as linear_attention
 from subquad_kernels.log_linear_attention import declaration as log_linear_attention
+from subquad_kernels.log_linear_delta_rule import declaration as log_linear_delta_rule
 from subquad_kernels.rotary import declaration as rotary
 from subquad_kernels.segment_attention import declaration as segment_attention
 from subquad_kernels.selective_scan import declaration as selective_scan
@@ -28,6 +29,7 @@ _DECLARATIONS = (
     delta_rule,
     slstm_scan,
     log_linear_attention,
+    log_linear_delta_rule,
     ttt_scan,
 )
 

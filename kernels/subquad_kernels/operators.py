@@ -7,6 +7,7 @@ from subquad_kernels.gated_linear_attention.operator import gated_linear_attenti
 from subquad_kernels.gated_norm.operator import gated_norm
 from subquad_kernels.linear_attention.operator import linear_attention, linear_attention_normalizer
 from subquad_kernels.log_linear_attention.operator import log_linear_attention
+from subquad_kernels.log_linear_delta_rule.operator import log_linear_delta_rule
 from subquad_kernels.rotary.operator import rotary
 from subquad_kernels.segment_attention.operator import segment_attention
 from subquad_kernels.selective_scan.operator import selective_scan
@@ -22,6 +23,7 @@ __all__ = [
     "linear_attention",
     "linear_attention_normalizer",
     "log_linear_attention",
+    "log_linear_delta_rule",
     "rotary",
     "segment_attention",
     "selective_scan",

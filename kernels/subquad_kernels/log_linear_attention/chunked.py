@@ -106,7 +106,7 @@ def _read(
     place = torch.arange(chunk, device=q.device)
     below = place[:, None] >= place
     E = (ages[..., :, None] - ages[..., None, :]).masked_fill(~below, -torch.inf).exp()
-    levels = _bits(place[:, None] ^ place).clamp(max=last)
+    levels = bits(place[:, None] ^ place).clamp(max=last)
     weights = einsum("bcgril,ijl->bcgrij", L, F.one_hot(levels, last + 1).to(L.dtype))
     y = ((Q @ K.transpose(-1, -2))[:, :, :, None] * E * weights) @ V
 
@@ -164,7 +164,7 @@ def _before(q: Tensor, scales: Tensor, rates: Tensor, initial: Tensor, position:
     last, held = scales.shape[-1] - 1, set_bits(position)
     numbers = torch.arange(position, position + q.shape[1], device=q.device)
     slot = torch.tensor(held, device=q.device)
-    levels = torch.maximum(slot + 1, _bits(numbers ^ position)[:, None]).clamp(max=last)
+    levels = torch.maximum(slot + 1, bits(numbers ^ position)[:, None]).clamp(max=last)
     weights = einsum("btgrl,tal->btgra", scales, F.one_hot(levels, last + 1).to(scales.dtype))
     weights = weights * rates.cumsum(1).exp()[..., None]
     return einsum("btgra,btgrap->btgrp", weights, einsum("btgn,bagrnp->btgrap", q, initial[:, held]))
@@ -193,6 +193,6 @@ def _kept(k: Tensor, v: Tensor, rates: Tensor, initial: Tensor | None, position:
     return torch.stack([states.get(slot, empty) for slot in range(size)], dim=1)
 
 
-def _bits(numbers: Tensor) -> Tensor:
+def bits(numbers: Tensor) -> Tensor:
     """How many bits each number has: 0 for 0.  Exact: float64 holds integers up to 2^53."""
     return torch.frexp(numbers.double())[1].long()

@@ -24,7 +24,8 @@ from subquad_kernels.catalogue import load_attribute
 
 NAMES = (
     "retnet", "gla", "lightning", "mlstm", "slstm", "delta_net", "gated_delta_net", "rwkv6", "rwkv7", "log_linear",
-    "ttt_linear", "ttt_mlp", "mamba2", "mamba3", "log_linear_mamba2",
+    "log_linear_gated_delta_net", "ttt_linear", "ttt_mlp", "ttt_linear_mamba", "ttt_mlp_mamba", "mamba2", "mamba3",
+    "log_linear_mamba2",
 )  # fmt: skip
 LENGTHS = (100, 1, 0, 411)
 

@@ -252,6 +252,21 @@ class LogLinearConfig:
 
 
 @dataclass(kw_only=True)
+class LogLinearGatedDeltaNetConfig(GatedDeltaNetConfig):
+    """Gated DeltaNet with log t states, each read with a weight of its own (log-linear attention, 2025)."""
+
+    num_levels: int = 0  # weights of a token; 0: as many as model.context_len asks for, its bits and one
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least_zero(self, "num_levels")
+
+    def resolved_levels(self, context_len: int) -> int:
+        """The bits of the largest number below `context_len`, and one for the token itself."""
+        return self.num_levels or (context_len - 1).bit_length() + 1
+
+
+@dataclass(kw_only=True)
 class TTTLinearConfig:
     """A linear map as state, trained on the tokens it meets (TTT-Linear, 2024)."""
 
@@ -271,3 +286,32 @@ class TTTMLPConfig(TTTLinearConfig):
     """A two-layer model as state, trained on the tokens it meets (TTT-MLP, 2024)."""
 
     base_rate: float = 0.1  # largest learning rate of the inner model, before it is divided by a head's width
+
+
+@dataclass(kw_only=True)
+class TTTLinearMambaConfig(TTTLinearConfig):
+    """TTT-Linear with convolved queries and keys of one map, and a gate: that of the paper's Mamba backbone (2024)."""
+
+    gate: bool = True  # multiply the output by gelu(W_g x)
+    conv_width: int = 4  # tokens that the convolutions of queries and of keys see, the current one included
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least_one(self, "conv_width")
+
+
+@dataclass(kw_only=True)
+class TTTMLPMambaConfig(TTTLinearMambaConfig):
+    """TTT-MLP with convolved queries and keys of one map, and a gate: that of the paper's Mamba backbone (2024)."""
+
+    base_rate: float = 0.1  # largest learning rate of the inner model, before it is divided by a head's width
+
+
+@dataclass(kw_only=True)
+class ShortConvConfig:
+    """A short convolution in a block of its own, before each TTT layer of the paper's Mamba backbone (TTT, 2024)."""
+
+    conv_width: int = 4  # tokens it sees, the current one included
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "conv_width")

@@ -21,6 +21,16 @@ LARGEST_RATE, RATE_FLOOR = 16.0, 1e-4
 """Rates A are drawn uniform below the first; the second keeps a draw of 0 from becoming a logarithm of -inf."""
 
 
+@torch.no_grad()
+def draw_decays(A_log: Tensor, dt_bias: Tensor) -> None:
+    """A uniform from 0 to 16; step sizes log-uniform from 1e-3 to 1e-1 whatever the input.  Shapes:  both: h"""
+    rate = torch.empty_like(A_log, dtype=torch.float32).uniform_(0, LARGEST_RATE).clamp_(min=RATE_FLOOR)
+    A_log.copy_(rate.log())
+    step = torch.empty_like(dt_bias, dtype=torch.float32)
+    step.uniform_(math.log(SMALLEST_STEP), math.log(LARGEST_STEP)).exp_().clamp_(min=STEP_FLOOR)
+    dt_bias.copy_(step + (-torch.expm1(-step)).log())  # the inverse of softplus
+
+
 class GatedDeltaNet(DeltaMemory):
     """Gated DeltaNet:  S_t = e^(g_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,   o_t = n^-1/2 S_t^T q_t.
 
@@ -51,7 +61,7 @@ class GatedDeltaNet(DeltaMemory):
         self.A_log = nn.Parameter(torch.empty(h))
         self.dt_bias = nn.Parameter(torch.empty(h))
         self.output = GatedOutput(d, h, self.value_dim)
-        self._init_dynamics()
+        draw_decays(self.A_log, self.dt_bias)
 
     def init_parameters(self, std: float) -> None:
         """Maps normal(0, std), the convolution as torch draws it, the decays as Mamba-2 starts its own."""
@@ -59,16 +69,7 @@ class GatedDeltaNet(DeltaMemory):
             nn.init.normal_(linear.weight, std=std)
         self.conv.reset_parameters()
         self.output.norm.reset_parameters()
-        self._init_dynamics()
-
-    @torch.no_grad()
-    def _init_dynamics(self) -> None:
-        """A uniform from 0 to 16; step sizes log-uniform from 1e-3 to 1e-1 whatever the input."""
-        rate = torch.empty_like(self.A_log, dtype=torch.float32).uniform_(0, LARGEST_RATE).clamp_(min=RATE_FLOOR)
-        self.A_log.copy_(rate.log())
-        step = torch.empty_like(self.dt_bias, dtype=torch.float32)
-        step.uniform_(math.log(SMALLEST_STEP), math.log(LARGEST_STEP)).exp_().clamp_(min=STEP_FLOOR)
-        self.dt_bias.copy_(step + (-torch.expm1(-step)).log())  # the inverse of softplus
+        draw_decays(self.A_log, self.dt_bias)
 
     def _mix(
         self, x: Tensor, conv_inputs: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None

@@ -9,9 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from subquad import ConfigError, MixerContext
-from subquad_kernels.operators import ttt_scan
+from subquad_kernels.operators import causal_conv, ttt_scan
 from subquad_linear.batch_rotary import BatchRotary
-from subquad_linear.config import TTTLinearConfig, TTTMLPConfig, width_of_a_head
+from subquad_linear.config import (
+    TTTLinearConfig,
+    TTTLinearMambaConfig,
+    TTTMLPConfig,
+    TTTMLPMambaConfig,
+    width_of_a_head,
+)
 
 EXPANSION = 4
 """Width inside the two-layer model / width of a head."""
@@ -22,9 +28,11 @@ NORM_EPS = 1e-6
 class TTTCarry(NamedTuple):
     """The inner model's weights, the sums of the current mini-batch's gradients, and how many tokens came before.
 
-    Shapes:  state: b 2 h s (fp32), s numbers for a head's model
+    Shapes:  conv_inputs: b (w-1) d, the last inputs of the convolutions; b 0 d where there are none
+             state: b 2 h s (fp32), s numbers for a head's model
     """
 
+    conv_inputs: Tensor
     state: Tensor
     position: int
 
@@ -36,15 +44,19 @@ class TTT(nn.Module):
     that entered it, and W - s A of its last token enters the next. f(x) = LN(x W_1 + b_1), or LN(gelu(x W_1 + b_1) W_2
     + b_2); q, k, v = R W_q x, R W_k x, W_v x with R the rotation by i; r = base_rate / k sigmoid(W_r x + b_r);
     s_i = max(1/i + token_scale_i, 0). Out: W_o LayerNorm(y), the norm over all heads; with `gate` times gelu(W_g x).
-    No other biases. W_1 .. b_2 are what every sequence starts from.
+    With `conv_width` w > 0, q = R conv_q(W_q x) and k = R conv_k(W_q x), convolutions of w tokens, each channel by
+    itself, with biases. No other biases. W_1 .. b_2 are what every sequence starts from.
 
     Shapes:  x: b t d  ->  b t d      h heads of k = d / h    W_1: h k k | h k 4k    W_2: h 4k k    b_1, b_2: h columns
              W_r: d -> h    norm_weight, norm_bias (LN of a head): h k    token_scale: one for a place of a mini-batch
-    Source: Sun et al. 2024 (Learning to (learn at test time)), sections 2.3 to 2.7, and the authors' code: its default
-            layers, of the Transformer backbone. The Mamba backbone's shared and convolved q and k are not here.
+    Source: Sun et al. 2024 (Learning to (learn at test time)), sections 2.3 to 2.7, and the authors' code, whose
+            defaults are the Transformer backbone's. Its Mamba backbone is a gate and convolutions (`use_gate`,
+            `share_qk` there), and a block of `short_conv` (`pre_conv`) before each.
     """
 
-    def __init__(self, config: TTTLinearConfig, context: MixerContext, inner: Literal["linear", "mlp"]) -> None:
+    def __init__(
+        self, config: TTTLinearConfig, context: MixerContext, inner: Literal["linear", "mlp"], conv_width: int = 0
+    ) -> None:
         super().__init__()
         d, h = context.d_model, config.num_heads
         self.num_heads, self.inner, self.mini_batch = h, inner, config.mini_batch
@@ -57,7 +69,9 @@ class TTT(nn.Module):
             )
         self.largest_rate = config.base_rate / self.head_dim
         self.q_proj = nn.Linear(d, d, bias=False)
-        self.k_proj = nn.Linear(d, d, bias=False)
+        self.k_proj = None if conv_width else nn.Linear(d, d, bias=False)
+        # They hold weights (d 1 w) and biases and draw them; the operator computes.
+        self.conv_q, self.conv_k = (nn.Conv1d(d, d, conv_width, groups=d) if conv_width else None for _ in "qk")
         self.v_proj = nn.Linear(d, d, bias=False)
         self.rotary = BatchRotary(self.head_dim, config.mini_batch, config.rope_theta)
         self.rate_proj = nn.Linear(d, h)
@@ -75,7 +89,7 @@ class TTT(nn.Module):
         self.o_proj = nn.Linear(d, d, bias=False)
 
     def init_parameters(self, std: float) -> None:
-        """Every map, the inner ones too, normal(0, std); biases and token scales 0, norms' weights 1."""
+        """Every map, the inner ones too, normal(0, std); biases, scales 0, norms' weights 1; convolutions torch's."""
         linears = (self.q_proj, self.k_proj, self.v_proj, self.rate_proj, self.g_proj, self.o_proj)
         for weight in [linear.weight for linear in linears if linear is not None] + self._maps()[::2]:
             nn.init.normal_(weight, std=std)
@@ -83,21 +97,26 @@ class TTT(nn.Module):
             nn.init.zeros_(bias)
         nn.init.ones_(self.norm_weight)
         self.post_norm.reset_parameters()
+        for conv in (self.conv_q, self.conv_k):
+            if conv is not None:
+                conv.reset_parameters()
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Mix whole sequences.  Shapes:  x: b t d  ->  b t d"""
         states = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        y, _ = self._mix(x, self._first_state(states), 0, cu_seqlens)
+        y, _, _ = self._mix(x, None, self._first_state(states), 0, cu_seqlens)
         return y
 
     def empty_carry(self, batch_size: int) -> TTTCarry:
         """The inner model as it is before the first token, and no gradients."""
-        return TTTCarry(self._first_state(batch_size).contiguous(), 0)
+        before = 0 if self.conv_q is None else self.conv_q.weight.shape[2] - 1
+        conv_inputs = self.q_proj.weight.new_zeros(batch_size, before, self.q_proj.out_features)
+        return TTTCarry(conv_inputs, self._first_state(batch_size).contiguous(), 0)
 
     def prefill(self, x: Tensor, carry: TTTCarry) -> tuple[Tensor, TTTCarry]:
         """Mix the next t tokens.  Shapes:  x: b t d  ->  b t d"""
-        y, state = self._mix(x, carry.state, carry.position, None)
-        return y, TTTCarry(state, carry.position + x.shape[1])
+        y, conv_inputs, state = self._mix(x, carry.conv_inputs, carry.state, carry.position, None)
+        return y, TTTCarry(conv_inputs, state, carry.position + x.shape[1])
 
     def decode(self, x_t: Tensor, carry: TTTCarry) -> tuple[Tensor, TTTCarry]:
         """Mix the next token.  Shapes:  x_t: b d  ->  b d"""
@@ -113,9 +132,28 @@ class TTT(nn.Module):
         weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
         return torch.stack([weights, torch.zeros_like(weights)]).expand(states, -1, -1, -1)
 
-    def _mix(self, x: Tensor, state: Tensor, position: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-        maps = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (project(x).unflatten(-1, (self.num_heads, self.head_dim)) for project in maps)
+    def _queries_and_keys(
+        self, x: Tensor, conv_inputs: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k before they turn, and the last inputs of their convolutions.  Shapes:  x: b t d  ->  b t d, b t d, .."""
+        q = self.q_proj(x)
+        if self.conv_q is None or self.conv_k is None:
+            assert self.k_proj is not None
+            return q, self.k_proj(x), q.new_zeros(x.shape[0], 0, x.shape[2])
+        (q, last), (k, _) = (
+            causal_conv(
+                q, conv.weight.squeeze(1), conv.bias,
+                initial_state=conv_inputs, cu_seqlens=cu_seqlens, activation="none",
+            )
+            for conv in (self.conv_q, self.conv_k)
+        )  # fmt: skip
+        return q, k, last
+
+    def _mix(
+        self, x: Tensor, conv_inputs: Tensor | None, state: Tensor, position: int, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, conv_inputs = self._queries_and_keys(x, conv_inputs, cu_seqlens)
+        q, k, v = (part.unflatten(-1, (self.num_heads, self.head_dim)) for part in (q, k, self.v_proj(x)))
         q, k = (self.rotary(part, position, cu_seqlens) for part in (q, k))
         # The bias joins after the product: it is fp32, and makes the rates fp32 where products are rounded to 8 bits.
         rates = torch.sigmoid(F.linear(x, self.rate_proj.weight) + self.rate_proj.bias) * self.largest_rate
@@ -128,7 +166,7 @@ class TTT(nn.Module):
         y = self.post_norm(y.flatten(2)).to(x.dtype)
         if self.g_proj is not None:
             y = y * F.gelu(self.g_proj(x), approximate="tanh")
-        return self.o_proj(y), state
+        return self.o_proj(y), conv_inputs, state
 
 
 def linear(config: TTTLinearConfig, context: MixerContext) -> TTT:
@@ -139,3 +177,13 @@ def linear(config: TTTLinearConfig, context: MixerContext) -> TTT:
 def mlp(config: TTTMLPConfig, context: MixerContext) -> TTT:
     """TTT-MLP."""
     return TTT(config, context, "mlp")
+
+
+def linear_mamba(config: TTTLinearMambaConfig, context: MixerContext) -> TTT:
+    """TTT-Linear of the Mamba backbone."""
+    return TTT(config, context, "linear", config.conv_width)
+
+
+def mlp_mamba(config: TTTMLPMambaConfig, context: MixerContext) -> TTT:
+    """TTT-MLP of the Mamba backbone."""
+    return TTT(config, context, "mlp", config.conv_width)

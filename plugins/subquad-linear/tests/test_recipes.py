@@ -28,6 +28,12 @@ def gated_delta_net_block(d: int) -> int:
     return 6 * d * d + 4 * 3 * d + 2 * 6 * d + 2 * 6 + 256
 
 
+def log_linear_gated_delta_net_block(d: int, n: int) -> int:
+    """Guo et al. 2025, released code: Gated DeltaNet of 6 heads, n keys and 2 n values each; 15 weights a head; L."""
+    gated_delta_net = 8 * d * 6 * n + 4 * 4 * 6 * n + 2 * 6 * d + 2 * 6 + 2 * n
+    return gated_delta_net + 6 * 15 * (d + 1)
+
+
 def delta_net_block(d: int) -> int:
     """Yang et al. 2024, section 3: q, k, v, output of d^2; taps; the write gate; a norm of a head."""
     return 4 * d * d + 4 * 3 * d + 8 * d + d // 8
@@ -79,11 +85,21 @@ def ttt_block(d: int, inner: int) -> int:
     return 4 * d * d + 16 * (d + 1) + 16 + 2 * d + 2 * d + inner
 
 
+def ttt_mamba_layer(d: int, inner: int) -> int:
+    """Sun et al. 2024, released code: a gate for the map that q and k share, their taps of 4 and biases.
+
+    Before it, a convolution with bias and its norm.
+    """
+    return ttt_block(d, inner) + 2 * 5 * d + 5 * d + d
+
+
 LAYOUTS = {
     # recipe: (parameters of a mixer, d_model, blocks, hidden width of SwiGLU, vocabulary, tied)
     "retnet_340m": (retnet_block(1024), 1024, 24, 1536, 32000, True),
     "gla_340m": (gla_block(1024), 1024, 24, 2816, 32000, True),
     "gated_delta_net_340m": (gated_delta_net_block(1024), 1024, 21, 2816, 32000, True),
+    "log_linear_gated_delta_net_340m": (log_linear_gated_delta_net_block(1024, 128), 1024, 21, 2816, 32000, True),
+    "log_linear_gated_delta_net_796m": (log_linear_gated_delta_net_block(1536, 192), 1536, 21, 4096, 32000, False),
     "delta_net_340m": (delta_net_block(1024), 1024, 24, 2816, 32000, False),
     "mlstm_340m": (mlstm_block(1024), 1024, 24, 2752, 32000, True),
     "lightning_340m": (lightning_block(1024), 1024, 24, 2560, 32000, True),
@@ -91,6 +107,8 @@ LAYOUTS = {
     "rwkv7_450m": (rwkv7_layer(1024), 1024, 24, 0, 65536, False),
     "ttt_linear_350m": (ttt_block(1024, 1024 * (64 + 1)), 1024, 24, 2736, 32000, True),
     "ttt_mlp_350m": (ttt_block(1024, 1024 * (8 * 64 + 5)), 1024, 24, 2736, 32000, True),
+    "ttt_linear_mamba_350m": (ttt_mamba_layer(1024, 1024 * (64 + 1)), 1024, 24, 2736, 32000, True),  # of two blocks
+    "ttt_mlp_mamba_350m": (ttt_mamba_layer(1024, 1024 * (8 * 64 + 5)), 1024, 24, 2736, 32000, True),
     "log_linear_340m": (log_linear_block(1024), 1024, 24, 2816, 32000, True),
 }
 
@@ -136,7 +154,7 @@ def test_xlstm_has_seven_matrix_lstms_to_a_scalar_one() -> None:
     assert f"| {expected:,} |" in README.partition("| `xlstm_340m` |")[2].partition("\n")[0]
 
 
-@pytest.mark.parametrize("recipe", [*(name.rsplit("_", 1)[0] for name in LAYOUTS), "slstm", "xlstm"])
+@pytest.mark.parametrize("recipe", sorted({*(name.rsplit("_", 1)[0] for name in LAYOUTS), "slstm", "xlstm"}))
 def test_the_laptop_size_composes_builds_and_learns(recipe: str) -> None:
     config = load_config([f"model={recipe}"]).model
     assert config.name == recipe

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from subquad import ConfigError, MixerContext
 from subquad.testing.mixer_suite import MixerSuite, assert_close, carry_bytes, gradients
 from subquad_linear import ttt
 from subquad_linear.batch_rotary import BatchRotary
-from subquad_linear.config import TTTLinearConfig, TTTMLPConfig
+from subquad_linear.config import (
+    ShortConvConfig,
+    TTTLinearConfig,
+    TTTLinearMambaConfig,
+    TTTMLPConfig,
+    TTTMLPMambaConfig,
+)
+from subquad_linear.short_conv import ShortConv
 
 D_MODEL = 12
 TOLERANCE = 1e-9
@@ -62,14 +70,37 @@ class TestTTTMLP(TTTSuite):
     state_bytes = 4 * 2 * 4 * (4 * 4 * 5 + 4 * 17)
 
 
+class TestTTTLinearOfTheMambaBackbone(TTTSuite):
+    mixer = "ttt_linear_mamba"
+    state_bytes = 4 * 2 * 4 * 4 * 5 + 4 * 3 * 16
+
+
+class TestTTTMLPOfTheMambaBackbone(TTTSuite):
+    mixer = "ttt_mlp_mamba"
+    config: ClassVar = {"mini_batch": 5, "gate": False, "conv_width": 2}
+    state_bytes = 4 * 2 * 4 * (4 * 4 * 5 + 4 * 17) + 4 * 16
+
+
+class TestShortConv(MixerSuite):
+    mixer = "short_conv"
+
+
 def context(d_model: int = D_MODEL) -> MixerContext:
     return MixerContext(d_model=d_model, layer_index=0, num_layers=2, context_len=64)
 
 
-def build(inner: str, d_model: int = D_MODEL, **config: Any) -> ttt.TTT:
+KINDS: Mapping[str, tuple[Any, Any]] = {
+    "linear": (TTTLinearConfig, ttt.linear),
+    "mlp": (TTTMLPConfig, ttt.mlp),
+    "linear_mamba": (TTTLinearMambaConfig, ttt.linear_mamba),
+    "mlp_mamba": (TTTMLPMambaConfig, ttt.mlp_mamba),
+}
+
+
+def build(kind: str, d_model: int = D_MODEL, **config: Any) -> ttt.TTT:
     torch.manual_seed(0)
-    kind, make = (TTTLinearConfig, ttt.linear) if inner == "linear" else (TTTMLPConfig, ttt.mlp)
-    mixer: ttt.TTT = make(kind(**config), context(d_model))
+    options, make = KINDS[kind]
+    mixer: ttt.TTT = make(options(**config), context(d_model))
     mixer.init_parameters(0.3)
     return mixer
 
@@ -81,15 +112,30 @@ def descent(m: ttt.TTT, x: Tensor, base_rate: float) -> Tensor:
     rates = base_rate / k / (1 + torch.exp(-(x @ m.rate_proj.weight.T + m.rate_proj.bias)))
     theta = m.rotary.theta ** (-torch.arange(0, k, 2, dtype=x.dtype) / k)
 
-    def heads(weight: Tensor, turn: bool) -> Tensor:
-        rows = (x @ weight.T).reshape(b, t, h, k)
+    def convolved(rows: Tensor, conv: nn.Conv1d) -> Tensor:
+        """A sum of the last tokens by hand, and the bias."""
+        taps, bias = conv.weight.squeeze(1), conv.bias
+        assert bias is not None
+        found = [bias.expand(b, d)] * t
+        for i in range(t):
+            for back in range(min(taps.shape[1], i + 1)):
+                found[i] = found[i] + taps[:, -1 - back] * rows[:, i - back]
+        return torch.stack(found, dim=1)
+
+    def heads(rows: Tensor, turn: bool) -> Tensor:
+        rows = rows.reshape(b, t, h, k)
         if not turn:
             return rows
         angles = (torch.arange(t) % c)[:, None, None] * theta
         pairs = torch.view_as_complex(rows.reshape(b, t, h, k // 2, 2)) * torch.polar(torch.ones_like(angles), angles)
         return torch.view_as_real(pairs).reshape(b, t, h, k)
 
-    q, keys, v = heads(m.q_proj.weight, True), heads(m.k_proj.weight, True), heads(m.v_proj.weight, False)
+    if m.k_proj is not None:
+        q, keys = x @ m.q_proj.weight.T, x @ m.k_proj.weight.T
+    else:
+        assert m.conv_q is not None and m.conv_k is not None
+        q, keys = (convolved(x @ m.q_proj.weight.T, conv) for conv in (m.conv_q, m.conv_k))
+    q, keys, v = heads(q, True), heads(keys, True), heads(x @ m.v_proj.weight.T, False)
 
     def model(x: Tensor, parameters: list[Tensor], head: int) -> Tensor:
         z = x @ parameters[0] + parameters[1]
@@ -124,15 +170,31 @@ def descent(m: ttt.TTT, x: Tensor, base_rate: float) -> Tensor:
     return y @ m.o_proj.weight.T
 
 
-@pytest.mark.parametrize("inner", [pytest.param(n, marks=pytest.mark.oracle(f"ttt_{n}")) for n in ("linear", "mlp")])
+@pytest.mark.parametrize("kind", [pytest.param(n, marks=pytest.mark.oracle(f"ttt_{n}")) for n in KINDS])
 @pytest.mark.parametrize("t", [1, 3, 11])
-def test_the_mixer_is_gradient_descent_by_autograd_with_all_gradients(inner: str, t: int) -> None:
-    mixer = build(inner, num_heads=3, mini_batch=4, base_rate=0.7, gate=t == 11).double()
+def test_the_mixer_is_gradient_descent_by_autograd_with_all_gradients(kind: str, t: int) -> None:
+    mixer = build(kind, num_heads=3, mini_batch=4, base_rate=0.7, gate=t == 11).double()
     with torch.no_grad():
         for parameter in mixer.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     x, pull = (torch.randn(2, t, D_MODEL, dtype=torch.float64) for _ in range(2))
     y, expected = mixer(x.requires_grad_()), descent(mixer, x, 0.7)
+    assert_close(y, expected, tolerance=TOLERANCE)
+    right = gradients(expected, pull, x, mixer)
+    for name, found in gradients(y, pull, x, mixer).items():
+        assert_close(found, right[name], name, TOLERANCE)
+
+
+@pytest.mark.oracle("short_conv")
+@pytest.mark.parametrize("t", [1, 9])
+def test_a_short_convolution_is_a_weighted_sum_of_the_last_tokens_with_all_gradients(t: int) -> None:
+    mixer = ShortConv(ShortConvConfig(conv_width=3), context()).double()
+    x, pull = (torch.randn(2, t, D_MODEL, dtype=torch.float64) for _ in range(2))
+    before = torch.cat([torch.zeros(2, 2, D_MODEL, dtype=torch.float64), x.requires_grad_()], dim=1)
+    taps = mixer.conv.weight.squeeze(1)
+    assert mixer.conv.bias is not None
+    expected = mixer.conv.bias + sum(taps[:, j] * before[:, j : j + t] for j in range(3))
+    y = mixer(x)
     assert_close(y, expected, tolerance=TOLERANCE)
     right = gradients(expected, pull, x, mixer)
     for name, found in gradients(y, pull, x, mixer).items():
@@ -176,8 +238,11 @@ def test_a_scale_below_zero_counts_as_zero_and_the_model_is_not_trained() -> Non
 
 @pytest.mark.parametrize("key", ["num_heads", "mini_batch", "base_rate", "rope_theta"])
 def test_sizes_of_zero_and_odd_heads_are_refused_by_name(key: str) -> None:
-    for config in (TTTLinearConfig, TTTMLPConfig):
+    for config, _ in KINDS.values():
         with pytest.raises(ConfigError, match=f"{key} is 0"):
             config(**{key: 0})
+    for config in (TTTLinearMambaConfig, TTTMLPMambaConfig, ShortConvConfig):
+        with pytest.raises(ConfigError, match="conv_width is 0"):
+            config(conv_width=0)
     with pytest.raises(ConfigError, match="4 heads of 3 channels have no pairs"):
         build("linear", num_heads=4)
