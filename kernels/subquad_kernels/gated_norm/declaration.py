@@ -130,5 +130,6 @@ KERNELS = (
         supports=_fused_supports,
         devices=frozenset({"cuda"}),
         requires=("triton>=3.6",),
+        replayable=True,
     ),
 )
