@@ -25,8 +25,9 @@ MIXERS: dict[str, Any] = {
     "softmax_attention": {"mixer": "softmax_attention", "num_heads": 2},
     "mamba": {"mixer": "mamba", "state_dim": 4},
 }
-TOLERANCE = {"tensorwise": 0.1, "rowwise": 0.1, "rowwise_with_gw_hp": 0.1}
-"""Of a gradient's norm: float8 e4m3 has 3 bits of fraction, so that each factor is off by up to 2^-4."""
+TOLERANCE = {"tensorwise": 2**-3, "rowwise": 0.1, "rowwise_with_gw_hp": 0.1}
+"""Of a gradient's norm: e4m3 has 3 bits of fraction, so that a factor is off by up to 2^-4, and both are rounded; with
+one scale a tensor gradients are e5m2, off by up to 2^-3."""
 
 
 def model(d_hidden: int = 64) -> LanguageModel:

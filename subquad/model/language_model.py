@@ -85,7 +85,8 @@ class LanguageModel(nn.Module):
         x = x.view(*tokens.shape, -1)
         if targets is None:
             return self._logits(x)
-        return chunked_cross_entropy(self.norm(x), self._head(), targets, logit_cap=self.logit_cap)
+        summed: Tensor = chunked_cross_entropy(self.norm(x), self._head(), targets, logit_cap=self.logit_cap)
+        return summed
 
     def empty_carry(self, batch_size: int) -> ModelCarry:
         """The carry before the first token."""
