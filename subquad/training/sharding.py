@@ -100,8 +100,17 @@ def clip_to_norm(parameters: Iterable[Tensor], limit: float) -> Tensor:
 def total_norm(parameters: Iterable[Tensor]) -> Tensor:
     """sqrt( sum of |gradient|^2 ), of the gradients whole, on every rank."""
     groups = _by_mesh(parameter.grad for parameter in parameters if parameter.grad is not None)
-    norms = [whole_tensor(get_total_norm(group)) for group in groups]
+    norms = [_norm(group) for group in groups]
     return norms[0] if len(norms) == 1 else get_total_norm(norms)
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    if gradients and isinstance(gradients[0], DTensor) and gradients[0].device_mesh.ndim == 2:
+        # Every element lies on one rank of the grid, which is all ranks: one exchange, where DTensor takes two.
+        square = get_total_norm([rows_of(gradient) for gradient in gradients]) ** 2
+        dist.all_reduce(square)
+        return square.sqrt()
+    return whole_tensor(get_total_norm(gradients))
 
 
 def _by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
