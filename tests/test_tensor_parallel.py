@@ -142,6 +142,8 @@ def test_what_cannot_be_dealt_out_is_refused(tiny_run: TinyRun) -> None:
     ):
         with pytest.raises(ConfigError, match=what):
             train(tiny_run("refused", tensor_parallel=2, run={"model": model, "data": MQAR}, **settings))
+    with pytest.raises(ConfigError, match="was never tried"):
+        train(tiny_run("refused", devices=2, tensor_parallel=2, run={"model": SCOUT, "compile": True}))
 
 
 def test_the_plan_and_the_prediction_are_of_a_ranks_share() -> None:

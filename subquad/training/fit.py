@@ -259,6 +259,12 @@ def _check(config: RunConfig) -> None:
             where="trainer.strategy",
             mend="use trainer.strategy=fsdp or auto",
         )
+    if config.compile and trainer.tensor_parallel > 1:
+        raise ConfigError(
+            what="torch.compile of projections that ranks share was never tried",
+            where="compile",
+            mend="use compile=false, or trainer.tensor_parallel=1",
+        )
     have = torch.cuda.device_count()
     if trainer.accelerator == "cuda" and not have:
         raise ConfigError(
