@@ -70,8 +70,8 @@ __all__ = [
     "ComponentSpec", "Computed", "ConfigError", "DataError", "Example", "Growth", "ImportMap", "ImportSpec", "Mixer",
     "MixerContext", "MixerSpec", "ModelConfig", "NotFoundError", "PassOutcome", "PassSpec", "PluginError",
     "ProjectionSplit", "ResumeError", "ReversedDocuments", "RunError", "SharedTensor", "Sharing", "SubquadError",
-    "build_model", "compile_model", "copy_graph", "forward_as_written", "hookimpl", "import_weights", "load_config", "load_model",
-    "replace_forward", "train",
+    "build_model", "compile_model", "copy_graph", "forward_as_written", "hookimpl", "import_weights", "load_config",
+    "load_model", "replace_forward", "train",
 ]  # fmt: skip
 
 
