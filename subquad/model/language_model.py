@@ -85,8 +85,8 @@ class LanguageModel(nn.Module):
         x = x.view(*tokens.shape, -1)
         if targets is None:
             return self._logits(x)
-        summed: Tensor = chunked_cross_entropy(self.norm(x), self._head(), targets, logit_cap=self.logit_cap)
-        return summed
+        head, hidden = self._head(), self.norm(x)
+        return chunked_cross_entropy(hidden, head, targets, logit_cap=self.logit_cap)  # type: ignore[no-any-return]
 
     def empty_carry(self, batch_size: int) -> ModelCarry:
         """The carry before the first token."""
