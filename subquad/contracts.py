@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.fx import GraphModule
 
-CONTRACT_VERSION = "1.5"
+CONTRACT_VERSION = "1.6"
 """Grows by minor numbers when something is added, by major ones when something a plugin relies on is removed.
 
 A plugin says its major version by the entry-point group that it stands in: `subquad` for 1, `subquad.N` for N.
@@ -128,8 +128,25 @@ class Mixer(Protocol):
     def decode(self, x_t: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
         """Mix the next token of each sequence.  Shapes:  x_t: b d  ->  b d"""
 
+    # A mixer whose heads are independent between its projections may say so, for `trainer.tensor_parallel`:
+    # def tensor_parallel_plan(self) -> ProjectionSplit
+
     def init_parameters(self, std: float) -> None:
         """Draw the parameters as the paper does; `std` is the model's standard deviation for linear maps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectionSplit:
+    """How ranks may share a module's projections (`trainer.tensor_parallel`); names of its `nn.Linear` submodules.
+
+    Of `columns` each rank computes an equal, contiguous part of the outputs, of `rows` it takes such a part of the
+    inputs, and the results are added up. In between the module must take what it is given: as many heads as are there.
+    `units` says what is dealt out, by the config's names, and how many of each there are; ranks must divide them.
+    """
+
+    columns: tuple[str, ...]
+    rows: tuple[str, ...]
+    units: Mapping[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,8 @@ MOST_LAYERS = 10_000
 MOST_PROCESSES = 1024
 """Ranks, or workers of a loader, on one machine."""
 INFINITY = float("inf")
+CHUNKED = "chunked"
+LOSSES = ("whole", CHUNKED)
 STD_RULES = ("width", "small")
 """Standard deviations of linear maps that follow from the width d: d^-1/2, which keeps the variance of what a map takes
 (LeCun et al. 1998), and (2 / 5d)^1/2, "small init" (Nguyen and Salazar 2019)."""
@@ -123,7 +125,10 @@ class TokenizerConfig:
 
 @dataclass(kw_only=True)
 class TrainerConfig:
-    """How the optimisation runs. A step takes batch_size x seq_len x accumulate x devices / context_parallel tokens."""
+    """How the optimisation runs. A step takes batch_size x seq_len x accumulate x groups tokens.
+
+    A group is a device, or the context_parallel or tensor_parallel devices that share their sequences or projections.
+    """
 
     max_steps: int = 1000
     max_seconds: float | None = None  # stop after the step that passes this wall time
@@ -137,11 +142,14 @@ class TrainerConfig:
     validate_every_n_steps: int = 200
     validation_batches: int = 16
     precision: str = "auto"  # auto | float32 | bfloat16
+    fp8: str = "none"  # none | tensorwise | rowwise | rowwise_with_gw_hp: linear maps of blocks in float8, by torchao
     devices: int = 1
     context_parallel: int = 1  # devices that share each sequence, a part of its tokens each
+    tensor_parallel: int = 1  # devices that share the projections of each layer, some heads and hidden channels each
     accelerator: str = "auto"  # auto | cpu | cuda
     strategy: str = "auto"  # auto, ddp: every device holds the model; fsdp: each holds its rows of every parameter
     activation_checkpointing: bool = False  # the backward computes a block's activations again
+    loss: str = "whole"  # whole: logits of all tokens at once; chunked: of some at a time, same loss and gradients
     recompute: str = "all"  # which, then: all | cheap (what matrix products and operators return is kept)
     num_workers: int = 0
     log_every_n_steps: int = 10
@@ -156,6 +164,7 @@ class TrainerConfig:
             validate_every_n_steps=(0, INFINITY),
             devices=(1, MOST_PROCESSES),
             context_parallel=(1, MOST_PROCESSES),
+            tensor_parallel=(1, MOST_PROCESSES),
             num_workers=(0, MOST_PROCESSES),
             log_every_n_steps=(1, INFINITY),
         )

@@ -332,6 +332,8 @@ def test_outside_of_blocks_are_matrices_and_logits() -> None:
     model = replace(sized_model(run_config("window")), vocab_size=100, tie_embeddings=False)
     example = Example(tokens_shape=(2, 8), training=True)
     assert outside_bytes(model, example) == 16 * 2 * 100 * 32 + 8 * 2 * 8 * 100
+    in_chunks = 8 * 16 * 100 + 8 * 100 * 32 + 4 * 16 * 32
+    assert outside_bytes(model, example, chunked_loss=True) == 16 * 2 * 100 * 32 + in_chunks
 
 
 def test_a_run_with_open_layers_trains_resumes_and_generates(tiny_run: TinyRun) -> None:

@@ -194,6 +194,29 @@ def test_the_peak_is_the_sum_of_what_stands_when_the_backward_begins() -> None:
     assert step.peak_bytes == 12 * parameters + kept + max(step.memory["loss"], step.memory["passing with a block"])
 
 
+def test_a_loss_in_chunks_is_predicted_to_take_the_same_products_and_less_memory() -> None:
+    sizes = {"vocab_size": 50_000, "context_len": 2048}
+    whole, chunked = (
+        predicted(
+            run_config("softmax_attention", sizes=sizes, trainer={"seq_len": 2048, "loss": loss}, target="h100")
+        )[0]
+        for loss in ("whole", "chunked")
+    )
+    assert whole.memory["loss"] == 12 * 2 * 2048 * 50_000
+    chunk = 2**26 // 50_000
+    assert chunked.memory["loss"] == 8 * chunk * 50_000 + 8 * 50_000 * 32 + 2 * 2 * 2048 * 32  # of bfloat16
+    assert chunked.peak_bytes < whole.peak_bytes
+    example = Example(tokens_shape=(2, 24), training=True)
+    counts = [
+        step_work(model_config("softmax_attention"), example, kind="cpu", checkpointing=False, chunked_loss=flag)
+        for flag in (False, True)
+    ]
+    whole_products, products = (
+        sum(call.matmul_flops * times for call, times in work.outside.items()) for work in counts
+    )
+    assert products == whole_products
+
+
 def test_checkpointing_is_predicted_to_take_longer_and_less_memory() -> None:
     sizes = {"num_layers": 6}
     plain, _ = predicted(run_config("mamba", sizes=sizes))

@@ -48,6 +48,7 @@ SCOUT = ModelConfig(
     },
     channel_mixer=ChannelMixerConfig(d_hidden=47),  # rows that two ranks cannot halve
 )
+CHUNKED = {"loss": "chunked"}
 TOLERANCE = 1e-6
 """Of weights in float32: two ranks add gradients in another order than one process does."""
 
@@ -82,9 +83,9 @@ def assert_close_runs(left: Path, right: Path, tolerance: float = TOLERANCE) -> 
     [
         (None, {}),
         (SCOUT, {"accumulate": 2, "activation_checkpointing": True}),
-        (SCOUT, {"gradient_clip_norm": 0.01, "activation_checkpointing": True, "recompute": "cheap"}),
+        (SCOUT, {"gradient_clip_norm": 0.01, "activation_checkpointing": True, "recompute": "cheap"} | CHUNKED),
     ],
-    ids=["transformer", "scout, accumulated and checkpointed", "scout, clipped, checkpointed in part"],
+    ids=["transformer", "scout, accumulated and checkpointed", "scout, clipped, checkpointed in part, chunked loss"],
 )
 def test_two_ranks_of_shards_train_as_one_process(
     tiny_run: TinyRun, model: ModelConfig | None, settings: dict[str, Any]

@@ -32,7 +32,8 @@ from subquad.compiler.predict_step import predict_step
 from subquad.compiler.run_shapes import is_packed
 from subquad.model.build import build_model
 from subquad.training.compilation import compiled, device_of, target_of, uses_bfloat16
-from subquad.training.module import summed_cross_entropy
+from subquad.training.fp8 import OFF, check_fp8, convert_to_fp8
+from subquad.training.module import summed_loss
 from subquad.training.optimizers import build_optimizer
 from subquad.training.step_clock import SKIPPED_STEPS, TIMED_STEPS
 from subquad.training.utilisation import operator_flops
@@ -85,9 +86,14 @@ def checked(overrides: list[str]) -> dict[str, Any]:
     device, packed = device_of(config), is_packed(config)
     torch.manual_seed(config.seed)
     model = build_model(config.model, device=device)
+    if config.trainer.fp8 != OFF:
+        check_fp8(config, device)
+        convert_to_fp8(model, config.trainer.fp8)
     model.activation_checkpointing = config.trainer.activation_checkpointing
     model, plan = compiled(model, config, None, packed=packed)
     predicted = predict_step(config, target_of(config), plan)
+    if config.compile:
+        model.compile()
     optimizer = build_optimizer(config.optimizer, model.parameter_groups)
     b, t = config.trainer.batch_size, config.trainer.seq_len
     tokens = torch.randint(config.model.vocab_size, (b, t), device=device)
@@ -95,7 +101,7 @@ def checked(overrides: list[str]) -> dict[str, Any]:
 
     def step() -> None:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bfloat16(config)):
-            nats, count = summed_cross_entropy(model(tokens, bounds), tokens)
+            nats, count = summed_loss(model, tokens, bounds, tokens, how=config.trainer.loss)
         (nats / count).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.trainer.gradient_clip_norm)
         optimizer.step()

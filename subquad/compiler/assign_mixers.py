@@ -20,6 +20,7 @@ from subquad.compiler.block_memory import BYTES_PER_PARAMETER
 from subquad.compiler.choose import Chooser
 from subquad.compiler.example import Example
 from subquad.compiler.layer_costs import layer_costs
+from subquad.compiler.loss_memory import loss_bytes
 from subquad.compiler.options import CompileOptions
 from subquad.compiler.plan import Plan
 from subquad.compiler.quality.prior import by_declared_growth, prior_table
@@ -31,7 +32,7 @@ from subquad.contracts import MixerContext, MixerSpec
 from subquad.errors import ConfigError, SubquadError
 from subquad.model.build import build_model, full_schedule
 from subquad.registry import load_registry
-from subquad.schema import AUTO, ModelConfig, RunConfig
+from subquad.schema import AUTO, CHUNKED, ModelConfig, RunConfig
 from subquad_cost_model.selection import Budget, InfeasibleError, Problem, Selection, k_best, solve
 
 PRIOR = "prior"
@@ -99,7 +100,7 @@ def assign_mixers(
         total_loss=best.loss,
         proven=best.optimal,
         budgets={name: float(limit) for name in BUDGETS if (limit := getattr(config.budget, name)) is not None},
-        totals=_all_totals(problem, best, model, all_keys, costs.of, example),
+        totals=_all_totals(best, all_keys, costs.of, _outside(config, model, example)),
         reasons=_reasons(layers, all_keys, loss, problem, best, free),
         alternatives=tuple(
             Alternative(schedule=_keys_of(plan, all_keys), loss=plan.loss, totals=dict(plan.totals)) for plan in others
@@ -243,7 +244,7 @@ def _problem(
         limit = getattr(config.budget, name)
         if limit is None:
             continue
-        room = limit - (outside_bytes(model, example) if name == "memory_bytes" else 0)
+        room = limit - (_outside(config, model, example) if name == "memory_bytes" else 0)
         if room <= 0:
             raise ConfigError(
                 what=f"the embedding, the head and the logits alone take {limit - room:.4g} bytes of {limit:.4g}",
@@ -272,20 +273,22 @@ def _figures(
     ]
 
 
-def outside_bytes(model: ModelConfig, example: Example) -> int:
-    """Memory that no block owns: embedding and head with their training state, logits and their gradient in float32."""
+def outside_bytes(model: ModelConfig, example: Example, *, chunked_loss: bool = False) -> int:
+    """Memory that no block owns: embedding and head with their training state, logits and their gradient in float32.
+
+    With a `chunked_loss` it is what that holds instead of logits.
+    """
     b, t = example.tokens_shape
-    matrices = 1 if model.tie_embeddings else 2
-    return BYTES_PER_PARAMETER * matrices * model.vocab_size * model.d_model + 2 * 4 * b * t * model.vocab_size
+    matrices = BYTES_PER_PARAMETER * (1 if model.tie_embeddings else 2) * model.vocab_size * model.d_model
+    return matrices + (loss_bytes(model, example, chunked=True) if chunked_loss else 2 * 4 * b * t * model.vocab_size)
+
+
+def _outside(config: RunConfig, model: ModelConfig, example: Example) -> int:
+    return outside_bytes(model, example, chunked_loss=config.trainer.loss == CHUNKED)
 
 
 def _all_totals(
-    problem: Problem,
-    best: Selection,
-    model: ModelConfig,
-    all_keys: Sequence[str],
-    costs: Mapping[str, LayerCost],
-    example: Example,
+    best: Selection, all_keys: Sequence[str], costs: Mapping[str, LayerCost], outside: int
 ) -> dict[str, float]:
     """What the schedule takes of everything that can be budgeted, whether or not it is."""
     chosen = [costs[key] for key in _keys_of(best, all_keys)]
@@ -293,7 +296,7 @@ def _all_totals(
         "latency_s": sum(cost.charged_s for cost in chosen),
         "memory_bytes": sum(cost.memory_bytes for cost in chosen)
         + max(cost.workspace_bytes for cost in chosen)
-        + outside_bytes(model, example),
+        + outside,
         "carry_bytes": sum(cost.carry_bytes for cost in chosen),
     }
 

@@ -20,6 +20,7 @@ from subquad.compiler.run_shapes import is_packed, part_of, sized_model, trainin
 from subquad.compiler.target import Target, resolve_target
 from subquad.errors import ConfigError
 from subquad.model.build import build_model
+from subquad.model.shared_projections import keep_share, kept_whole
 from subquad.schema import RunConfig
 
 
@@ -51,11 +52,20 @@ def explained_plan(config: RunConfig) -> Plan:
 
 def plan_of_shapes(config: RunConfig, target: Target, chooser: Chooser) -> Plan:
     """The plan of training on a target. The model is built of shapes alone: a billion parameters cost nothing."""
+    sharing = config.trainer.tensor_parallel
     with FakeTensorMode():
         model = build_model(sized_model(config))
+        whole = kept_whole(model.blocks, sharing)  # type: ignore[arg-type]
+        keep_share(model.blocks, sharing)  # type: ignore[arg-type]
     packed = is_packed(config)
     example, part = training_example(config, target, packed=packed), part_of(config, packed=packed)
     captured = capture_model(model)
     if part is not None:
         captured = split_model(model, captured, example, part)
-    return make_plan(model, captured, example, target, chooser)
+    if sharing > 1:  # ranks share projections in training alone; carries are of whole models
+        captured = [
+            replace(one, graphs={name: one.graphs[name] for name in example.methods if name in one.graphs})
+            for one in captured
+        ]
+    plan = make_plan(model, captured, example, target, chooser)
+    return replace(plan, notes=(*plan.notes, whole)) if whole and sharing > 1 else plan

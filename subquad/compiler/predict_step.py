@@ -14,11 +14,12 @@ import torch
 
 from subquad.compiler.call_seconds import FORWARD_AGAIN, STREAMS, Span, scaled, seconds_of, total
 from subquad.compiler.example import Example
+from subquad.compiler.loss_memory import loss_bytes
 from subquad.compiler.plan import Plan, StepPrediction
 from subquad.compiler.run_shapes import local_tokens, sized_model
 from subquad.compiler.step_work import StepWork, step_work
 from subquad.compiler.target import Target
-from subquad.schema import RunConfig
+from subquad.schema import CHUNKED, RunConfig
 from subquad_cost_model import CostRow, RooflineEstimator
 
 HOST_CALL_S = 1e-5
@@ -29,8 +30,6 @@ OPTIMIZER_BYTES = 40
 """Per parameter: AdamW reads weight, gradient and moments, writes three of them; clipping reads twice, writes once."""
 STATE_BYTES, GRADIENT_BYTES = 12, 4
 """Weight and the two moments of AdamW, and the gradient, all float32."""
-LOSS_BYTES = 12
-"""Per logit, when the loss's gradient is taken: log-probabilities, their gradient, and that of the logits, float32."""
 
 
 def predict_step(config: RunConfig, target: Target, plan: Plan) -> StepPrediction:
@@ -45,17 +44,26 @@ def predict_step(config: RunConfig, target: Target, plan: Plan) -> StepPredictio
     checkpointing = trainer.activation_checkpointing and trainer.recompute == "all"
     if trainer.activation_checkpointing and not checkpointing:
         notes.append("recompute=cheap is counted as if all activations were kept")
+    if trainer.fp8 != "none":
+        notes.append("float8 products are counted as bfloat16 ones, and the casts around them are not")
     if trainer.devices > 1:
         notes.append("the exchange of gradients between devices is not counted")
     if trainer.context_parallel > 1:
         notes.append("what ranks exchange of the sequences that they share is not counted")
+    if trainer.tensor_parallel > 1:
+        notes.append("what ranks exchange of the projections that they share is not counted")
     example = _example(plan)
     if example.tokens_shape != local_tokens(config):
         return _unknown(f"the plan is for batches of {example.tokens_shape}")
     try:
         with torch.random.fork_rng(()):
             work = step_work(
-                sized_model(config), example, kind=target.kind, checkpointing=checkpointing
+                sized_model(config),
+                example,
+                kind=target.kind,
+                checkpointing=checkpointing,
+                chunked_loss=trainer.loss == CHUNKED,
+                tensor_parallel=trainer.tensor_parallel,
             )
     except Exception as error:  # a stranger's mixer may do anything on shapes
         return _unknown(f"{type(error).__name__}: {error}".splitlines()[0])
@@ -129,15 +137,15 @@ def _memory(config: RunConfig, work: StepWork, plan: Plan, example: Example) -> 
 
     With several micro-batches the gradients of earlier ones stand beside it.
     """
-    b, t = example.tokens_shape
     model = sized_model(config)
     vocab = model.vocab_size
-    ranks = config.trainer.devices if config.trainer.strategy == "fsdp" else 1
+    sharing = config.trainer.tensor_parallel  # of parameters a rank counts its share, and holds its rows of that
+    ranks = config.trainer.devices // sharing if config.trainer.strategy == "fsdp" or sharing > 1 else 1
     operators = max((choice.figure.peak_bytes for choice in plan.choices if choice.used and choice.figure), default=0)
     memory = {
         "weights and moments": STATE_BYTES * work.parameters // ranks,
         "kept for the backward": work.kept_bytes,
-        "loss": LOSS_BYTES * b * t * vocab,
+        "loss": loss_bytes(model, example, chunked=config.trainer.loss == CHUNKED),
         "passing with a block": work.passing_bytes + operators,
     }
     gradients = GRADIENT_BYTES * work.parameters // ranks

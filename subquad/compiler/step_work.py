@@ -26,6 +26,7 @@ from subquad.compiler.workload import autocast
 from subquad.model.block import Block
 from subquad.model.build import build_model, check_mixers, full_schedule, places_of
 from subquad.model.language_model import LanguageModel
+from subquad.model.shared_projections import keep_share
 from subquad.schema import ModelConfig
 
 ALLOCATES = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
@@ -61,8 +62,18 @@ class StepWork:
         return self.blocks.total() + self.outside.total()
 
 
-def step_work(model: ModelConfig, example: Example, *, kind: str, checkpointing: bool) -> StepWork:
+def step_work(
+    model: ModelConfig,
+    example: Example,
+    *,
+    kind: str,
+    checkpointing: bool,
+    chunked_loss: bool = False,
+    tensor_parallel: int = 1,
+) -> StepWork:
     """Count a step of a model whose sizes are filled in, on a `kind` of device (`cpu` or `cuda`).
+
+    Of projections that `tensor_parallel` ranks share it is one rank's part.
 
     Raises: whatever a mixer raises that cannot run on shapes.
     """
@@ -73,6 +84,7 @@ def step_work(model: ModelConfig, example: Example, *, kind: str, checkpointing:
     kinds = kinds[: 1 + max(map(kinds.index, times))]
     with FakeTensorMode():
         built = build_model(model_of(model, [key for key, _ in kinds]))
+        keep_share(_blocks(built), tensor_parallel)
         if kind == "cuda":
             _fuse_norms(built)
         blocks: Counter[Call] = Counter()
@@ -93,7 +105,7 @@ def step_work(model: ModelConfig, example: Example, *, kind: str, checkpointing:
         shell = built
         shell.blocks = nn.ModuleList()
         parameters += sum(parameter.numel() for parameter in shell.parameters())
-        outside = _counted(lambda: _run_outside(shell, example))
+        outside = _counted(lambda: _run_outside(shell, example, chunked_loss))
     return StepWork(
         blocks=blocks,
         outside=outside.calls,
@@ -173,13 +185,16 @@ def _run_block(block: Block, d_model: int, example: Example, checkpointing: bool
         torch.autograd.backward(y, torch.empty_like(y))
 
 
-def _run_outside(shell: LanguageModel, example: Example) -> None:
+def _run_outside(shell: LanguageModel, example: Example, chunked_loss: bool) -> None:
     """Embedding, final norm, head, and the mean cross entropy of training."""
     tokens = torch.empty(example.tokens_shape, dtype=torch.int64)
     with torch.set_grad_enabled(example.training), autocast(torch.device("cpu"), example.dtype):
-        logits = shell(tokens)
-        if example.training:
-            nats = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="sum")
+        if example.training and chunked_loss:
+            nats = shell(tokens, None, tokens)
+        else:
+            logits = shell(tokens)
+            if example.training:
+                nats = F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten(), reduction="sum")
     if example.training:
         (nats / tokens.numel()).backward()
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from subquad.contracts import MixerContext
+from subquad.contracts import MixerContext, ProjectionSplit
 from subquad.mixers.configs import SoftmaxAttentionConfig, share_keys
 from subquad_kernels.operators import rotary, softmax_attention
 
@@ -50,6 +50,11 @@ class SoftmaxAttention(nn.Module):
         for linear in (self.q_proj, self.k_proj, self.v_proj, self.o_proj):
             nn.init.normal_(linear.weight, std=std)
 
+    def tensor_parallel_plan(self) -> ProjectionSplit:
+        """Heads are dealt out, queries with their keys."""
+        heads = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads}
+        return ProjectionSplit(columns=("q_proj", "k_proj", "v_proj"), rows=("o_proj",), units=heads)
+
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, shared: Mapping[str, Tensor] | None = None) -> Any:
         """Mix whole sequences.  Shapes:  x: b t d  ->  b t d"""
         q, k, v = self._project(x)
@@ -78,10 +83,10 @@ class SoftmaxAttention(nn.Module):
         return y.squeeze(1), *rest
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return (
-            self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)),
-            self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)),
-            self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)),
+        return (  # as many heads as the projections have here: ranks may share them
+            self.q_proj(x).unflatten(-1, (-1, self.head_dim)),
+            self.k_proj(x).unflatten(-1, (-1, self.head_dim)),
+            self.v_proj(x).unflatten(-1, (-1, self.head_dim)),
         )
 
     def _attend(self, x: Tensor, keys: Tensor, values: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:

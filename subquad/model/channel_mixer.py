@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from subquad.contracts import ProjectionSplit
+
 
 class ChannelMixer(nn.Module):
     """y = W_down( silu(W_gate x) * W_up x ), no biases.  Shapes:  x: ... d  ->  ... d
@@ -22,6 +24,10 @@ class ChannelMixer(nn.Module):
         """Every map normal(0, std)."""
         for linear in (self.gate, self.up, self.down):
             nn.init.normal_(linear.weight, std=std)
+
+    def tensor_parallel_plan(self) -> ProjectionSplit:
+        """Hidden channels are dealt out."""
+        return ProjectionSplit(columns=("gate", "up"), rows=("down",), units={"d_hidden": self.gate.out_features})
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix the channels of each token."""

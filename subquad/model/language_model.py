@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 
 from subquad.contracts import Carry
 from subquad.model.block import Block
+from subquad.model.chunked_cross_entropy import chunked_cross_entropy
 from subquad.model.recompute import checkpointed
 from subquad.parallel.part import SequencePart
 
@@ -62,10 +63,10 @@ class LanguageModel(nn.Module):
                 block.channel_mixer.init_parameters(std)
             block.mixer.init_parameters(std)
 
-    def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """Logits of whole sequences.
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
+        """Logits of whole sequences; given targets, the sum of their cross entropy instead, computed in chunks.
 
-        Shapes:  tokens: b t    cu_seqlens: documents + 1  ->  b t vocab
+        Shapes:  tokens: b t    cu_seqlens: documents + 1    targets: b t (-100: none)  ->  b t vocab, or a scalar
         `cu_seqlens` bounds the documents of the flattened b t tokens, row ends included.
         """
         x = self.embedding(tokens)
@@ -81,7 +82,11 @@ class LanguageModel(nn.Module):
                 published.update(new)
             else:
                 x = run(x, cu_seqlens)
-        return self._logits(x.view(*tokens.shape, -1))
+        x = x.view(*tokens.shape, -1)
+        if targets is None:
+            return self._logits(x)
+        head, hidden = self._head(), self.norm(x)
+        return chunked_cross_entropy(hidden, head, targets, logit_cap=self.logit_cap)  # type: ignore[no-any-return]
 
     def empty_carry(self, batch_size: int) -> ModelCarry:
         """The carry before the first token."""
@@ -127,9 +132,11 @@ class LanguageModel(nn.Module):
         return self._logits(x), tuple(carries)
 
     def _logits(self, x: Tensor) -> Tensor:
-        head = self.embedding.weight if self.lm_head is None else self.lm_head.weight
-        logits = linear(self.norm(x), head)
+        logits = linear(self.norm(x), self._head())
         return self.logit_cap * torch.tanh(logits / self.logit_cap) if self.logit_cap else logits
+
+    def _head(self) -> Tensor:
+        return self.embedding.weight if self.lm_head is None else self.lm_head.weight
 
     def _blocks(self) -> Iterable[Block]:
         return self.blocks  # type: ignore[return-value]

@@ -18,7 +18,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ from torch import Tensor
 
 from subquad.errors import ResumeError
 
-FORMAT_VERSION, SHARDED_VERSION = 1, 2
+FORMAT_VERSION, SHARDED_VERSION, GRID_VERSION = 1, 2, 3
+"""Of one process; of rows that ranks hold; of ranks in a grid, where those of a row share projections."""
 WEIGHTS, STATE, MANIFEST = "weights.safetensors", "trainer.pt", "manifest.json"
 WEIGHT_ROWS, OPTIMIZER_ROWS = "weights/", "optimizer/"
 """How names in the files of shards begin: `weights/NAME`, `optimizer/INDEX/KEY`."""
@@ -38,12 +39,18 @@ UNFINISHED = ".unfinished-"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint: its folder, the optimizer steps done, names that share another's tensor, ranks' files."""
+    """A verified checkpoint: its folder, the optimizer steps done, names that share another's tensor, ranks' files.
+
+    Ranks stand in rows of `tensor_parallel`. Of tensors in `axes` each of a row has a part along that axis; of others
+    the first has all.
+    """
 
     path: Path
     step: int
     tied: Mapping[str, str]
     shards: int = 0
+    tensor_parallel: int = 1
+    axes: Mapping[str, int] = field(default_factory=dict)
 
     def weights(self) -> dict[str, Tensor]:
         """The model's state dict, on the CPU."""
@@ -84,8 +91,16 @@ class Checkpoint:
                 stack.enter_context(safe_open(self.path / shard_file(rank), framework="pt"))
                 for rank in range(self.shards)
             ]
+            # Column by column of the grid: in each, the ranks hold rows of the same tensors.
+            columns = [files[place :: self.tensor_parallel] for place in range(self.tensor_parallel)]
+
+            def joined(name: str) -> Tensor:
+                axis = self.axes.get(name)
+                parts = columns if axis is not None else columns[:1]
+                return torch.cat([torch.cat([file.get_tensor(name) for file in part]) for part in parts], axis or 0)
+
             names = [name for name in (files[0].keys() if files else ()) if name.startswith(prefix)]
-            return {name.removeprefix(prefix): torch.cat([file.get_tensor(name) for file in files]) for name in names}
+            return {name.removeprefix(prefix): joined(name) for name in names}
 
 
 def write_checkpoint(
@@ -132,16 +147,23 @@ def write_rows(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def write_manifest(
-    folder: Path, step: int, digests: Mapping[str, str], *, tied: Mapping[str, str], shards: int = 0
+    folder: Path,
+    step: int,
+    digests: Mapping[str, str],
+    *,
+    tied: Mapping[str, str],
+    shards: int = 0,
+    tensor_parallel: int = 1,
+    axes: Mapping[str, int] | None = None,
 ) -> None:
     """Write last what says that the rest is whole."""
-    manifest: dict[str, object] = {
-        "format_version": SHARDED_VERSION if shards else FORMAT_VERSION,
-        "step": step,
-        "sha256": digests,
-        "tied": tied,
-    }
-    text = json.dumps(manifest | ({"shards": shards} if shards else {}), indent=2)
+    version = FORMAT_VERSION if not shards else SHARDED_VERSION if tensor_parallel == 1 else GRID_VERSION
+    manifest: dict[str, object] = {"format_version": version, "step": step, "sha256": digests, "tied": tied}
+    if shards:
+        manifest["shards"] = shards
+    if tensor_parallel > 1:
+        manifest |= {"tensor_parallel": tensor_parallel, "axes": axes or {}}
+    text = json.dumps(manifest, indent=2)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
     _flush(folder / MANIFEST)
     _flush(folder)
@@ -170,9 +192,9 @@ def _full_disk_as_oserror(folder: Path) -> Iterator[None]:
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest checkpoint that is whole; a damaged one is passed over with one warning."""
     for step, path in _numbered(folder):
-        problem, tied, shards = _inspect(path, step)
+        problem, found = _inspect(path, step)
         if problem is None:
-            return Checkpoint(path, step, tied, shards)
+            return found
         warnings.warn(f"checkpoint {path} is damaged ({problem}); the one before it is used", stacklevel=2)
     return None
 
@@ -189,25 +211,26 @@ def _numbered(folder: Path) -> list[tuple[int, Path]]:
     return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
 
 
-def _inspect(path: Path, step: int) -> tuple[str | None, Mapping[str, str], int]:
-    """What is wrong with a checkpoint (None: nothing), its tied names, and how many ranks' files it has."""
+def _inspect(path: Path, step: int) -> tuple[str | None, Checkpoint | None]:
+    """What is wrong with a checkpoint (None: nothing), and itself."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         version, expected, tied = manifest["format_version"], manifest["sha256"], manifest["tied"]
         if manifest["step"] != step:
-            return f"its manifest says step {manifest['step']}", {}, 0
-        if version in (FORMAT_VERSION, SHARDED_VERSION):
-            shards = int(manifest["shards"]) if version == SHARDED_VERSION else 0
+            return f"its manifest says step {manifest['step']}", None
+        if version in (FORMAT_VERSION, SHARDED_VERSION, GRID_VERSION):
+            shards = int(manifest["shards"]) if version != FORMAT_VERSION else 0
+            grid = (int(manifest["tensor_parallel"]), dict(manifest["axes"])) if version == GRID_VERSION else (1, {})
             for name in (WEIGHTS, STATE, *map(shard_file, range(shards))):
                 if _digest(path / name) != expected[name]:
-                    return f"{name} is not what was written", {}, 0
-            return None, tied, shards
+                    return f"{name} is not what was written", None
+            return None, Checkpoint(path, step, tied, shards, *grid)
     except OSError as error:
-        return f"{error.filename}: {error.strerror}", {}, 0
+        return f"{error.filename}: {error.strerror}", None
     except (ValueError, KeyError, TypeError):
-        return f"{MANIFEST} is not what was written", {}, 0
+        return f"{MANIFEST} is not what was written", None
     raise ResumeError(
-        what=f"its format version is {version}, this program reads {FORMAT_VERSION} and {SHARDED_VERSION}",
+        what=f"its format version is {version}, this program reads {FORMAT_VERSION} to {GRID_VERSION}",
         where=str(path / MANIFEST),
         mend="use the version of subquad that wrote the run",
     )

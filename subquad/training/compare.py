@@ -41,7 +41,7 @@ class ComparedRun:
     def tokens_per_step(self) -> int:
         """Tokens of one optimizer step on all devices."""
         trainer = self.config.trainer
-        groups = trainer.devices // trainer.context_parallel
+        groups = trainer.devices // (trainer.context_parallel * trainer.tensor_parallel)
         return trainer.batch_size * trainer.seq_len * trainer.accumulate * groups
 
     def curve(self, column: str) -> list[tuple[float, float]]:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
+from subquad.compiler.choose import Chooser
 from subquad.compiler.example import Example
+from subquad.compiler.explain import plan_of_shapes
 from subquad.compiler.options import CompileOptions
 from subquad.compiler.pipeline import compile_model, kernel_versions, plan_versions
 from subquad.compiler.plan import Plan
@@ -42,7 +44,10 @@ def target_of(config: RunConfig) -> Target:
 def compiled(model: LanguageModel, config: RunConfig, plan: Plan | None, *, packed: bool) -> tuple[LanguageModel, Plan]:
     """Choose kernels for the shapes that the trainer makes, or take those of a plan, and let the model run them."""
     target = target_of(config)
-    if plan is not None:
+    if plan is None and config.trainer.tensor_parallel > 1:
+        # Kernels are chosen for the share of the heads that a rank will have; this model still has all.
+        plan = plan_of_shapes(config, target, Chooser(target, CompileOptions.of_run(config)))
+    elif plan is not None:
         changes = plan.staleness(target.device.name, plan_versions(), kernel_versions(plan))
         if changes is not None:
             warnings.warn(f"the plan is stale ({changes}); it is followed all the same", stacklevel=2)

@@ -191,7 +191,7 @@ class TextData(L.LightningDataModule):
             "train",
             batch_size=self._config.batch_size,
             seed=self._seed,
-            rank=self._rank // self._config.context_parallel,
+            rank=self._rank // self._group_size,
             world_size=self._groups,
         )
         return self._loader(batches, CountingSampler(step * self._config.accumulate))
@@ -202,7 +202,7 @@ class TextData(L.LightningDataModule):
             self.source,
             batch_size=self._config.batch_size,
             num_batches=self._config.validation_batches,
-            rank=self._rank // self._config.context_parallel,
+            rank=self._rank // self._group_size,
             world_size=self._groups,
         )
         return self._loader(batches, None)
@@ -228,9 +228,13 @@ class TextData(L.LightningDataModule):
 
     @property
     def _groups(self) -> int:
-        """How many ranks, or groups of ranks that share sequences, have samples of their own."""
+        """How many ranks, or groups of ranks that share sequences or projections, have samples of their own."""
         ranks = self._config.devices if self.trainer is None else int(self.trainer.world_size)
-        return ranks // self._config.context_parallel
+        return ranks // self._group_size
+
+    @property
+    def _group_size(self) -> int:
+        return self._config.context_parallel * self._config.tensor_parallel
 
     def _loader(self, batches: NumberedBatches | FixedBatches, sampler: Sampler[int] | None) -> DataLoader[Batch]:
         count = self._config.context_parallel

@@ -59,6 +59,12 @@ def ranks_here(config: TrainerConfig) -> Ranks:
             where="trainer.context_parallel",
             mend=f"use a divisor of the number of devices, or trainer.devices={config.context_parallel}",
         )
+    if world_size % config.tensor_parallel:
+        raise ConfigError(
+            what=f"{config.tensor_parallel} devices are to share projections, and the run has {world_size}",
+            where="trainer.tensor_parallel",
+            mend=f"use a divisor of the number of devices, or trainer.devices={config.tensor_parallel}",
+        )
     if not from_outside:
         return Ranks(0, world_size, from_outside=False)
     if world_size % config.devices:

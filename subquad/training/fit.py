@@ -31,7 +31,8 @@ from subquad.model.build import build_model
 from subquad.model.import_weights import import_weights
 from subquad.model.language_model import LanguageModel
 from subquad.model.recompute import RECOMPUTE
-from subquad.schema import RunConfig
+from subquad.model.shared_projections import shared_projections
+from subquad.schema import LOSSES, RunConfig
 from subquad.training import run_folder
 from subquad.training.checkpoint import Checkpoint, newest_checkpoint
 from subquad.training.compilation import compiled, device_of, plan_of, target_of, uses_bfloat16
@@ -48,6 +49,7 @@ from subquad.training.distributed import (
     told_by_rank_zero,
 )
 from subquad.training.environment import environment_record
+from subquad.training.fp8 import OFF, RECIPES, check_fp8, convert_to_fp8
 from subquad.training.gradient_norms import GradientNorms
 from subquad.training.metrics import drop_samples_of_other_ranks
 from subquad.training.module import TrainingModule, Validation
@@ -236,6 +238,8 @@ def _check(config: RunConfig) -> None:
         ("strategy", trainer.strategy, ("auto", "ddp", "fsdp")),
         ("nonfinite", trainer.nonfinite, ("stop", "skip")),
         ("recompute", trainer.recompute, RECOMPUTE),
+        ("loss", trainer.loss, LOSSES),
+        ("fp8", trainer.fp8, (OFF, *RECIPES)),
     ):
         if value not in allowed:
             raise ConfigError(
@@ -243,11 +247,23 @@ def _check(config: RunConfig) -> None:
                 where=f"trainer.{key}",
                 mend=f"{suggestion(value, allowed)}use one of {', '.join(allowed)}",
             )
-    if trainer.strategy == "fsdp" and trainer.context_parallel > 1:
+    if (trainer.strategy == "fsdp" or trainer.tensor_parallel > 1) and trainer.context_parallel > 1:
         raise ConfigError(
             what="a model in shards, on ranks that share sequences, was never tried",
             where="trainer.context_parallel",
-            mend="use trainer.strategy=ddp, or trainer.context_parallel=1",
+            mend="use trainer.strategy=ddp and trainer.tensor_parallel=1, or trainer.context_parallel=1",
+        )
+    if trainer.strategy == "ddp" and trainer.tensor_parallel > 1:
+        raise ConfigError(
+            what="ranks that share projections hold their parameters in shards",
+            where="trainer.strategy",
+            mend="use trainer.strategy=fsdp or auto",
+        )
+    if config.compile and trainer.tensor_parallel > 1:
+        raise ConfigError(
+            what="torch.compile of projections that ranks share was never tried",
+            where="compile",
+            mend="use compile=false, or trainer.tensor_parallel=1",
         )
     have = torch.cuda.device_count()
     if trainer.accelerator == "cuda" and not have:
@@ -260,6 +276,7 @@ def _check(config: RunConfig) -> None:
             where="trainer.devices",
             mend=f"use {have} or fewer",
         )
+    check_fp8(config, device_of(config))
     target_of(config)
 
 
@@ -276,6 +293,8 @@ def _built(config: RunConfig, *, starts: bool, hollow: bool = False) -> tuple[Te
     torch.manual_seed(config.seed)
     model = build_model(config.model, device="meta") if hollow else build_model(config.model)
     _refuse_both_sides(model)
+    for block in model.blocks:
+        shared_projections(block, config.trainer.tensor_parallel)  # type: ignore[arg-type]
     if starts and not hollow and config.model.init_from is not None:
         import_weights(model, config.model)
         if config.tokenizer.kind != "file":
@@ -284,6 +303,8 @@ def _built(config: RunConfig, *, starts: bool, hollow: bool = False) -> tuple[Te
                 " by another: use tokenizer=file tokenizer.file=FOLDER/tokenizer.json",
                 stacklevel=2,
             )
+    if config.trainer.fp8 != OFF:
+        convert_to_fp8(model, config.trainer.fp8)
     model.activation_checkpointing = config.trainer.activation_checkpointing
     model.recompute = config.trainer.recompute
     return data, model, config
@@ -330,7 +351,7 @@ def _fit(prepared: _Prepared, ranks: Ranks) -> TrainResult:
     resumed_at, spent_s = (checkpoint.step, float(state["seconds"])) if checkpoint and state else (None, 0.0)
     del state  # the module lets go of it once the optimizer has it
     norms = GradientNorms(prepared.model, config.trainer)
-    used = utilisation(prepared.model, prepared.plan, target_of(config))
+    used = utilisation(prepared.model, prepared.plan, target_of(config), config.trainer.tensor_parallel)
     tracker = build_tracker(config.tracking, folder, asdict(config), resumed_at) if ranks.rank == 0 else NoTracker()
     tracker.table("plan", PLAN_COLUMNS, choice_table(prepared.plan))
     recorder = Recorder(folder, tracker, norms, used, rank=ranks.rank, resumed_at=resumed_at, spent_s=spent_s)
@@ -395,7 +416,7 @@ def _lightning(config: RunConfig, ranks: Ranks, callbacks: list[L.Callback]) -> 
         accelerator=device.type,
         devices=settings.devices,
         num_nodes=ranks.world_size // settings.devices,
-        strategy=_strategy(settings.strategy, ranks),
+        strategy=_strategy(config, ranks),
         # Within a job of SLURM Lightning would take its tasks for ranks, also where rank 0 has started them.
         plugins=[LightningEnvironment()] if ranks.world_size > 1 and started_by_rank_zero(ranks) else None,
         precision="bf16-mixed" if uses_bfloat16(config) else "32-true",
@@ -415,12 +436,13 @@ def _lightning(config: RunConfig, ranks: Ranks, callbacks: list[L.Callback]) -> 
     )
 
 
-def _strategy(name: str, ranks: Ranks) -> Strategy | str:
+def _strategy(config: RunConfig, ranks: Ranks) -> Strategy | str:
     """How ranks share the work; one rank has nothing to share, whatever is asked for."""
     if ranks.world_size == 1:
         return "auto"
-    if name == "fsdp":
-        return ModelParallelStrategy(data_parallel_size=ranks.world_size, tensor_parallel_size=1)
+    if is_sharded(config, ranks.world_size):
+        sharing = config.trainer.tensor_parallel
+        return ModelParallelStrategy(data_parallel_size=ranks.world_size // sharing, tensor_parallel_size=sharing)
     return DDPStrategy()
 
 

@@ -7,12 +7,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
+from torch import nn
 
 from subquad.model.language_model import LanguageModel
 from subquad.schema import TrainerConfig
-from subquad.training.sharding import whole_tensor
+from subquad.training.sharding import total_norm
 
 CHANNEL_MIXER, OTHER = "channel_mixer", "other"
 """The channel mixers of all blocks; embedding, head and norms."""
@@ -38,7 +37,7 @@ class GradientNorms(L.Callback):
         intervals = (settings.log_every_n_steps, settings.validate_every_n_steps)
         if step in (1, settings.max_steps) or any(every and step % every == 0 for every in intervals):
             # Of all ranks alike. A sharded model has other parameters than those it was built with.
-            self._step, self._norms = step, [_norm(own) for own in parameters_by_family(self._model).values()]
+            self._step, self._norms = step, [total_norm(own) for own in parameters_by_family(self._model).values()]
 
 
 def parameters_by_family(model: LanguageModel) -> dict[str, list[nn.Parameter]]:
@@ -59,7 +58,3 @@ def parameters_by_family(model: LanguageModel) -> dict[str, list[nn.Parameter]]:
             add(CHANNEL_MIXER, block.channel_mixer)  # type: ignore[arg-type]
     add(OTHER, model)
     return families
-
-
-def _norm(parameters: list[nn.Parameter]) -> Tensor:
-    return whole_tensor(get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None]))

@@ -14,16 +14,17 @@ import numpy as np
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from subquad.model.language_model import LanguageModel
 from subquad.parallel.part import SequencePart
-from subquad.schema import RunConfig
+from subquad.schema import CHUNKED, RunConfig
 from subquad.training.data import Batch
 from subquad.training.distributed import first_of_ranks
 from subquad.training.nonfinite import first_nonfinite
 from subquad.training.optimizers import build_optimizer, learning_rate_factor
-from subquad.training.sharding import shard_model, spread_optimizer_state, whole_tensor
+from subquad.training.sharding import average_over_row, clip_to_norm, shard_model, spread_optimizer_state
 from subquad.training.sources.source import IGNORED
 
 
@@ -43,6 +44,15 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
     """
     nats = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
     return nats, (targets != IGNORED).sum()
+
+
+def summed_loss(
+    model: torch.nn.Module, tokens: Tensor, cu_seqlens: Tensor | None, targets: Tensor, *, how: str
+) -> tuple[Tensor, Tensor]:
+    """What `summed_cross_entropy` says of the model's logits; `how` is `trainer.loss`."""
+    if how == CHUNKED:
+        return model(tokens, cu_seqlens, targets), (targets != IGNORED).sum()
+    return summed_cross_entropy(model(tokens, cu_seqlens), targets)
 
 
 def step_seed(seed: int, micro_batch: int, rank: int) -> int:
@@ -83,13 +93,15 @@ class TrainingModule(L.LightningModule):
         self.guard: Callable[[], bool] | None = None
         """Asked when a step's gradient is complete and its norm known: whether the optimizer may use it."""
         self.is_sharded = False
+        self._mesh: DeviceMesh | None = None
 
     def configure_model(self) -> None:
         strategy = self.trainer.strategy
         if isinstance(strategy, ModelParallelStrategy) and not self.is_sharded:
             self.is_sharded = True
             assert isinstance(self.model, LanguageModel)
-            shard_model(self.model, strategy.device_mesh["data_parallel"], compiles=self.config.compile)
+            self._mesh = strategy.device_mesh
+            shard_model(self.model, self._mesh, compiles=self.config.compile)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         micro_batch = self.trainer.fit_loop.total_batch_idx
@@ -100,7 +112,8 @@ class TrainingModule(L.LightningModule):
         self.step_batches.append(batch)
 
     def _seed(self, micro_batch: int) -> None:
-        seed = step_seed(self.config.seed, micro_batch, self.trainer.global_rank)
+        # Ranks that share projections compute the same.
+        seed = step_seed(self.config.seed, micro_batch, self.trainer.global_rank // self.config.trainer.tensor_parallel)
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)
@@ -112,10 +125,14 @@ class TrainingModule(L.LightningModule):
 
     def _loss(self, batch: Batch) -> Tensor:
         """The mean over the targets; of a part of sequences such that the mean over ranks is that of whole ones."""
-        nats, count = summed_cross_entropy(self.model(batch["tokens"], batch["cu_seqlens"]), batch["targets"])
+        nats, count = self._summed_loss(batch)
         if self._part is not None:
             nats, count = self._part.count * nats, self._part.total(count)
         return nats / count.clamp(min=1)
+
+    def _summed_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        tokens, boundaries, targets = batch["tokens"], batch["cu_seqlens"], batch["targets"]
+        return summed_loss(self.model, tokens, boundaries, targets, how=self.config.trainer.loss)
 
     def first_nonfinite(self) -> str | None:
         """Repeat the step that has just been differentiated, to find the first tensor in it that is not finite."""
@@ -142,8 +159,9 @@ class TrainingModule(L.LightningModule):
         limit = self.config.trainer.gradient_clip_norm
         self.learning_rate = float(optimizer.param_groups[0]["lr"])
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit if limit > 0 else math.inf)
-        self.gradient_norm = whole_tensor(norm)
+        if self._mesh is not None and self.config.trainer.tensor_parallel > 1:
+            average_over_row(parameters, self._mesh)
+        self.gradient_norm = clip_to_norm(parameters, limit if limit > 0 else math.inf)
         if self.guard is not None and not self.guard():
             for parameter in parameters:
                 parameter.grad = None  # an optimizer passes over what has no gradient
@@ -152,7 +170,7 @@ class TrainingModule(L.LightningModule):
         self._sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # nats, targets, bytes
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        nats, count = summed_cross_entropy(self.model(batch["tokens"], batch["cu_seqlens"]), batch["targets"])
+        nats, count = self._summed_loss(batch)
         self._sums += torch.stack([nats.double(), count.double(), nats.new_tensor(batch["target_bytes"]).double()])
 
     def on_validation_epoch_end(self) -> None:

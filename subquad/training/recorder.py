@@ -96,9 +96,9 @@ class Recorder(L.Callback):
     ) -> None:
         assert isinstance(pl_module, TrainingModule)
         self._sample_ids += batch["sample_ids"].tolist()
-        self._throughput.tokens += batch["tokens"].numel() * trainer.world_size
-        self._throughput.pause()
         config = pl_module.config.trainer
+        self._throughput.tokens += batch["tokens"].numel() * (trainer.world_size // config.tensor_parallel)
+        self._throughput.pause()
         if (trainer.fit_loop.total_batch_idx + 1) % config.accumulate:
             return
         step = int(trainer.global_step)
@@ -178,5 +178,9 @@ class Recorder(L.Callback):
             "samples_per_step": samples_per_step(pl_module.config, trainer.world_size),
         }
         keep = pl_module.config.checkpoint.keep
-        write = write_sharded_checkpoint if pl_module.is_sharded else write_checkpoint
-        write(self._folder.checkpoints, step, pl_module.model.state_dict(), state, keep=keep)
+        weights, folder = pl_module.model.state_dict(), self._folder.checkpoints
+        if pl_module.is_sharded:
+            sharing = pl_module.config.trainer.tensor_parallel
+            write_sharded_checkpoint(folder, step, weights, state, keep=keep, tensor_parallel=sharing)
+        else:
+            write_checkpoint(folder, step, weights, state, keep=keep)

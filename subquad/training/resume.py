@@ -22,8 +22,10 @@ FREE_KEYS = frozenset(
         "trainer.nonfinite",
         "trainer.progress_bar",
         "trainer.strategy",
-        "trainer.devices",  # these two as long as a step takes the same samples, which is checked
+        "trainer.devices",  # these three as long as a step takes the same samples, which is checked
         "trainer.accumulate",
+        "trainer.tensor_parallel",
+        "trainer.loss",
         "checkpoint.every_n_steps",
         "checkpoint.keep",
         "tracking",
@@ -73,7 +75,7 @@ def resumed_config(asked: RunConfig, overrides: Sequence[str] | None) -> tuple[R
 
 def samples_per_step(config: RunConfig, world_size: int) -> int:
     """Sequences that all ranks consume in one optimizer step."""
-    return config.trainer.batch_size * config.trainer.accumulate * world_size
+    return config.trainer.batch_size * config.trainer.accumulate * (world_size // config.trainer.tensor_parallel)
 
 
 def check_same_samples(checkpoint: Checkpoint, folder: RunFolder, config: RunConfig, world_size: int) -> None:

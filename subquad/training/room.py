@@ -9,7 +9,7 @@ import torch
 from subquad.compiler.run_shapes import local_tokens
 from subquad.errors import ConfigError
 from subquad.model.build import build_model
-from subquad.schema import RunConfig
+from subquad.schema import CHUNKED, RunConfig
 
 BYTES_PER_PARAMETER = 8
 """A float32 weight and its gradient; what the optimizer keeps comes on top."""
@@ -19,16 +19,16 @@ def check_room(config: RunConfig, device: torch.device) -> None:
     """Refuse a model, or a batch, that is larger than all of the device's memory.  Raises: ConfigError.
 
     Bounds:  8 parameters  for weights and gradients, over the devices that share them out (fsdp);
-             4 batch_size seq_len vocab_size  for the logits of a device.
+             4 batch_size seq_len vocab_size  for the logits of a device, unless they come in chunks.
     """
     room = _memory_of(device)
     trainer, vocab_size = config.trainer, config.model.vocab_size
     rows, tokens = local_tokens(config)
-    logits = 4 * rows * tokens * vocab_size
+    logits = 0 if trainer.loss == CHUNKED else 4 * rows * tokens * vocab_size
     if logits > room:
         raise _too_large(
             f"the logits of {rows} x {tokens} tokens", logits, room, "trainer.batch_size",
-            "use a smaller trainer.batch_size, with trainer.accumulate in its place",
+            "use trainer.loss=chunked, or a smaller trainer.batch_size with trainer.accumulate in its place",
         )  # fmt: skip
     # The embedding and the widest matrix, before torch is asked to count what overflows.
     widest = config.model.d_model * max(config.model.d_model, vocab_size)
@@ -42,7 +42,7 @@ def check_room(config: RunConfig, device: torch.device) -> None:
             where="model",
             mend="look for a size in it that is negative or far too large",
         ) from error
-    ranks = trainer.devices if trainer.strategy == "fsdp" else 1
+    ranks = trainer.devices if trainer.strategy == "fsdp" or trainer.tensor_parallel > 1 else 1
     need = parameters * BYTES_PER_PARAMETER // ranks
     if need > room:
         shared = f", over {ranks} devices," if ranks > 1 else ""

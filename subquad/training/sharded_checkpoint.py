@@ -1,7 +1,8 @@
 """A checkpoint that all ranks write together: each the rows that it holds, and rank 0 what nobody else has.
 
 Beside the files of `checkpoint.py`, which keep what is not sharded, there is a `shard-R.safetensors` for each rank R.
-Rows joined in the order of ranks are the whole tensors, so any number of ranks, or none, reads them.
+Rows joined in the order of ranks are the whole tensors, so any number of ranks, or none, reads them. Where ranks share
+projections the manifest says along which axis, and what those of a row hold alike the first of them writes.
 """
 
 from __future__ import annotations
@@ -25,12 +26,19 @@ from subquad.training.checkpoint import (
     write_rows,
     write_unsharded,
 )
+from subquad.training.sharding import shared_axis
 
 Result = TypeVar("Result")
 
 
 def write_sharded_checkpoint(
-    folder: Path, step: int, weights: Mapping[str, Tensor], trainer_state: Mapping[str, Any], *, keep: int
+    folder: Path,
+    step: int,
+    weights: Mapping[str, Tensor],
+    trainer_state: Mapping[str, Any],
+    *,
+    keep: int,
+    tensor_parallel: int = 1,
 ) -> Path:
     """Write `step-N` as `write_checkpoint` does, where tensors are sharded by rows; called by all ranks.
 
@@ -40,11 +48,18 @@ def write_sharded_checkpoint(
     final = folder / f"step-{step}"
     unfinished = folder / f"{UNFINISHED}{final.name}-shards"
     writes_rest = dist.get_rank() == 0
-    plain, rows = _apart(weights, WEIGHT_ROWS)
+    plain, held = _apart(weights, WEIGHT_ROWS)
     optimizer, state = trainer_state["optimizer"], {}
     for index, values in optimizer["state"].items():
-        state[index], held = _apart(values, f"{OPTIMIZER_ROWS}{index}/")
-        rows |= held
+        state[index], own = _apart(values, f"{OPTIMIZER_ROWS}{index}/")
+        held |= own
+    axes = {name: axis for name, tensor in held.items() if (axis := shared_axis(tensor)) is not None}
+    writes_all = dist.get_rank() % tensor_parallel == 0
+    rows = {
+        name: tensor.to_local().detach().to("cpu", copy=True).contiguous()
+        for name, tensor in held.items()
+        if writes_all or name in axes
+    }
 
     def begin() -> None:
         if writes_rest:
@@ -62,22 +77,20 @@ def write_sharded_checkpoint(
 
     def finish() -> None:
         if writes_rest:
-            write_manifest(unfinished, step, digests, tied={}, shards=dist.get_world_size())
+            shards = dist.get_world_size()
+            write_manifest(
+                unfinished, step, digests, tied={}, shards=shards, tensor_parallel=tensor_parallel, axes=axes
+            )
             publish(unfinished, final, keep)
 
     _together(finish, unfinished)
     return final
 
 
-def _apart(values: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What is not sharded, and this rank's rows of what is, on the CPU."""
+def _apart(values: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], dict[str, DTensor]]:
+    """What is not sharded, and what is, by its name in the files."""
     plain = {name: value for name, value in values.items() if not isinstance(value, DTensor)}
-    rows = {
-        f"{prefix}{name}": value.to_local().detach().to("cpu", copy=True).contiguous()
-        for name, value in values.items()
-        if isinstance(value, DTensor)
-    }
-    return plain, rows
+    return plain, {f"{prefix}{name}": value for name, value in values.items() if isinstance(value, DTensor)}
 
 
 def _together(action: Callable[[], Result], unfinished: Path) -> list[Result]:

@@ -10,12 +10,14 @@ per token, as the chosen kernels take them. What activation checkpointing comput
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from subquad.compiler.choice_map import node_rows
 from subquad.compiler.plan import Plan
 from subquad.compiler.target import Target, is_same_model
 from subquad.model.language_model import LanguageModel
+from subquad.model.shared_projections import shared_projections
 from subquad_cost_model import load_device, shipped_devices
 
 
@@ -31,24 +33,39 @@ class Utilisation:
         return tokens_per_s * self.flops_per_token / self.flops_per_s
 
 
-def utilisation(model: LanguageModel, plan: Plan, target: Target) -> Utilisation | None:
-    """For the products of the plan's dtype; None where nobody knows the device's ceiling for them."""
+def utilisation(model: LanguageModel, plan: Plan, target: Target, tensor_parallel: int = 1) -> Utilisation | None:
+    """For the products of the plan's dtype; None where nobody knows the device's ceiling for them.
+
+    The plan is that of one of `tensor_parallel` ranks, whose operators are given their share of the heads.
+    """
     flops_per_s = ceiling(target, str(plan.example["dtype"]))
     tokens = math.prod(plan.example["tokens_shape"])
-    return Utilisation(flops_per_token(model, plan, tokens), flops_per_s) if flops_per_s else None
+    return Utilisation(flops_per_token(model, plan, tokens, tensor_parallel), flops_per_s) if flops_per_s else None
 
 
-def flops_per_token(model: LanguageModel, plan: Plan, tokens: int) -> float:
+def flops_per_token(model: LanguageModel, plan: Plan, tokens: int, tensor_parallel: int = 1) -> float:
     """6 N + operators, where the plan's operators work on so many tokens."""
     multiplying = sum(parameter.numel() for parameter in model.parameters())
     if model.lm_head is not None:
         multiplying -= model.embedding.weight.numel()
-    return 6 * multiplying + operator_flops(plan) / tokens
+    shares = {
+        int(block.layer_index): tensor_parallel if "mixer" in shared_projections(block, tensor_parallel) else 1  # type: ignore[arg-type]
+        for block in model.blocks
+    }
+    return 6 * multiplying + operator_flops(plan, shares) / tokens
 
 
-def operator_flops(plan: Plan) -> int:
-    """Of the matrix products inside operators, in one micro-batch, forward and backward."""
-    return sum(row.matmul_flops for choice in plan.choices if choice.used for row in node_rows(choice, choice.chosen))
+def operator_flops(plan: Plan, shares: Mapping[int, int] | None = None) -> int:
+    """Of the matrix products inside operators, in one micro-batch, forward and backward.
+
+    `shares` says of a layer how many ranks each compute as much as the plan says.
+    """
+    return sum(
+        row.matmul_flops * (1 if shares is None else shares[choice.layer])
+        for choice in plan.choices
+        if choice.used
+        for row in node_rows(choice, choice.chosen)
+    )
 
 
 def ceiling(target: Target, dtype: str) -> float | None:
