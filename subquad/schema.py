@@ -150,6 +150,7 @@ class CheckpointConfig:
 
     every_n_steps: int = 200  # 0: only at the end
     keep: int = 2  # newest ones that stay
+    artifacts: bool = False  # those that have stayed when the run ends become artifacts of its run of W&B
 
     def __post_init__(self) -> None:
         _check_limits(self, "checkpoint", every_n_steps=(0, INFINITY), keep=(0, INFINITY))

@@ -26,6 +26,7 @@ FREE_KEYS = frozenset(
         "trainer.accumulate",
         "checkpoint.every_n_steps",
         "checkpoint.keep",
+        "checkpoint.artifacts",
         "tracking",
         "profile",
         "deny",  # nodes whose kernel is denied get another; the rest of the plan stays
