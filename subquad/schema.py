@@ -309,6 +309,20 @@ class BenchConfig:
 
 
 @dataclass(kw_only=True)
+class DecodingBenchConfig:
+    """What `bench models=` measures: decoding behind contexts of growing length."""
+
+    models: list[str] = field(default_factory=list)  # recipes
+    contexts: list[int] = field(default_factory=lambda: [1024, 4096, 16384])  # tokens, the decoded ones included
+    batch_sizes: list[int] = field(default_factory=lambda: [1])  # sequences that are decoded together
+    tokens: int = 32  # decoded and timed at the end of each context
+    overrides: list[str] = field(default_factory=list)  # of `train`, for all models, such as trainer.accelerator=cpu
+    budget_s: float = 600.0  # rows that would begin later are left out
+    out: str = "bench-decoding.json"  # the record, written again after each row
+    plot: bool = False  # draw it beside the record, as .png
+
+
+@dataclass(kw_only=True)
 class MeasureConfig:
     """What `measure` times, for how long, and where its rows go. Empty lists mean all of them."""
 

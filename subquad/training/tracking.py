@@ -219,7 +219,7 @@ def record_checkpoints(tracker: Tracker, folder: RunFolder) -> None:
     validated = [step for step in steps if step in losses]
     best = min(validated, key=losses.__getitem__, default=None)
     for step in steps:
-        aliases = [f"step-{step}", *(["best"] if step == best else []), *(["latest"] if step == steps[-1] else [])]
+        aliases = [f"step-{step}", "best"] if step == best else [f"step-{step}"]
         tracker.checkpoint(step, folder.checkpoints / f"step-{step}", aliases)
 
 
