@@ -23,25 +23,31 @@ CONTEXTS = (64, 128, 256)
 TINY = ("model.d_model=64", "model.num_layers=4", "trainer.accelerator=cpu", "compiler=constant")
 
 
-@pytest.fixture
-def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[DecodingRow]:
-    monkeypatch.setattr(module, "PREFILL_TOKENS", 48)
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("decoding") / "decoding.json"
+
+
+@pytest.fixture(scope="module")
+def rows(record: Path) -> list[DecodingRow]:
     request = DecodingBenchConfig(
         models=["transformer", "mamba", "scout_mamba", "scout_swa"],
         contexts=list(CONTEXTS),
         batch_sizes=[2],
         tokens=4,
-        out=str(tmp_path / "decoding.json"),
+        out=str(record),
     )
     configs = [load_config([f"model={name}", *TINY]) for name in request.models]
-    return list(bench_decoding(configs, request))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "PREFILL_TOKENS", 48)
+        return list(bench_decoding(configs, request))
 
 
 def of(rows: list[DecodingRow], model: str) -> list[DecodingRow]:
     return [row for row in rows if row.model == model]
 
 
-def test_carries_grow_with_context_as_their_mixers_do(rows: list[DecodingRow], tmp_path: Path) -> None:
+def test_carries_grow_with_context_as_their_mixers_do(rows: list[DecodingRow], record: Path, tmp_path: Path) -> None:
     assert [(row.context, row.model) for row in rows] == [
         (context, model) for context in CONTEXTS for model in ("transformer", "mamba", "scout_mamba", "scout_swa")
     ]

@@ -146,6 +146,17 @@ def test_a_lane_goes_on_from_every_place(files: Any, kind: str) -> None:
             assert all(np.array_equal(one, other) for one, other in zip(left, right))
 
 
+def test_lanes_that_take_turns_in_one_process_keep_places_of_their_own(files: Any) -> None:
+    source = streamed(files, "parquet")
+    lanes = [source.lane_rows(lane, 0, Place()) for lane in range(LANES)]
+    turns = [[next(lane) for lane in lanes] for _ in range(16)]
+    for lane in range(LANES):
+        for number in (5, 9, 12):
+            resumed = islice(streamed(files, "parquet").lane_rows(lane, 0, turns[number][lane][1]), 15 - number)
+            for (left, _), (right, _) in zip((turn[lane] for turn in turns[number + 1 :]), resumed, strict=True):
+                assert np.array_equal(left.tokens, right.tokens)
+
+
 def test_epochs_lanes_and_seeds_have_orders_of_their_own(files: Any) -> None:
     source = streamed(files, shuffle_buffer=DOCUMENTS)
     texts = {seed: text_of([sample for sample, _ in islice(source.lane_rows(0, seed, Place()), 40)]) for seed in (0, 1)}
