@@ -61,10 +61,8 @@ def test_carries_grow_with_context_as_their_mixers_do(rows: list[DecodingRow], r
             grown = right.carry["segment_attention"] - left.carry["segment_attention"]
             assert 0 < grown < (right.context - left.context) * 2 * 2 * 64 * 4 / 4
     assert len({row.carry["mamba"] for row in of(rows, "scout_mamba")}) == 1
-    record = json.loads((tmp_path / "decoding.json").read_text())
-    assert [(row["model"], row["carry_bytes"]) for row in record["rows"]] == [
-        (row.model, row.carry_bytes) for row in rows
-    ]
+    written = [(row["model"], row["carry_bytes"]) for row in json.loads(record.read_text())["rows"]]
+    assert written == [(row.model, row.carry_bytes) for row in rows]
     draw_decoding(rows, "cpu", tmp_path / "decoding.png")
     assert (tmp_path / "decoding.png").read_bytes().startswith(b"\x89PNG")
 
