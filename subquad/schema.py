@@ -176,6 +176,7 @@ class CheckpointConfig:
 
     every_n_steps: int = 200  # 0: only at the end
     keep: int = 2  # newest ones that stay
+    artifacts: bool = False  # those that have stayed when the run ends become artifacts of its run of W&B
 
     def __post_init__(self) -> None:
         _check_limits(self, "checkpoint", every_n_steps=(0, INFINITY), keep=(0, INFINITY))
@@ -331,6 +332,20 @@ class BenchConfig:
     shapes: list[dict[str, int]] = field(default_factory=list)  # axes that differ from the series, such as {t: 4096}
     options: dict[str, Any] = field(default_factory=dict)  # the operator's own, such as {segment_len: 64}
     plot: bool = False
+
+
+@dataclass(kw_only=True)
+class DecodingBenchConfig:
+    """What `bench models=` measures: decoding behind contexts of growing length."""
+
+    models: list[str] = field(default_factory=list)  # recipes
+    contexts: list[int] = field(default_factory=lambda: [1024, 4096, 16384])  # tokens, the decoded ones included
+    batch_sizes: list[int] = field(default_factory=lambda: [1])  # sequences that are decoded together
+    tokens: int = 32  # decoded and timed at the end of each context
+    overrides: list[str] = field(default_factory=list)  # of `train`, for all models, such as trainer.accelerator=cpu
+    budget_s: float = 600.0  # rows that would begin later are left out
+    out: str = "bench-decoding.json"  # the record, written again after each row
+    plot: bool = False  # draw it beside the record, as .png
 
 
 @dataclass(kw_only=True)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,7 @@ def fork_ranks(monkeypatch: pytest.MonkeyPatch, fault: Fault | None = None) -> N
 
     What they print on stderr is in `RUN_DIR.rank-N.txt`.
     """
+    ensure_running()  # before there are ranks: processes that are forked later would take themselves for one
 
     def start_others(world_size: int, port: int, run_dir: Path) -> list[ForkedRank]:
         os.environ.update(WORLD_SIZE=str(world_size), NODE_RANK="0", RANK="0", LOCAL_RANK="0")

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from subquad.errors import ConfigError, DataError, NotFoundError
 from subquad.schema import RunConfig, TokenizerConfig, TrainerConfig
-from subquad.training.data import Batch, FixedBatches, NumberedBatches, TextData, build_data, shuffled
+from subquad.training.batch import Batch
+from subquad.training.data import FixedBatches, NumberedBatches, TextData, build_data, shuffled
 from subquad.training.sources.configs import SyntheticConfig, TextFilesConfig
 from subquad.training.sources.packed_text import PackedText
 from subquad.training.sources.source import DataContext

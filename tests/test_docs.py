@@ -60,7 +60,7 @@ def test_the_readmes_recipes_compose(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("arguments", commands(SOURCES), ids=str)
 def test_the_commands_of_the_readme_of_sources_compose(arguments: list[str]) -> None:
-    assert load_config(arguments[1:]).data["name"] in ("text_files", "mixture")
+    assert load_config(arguments[1:]).data["name"] in ("text_files", "mixture", "hf")
 
 
 def test_every_fault_names_tests_that_exist() -> None:
@@ -79,6 +79,12 @@ def test_every_verb_stands_in_the_readme_and_no_other() -> None:
 def test_every_key_of_bench_stands_in_the_readme_of_the_host() -> None:
     keys = [field.name for field in dataclasses.fields(schema.BenchConfig)]
     assert re.findall(r"^\| `(\w+)` \|", HOST.partition("`bench operator=NAME`")[2], flags=re.M) == keys
+
+
+def test_every_key_of_a_bench_of_models_stands_in_the_readme_of_evaluation() -> None:
+    keys = [field.name for field in dataclasses.fields(schema.DecodingBenchConfig)]
+    table = EVALUATION.partition("| key of `bench models=` |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, flags=re.M) == keys
 
 
 @pytest.mark.parametrize("verb", ["generate", "export", "compare"])

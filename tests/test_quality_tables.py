@@ -12,8 +12,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
-from subquad import load_config
+from subquad import build_model, load_config
+from subquad.model.model_carry import carry_bytes
 from subquad.registry import load_registry
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
@@ -95,12 +97,39 @@ def test_cells_are_configurations_and_models_are_of_one_size(tools: Any) -> None
 
     for study, task, model in (
         ("mixers", "mqar", "rwkv6"), ("mixers", "text", "rwkv_channel_mix"), ("scout", "mqar", "mamba"),
+        ("scout_30m", "text", "scout_swa"), ("scout_30m", "mqar", "scout_mamba_segment4"),
     ):  # fmt: skip
         cell = tools[0].Cell(study=study, task=task, model=model, learning_rate=1e-3, seed=1, steps=7)
         config = load_config(tools[0].overrides(cell, quality_cell.fitting_width(cell)))
         off = quality_cell.parameters(config) / cell.setting.parameters - 1
         assert abs(off) < 0.01, f"{cell.key}: {off:+.1%}"
         assert (config.seed, config.trainer.max_steps, config.optimizer["lr"]) == (1, 7, 1e-3)
+
+
+def test_the_large_study_begins_with_speed_and_text_and_tries_segment_lengths_last(tools: Any) -> None:
+    cells = tools[0]
+    found = cells.cells("scout_30m", cells.models_of("scout_30m"))
+    models, sweep = tuple(cells.SCHEDULES), tuple(cells.SWEEP)
+    passes = [("speed", models), ("text", models), ("mqar", models), ("text", sweep), ("mqar", sweep)]
+    wanted = [(task, name) for task, names in passes for name in names]
+    assert [(cell.task, cell.model) for cell in found[: len(wanted)]] == wanted
+    assert len({cell.key for cell in found}) == len(found)
+    lengths = [
+        load_config(cells.overrides(cell, 8)).model.mixers["segment_attention"]["segment_len"]
+        for cell in found[: len(wanted)]
+        if cell.task == "text" and "scout" in cell.model
+    ]
+    assert lengths == [10, 10, 4, 32, 128]
+
+
+def test_a_carry_is_told_by_shapes_alone(tools: Any) -> None:
+    import quality_cell
+
+    cell = tools[0].Cell(study="scout_30m", task="mqar", model="scout_swa", learning_rate=1e-3, seed=0, steps=1)
+    config = load_config(tools[0].overrides(cell, 8))
+    model = build_model(quality_cell.sized(config).model)
+    _, carry = model.prefill(torch.zeros(1, 64, dtype=torch.int64), model.empty_carry(1))
+    assert quality_cell.carry_after(config, 64) == sum(carry_bytes(model, carry).values())
 
 
 def test_what_is_recorded_is_not_made_again(run: Any, tmp_path: Path) -> None:

@@ -253,7 +253,7 @@ def test_a_file_without_permission_is_named(tmp_path: Path, monkeypatch: pytest.
         (TextFilesConfig, {"files": ["a"], "validation_fraction": 1.0}, "data.validation_fraction"),
         (PythonSourceConfig, {"max_bytes": 0}, "data.max_bytes"),
         (ShakespeareConfig, {"edition": "quarto"}, "data.edition"),
-        (HfConfig, {"path": "x", "streaming": True}, "data.max_bytes"),
+        (HfConfig, {"path": "x", "lanes": 0}, "data.lanes"),
     ],
 )
 def test_impossible_settings_are_refused_with_their_key(config: type, fields: dict[str, object], key: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,14 @@ import torch
 from test_training import wandb_messages, wandb_records
 from torch.utils.flop_counter import FlopCounterMode
 
-from subquad.commands.train import train_in_sweep
+from subquad.__main__ import main
+from subquad.commands.train import GROUP, train_in_sweep
 from subquad.compiler.plan import Plan
 from subquad.compiler.target import resolve_target
 from subquad.errors import ConfigError
 from subquad.model.build import build_model
 from subquad.schema import RunConfig
+from subquad.training import tracking
 from subquad.training.fit import train
 from subquad.training.gradient_norms import GradientNorms, parameters_by_family
 from subquad.training.metrics import COLUMNS, CsvRecord, read_metrics
@@ -143,11 +146,79 @@ def test_wandb_offline_groups_a_sweep_and_holds_the_plan_and_every_figure(tiny_r
         assert {name: figures[name] for name in row} == pytest.approx(row, rel=1e-6)
     assert {"mfu", "tokens_per_s", "gradient_norm/softmax_attention"} <= set(rows[0])
     (run, *_) = [message.run for message in wandb_messages(path) if message.HasField("run")]
-    assert (run.run_group, run.display_name) == ("lr", "0")
+    assert (run.run_group, run.job_type, run.display_name) == ("lr", "train", "0")
     (table,) = folder.path.glob("wandb/offline-run-*/files/media/table/plan_*.table.json")
     content = json.loads(table.read_text())
     assert content["columns"][:3] == ["layers", "operator", "kernel"]
     assert {"rotary", "softmax_attention"} == {row[1].split()[0] for row in content["data"]}
+
+
+def wandb_file(run_dir: Path) -> Path:
+    (path,) = run_dir.glob("wandb/*run-*/run-*.wandb")
+    return path
+
+
+def test_kept_checkpoints_are_artifacts_of_an_offline_run(tiny_run: TinyRun) -> None:
+    config = tiny_run("run", every=3, max_steps=9, run={"tracking": "wandb"})
+    config.checkpoint.artifacts = True
+    folder = RunFolder(train(config).run_dir)
+    messages = wandb_messages(wandb_file(folder.path))
+    artifacts = [message.artifact for message in messages if message.artifact.type == "model"]
+    losses = {int(row["step"]): row["val/loss"] for row in read_metrics(folder.metrics) if "val/loss" in row}
+    assert {6, 9} <= set(losses)
+    assert [json.loads(artifact.metadata)["step"] for artifact in artifacts] == [6, 9]
+    for artifact, step in zip(artifacts, (6, 9)):
+        best = ["best"] if losses[step] == min(losses[6], losses[9]) else []
+        assert sorted(artifact.aliases) == sorted(["latest", f"step-{step}", *best])  # W&B's own is `latest`
+        held = {Path(entry.path): Path(entry.local_path) for entry in artifact.manifest.contents}
+        place = folder.checkpoints / f"step-{step}"
+        assert held == {path.relative_to(place): path for path in place.iterdir()}
+
+
+def test_artifacts_need_wandb(tiny_run: TinyRun) -> None:
+    config = tiny_run("run")
+    config.checkpoint.artifacts = True
+    with pytest.raises(ConfigError, match="tracking=csv takes no checkpoints"):
+        train(config)
+
+
+def test_a_sweep_without_a_folder_is_a_group_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("subquad.training.fit.train", lambda config, overrides: groups.append(os.environ.get(GROUP)))
+    monkeypatch.chdir(tmp_path)
+    groups: list[str | None] = []
+    assert main(["train", "--multirun", "trainer=smoke", "seed=0,1"]) == 0
+    assert groups[0] is not None
+    assert groups[0] == groups[1]
+    assert GROUP not in os.environ
+    monkeypatch.setenv(GROUP, "mine")
+    assert main(["train", "--multirun", "trainer=smoke", "seed=0,1"]) == 0
+    assert groups[2:] == ["mine", "mine"]
+
+
+def test_a_server_that_does_not_answer_leaves_an_offline_run(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("MODE", "online"), ("BASE_URL", "http://127.0.0.1:9"), ("API_KEY", "0" * 40)):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    monkeypatch.setattr(tracking, "INIT_S", 1.0)
+    with pytest.warns(UserWarning, match="Weights & Biases is offline for this run"):
+        result = train(tiny_run("run", max_steps=2, run={"tracking": "wandb"}))
+    (path,) = result.run_dir.glob("wandb/offline-run-*/run-*.wandb")
+    assert [row["_step"] for row in wandb_records(path)[0] if "train/loss" in row] == [1, 2]
+
+
+def test_a_tracker_that_fails_ends_and_the_run_goes_on(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def fail(self: object, step: int, values: object) -> None:
+        calls.append(step)
+        raise ConnectionError("the far end is gone")
+
+    monkeypatch.setattr(tracking.WandbTracker, "log", fail)
+    with pytest.warns(UserWarning, match="training goes on: ConnectionError: the far end is gone"):
+        result = train(tiny_run("run", max_steps=6, run={"tracking": "wandb"}))
+    assert calls == [1]
+    assert [row["step"] for row in read_metrics(result.run_dir / "metrics.csv")] == [1, 3, 6]
 
 
 # TensorBoard

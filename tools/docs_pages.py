@@ -68,7 +68,8 @@ SECTIONS: Mapping[str, str] = {
 }  # fmt: skip
 """The keys below which the dataclasses of a run stand."""
 VERB_CONFIGS: Mapping[str, type] = {
-    "bench": schema.BenchConfig, "measure": schema.MeasureConfig, "calibrate": schema.CalibrateConfig,
+    "bench": schema.BenchConfig, "bench models=": schema.DecodingBenchConfig,
+    "measure": schema.MeasureConfig, "calibrate": schema.CalibrateConfig,
     "generate": schema.GenerateConfig, "export": schema.ExportConfig, "compare": schema.CompareConfig,
     "evaluate": schema.EvaluateConfig, "proxy": schema.ProxyConfig, "plugins": CheckConfig,
     "explain": schema.ForeignConfig,
@@ -160,8 +161,10 @@ def commands() -> str:
         said, _, example = summary.partition(": ")
         example = f"`python -m subquad {example}`" if example else ""
         parts.append(f"## {verb}\n\n{said[0].upper()}{said[1:]}. {example}".rstrip())
-        if verb in VERB_CONFIGS:
-            parts.append(keys_of(VERB_CONFIGS[verb], said=meanings(KEYS_OF.get(verb, verb))))
+        for use, kind in VERB_CONFIGS.items():
+            if use.split()[0] == verb:
+                parts += [f"## {use}"] if use != verb else []
+                parts.append(keys_of(kind, said=meanings(KEYS_OF.get(use, use))))
     return "\n\n".join(parts)
 
 

@@ -39,6 +39,8 @@ PIECE = 2048
 """Tokens that are prefilled together, as `generate` does."""
 SAMPLES = 512
 """Rows of the task at each size."""
+CONTEXTS = (1024, 2048, 4096, 8192, 16384)
+"""At which long rows of text are judged."""
 
 Record = dict[str, Any]
 
@@ -97,11 +99,17 @@ def judged(cell: Cell, run_dir: str) -> Record:
             "accuracy": {str(level["size"]): level["accuracy"] for level in levels},
             "row_guess": {str(level["size"]): level["row_guess"] for level in levels},
         }
-    if cell.study == "scout":
-        _, _, found = evaluate(EvaluateConfig(run=run_dir, suite="text"))
+    if cell.study != "mixers":
+        _, _, found = evaluate(EvaluateConfig(run=run_dir, suite="text", lengths=lengths_of(cell)))
         lengths: Any = found["by_length"]
         return {"bits_per_byte_at": {str(row["length"]): row["bits_per_byte"] for row in lengths}}
     return {}
+
+
+def lengths_of(cell: Cell) -> list[int]:
+    """Those of `evaluate`, where rows are no longer than the shortest context."""
+    longest = cell.setting.seq_len
+    return [length for length in CONTEXTS if length <= longest] if longest > CONTEXTS[0] else []
 
 
 def fitting_width(cell: Cell) -> int:
@@ -131,8 +139,10 @@ def sized(config: RunConfig) -> RunConfig:
 @torch.no_grad()
 def carry_after(config: RunConfig, tokens: int) -> int:
     """Bytes that one sequence leaves behind after so many tokens, in float32."""
-    model = build_model(sized(config).model)
-    _, carry = model.prefill(torch.zeros(1, tokens, dtype=torch.int64), model.empty_carry(1))
+    # Shapes alone, unless a token shift asks for values.
+    with torch.device("cpu" if "shift" in config.model.mixers else "meta"):
+        model = build_model(sized(config).model)
+        _, carry = model.prefill(torch.zeros(1, tokens, dtype=torch.int64), model.empty_carry(1))
     return sum(carry_bytes(model, carry).values())
 
 

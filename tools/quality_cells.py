@@ -11,11 +11,15 @@ Study `scout`: five models of the SCOUT paper's comparison, four blocks each wit
     text   192 wide, rows of 1,024 tokens, judged by context as well
     mqar   as above, 64 wide, with no token shift: what is local is the models' own
     speed  nothing is learnt: tokens/s of training and decoding, and what a carry holds, alone on the device
+Study `scout_30m`: the same five at thirty million parameters, and SCOUT with other segment lengths beside its ten.
+    text   eight blocks, 512 wide, rows of 16,384 tokens, judged by context from 1,024 on; windows of 512 tokens
+    mqar   four blocks, 128 wide, rows of 512 tokens
+    speed  as above
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -23,6 +27,7 @@ from zlib import crc32
 
 RATES = (3e-3, 1e-3, 1e-2)
 """Around the default of AdamW here; the order in which they are tried."""
+LARGE_RATES = (1e-3, 3e-3)
 SEEDS = (0, 1)
 SIZES = (4, 16, 64)
 """Key-value pairs of multi-query associative recall."""
@@ -41,6 +46,12 @@ SCHEDULES = {
     "transformer_window": ("window",),
 }
 HEAD_DIM = 32
+SEGMENTS = (4, 32, 128)
+"""Lengths that study `scout_30m` tries beside the paper's ten: the model of each is `scout_mamba_segment4`, ..."""
+SEGMENT_LEN = 10
+SWEEP = {f"scout_mamba_segment{length}": length for length in SEGMENTS}
+WIDE = {"window": 512}
+"""What study `scout_30m` sets in place of a mixer's default, by field."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +67,12 @@ class Setting:
 
 
 TEXT = ("data=python_source",)
+EIGHT = (
+    "model.num_layers=8",
+    "trainer.validation_batches=8",  # rows are sixteen times as long as elsewhere
+    "trainer.learning_rate_warmup_steps=20",
+    "compiler.estimator=learned",  # at this size kernels decide what is affordable; elsewhere defaults run
+)
 MQAR = (
     "data=synthetic", "data.task=mqar", f"data.sizes=[{','.join(map(str, SIZES))}]", "data.vocab_size=256",
     "trainer.precision=float32",  # what is told apart is memory, not rounding
@@ -76,8 +93,17 @@ SETTINGS: Mapping[tuple[str, str], Setting] = {
     ("scout", "speed"): Setting(
         d_model=192, seq_len=1024, batch_size=8, steps=0, parameters=1_750_000, data=TEXT
     ),
+    ("scout_30m", "text"): Setting(
+        d_model=512, seq_len=16384, batch_size=4, steps=200, parameters=30_000_000, data=(*TEXT, *EIGHT)
+    ),
+    ("scout_30m", "mqar"): Setting(
+        d_model=128, seq_len=512, batch_size=32, steps=1000, parameters=1_000_000, data=MQAR
+    ),
+    ("scout_30m", "speed"): Setting(
+        d_model=512, seq_len=16384, batch_size=1, steps=0, parameters=30_000_000, data=(*TEXT, *EIGHT)
+    ),
 }  # fmt: skip
-STUDIES = ("mixers", "scout")
+STUDIES = ("mixers", "scout", "scout_30m")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,21 +133,39 @@ def cells(study: str, models: tuple[str, ...], steps: int | None = None) -> list
     """All runs of a study in the order in which they are made; `steps` replaces the settings' own."""
     order = [*(name for name in SERIAL if name in models), *(name for name in models if name not in SERIAL)]
     made = []
-    for task, rate, seed in _passes(study):
+    for task, rate, seed, is_wanted in _passes(study):
         wanted = SETTINGS[study, task].steps
         wanted = wanted if steps is None or not wanted else steps
         made += [
-            Cell(study=study, task=task, model=name, learning_rate=rate, seed=seed, steps=wanted) for name in order
+            Cell(study=study, task=task, model=name, learning_rate=rate, seed=seed, steps=wanted)
+            for name in order
+            if is_wanted(name)
         ]
     return made
 
 
-def _passes(study: str) -> Iterator[tuple[str, float, int]]:
-    """Task, rate and seed in turn: what is alone on the device, both tasks at each rate, then the next seed."""
+def models_of(study: str) -> tuple[str, ...] | None:
+    """The models of a study; None: every installed mixer."""
+    if study == "mixers":
+        return None
+    return (*SCHEDULES, *SWEEP) if study == "scout_30m" else tuple(SCHEDULES)
+
+
+def _passes(study: str) -> Iterator[tuple[str, float, int, Callable[[str], bool]]]:
+    """Task, rate, seed and whose turn it is: what is alone on the device, tasks at each rate, then the next seed.
+
+    Of a study of large models text comes first, at the lower rate, and segment lengths after all models.
+    """
+    if study == "scout_30m":
+        yield "speed", 0.0, 0, SCHEDULES.__contains__
+        for seed, rate in product(SEEDS, LARGE_RATES):
+            for models, task in product((SCHEDULES, SWEEP), ("text", "mqar")):
+                yield task, rate, seed, models.__contains__
+        return
     if study == "scout":
-        yield "speed", 0.0, 0
+        yield "speed", 0.0, 0, bool
     for seed, rate, task in product(SEEDS, RATES, ("mqar", "text")):
-        yield task, rate, seed
+        yield task, rate, seed, bool
 
 
 def overrides(cell: Cell, width: int) -> list[str]:
@@ -130,8 +174,11 @@ def overrides(cell: Cell, width: int) -> list[str]:
     if cell.study == "mixers":
         schedule = ("shift", cell.model) if cell.task == "mqar" else (cell.model,)
     else:
-        schedule = SCHEDULES[cell.model]
+        schedule = SCHEDULES["scout_mamba" if cell.model in SWEEP else cell.model]
     entries = {name: _entry(name, setting.d_model, width) for name in schedule}
+    if cell.study == "scout_30m":
+        for name in {"window", "segment_attention"} & entries.keys():
+            entries[name] |= WIDE if name == "window" else {"segment_len": SWEEP.get(cell.model, SEGMENT_LEN)}
     return [
         "model=transformer",
         f"model.name={cell.model}",
@@ -142,7 +189,6 @@ def overrides(cell: Cell, width: int) -> list[str]:
         f"model.schedule=[{','.join(schedule)}]",
         *(f"++model.mixers.{name}={_flow(entry)}" for name, entry in entries.items()),
         "model.channel_mixer=null" if "shift" in schedule else f"model.channel_mixer.d_hidden={width}",
-        *setting.data,
         f"trainer.seq_len={setting.seq_len}",
         f"trainer.batch_size={setting.batch_size}",
         f"trainer.max_steps={max(1, cell.steps)}",
@@ -159,11 +205,12 @@ def overrides(cell: Cell, width: int) -> list[str]:
         "compiler=constant",
         "deny=[flex_attention]",  # never the default, and its check would have torch.compile run for every cell
         "calibrate=never",
+        *setting.data,  # last, so that they win
     ]
 
 
 def _entry(name: str, d_model: int, width: int) -> dict[str, Any]:
-    """A mixer with heads of 32 channels, and what else its defaults would make too large for this width."""
+    """A mixer with heads of 32 channels (64 in wide models), and what else its defaults would make too large."""
     if name == "shift":
         return {"mixer": "rwkv_channel_mix", "d_hidden": width}
     if name == "rwkv_channel_mix":
@@ -172,7 +219,7 @@ def _entry(name: str, d_model: int, width: int) -> dict[str, Any]:
         return {"mixer": name}
     if name in ("mamba2", "mamba3", "log_linear_mamba2"):
         return {"mixer": name, "head_dim": HEAD_DIM, "state_dim": 64}
-    return {"mixer": name, "num_heads": d_model // HEAD_DIM}
+    return {"mixer": name, "num_heads": d_model // (HEAD_DIM if d_model < 512 else 2 * HEAD_DIM)}
 
 
 def _flow(entry: Mapping[str, Any]) -> str:

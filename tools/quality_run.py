@@ -25,7 +25,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from quality_cells import QUICK, SCHEDULES, STUDIES, Cell, cells
+import quality_cells
+from quality_cells import QUICK, STUDIES, Cell, cells
 
 FIRST_GUESS_S = 45.0
 """What a cell is taken to need before one like it has ended."""
@@ -91,8 +92,9 @@ def models_of(settings: Settings) -> tuple[str, ...]:
     """Those that were asked for, or all of the study; a mixer that looks ahead would read the answers."""
     if settings.models:
         return settings.models
-    if settings.study == "scout":
-        return tuple(SCHEDULES)
+    own = quality_cells.models_of(settings.study)
+    if own is not None:
+        return own
     from subquad.registry import load_registry
 
     return tuple(spec.name for spec in load_registry().mixers.values() if spec.causal)

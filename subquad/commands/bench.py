@@ -1,4 +1,4 @@
-"""bench: time every kernel of an operator as lengths grow, beside the least time that the device allows."""
+"""bench: time every kernel of an operator as lengths grow, or decoding with whole models as their context does."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import yaml
 from subquad.commands.key_values import key_values, keys_with_defaults
 from subquad.commands.table import table
 from subquad.component_config import typed_config
+from subquad.compose import load_config
 from subquad.errors import ConfigError
-from subquad.schema import BenchConfig
+from subquad.schema import BenchConfig, DecodingBenchConfig
 
 if TYPE_CHECKING:
     from subquad.compiler.bench import Case, Row
+    from subquad.training.bench_decoding import DecodingRow
 
 HELP = """Time every kernel of an operator as lengths grow, and check it against the float64 reference.
 
@@ -30,15 +32,23 @@ spread          half of slowest minus fastest round, over the median: trust no d
 called          milliseconds on the wall of a forward and backward through the operator and autograd
 x floor, x best both, over the bound of the counted work on this device, and over the fastest kernel
 peak            what that call needs beyond its inputs (CUDA)
-error           the largest of the self-check: outputs and gradients against the float64 reference"""
+error           the largest of the self-check: outputs and gradients against the float64 reference
+
+Or time models that decode, behind contexts of growing length, into a record and a picture.
+
+  python -m subquad bench models=[scout_mamba,scout_swa,transformer,mamba] contexts=[1024,4096,16384] plot=true
+
+{decoding_keys}"""
 HEADER = ("kernel", "forward", "both", "spread", "called", "x floor", "x best", "peak MiB", "error", "")
 
 
 def run(arguments: list[str]) -> int:
     """Measure what `key=value` arguments say."""
     if any(argument in ("--help", "-h") for argument in arguments):
-        print(HELP.format(keys=keys_with_defaults(BenchConfig)))
+        print(HELP.format(keys=keys_with_defaults(BenchConfig), decoding_keys=keys_with_defaults(DecodingBenchConfig)))
         return 0
+    if any(argument.startswith("models=") for argument in arguments):
+        return run_decoding(typed_config(DecodingBenchConfig, _values(DecodingBenchConfig, arguments), where="bench"))
     request = bench_config(arguments)
     if request.plot:
         import matplotlib  # noqa: F401  (missing, it is said before minutes of measuring)
@@ -62,16 +72,7 @@ def run(arguments: list[str]) -> int:
 
 def bench_config(arguments: list[str]) -> BenchConfig:
     """Read `key=value` arguments; values are YAML.  Raises: ConfigError."""
-    values: dict[str, object] = {}
-    for key, text in key_values("bench", BenchConfig, arguments).items():
-        try:
-            values[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(
-                what=f"'{text}' is not YAML: {str(error).splitlines()[0]}",
-                where=f"bench.{key}",
-                mend="write lists as [a, b] and shapes as [{t: 1024}], in quotes",
-            ) from None
+    values = _values(BenchConfig, arguments)
     if not values.get("operator"):
         raise ConfigError(
             what="no operator is named",
@@ -81,6 +82,61 @@ def bench_config(arguments: list[str]) -> BenchConfig:
     if isinstance(values.get("kernels"), str):
         values["kernels"] = [values["kernels"]]
     return typed_config(BenchConfig, values, where="bench")
+
+
+def run_decoding(request: DecodingBenchConfig) -> int:
+    """Measure recipes that decode."""
+    if request.plot:
+        import matplotlib  # noqa: F401  (as above)
+    if not request.models:
+        raise ConfigError(what="no model is named", where="bench.models", mend="name recipes: models=[mamba]")
+    configs = [
+        load_config([f"model={name}", "compiler.measure=false", "calibrate=never", *request.overrides])
+        for name in request.models
+    ]
+    from subquad.training.bench_decoding import bench_decoding
+    from subquad.training.compilation import device_of
+
+    device = device_of(configs[0])
+    print(f"decoding on {device} in float32, batch after batch, contexts growing", flush=True)
+    rows = []
+    for row in bench_decoding(configs, request):
+        rows.append(row)
+        print(decoding_line(row), flush=True)
+    path = Path(request.out).absolute()
+    print(f"record: {path}")
+    if request.plot:
+        from subquad.training.decoding_plot import draw_decoding
+
+        picture = path.with_suffix(".png")
+        draw_decoding(rows, str(device), picture)
+        print(f"plot: {picture}")
+    return 0
+
+
+def decoding_line(row: DecodingRow) -> str:
+    """A row as it comes."""
+    head = f"{row.model:<18} batch {row.batch_size:<3} context {row.context:>7,}"
+    if row.why_not is not None or row.tokens_per_s is None:
+        return f"{head}  left out: {row.why_not}"
+    peak = "" if row.peak_bytes is None else f", peak {row.peak_bytes / 2**30:.2f} GiB"
+    rate = f"{row.tokens_per_s:>10,.1f} tokens/s ({row.spread:.0%})"
+    return f"{head}  {rate}, carry {row.carry_bytes / 2**20:,.2f} MiB a sequence{peak}"
+
+
+def _values(config_class: type, arguments: list[str]) -> dict[str, object]:
+    """The arguments as YAML.  Raises: ConfigError."""
+    values: dict[str, object] = {}
+    for key, text in key_values("bench", config_class, arguments).items():
+        try:
+            values[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(
+                what=f"'{text}' is not YAML: {str(error).splitlines()[0]}",
+                where=f"bench.{key}",
+                mend="write lists as [a, b] and shapes as [{t: 1024}], in quotes",
+            ) from None
+    return values
 
 
 def as_text(case: Case) -> str:

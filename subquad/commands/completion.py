@@ -33,7 +33,8 @@ _subquad_complete() {
             COMPREPLY=($(compgen -W "runs= html=" -- "$word"))
             ;;
         bench)
-            COMPREPLY=($(compgen -W "operator= target= kernels= dtype= shapes= options= plot=" -- "$word"))
+            choices="operator= target= kernels= dtype= shapes= options= plot= models= contexts= batch_sizes="
+            COMPREPLY=($(compgen -W "$choices tokens= overrides= budget_s= out=" -- "$word"))
             ;;
         evaluate)
             choices="run= suite= lengths= sizes= samples= batch_size= tasks= seed="

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
 
 from subquad.commands.hydra_verb import run_with_hydra
 from subquad.schema import RunConfig
+
+GROUP = "WANDB_RUN_GROUP"
+"""Read by W&B where no group is given."""
 
 
 def run(arguments: list[str]) -> int:
@@ -27,7 +35,21 @@ def train_in_sweep(config: RunConfig, overrides: Sequence[str]) -> None:
 
     # Ranks that torchrun or srun started would each look for themselves.
     if config.run_dir is None or config.resume is not None or ranks_here(config.trainer).from_outside:
-        return train_job(config, overrides)
+        with _group_of_runs():
+            return train_job(config, overrides)
     with sweep_job(config, overrides) as job:
         if job is not None:
             train_job(*job)
+
+
+@contextmanager
+def _group_of_runs() -> Iterator[None]:
+    """Jobs without a common folder are a group of W&B all the same, unless the caller has named one."""
+    had = os.environ.get(GROUP)
+    if HydraConfig.initialized():
+        os.environ.setdefault(GROUP, Path(HydraConfig.get().sweep.dir).name)
+    try:
+        yield
+    finally:
+        if had is None:
+            os.environ.pop(GROUP, None)

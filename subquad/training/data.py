@@ -4,40 +4,26 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import TypedDict
+from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
-from torch import Tensor
+import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from subquad.cache import user_cache
 from subquad.errors import ConfigError, ResumeError
 from subquad.schema import RunConfig, TrainerConfig
+from subquad.training.batch import Batch, batch_of_samples, part_of
 from subquad.training.sources.build import build_source
-from subquad.training.sources.source import DataContext, Source, Split
+from subquad.training.sources.source import DataContext, Place, Source, Split, StreamedSource
+from subquad.training.streamed_batches import StreamedBatches
 from subquad.training.tokenizer import Tokenizer, build_tokenizer
 
 STATE_VERSION = 1
 FEISTEL_ROUNDS = 6
 """Four give a pseudo-random permutation (Luby and Rackoff 1988); two more, as the round function is a cheap one."""
 WORD = (1 << 64) - 1
-
-
-class Batch(TypedDict):
-    """What a step consumes.
-
-    Shapes:  tokens, targets: b t (int64)    sample_ids: b (int64)    cu_seqlens: documents + 1 (int32)
-    `cu_seqlens` bounds the documents of the flattened b*t tokens, rows included; None if every row is one document.
-    Targets are -100 where nothing is predicted; `target_bytes` is the text (bytes) behind the others, 0 if not text.
-    """
-
-    tokens: Tensor
-    targets: Tensor
-    cu_seqlens: Tensor | None
-    sample_ids: Tensor
-    target_bytes: int
 
 
 def shuffled(position: int, num_samples: int, seed: int) -> int:
@@ -109,10 +95,7 @@ class FixedBatches(Dataset[Batch]):
 
 
 class PartsOfBatches(Dataset[Batch]):
-    """The batches of a rank that holds part `index` of `count` of every sequence.
-
-    Boundaries stay those of whole sequences, and bytes of text are counted by the first part alone.
-    """
+    """The batches of a rank that holds part `index` of `count` of every sequence."""
 
     def __init__(self, batches: NumberedBatches | FixedBatches, index: int, count: int) -> None:
         self._batches, self._index, self._count = batches, index, count
@@ -121,30 +104,13 @@ class PartsOfBatches(Dataset[Batch]):
         return len(self._batches)  # type: ignore[arg-type]
 
     def __getitem__(self, number: int) -> Batch:
-        batch = self._batches[number]
-        for name in ("tokens", "targets"):
-            batch[name] = batch[name].chunk(self._count, dim=1)[self._index].contiguous()
-        if self._index:
-            batch["target_bytes"] = 0
-        return batch
+        return part_of(self._batches[number], self._index, self._count)
 
 
 def batch_of(source: Source, split: Split, sample_ids: list[int]) -> Batch:
     """The samples of these numbers, one row each."""
     samples = [source.sample(split, index) for index in sample_ids]
-    tokens = np.stack([sample.tokens for sample in samples])
-    boundaries = None
-    if source.packed:
-        seq_len = tokens.shape[1]
-        starts = [np.append(0, sample.document_starts) + row * seq_len for row, sample in enumerate(samples)]
-        boundaries = torch.from_numpy(np.append(np.concatenate(starts), tokens.size).astype(np.int32))
-    return Batch(
-        tokens=torch.from_numpy(tokens),
-        targets=torch.from_numpy(np.stack([sample.targets for sample in samples])),
-        cu_seqlens=boundaries,
-        sample_ids=torch.tensor(sample_ids, dtype=torch.int64),
-        target_bytes=sum(sample.target_bytes for sample in samples),
-    )
+    return batch_of_samples(samples, sample_ids, packed=source.packed)
 
 
 class CountingSampler(Sampler[int]):
@@ -163,6 +129,8 @@ class CountingSampler(Sampler[int]):
 class TextData(L.LightningDataModule):
     """The data of a run. Its state is one integer: the number of optimizer steps whose batches were consumed.
 
+    A stream adds the place of each of its lanes, which batches tell (`consumed`).
+
     Lightning must be told `use_distributed_sampler=False`: ranks already receive different samples.
     """
 
@@ -174,6 +142,7 @@ class TextData(L.LightningDataModule):
         self.fingerprint = source.fingerprint
         self.unigram_bits_per_byte = source.unigram_bits_per_byte
         self.start_step = 0
+        self._places: dict[int, str] = {}
         self._config, self._seed = trainer, seed
 
     @property
@@ -184,8 +153,28 @@ class TextData(L.LightningDataModule):
         return max(1, self.source.num_samples("train") // per_step)
 
     def train_dataloader(self, start_step: int | None = None) -> DataLoader[Batch]:
-        """Micro-batches from the first one of an optimizer step on, without end; default: where the state stands."""
+        """Micro-batches from the first one of an optimizer step on, without end; default: where the state stands.
+
+        Raises: ConfigError for lanes that these processes cannot share; ResumeError for a step that is not the
+        state's, if it is a stream.
+        """
         step = self.start_step if start_step is None else start_step
+        if isinstance(self.source, StreamedSource):
+            config = self._config
+            return self._loader(
+                StreamedBatches(
+                    self.source,
+                    batch_size=config.batch_size,
+                    seed=self._seed,
+                    rank=self._rank // config.context_parallel,
+                    world_size=self._groups,
+                    num_workers=config.num_workers,
+                    first=step * config.accumulate,
+                    places={lane: Place.from_json(place) for lane, place in self._places.items()},
+                    part=(self._rank % config.context_parallel, config.context_parallel),
+                ),
+                None,
+            )
         batches = NumberedBatches(
             self.source,
             "train",
@@ -194,7 +183,7 @@ class TextData(L.LightningDataModule):
             rank=self._rank // self._group_size,
             world_size=self._groups,
         )
-        return self._loader(batches, CountingSampler(step * self._config.accumulate))
+        return self._numbered(batches, CountingSampler(step * self._config.accumulate))
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The same batches each time, `trainer.validation_batches` of them if the split has so many."""
@@ -205,14 +194,32 @@ class TextData(L.LightningDataModule):
             rank=self._rank // self._group_size,
             world_size=self._groups,
         )
-        return self._loader(batches, None)
+        return self._numbered(batches, None)
 
-    def state_dict(self) -> dict[str, int]:
-        """The position, as Lightning's checkpoint keeps it."""
+    def consumed(self, batch: Batch) -> None:
+        """A batch was trained on."""
+        if "place" in batch:
+            self._places[batch["lane"]] = batch["place"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last step. Of a stream all ranks must ask, as each knows the places of its lanes."""
         step = self.start_step if self.trainer is None else int(self.trainer.global_step)
-        return {"version": STATE_VERSION, "step": step}
+        state: dict[str, Any] = {"version": STATE_VERSION, "step": step}
+        return state | {"places": self._places_of_all_ranks()} if isinstance(self.source, StreamedSource) else state
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def _places_of_all_ranks(self) -> dict[int, str]:
+        found = [self._places]
+        if dist.is_initialized():
+            found = [{} for _ in range(dist.get_world_size())]
+            dist.all_gather_object(found, self._places)
+        # A rank holds the places of other ranks' lanes as they were when it began.
+        furthest: dict[int, str] = {}
+        for lane, place in (pair for places in found for pair in places.items()):
+            if lane not in furthest or Place.from_json(place).rows > Place.from_json(furthest[lane]).rows:
+                furthest[lane] = place
+        return furthest
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on after the step of that state.  Raises: ResumeError."""
         if state_dict["version"] != STATE_VERSION:
             raise ResumeError(
@@ -221,6 +228,7 @@ class TextData(L.LightningDataModule):
                 mend="resume with the version of subquad that wrote it",
             )
         self.start_step = state_dict["step"]
+        self._places = dict(state_dict.get("places", {}))
 
     @property
     def _rank(self) -> int:
@@ -236,10 +244,13 @@ class TextData(L.LightningDataModule):
     def _group_size(self) -> int:
         return self._config.context_parallel * self._config.tensor_parallel
 
-    def _loader(self, batches: NumberedBatches | FixedBatches, sampler: Sampler[int] | None) -> DataLoader[Batch]:
+    def _numbered(self, batches: NumberedBatches | FixedBatches, sampler: Sampler[int] | None) -> DataLoader[Batch]:
         count = self._config.context_parallel
+        return self._loader(batches if count == 1 else PartsOfBatches(batches, self._rank % count, count), sampler)
+
+    def _loader(self, batches: Dataset[Batch], sampler: Sampler[int] | None) -> DataLoader[Batch]:
         return DataLoader(
-            batches if count == 1 else PartsOfBatches(batches, self._rank % count, count),
+            batches,
             batch_size=None,  # the data set's items are whole batches
             sampler=sampler,
             num_workers=self._config.num_workers,

@@ -65,7 +65,7 @@ from subquad.training.sharding import is_sharded
 from subquad.training.step_clock import StepClock
 from subquad.training.stopping import EXIT_TERMINATED, Interrupts, StopAfterStep
 from subquad.training.tokenizer import save_tokenizer
-from subquad.training.tracking import NoTracker, build_tracker, check_tracking
+from subquad.training.tracking import NoTracker, build_tracker, check_tracking, record_checkpoints
 from subquad.training.user_callbacks import build_callbacks
 from subquad.training.utilisation import utilisation
 
@@ -228,7 +228,7 @@ def _check(config: RunConfig) -> None:
     """Refuse what can be refused without building anything.  Raises: ConfigError, NotFoundError."""
     trainer = config.trainer
     check_schedule(trainer)
-    check_tracking(config.tracking)
+    check_tracking(config.tracking, config.checkpoint.artifacts)
     optimizer_config(config.optimizer)
     CompileOptions.of_run(config)
     build_callbacks(config.callbacks)
@@ -379,6 +379,8 @@ def _fit(prepared: _Prepared, ranks: Ranks) -> TrainResult:
         exit_code = 0
     finally:
         recorder.close()
+        if config.checkpoint.artifacts and ranks.rank == 0:
+            record_checkpoints(tracker, folder)
         tracker.finish(exit_code)
     found = module.validation
     assert isinstance(found, Validation), "Lightning ended without the final validation"

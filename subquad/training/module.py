@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from subquad.model.language_model import LanguageModel
 from subquad.parallel.part import SequencePart
 from subquad.schema import CHUNKED, RunConfig
-from subquad.training.data import Batch
+from subquad.training.batch import Batch
 from subquad.training.distributed import first_of_ranks
 from subquad.training.nonfinite import first_nonfinite
 from subquad.training.optimizers import build_optimizer, learning_rate_factor

@@ -16,9 +16,10 @@ from subquad.errors import ConfigError, ResumeError, suggestion
 from subquad.model.build import build_model
 from subquad.registry import load_registry
 from subquad.schema import ProxyConfig, RunConfig
+from subquad.training.batch import Batch
 from subquad.training.checkpoint import newest_checkpoint
 from subquad.training.compilation import device_of
-from subquad.training.data import Batch, FixedBatches, NumberedBatches, build_data
+from subquad.training.data import FixedBatches, NumberedBatches, build_data
 from subquad.training.run_folder import RunFolder, read_config
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import lightning as L
 
+from subquad.training.batch import Batch
 from subquad.training.checkpoint import remove_unfinished, write_checkpoint
-from subquad.training.data import Batch
 from subquad.training.gradient_norms import GradientNorms
 from subquad.training.metrics import COLUMNS, CsvRecord, SampleRecord
 from subquad.training.module import TrainingModule
@@ -95,6 +95,7 @@ class Recorder(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, TrainingModule)
+        trainer.datamodule.consumed(batch)  # type: ignore[attr-defined]
         self._sample_ids += batch["sample_ids"].tolist()
         config = pl_module.config.trainer
         self._throughput.tokens += batch["tokens"].numel() * (trainer.world_size // config.tensor_parallel)
@@ -162,11 +163,12 @@ class Recorder(L.Callback):
         if step > self._written and (last or (every > 0 and step % every == 0)):
             self._written = step
             self._samples.flush()
+            data = trainer.datamodule.state_dict()  # type: ignore[attr-defined]  # of a stream from all ranks
             if self._writes or pl_module.is_sharded:
-                self._save(trainer, pl_module, step)
+                self._save(trainer, pl_module, step, data)
             trainer.strategy.barrier("checkpoint")
 
-    def _save(self, trainer: L.Trainer, pl_module: TrainingModule, step: int) -> None:
+    def _save(self, trainer: L.Trainer, pl_module: TrainingModule, step: int, data: dict[str, Any]) -> None:
         schedule: Any = trainer.lr_scheduler_configs[0].scheduler
         state = {
             "version": STATE_VERSION,
@@ -174,7 +176,7 @@ class Recorder(L.Callback):
             "seconds": self.seconds,
             "optimizer": trainer.optimizers[0].state_dict(),
             "schedule": schedule.state_dict(),
-            "data": trainer.datamodule.state_dict(),  # type: ignore[attr-defined]
+            "data": data,
             "samples_per_step": samples_per_step(pl_module.config, trainer.world_size),
         }
         keep = pl_module.config.checkpoint.keep

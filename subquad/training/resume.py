@@ -28,6 +28,7 @@ FREE_KEYS = frozenset(
         "trainer.loss",
         "checkpoint.every_n_steps",
         "checkpoint.keep",
+        "checkpoint.artifacts",
         "tracking",
         "profile",
         "deny",  # nodes whose kernel is denied get another; the rest of the plan stays

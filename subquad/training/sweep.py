@@ -32,6 +32,7 @@ CHANGEABLE = HORIZON | {
     "trainer.progress_bar",
     "checkpoint.every_n_steps",
     "checkpoint.keep",
+    "checkpoint.artifacts",
     "tracking",
     "profile",
 }

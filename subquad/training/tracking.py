@@ -1,6 +1,7 @@
 """Weights & Biases or TensorBoard beside metrics.csv: the same figures under the same names.
 
 Weights & Biases is offline unless somebody is logged in; `wandb sync RUN_DIR/wandb/offline-run-*` sends a run later.
+A server that does not answer, or not in time, costs no run: what it did not take lies in the run folder.
 """
 
 from __future__ import annotations
@@ -9,17 +10,23 @@ import importlib.util
 import netrc
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Literal, Protocol
 from urllib.parse import urlsplit
 
 from subquad.errors import ConfigError, suggestion
+from subquad.training.checkpoint import checkpoint_steps
+from subquad.training.metrics import read_metrics
 from subquad.training.run_folder import RunFolder, read_json
 
 KINDS = ("none", "csv", "wandb", "tensorboard")
 PACKAGES = {"wandb": "train", "tensorboard": "tensorboard"}
 """Trackers that need a package of the same name, and the extra that brings it."""
 PROJECT = "subquad"
+INIT_S, FINISH_S = 30.0, 600.0
+"""How long a server is waited for, at the beginning and for what is left to send at the end."""
 Mode = Literal["online", "offline", "disabled", "shared"]
 
 
@@ -31,6 +38,9 @@ class Tracker(Protocol):
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Record what is no figure of a step."""
+
+    def checkpoint(self, step: int, folder: Path, aliases: Sequence[str]) -> None:
+        """Record a checkpoint that stays where it is."""
 
     def finish(self, exit_code: int) -> None:
         """Close the record; another code than 0 marks the run as failed."""
@@ -45,6 +55,9 @@ class NoTracker:
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         pass
 
+    def checkpoint(self, step: int, folder: Path, aliases: Sequence[str]) -> None:
+        pass
+
     def finish(self, exit_code: int) -> None:
         pass
 
@@ -55,7 +68,7 @@ class WandbTracker:
     The jobs of a sweep are a group, called as the sweep's folder.
     """
 
-    def __init__(self, folder: RunFolder, config: Mapping[str, object]) -> None:
+    def __init__(self, folder: RunFolder, config: Mapping[str, object], mode: Mode) -> None:
         import wandb
 
         run_dir = folder.path
@@ -65,12 +78,14 @@ class WandbTracker:
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=run_dir.name,
-            group=read_json(folder.sweep)["sweep"] if folder.sweep.exists() else None,
+            group=read_json(folder.sweep)["sweep"] if folder.sweep.exists() else None,  # None: WANDB_RUN_GROUP
+            job_type="train",
             id=run_id,
             resume="allow" if resumed else None,
             dir=run_dir,
             config=dict(config),
-            mode=_mode(),
+            mode=mode,
+            settings=wandb.Settings(init_timeout=INIT_S, finish_timeout=FINISH_S),
         )
         identity.write_text(f"{run_id}\n", encoding="utf-8")
 
@@ -81,6 +96,13 @@ class WandbTracker:
         import wandb
 
         self._run.summary[name] = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
+
+    def checkpoint(self, step: int, folder: Path, aliases: Sequence[str]) -> None:
+        import wandb
+
+        artifact = wandb.Artifact(f"checkpoint-{self._run.id}", type="model", metadata={"step": step})
+        artifact.add_dir(str(folder), policy="immutable")  # read where it lies: no second copy on the disk
+        self._run.log_artifact(artifact, aliases=list(aliases))
 
     def finish(self, exit_code: int) -> None:
         self._run.finish(exit_code=exit_code)
@@ -108,12 +130,47 @@ class TensorBoardTracker:
         lines = [columns, ["---"] * len(columns), *([cell.replace("|", "/") for cell in row] for row in rows)]
         self._writer.add_text(name, "\n".join(f"| {' | '.join(line)} |" for line in lines), 0)
 
+    def checkpoint(self, step: int, folder: Path, aliases: Sequence[str]) -> None:
+        pass
+
     def finish(self, exit_code: int) -> None:
         self._writer.close()
 
 
-def check_tracking(kind: str) -> None:
-    """Refuse an unknown tracker, and one that is not installed.  Raises: ConfigError."""
+class Dispensable:
+    """A tracker that a run does without from its first failure on, which is told once."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker: Tracker | None = tracker
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._try(lambda tracker: tracker.log(step, values))
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        self._try(lambda tracker: tracker.table(name, columns, rows))
+
+    def checkpoint(self, step: int, folder: Path, aliases: Sequence[str]) -> None:
+        self._try(lambda tracker: tracker.checkpoint(step, folder, aliases))
+
+    def finish(self, exit_code: int) -> None:
+        self._try(lambda tracker: tracker.finish(exit_code))
+
+    def _try(self, record: Callable[[Tracker], None]) -> None:
+        if self._tracker is None:
+            return
+        try:
+            record(self._tracker)
+        except Exception as error:  # whatever a client of a far server may meet
+            self._tracker = None
+            reason = (str(error).splitlines() or [""])[0]
+            warnings.warn(
+                f"tracking ends here, training goes on: {type(error).__name__}: {reason}; metrics.csv has all figures",
+                stacklevel=2,
+            )
+
+
+def check_tracking(kind: str, artifacts: bool = False) -> None:
+    """Refuse an unknown tracker, one that is not installed, and one that takes no checkpoints.  Raises: ConfigError."""
     if kind not in KINDS:
         raise ConfigError(
             what=f"no tracking is called '{kind}'",
@@ -126,13 +183,44 @@ def check_tracking(kind: str) -> None:
             where="tracking",
             mend=f"pip install 'subquad[{PACKAGES[kind]}]'",
         )
+    if artifacts and kind != "wandb":
+        raise ConfigError(
+            what=f"tracking={kind} takes no checkpoints",
+            where="checkpoint.artifacts",
+            mend="use tracking=wandb, or checkpoint.artifacts=false",
+        )
 
 
 def build_tracker(kind: str, folder: RunFolder, config: Mapping[str, object], resumed_at: int | None) -> Tracker:
     """The tracker that a run asks for, writing into the run folder; `resumed_at` is the step that it goes on from."""
     if kind == "wandb":
-        return WandbTracker(folder, config)
+        return Dispensable(_wandb(folder, config))
     return TensorBoardTracker(folder, resumed_at) if kind == "tensorboard" else NoTracker()
+
+
+def _wandb(folder: RunFolder, config: Mapping[str, object]) -> WandbTracker:
+    """A run of Weights & Biases; offline if the server that was meant does not answer."""
+    from wandb.errors import Error
+
+    mode = _mode()
+    try:
+        return WandbTracker(folder, config, mode)
+    except Error as error:
+        if mode not in ("online", "shared"):
+            raise
+        warnings.warn(f"Weights & Biases is offline for this run: {str(error).splitlines()[0]}", stacklevel=2)
+        return WandbTracker(folder, config, "offline")
+
+
+def record_checkpoints(tracker: Tracker, folder: RunFolder) -> None:
+    """Record the checkpoints that a run has kept, oldest first; `best` is that of the lowest validation loss."""
+    steps = sorted(checkpoint_steps(folder.checkpoints))
+    losses = {int(row["step"]): row["val/loss"] for row in read_metrics(folder.metrics) if "val/loss" in row}
+    validated = [step for step in steps if step in losses]
+    best = min(validated, key=losses.__getitem__, default=None)
+    for step in steps:
+        aliases = [f"step-{step}", "best"] if step == best else [f"step-{step}"]
+        tracker.checkpoint(step, folder.checkpoints / f"step-{step}", aliases)
 
 
 def _mode() -> Mode:

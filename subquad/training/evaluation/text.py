@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 from subquad.errors import ConfigError
 from subquad.schema import EvaluateConfig
-from subquad.training.data import Batch, batch_of, build_data
+from subquad.training.batch import Batch
+from subquad.training.data import batch_of, build_data
 from subquad.training.evaluation.loaded_run import LoadedRun
 from subquad.training.resume import check_same_data
 from subquad.training.run_folder import read_json

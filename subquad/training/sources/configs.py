@@ -79,7 +79,10 @@ class MixtureConfig:
 
 @dataclass(kw_only=True)
 class HfConfig:
-    """A Hugging Face data set with a text column; each row is one document."""
+    """A Hugging Face data set with a text column; each row is one document.
+
+    `streaming` without `max_bytes` holds nothing: documents are read, tokenised and packed as training goes on.
+    """
 
     path: str = "???"  # name on the hub, or a format of local files: text, json, csv, parquet
     subset: str | None = None  # the data set's configuration name
@@ -89,18 +92,16 @@ class HfConfig:
     validation_fraction: float = 0.05
     text_field: str = "text"
     revision: str | None = None  # a commit of the data set, for runs that must be repeatable
-    streaming: bool = False  # read rows as they are needed, up to `max_bytes`, and download nothing else
-    max_bytes: int | None = None  # stop after so many bytes of text per split
+    streaming: bool = False  # download nothing but what is read; without `max_bytes` a stream that never ends
+    max_bytes: int | None = None  # take so many bytes of text per split, at most, and hold them
+    shuffle_buffer: int = 1000  # documents of a stream, in each lane, that are put in a random order
+    lanes: int = 8  # parts that a stream is read in; a multiple of workers x devices, best a divisor of its files
+    validation_bytes: int = 4_000_000  # held-out text of a stream, at most; it is read, and kept, at the start
 
     def __post_init__(self) -> None:
         _check_fraction(self.validation_fraction)
-        _check_positive("max_bytes", self.max_bytes)
-        if self.streaming and self.max_bytes is None:
-            raise ConfigError(
-                what="a streamed data set has no end that we may wait for",
-                where="data.max_bytes",
-                mend="say how much to read, e.g. data.max_bytes=100000000",
-            )
+        for name in ("max_bytes", "shuffle_buffer", "lanes", "validation_bytes"):
+            _check_positive(name, getattr(self, name))
 
 
 @dataclass(kw_only=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import importlib.metadata
 from collections.abc import Iterator, Mapping
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,6 +22,13 @@ from subquad.training.sources.documents import (
 )
 from subquad.training.sources.packed_text import PackedText
 from subquad.training.sources.source import DataContext
+from subquad.training.sources.streamed import (
+    StreamedText,
+    all_held_out,
+    beginning_of,
+    held_out_as,
+    held_out_by_hash,
+)
 
 
 class Rows(Protocol):
@@ -30,8 +39,12 @@ class Rows(Protocol):
     def __getitem__(self, number: int) -> Mapping[str, object]: ...
 
 
-def build(config: HfConfig, context: DataContext) -> PackedText:
+def build(config: HfConfig, context: DataContext) -> PackedText | StreamedText:
     """The data set as rows.  Raises: DataError when it, or the package `datasets`, cannot be had."""
+    return _stream(config, context) if config.streaming and config.max_bytes is None else _held(config, context)
+
+
+def _held(config: HfConfig, context: DataContext) -> PackedText:
     documents = rows_of(config, config.split)
     if config.validation_split is not None:
         held_out = rows_of(config, config.validation_split)
@@ -42,13 +55,53 @@ def build(config: HfConfig, context: DataContext) -> PackedText:
         validation = tuple(document for document in distinct if document.name in names)
     else:
         train, validation = split_documents(without_copies(documents), config.validation_fraction)
-    details: dict[str, object] = {
+    return PackedText(Corpus("hf", train, validation, _details(config)), context)
+
+
+def _stream(config: HfConfig, context: DataContext) -> StreamedText:
+    """The data set as it comes. Held-out documents are read now, until there are enough of them."""
+    rows = _column(config, config.split)
+    is_held_out = held_out_by_hash(config.validation_fraction)
+    if config.validation_split is None:
+        read = beginning_of(rows, config.text_field, config.validation_bytes, is_held_out, "validation")
+    else:
+        others = _column(config, config.validation_split)
+        held = beginning_of(others, config.text_field, config.validation_bytes, all_held_out, "validation")
+        is_held_out = held_out_as(held["validation"])
+        read = beginning_of(rows, config.text_field, config.validation_bytes, is_held_out, "train")
+        read["validation"] = held["validation"]
+    files = sorted(Path(file) for pattern in config.data_files for file in glob.glob(pattern, recursive=True))
+    return StreamedText(
+        rows,
+        PackedText(Corpus("hf", tuple(read["train"]), tuple(read["validation"]), _details(config)), context),
+        is_held_out=is_held_out,
+        text_field=config.text_field,
+        seq_len=context.seq_len,
+        lanes=config.lanes,
+        shuffle_buffer=config.shuffle_buffer,
+        details={"streaming": True, "files": [[file.name, file.stat().st_size] for file in files]},
+    )
+
+
+def _column(config: HfConfig, split: str) -> Any:
+    """A `datasets.IterableDataset` of the text alone.  Raises: DataError."""
+    rows: Any = _load(config, split)
+    first = next(iter(rows), None)
+    if first is None:
+        raise _no_text(config, split)
+    if config.text_field not in first:
+        raise _no_column(config, first)
+    return rows.select_columns([config.text_field])
+
+
+def _details(config: HfConfig) -> dict[str, object]:
+    """What a fingerprint tells of where the rows came from."""
+    return {
         "path": config.path,
         "subset": config.subset,
         "revision": config.revision,
         "datasets": importlib.metadata.version("datasets"),
     }
-    return PackedText(Corpus("hf", train, validation, details), context)
 
 
 def rows_of(config: HfConfig, split: str) -> list[Document]:
@@ -58,11 +111,7 @@ def rows_of(config: HfConfig, split: str) -> list[Document]:
     total = 0
     for number, row in enumerate(rows):
         if config.text_field not in row:
-            raise DataError(
-                what=f"the rows have no column '{config.text_field}'",
-                where="data.text_field",
-                mend=f"use one of {', '.join(row)}",
-            )
+            raise _no_column(config, row)
         text = row[config.text_field]
         if not isinstance(text, str):
             raise DataError(
@@ -76,13 +125,25 @@ def rows_of(config: HfConfig, split: str) -> list[Document]:
         total += document.num_bytes
         documents.append(document)
     if not total:
-        raise DataError(
-            what=f"split '{split}' of {config.path} holds no text"
-            + (f" within {config.max_bytes} bytes" if config.max_bytes else ""),
-            where="data.path",
-            mend="choose another split or text_field, or raise data.max_bytes",
-        )
+        raise _no_text(config, split)
     return documents
+
+
+def _no_column(config: HfConfig, row: Mapping[str, object]) -> DataError:
+    return DataError(
+        what=f"the rows have no column '{config.text_field}'",
+        where="data.text_field",
+        mend=f"use one of {', '.join(row)}",
+    )
+
+
+def _no_text(config: HfConfig, split: str) -> DataError:
+    return DataError(
+        what=f"split '{split}' of {config.path} holds no text"
+        + (f" within {config.max_bytes} bytes" if config.max_bytes else ""),
+        where="data.path",
+        mend="choose another split or text_field, or raise data.max_bytes",
+    )
 
 
 def _document(name: str, text: str, rows: Rows, number: int, config: HfConfig) -> Document:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from subquad.errors import ConfigError
 from subquad.training.sources.build import build_source
 from subquad.training.sources.configs import MixtureConfig
-from subquad.training.sources.source import DataContext, Sample, Source, Split, TextSource
+from subquad.training.sources.source import DataContext, Sample, Source, Split, StreamedSource, TextSource
 
 MOST_SAMPLES = 2**60
 """Their numbers are 64-bit integers."""
@@ -32,6 +32,12 @@ class Mixture:
         self._sources = list(sources.values())
         first = self._sources[0].tokenizer
         for key, source in sources.items():
+            if isinstance(source, StreamedSource):
+                raise ConfigError(
+                    what=f"source '{key}' is a stream, which has no end and no samples by number",
+                    where=f"data.sources.{key}",
+                    mend="give it max_bytes, which holds so much of it",
+                )
             if source.tokenizer.digest != first.digest:
                 raise ConfigError(
                     what=f"source '{key}' has other tokens than '{next(iter(sources))}'",

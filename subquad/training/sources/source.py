@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +64,43 @@ class TextSource(Source, Protocol):
 
     def bytes_of_targets(self, split: Split, index: int) -> NDArray[np.int64]:
         """How many bytes of text each target of a sample stands for, 0 where nothing is predicted.  Shapes:  t"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a lane of a stream stands: `tokens` of a document's are used, the `document`-th of a permuted block.
+
+    `begins` is the state in which `datasets` was before the block, None at the beginning of an epoch.
+    """
+
+    rows: int = 0  # given so far
+    epoch: int = 0
+    block: int = 0
+    begins: dict[str, Any] | None = None
+    document: int = 0
+    tokens: int = 0
+
+    def to_json(self) -> str:
+        """As a checkpoint keeps it."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Place:
+        """What `to_json` wrote."""
+        return cls(**json.loads(text))
+
+
+@runtime_checkable
+class StreamedSource(Source, Protocol):
+    """A source whose training samples come one after another, in `lanes` that share no document.
+
+    Its `sample("train", ...)` knows no more than the beginning of it.
+    """
+
+    lanes: int
+
+    def lane_rows(self, lane: int, seed: int, start: Place) -> Iterator[tuple[Sample, Place]]:
+        """The samples of a lane from a place on, each with the place behind it; they have no end."""
 
 
 @dataclass(frozen=True, kw_only=True)
