@@ -63,11 +63,14 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "scan_warps": (1, 2, 4, 8),
     "scan_stages": (1, 2, 3, 4),
     "scan_back_stages": (1, 2, 3),
+    "scan_programs": (1, 128, 256, 384, 512),
+    "segment_chunks": (8, 16, 32),
     "read_tile_p": (32, 64, 128),
     "read_warps": (2, 4, 8),
     "invert_warps": (1, 2, 4),
     "differentiate_tile_p": (32, 64, 128),
     "differentiate_warps": (4, 8),
+    "differentiate_together": (True,),
 }
 PAIRS: tuple[dict[str, int], ...] = (
     {"scan_tile_p": 16, "scan_warps": 1},
@@ -76,11 +79,14 @@ PAIRS: tuple[dict[str, int], ...] = (
     {"scan_tile_p": 128, "scan_warps": 8},
     {"scan_tile_p": 64, "scan_warps": 8},
     {"differentiate_tile_p": 128, "differentiate_warps": 8},
+    {"differentiate_together": True, "differentiate_warps": 8},
 )
 DIAGONAL_CHOICES: dict[str, tuple[Any, ...]] = {
     "scan_tile_p": (16, 32, 64),
     "scan_warps": (1, 2, 4, 8),
     "scan_stages": (1, 2, 3),
+    "scan_programs": (1, 128, 256, 384, 512),
+    "segment_chunks": (8, 16, 32),
     "tile_p": (32, 64),
     "warps": (4, 8),
 }
@@ -109,6 +115,10 @@ def checked(form: Form) -> dict[str, Workload]:
         "t=509 n=p=64": workload(form, 2, 509, 64, h=2, h_k=2),
         "t=509 n=p=128 grouped": workload(form, 1, 509, 128, h=4, h_k=2),
         "t=300 n=p=64 packed": workload(form, 1, 300, 64, h=2, h_k=1, documents=6),
+        "t=3001 n=p=64 cut": workload(form, 1, 3_001, 64, h=2, h_k=2),
+        "t=3001 n=p=64 packed and cut": workload(form, 1, 3_001, 64, h=2, h_k=2, documents=2),
+        "t=2100 n=p=128 cut": workload(form, 1, 2_100, 128, h=2, h_k=2),
+        "t=2100 n=p=64 cut fp32": workload(form, 1, 2_100, 64, dtype="float32", h=2, h_k=2),
         "t=1 n=p=64": workload(form, 4, 1, 64, h=2, h_k=2),
         "t=300 n=p=64 fp16": workload(form, 1, 300, 64, dtype="float16", h=2, h_k=2),
         "t=300 n=p=64 fp32": workload(form, 1, 300, 64, dtype="float32", h=2, h_k=2),
@@ -259,7 +269,7 @@ def tune(record: Record, forms: Sequence[str], wanted: Sequence[str], over: Call
     """Forward and forward with backward, device time, of launches near the package's, and which are wrong."""
     jobs = [
         (name, b, width, launch, changed)
-        for shape in (1, 2, 3)
+        for shape in range(1, 5)
         for name in forms
         for b, width in FORMS[name].shapes[shape : shape + 1]
         for launch, changed in launches(FORMS[name], FORMS[name].module.launch_of(width, 2), wanted).items()
@@ -302,7 +312,7 @@ def main() -> None:
     parser.add_argument("--limit-s", type=float, default=100.0)
     parser.add_argument("--only", nargs="+", choices=FORMS, default=list(FORMS))
     options = parser.parse_args()
-    limit, record = Limit(options.limit_s), Record.of("cuda")
+    limit, record = Limit(options.limit_s), Record.of("cuda", options.out)
     try:
         for form in (FORMS[name] for name in options.only if "checks" not in options.skip):
             for row in checks(OPERATOR, CATALOGUE.kernel("delta_rule", form.kernel), checked(form), "cuda"):

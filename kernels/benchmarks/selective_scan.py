@@ -40,12 +40,12 @@ OPERATOR = CATALOGUE.operator("selective_scan")
 # What differs from `fused.launch_of`: compiled once each.
 GRID: dict[str, tuple[dict[str, Any], ...]] = {
     "forward": (
-        {}, {"group": 8}, {"group": 16}, {"evict": "evict_first"}, {"tile_c": 16, "rows": 8},
+        {}, {"group": 8}, {"tile_c": 16, "rows": 8}, {"tile_c": 16, "rows": 8, "group": 8},
     ),
     "backward": (
-        {}, {"evict": "evict_first"}, {"rows": 8}, {"rows": 8, "evict": "evict_first"}, {"group": 8},
-        {"group": 8, "rows": 8, "evict": "evict_first"}, {"tile_c": 8}, {"tile_c": 8, "group": 8},
-        {"tile_c": 32}, {"tile_c": 32, "group": 2, "evict": "evict_first"},
+        {}, {"rounded": True}, {"evict": "evict_first"}, {"group": 8, "rounded": True}, {"tile_c": 8, "rounded": True},
+        {"tile_c": 8, "group": 8, "rounded": True}, {"tile_c": 8, "group": 8, "rows": 8, "rounded": True},
+        {"rows": 8, "rounded": True}, {"evict": "evict_first", "rounded": True},
     ),
 }  # fmt: skip
 # How time is cut: costs no compilation. Programs are few at b = 4 and 1; `enough` 0 never cuts.
@@ -67,6 +67,9 @@ class Record:
     tuning: list[dict[str, Any]] = field(default_factory=list)
     timings: list[dict[str, Any]] = field(default_factory=list)
     launches: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
 
 
 def workload(
@@ -212,6 +215,7 @@ def tune(
     launches: dict[str, fused.Launch],
     compiled: list[tuple[str, fused.Launch]],
     over: Callable[[], bool],
+    out: Path,
 ) -> None:
     """Time every launch and cut at every batch; the least sum over batches stays in `launches`."""
     found: dict[tuple[str, fused.Launch], dict[int, float]] = {}
@@ -230,6 +234,8 @@ def tune(
             except Exception as error:
                 row["failure"] = f"{type(error).__name__}: {error}"[:200]
             record.tuning.append(row)
+            record.save(out)
+            print(direction, described(launch), {b: round(ms, 3) for b, ms in times.items()}, flush=True)
     for direction in GRID:
         print(f"{direction}: fastest first")
         rows = [(launch, times) for (name, launch), times in found.items() if name == direction]
@@ -243,7 +249,7 @@ def tune(
 
 
 def described(launch: fused.Launch) -> str:
-    names = ("tile_c", "group", "rows", "evict", "enough", "programs")
+    names = ("tile_c", "group", "rows", "evict", "enough", "programs", "rounded")
     return " ".join(f"{name}={getattr(launch, name)!r}" for name in names)
 
 
@@ -280,14 +286,15 @@ def main() -> None:
         for row in record.checks:
             worst = max(row.get("errors", {"": 0.0}).items(), key=lambda item: item[1])
             print("ok  " if row["passed"] else "FAIL", row["case"], worst, row.get("failure", ""), flush=True)
+        record.save(options.out)
         time_all(record, launches)
         if options.tune:
-            tune(record, launches, compiled, lambda: time.monotonic() > end - 10)
+            tune(record, launches, compiled, lambda: time.monotonic() > end - 10, options.out)
             print({name: str(launch) for name, launch in launches.items()})
             time_all(record, launches)
     finally:
         record.launches = {name: asdict(launch) for name, launch in launches.items()}
-        options.out.write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
+        record.save(options.out)
 
 
 if __name__ == "__main__":

@@ -108,6 +108,31 @@ def test_packed_documents_have_states_of_their_own(lengths: tuple[int, ...], sta
     assert_exact(sample(case, cu_seqlens=bounds(*lengths)))
 
 
+CUT = fused.Launch(scan_programs=1_000, segment_chunks=1)
+"""Every chunk a segment of its own."""
+
+
+def test_cutting_time_changes_nothing() -> None:
+    """Three segments, the last of them short: what enters the third went through the map of the second."""
+    assert_exact(sample(workload(129, n=17)), replace(CUT, scan_tile_p=16))
+
+
+def test_documents_are_cut_by_themselves() -> None:
+    """Empty documents, one that is cut twice, and one of a single token after it."""
+    lengths = (0, 129, 0, 1)
+    assert_exact(sample(workload(sum(lengths), documents=len(lengths)), cu_seqlens=bounds(*lengths)), CUT)
+
+
+def test_time_is_cut_where_programs_are_few_and_sequences_long() -> None:
+    """16 heads: 256 programs run at once, a segment has 16 chunks of 64 tokens at least."""
+    cut = declaration.chunks_a_segment
+    assert cut(16, 2_048, 16, packed=False) == 32  # whole
+    assert cut(4, 8_192, 16, packed=False) == 32  # of 128
+    assert cut(1, 32_768, 16, packed=False) == cut(1, 32_768, 16, packed=True) == 32  # of 512
+    assert cut(1, 2_048, 16, packed=False) == 16
+    assert cut(1, 500, 16, packed=False) == 8
+
+
 def test_packed_equals_each_document_by_itself() -> None:
     arguments = sample(workload(80, documents=2), cu_seqlens=bounds(67, 13))
     y, final, *_ = fused.forward(**arguments)
@@ -291,6 +316,9 @@ def test_what_it_cannot_compute_is_declined_with_a_reason() -> None:
         (dict(b=1, t=517, h=2, n=128, p=64, h_k=2, documents=5), dict(decay="none", gate=False)),
         (dict(b=3, t=1, h=4, n=128, p=64, h_k=2), {}),
         (dict(b=2, t=129, h=2, n=64, p=64, h_k=2), dict(decay="none")),
+        (dict(b=1, t=2_100, h=2, n=64, p=64, h_k=2), {}),  # cut
+        (dict(b=1, t=2_100, h=2, n=128, p=64, h_k=2), {}),
+        (dict(b=1, t=3_100, h=2, n=64, p=128, h_k=2, documents=3), dict(state=False)),
     ],
     ids=str,
 )

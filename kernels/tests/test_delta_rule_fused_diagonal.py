@@ -125,6 +125,12 @@ def test_packed_documents_have_states_of_their_own(lengths: tuple[int, ...], sta
     assert_exact(sample(case, cu_seqlens=bounds(*lengths)))
 
 
+def test_cutting_time_changes_nothing() -> None:
+    """Three segments, the last of them short: what enters the third went through the map of the second."""
+    cut = fused_diagonal.Launch(scan_programs=1_000, segment_chunks=1)
+    assert_exact(sample(workload(129, free=True)), cut)
+
+
 @BOTH
 @pytest.mark.parametrize("low", [-50.3, -3e38], ids=["all but nothing stays", "nothing stays"])
 def test_channels_that_forget_at_once_beside_slow_ones_keep_every_digit(low: float, free: bool) -> None:
@@ -326,6 +332,8 @@ def test_the_defaults_on_cuda_take_each_transition_to_the_kernel_that_computes_i
         (dict(b=1, t=700, h=2, n=64, p=128, h_k=1, documents=9), {}),
         (dict(b=1, t=517, h=2, n=24, p=40, h_k=2, documents=5), dict(gate=False)),
         (dict(b=3, t=1, h=4, n=128, p=64, h_k=2), {}),
+        (dict(b=1, t=2_100, h=2, n=64, p=64, h_k=2), {}),  # cut
+        (dict(b=1, t=3_100, h=2, n=64, p=64, h_k=2, documents=3), dict(state=False)),
     ],
     ids=str,
 )

@@ -19,6 +19,21 @@ def num_chunks(b: int, t: int, documents: int = 0) -> int:
     return b * -(-t // CHUNK) if t > 1 else 0
 
 
+SEGMENT_PROGRAMS, SEGMENT_CHUNKS = 256, 16
+"""A sequence is cut into segments that are walked side by side until so many programs run, each of so many chunks at
+least: each segment is walked twice, so that less than two of these would not repay it."""
+
+
+def chunks_a_segment(
+    b: int, t: int, programs_a_sequence: int, *, packed: bool,
+    programs: int = SEGMENT_PROGRAMS, least: int = SEGMENT_CHUNKS,
+) -> int:  # fmt: skip
+    """Chunks that one program of a scan walks at most; the boundaries of packed documents are not known here."""
+    chunks = -(-t // CHUNK)
+    segments = programs // (programs_a_sequence * (1 if packed else b))
+    return -(-chunks // max(1, min(segments, chunks // least)))
+
+
 def work(workload: Workload) -> Work:
     """Forward: the products of the chunked form with chunks of 64 (README); one token: the recurrence, 7 n p.
 
@@ -168,6 +183,14 @@ def _chunked_launches(workload: Workload) -> int:
     return 10 + (63 if forward else 154) * steps
 
 
+def _segmented_steps(workload: Workload) -> int:
+    """Chunks that are walked one after the other: those of a segment, twice where time is cut, in each direction."""
+    shape = workload.shape
+    packed, chunks = "documents" in shape, -(-longest_document(shape) // CHUNK)
+    segment = chunks_a_segment(shape["b"], shape["t"], shape["h"] * -(-shape["p"] // 64), packed=packed)
+    return (chunks if chunks <= segment else 2 * segment) * (2 if workload.phase == "backward" else 1)
+
+
 _BOTH = frozenset({"cpu", "cuda"})
 _CUDA = frozenset({"cuda"})
 KERNELS = (
@@ -193,6 +216,7 @@ KERNELS = (
         supports=_fused_supports,
         devices=frozenset({"cuda"}),
         requires=("triton>=3.6",),
+        serial_steps=_segmented_steps,
         replayable=True,
     ),
     Kernel(
@@ -202,6 +226,7 @@ KERNELS = (
         supports=_fused_diagonal_supports,
         devices=_CUDA,
         requires=("triton>=3.6",),
+        serial_steps=_segmented_steps,
         replayable=True,
     ),
     Kernel(

@@ -19,12 +19,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from subquad_kernels.delta_rule.segments import is_taken, segment_of, start_of_map, store_map
 from subquad_kernels.delta_rule.tiles import (
     chunk_of,
     fetch_transposed,
     load,
     load_transposed,
-    sequence_of,
     store,
     store_transposed,
 )
@@ -44,28 +44,39 @@ def _block_transposed(tensor, rows, columns, width: tl.constexpr, in_columns):
 
 
 @QuickLaunch
-@triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
+@triton.jit(do_not_specialize=["slots", "t", "chunks", "heads", "per", "segment_slots"])
 def scan(
-    v, gates, reading, leaving, kept, inverses, pairs, leaving_k, initial, bounds, offsets, final, writes, boundaries,
-    slots, t, chunks, heads, v_stride,
+    v, gates, reading, leaving, kept, inverses, pairs, leaving_k, initial, entering, bounds, offsets, segments,
+    final, writes, boundaries, maps, slots, t, chunks, heads, per, segment_slots, v_stride,
     N: tl.constexpr, PAD_N: tl.constexpr, P: tl.constexpr, TILE_P: tl.constexpr, CHUNK: tl.constexpr,
-    PACKED: tl.constexpr, FREE: tl.constexpr, INITIAL: tl.constexpr, TERMS: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, CUT: tl.constexpr, MAPS: tl.constexpr, FREE: tl.constexpr, INITIAL: tl.constexpr,
+    TERMS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Walk the chunks of a sequence: W of each, the state that enters it, and the last state."""
+    """Walk the chunks of a segment: W of each, the state that enters it, and the last state; or find its map (MAPS)."""
     tiles: tl.constexpr = (P + TILE_P - 1) // TILE_P
+    walked: tl.constexpr = tiles + (N + TILE_P - 1) // TILE_P if MAPS else tiles
     program = tl.program_id(0)
-    tile, head = program % tiles, program // tiles % heads
-    sequence, first, length, chunk = sequence_of(bounds, offsets, program, heads, tiles, t, chunks, PACKED)
+    tile, head, place = program % walked, program // walked % heads, program // (walked * heads)
+    if not is_taken(segments, segment_slots, place, PACKED, CUT):
+        return
+    sequence, first, length, chunk, _, ends = segment_of(
+        segments, bounds, offsets, place, t, chunks, per, CHUNK, PACKED, CUT
+    )
+    if MAPS and ends:
+        return
     values, keys = tile * TILE_P + tl.arange(0, TILE_P), tl.arange(0, PAD_N)
-    in_p, in_n, span = values < P, keys < N, tl.arange(0, CHUNK)
+    in_p, in_n, span = values < P, keys < N, tl.arange(0, CHUNK)  # no value belongs to the identity's rows
     square = span[:, None] * CHUNK + span[None, :]
     within = in_p[:, None] & in_n[None, :]
     state_at = (sequence * heads + head) * (N * P) + keys[None, :] * P + values[:, None]
     dtype: tl.constexpr = v.dtype.element_ty
 
     state = tl.zeros([TILE_P, PAD_N], tl.float32)
-    if INITIAL:
+    if MAPS:
+        state = start_of_map(values, keys, tiles, TILE_P)
+    elif CUT:
+        state = load(entering + (place.to(tl.int64) * heads + head) * (P * N), values, N, keys, in_p, in_n)
+    elif INITIAL:
         state = tl.load(initial + state_at, mask=within, other=0.0).to(tl.float32)
     v += first * v_stride + head * P
     writes += (first * heads + head) * P
@@ -76,7 +87,8 @@ def scan(
         size = tl.minimum(length - c * CHUNK, CHUNK)
         rows, in_t = tl.minimum(span, size - 1), span < size
         at = (chunk + c) * heads + head
-        store(boundaries + at * (P * N), values, N, keys, in_p, in_n, state)
+        if not MAPS:
+            store(boundaries + at * (P * N), values, N, keys, in_p, in_n, state)
         value = fetch_transposed(v + c * value_step, rows, v_stride, values, in_p)
         gate = tl.load(gates + at * CHUNK + span)
         # Tokens past the end repeat the last one with a closed gate.
@@ -91,14 +103,18 @@ def scan(
         if TERMS == 2:
             inverse = tl.load(inverses + plane + at * (CHUNK * CHUNK) + square)
             write = tl.dot(fresh, tl.trans(inverse), write, input_precision=PRECISION)
-        store_transposed(writes + c * write_step, span, heads * P, values, in_t, in_p, write)
+        if not MAPS:
+            store_transposed(writes + c * write_step, span, heads * P, values, in_t, in_p, write)
         state *= tl.load(kept + at * N + keys, mask=in_n, other=0.0)[None, :]
         left = _block(leaving + at * (CHUNK * N), span, keys, N, in_n)
         state = tl.dot(write.to(dtype), left, state, input_precision=PRECISION)
         if FREE:
             left = _block(leaving_k + at * (CHUNK * N), span, keys, N, in_n)
             state = tl.dot(own, left, state, input_precision=PRECISION)
-    tl.store(final + state_at, state, mask=within)
+    if MAPS:
+        store_map(maps, place, head, heads, values, keys, state, N, P, tiles, TILE_P)
+    elif ends:
+        tl.store(final + state_at, state, mask=within)
 
 
 @QuickLaunch
@@ -152,20 +168,31 @@ def read_back(
 
 
 @QuickLaunch
-@triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
+@triton.jit(do_not_specialize=["slots", "t", "chunks", "heads", "per", "segment_slots"])
 def scan_back(
-    dy, entering, reading, leaving, kept, inverses, dwrites, dfinal, bounds, offsets, dinitial, dstates,
-    slots, t, chunks, heads, scale,
+    dy, entering, reading, leaving, kept, inverses, dwrites, dfinal, passed, bounds, offsets, segments,
+    dinitial, dstates, maps, slots, t, chunks, heads, per, segment_slots, scale,
     N: tl.constexpr, PAD_N: tl.constexpr, P: tl.constexpr, TILE_P: tl.constexpr, CHUNK: tl.constexpr,
-    PACKED: tl.constexpr, FINAL: tl.constexpr, TERMS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, CUT: tl.constexpr, MAPS: tl.constexpr, FINAL: tl.constexpr, TERMS: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Walk the chunks from last to first; `dwrites` holds dW by y and is left holding dR = T^T dW."""
+    """Walk a segment's chunks from last to first, or find its map (MAPS).
+
+    `dwrites` holds dW by y and is left holding dR = T^T dW; `passed` the gradients of states that leave segments.
+    """
     tiles: tl.constexpr = (P + TILE_P - 1) // TILE_P
+    walked: tl.constexpr = tiles + (N + TILE_P - 1) // TILE_P if MAPS else tiles
     program = tl.program_id(0)
-    tile, head = program % tiles, program // tiles % heads
-    sequence, first, length, chunk = sequence_of(bounds, offsets, program, heads, tiles, t, chunks, PACKED)
+    tile, head, place = program % walked, program // walked % heads, program // (walked * heads)
+    if not is_taken(segments, segment_slots, place, PACKED, CUT):
+        return
+    sequence, first, length, chunk, begins, _ = segment_of(
+        segments, bounds, offsets, place, t, chunks, per, CHUNK, PACKED, CUT
+    )
+    if MAPS and begins:
+        return
     values, keys = tile * TILE_P + tl.arange(0, TILE_P), tl.arange(0, PAD_N)
-    in_p, in_n, span = values < P, keys < N, tl.arange(0, CHUNK)
+    in_p, in_n, span = values < P, keys < N, tl.arange(0, CHUNK)  # no value belongs to the identity's rows
     every = span < CHUNK
     square = span[:, None] * CHUNK + span[None, :]
     within = in_p[:, None] & in_n[None, :]
@@ -173,7 +200,11 @@ def scan_back(
     dtype: tl.constexpr = dwrites.dtype.element_ty
 
     dstate = tl.zeros([TILE_P, PAD_N], tl.float32)
-    if FINAL:
+    if MAPS:
+        dstate = start_of_map(values, keys, tiles, TILE_P)
+    elif CUT:
+        dstate = load(passed + (place.to(tl.int64) * heads + head) * (P * N), values, N, keys, in_p, in_n)
+    elif FINAL:
         dstate = tl.load(dfinal + state_at, mask=within, other=0.0).to(tl.float32)
     dy += (first * heads + head) * P
     plane = slots.to(tl.int64) * heads * (CHUNK * CHUNK)
@@ -183,7 +214,8 @@ def scan_back(
         c = steps - 1 - back
         rows = tl.minimum(span, length - c * CHUNK - 1)
         at = (chunk + c) * heads + head
-        store(dstates + at * (P * N), values, N, keys, in_p, in_n, dstate)
+        if not MAPS:
+            store(dstates + at * (P * N), values, N, keys, in_p, in_n, dstate)
         left = _block(leaving + at * (CHUNK * N), span, keys, N, in_n)
         dwrite = _block_transposed(dwrites + at * (CHUNK * P), span, values, P, in_p).to(tl.float32)
         dwrite = tl.dot(dstate.to(dtype), tl.trans(left), dwrite, input_precision=PRECISION).to(dtype)
@@ -192,7 +224,8 @@ def scan_back(
         if TERMS == 2:
             inverse = tl.load(inverses + plane + at * (CHUNK * CHUNK) + square)
             dfresh = tl.dot(dwrite, inverse, dfresh, input_precision=PRECISION)
-        store_transposed(dwrites + at * (CHUNK * P), span, P, values, every, in_p, dfresh)
+        if not MAPS:
+            store_transposed(dwrites + at * (CHUNK * P), span, P, values, every, in_p, dfresh)
         dstate *= tl.load(kept + at * N + keys, mask=in_n, other=0.0)[None, :]
         # Queries past the end are zeros: what the last row of dy, repeated, meets there.
         pull = fetch_transposed(dy + c * pull_step, rows, heads * P, values, in_p)
@@ -200,7 +233,10 @@ def scan_back(
         dstate = tl.dot((pull.to(tl.float32) * scale).to(dtype), query, dstate, input_precision=PRECISION)
         reader = _block(reading + at * (CHUNK * N), span, keys, N, in_n)
         dstate = tl.dot(dfresh.to(dtype), reader, dstate, input_precision=PRECISION)
-    tl.store(dinitial + state_at, dstate, mask=within)
+    if MAPS:
+        store_map(maps, place, head, heads, values, keys, dstate, N, P, tiles, TILE_P)
+    elif begins:
+        tl.store(dinitial + state_at, dstate, mask=within)
 
 
 @QuickLaunch

@@ -25,8 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from subquad_kernels.delta_rule.declaration import CHUNK, num_chunks
+from subquad_kernels.delta_rule.declaration import CHUNK, SEGMENT_CHUNKS, SEGMENT_PROGRAMS, num_chunks
 from subquad_kernels.delta_rule.inverse import BLOCK, invert_below, invert_diagonal, store_inverse
+from subquad_kernels.delta_rule.segments import Segments, is_taken, segment_of, start_of_map, store_map
 from subquad_kernels.delta_rule.tiles import (
     chunk_of,
     fetch,
@@ -34,7 +35,6 @@ from subquad_kernels.delta_rule.tiles import (
     load,
     load_transposed,
     rows_of,
-    sequence_of,
     store,
     store_transposed,
 )
@@ -57,18 +57,22 @@ class Launch:
     """How a call is laid out on a device; changes speed, never results beyond rounding.
 
     `scan_tile_p` value channels a program of the two scans, whose loops hold `scan_stages` and `scan_back_stages`
-    chunks in shared memory; `read_tile_p` of `_read` and `_read_back`, `decode_tile_p` of a decode.
+    chunks in shared memory; time is cut until `scan_programs` of them run, into segments of `segment_chunks` at least
+    (`segments.py`). `read_tile_p` of `_read` and `_read_back`, `decode_tile_p` of a decode.
     """
 
     scan_tile_p: int = 64
     scan_warps: int = 4
     scan_stages: int = 3
     scan_back_stages: int = 2
+    scan_programs: int = SEGMENT_PROGRAMS
+    segment_chunks: int = SEGMENT_CHUNKS
     read_tile_p: int = 64
     read_warps: int = 4
     invert_warps: int = 1
     differentiate_tile_p: int = 64
     differentiate_warps: int = 4
+    differentiate_together: bool = False
     decode_tile_p: int = 32
     decode_warps: int = 4
 
@@ -172,13 +176,18 @@ class _Call:
         boundaries = self._new(self.chunks, h, p, n)
         vectors, inverse = self._invert()
         constants = self._constants() | {"DECAY": self.log_decay is not None}
-        tile_p = min(launch.scan_tile_p, padded(p))
-        _scan[(states * h * ceil_div(p, tile_p),)](
-            self.k, self.v, inverse, vectors, self.initial, self.bounds, self.offsets, final, writes, boundaries,
-            *self._sizes(), self.k.stride(0), self.v.stride(0),
-            TILE_P=tile_p, INITIAL=self.initial is not None, TERMS=self._terms, STAGES=launch.scan_stages,
-            num_warps=launch.scan_warps, **constants,
-        )  # fmt: skip
+        segments = self._segments()
+
+        def scan(programs: tuple[int], entering: Tensor | None, maps: Tensor | None) -> None:
+            _scan[programs](
+                self.k, self.v, inverse, vectors, self.initial, entering, self.bounds, self.offsets, segments.table,
+                final, writes, boundaries, maps,
+                *self._sizes(), segments.chunks, segments.slots, self.k.stride(0), self.v.stride(0),
+                TILE_P=segments.tile_p, CUT=segments.cut, MAPS=maps is not None, INITIAL=self.initial is not None,
+                TERMS=self._terms, STAGES=launch.scan_stages, num_warps=launch.scan_warps, **constants,
+            )  # fmt: skip
+
+        segments.walk(scan, self.initial, reversed=False)
         tile_p = min(launch.read_tile_p, padded(p))
         _read[(self.chunks * h * ceil_div(p, tile_p),)](
             self.q, self.k, writes, vectors, boundaries, self.table, y,
@@ -186,6 +195,11 @@ class _Call:
             TILE_P=tile_p, num_warps=launch.read_warps, **constants,
         )  # fmt: skip
         return y, final, writes, boundaries
+
+    def _segments(self) -> Segments:
+        launch, tile_p = self.launch, min(self.launch.scan_tile_p, padded(self.p))
+        v = self.v.view(self.b, self.t, self.h, self.p)
+        return Segments.of(v, self.n, self.bounds, tile_p, programs=launch.scan_programs, least=launch.segment_chunks)
 
     def _invert(self) -> tuple[Tensor, Tensor]:
         """Vectors of each chunk, and T.  Shapes:  4 chunks h 64, terms chunks h 64 64
@@ -228,15 +242,19 @@ class _Call:
             TILE_P=tile_p, num_warps=launch.read_warps, **constants,
         )  # fmt: skip
         dstates = self._new(self.chunks, h, p, n)
-        states = self.documents or b
-        dinitial = self._new(states, h, n, p, dtype=torch.float32)
-        tile_p = min(launch.scan_tile_p, padded(p))
-        _scan_back[(states * h * ceil_div(p, tile_p),)](
-            self.q, self.k, dy, inverse, dwrites, vectors, dfinal, self.bounds, self.offsets, dinitial, dstates,
-            *self._sizes(), self.q.stride(0), self.k.stride(0), self.scale,
-            TILE_P=tile_p, FINAL=dfinal is not None, TERMS=self._terms, STAGES=launch.scan_back_stages,
-            num_warps=launch.scan_warps, **constants,
-        )  # fmt: skip
+        dinitial = self._new(self.documents or b, h, n, p, dtype=torch.float32)
+        segments = self._segments()
+
+        def scan_back(programs: tuple[int], leaving: Tensor | None, maps: Tensor | None) -> None:
+            _scan_back[programs](
+                self.q, self.k, dy, inverse, dwrites, vectors, dfinal, leaving, self.bounds, self.offsets,
+                segments.table, dinitial, dstates, maps,
+                *self._sizes(), segments.chunks, segments.slots, self.q.stride(0), self.k.stride(0), self.scale,
+                TILE_P=segments.tile_p, CUT=segments.cut, MAPS=maps is not None, FINAL=dfinal is not None,
+                TERMS=self._terms, STAGES=launch.scan_back_stages, num_warps=launch.scan_warps, **constants,
+            )  # fmt: skip
+
+        segments.walk(scan_back, dfinal, reversed=True)
         shared = torch.float32 if h != self.h_k else None
         dq, dk = (self._new(b, t, h, n, dtype=shared) for _ in range(2))
         dv = self._new(b, t, h, p)
@@ -257,14 +275,21 @@ class _Call:
             self.q, self.k, dy, writes, boundaries, vectors, self.table, dq, ddecay,
             *sizes, self.q.stride(0), self.k.stride(0), self.scale, **constants,
         )  # fmt: skip
-        _differentiate_read[grid](
-            self.k, self.v, writes, dwrites, boundaries, vectors, self.table, read, dv, ddecay, dgate,
-            *sizes, self.k.stride(0), self.v.stride(0), GATE=gated, **constants,
-        )  # fmt: skip
-        _differentiate_written[grid](
-            self.q, self.k, dy, writes, dwrites, boundaries, dstates, vectors, self.table, read, dk, ddecay,
-            *sizes, self.q.stride(0), self.k.stride(0), self.scale, **constants,
-        )  # fmt: skip
+        if launch.differentiate_together:
+            _differentiate_key[grid](
+                self.q, self.k, self.v, dy, writes, dwrites, boundaries, dstates, vectors, self.table, dk, dv, ddecay,
+                dgate, *sizes, self.q.stride(0), self.k.stride(0), self.v.stride(0), self.scale, GATE=gated,
+                **constants,
+            )  # fmt: skip
+        else:
+            _differentiate_read[grid](
+                self.k, self.v, writes, dwrites, boundaries, vectors, self.table, read, dv, ddecay, dgate,
+                *sizes, self.k.stride(0), self.v.stride(0), GATE=gated, **constants,
+            )  # fmt: skip
+            _differentiate_written[grid](
+                self.q, self.k, dy, writes, dwrites, boundaries, dstates, vectors, self.table, read, dk, ddecay,
+                *sizes, self.q.stride(0), self.k.stride(0), self.scale, **constants,
+            )  # fmt: skip
         if shared is not None:
             dq, dk = (part.view(b, t, self.h_k, -1, n).sum(3) for part in (dq, dk))
         return {
@@ -393,30 +418,41 @@ def _invert(
 
 
 @QuickLaunch
-@triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
+@triton.jit(do_not_specialize=["slots", "t", "chunks", "heads", "per", "segment_slots"])
 def _scan(
-    k, v, inverses, vectors, initial, bounds, offsets, final, writes, boundaries,
-    slots, t, chunks, heads, group, k_stride, v_stride,
+    k, v, inverses, vectors, initial, entering, bounds, offsets, segments, final, writes, boundaries, maps,
+    slots, t, chunks, heads, group, per, segment_slots, k_stride, v_stride,
     N: tl.constexpr, PAD_N: tl.constexpr, P: tl.constexpr, TILE_P: tl.constexpr, CHUNK: tl.constexpr,
-    PACKED: tl.constexpr, DECAY: tl.constexpr, INITIAL: tl.constexpr, TERMS: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, CUT: tl.constexpr, MAPS: tl.constexpr, DECAY: tl.constexpr, INITIAL: tl.constexpr,
+    TERMS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Walk the chunks of a sequence: U of each, the state that enters it, and the last state."""
+    """Walk the chunks of a segment: U of each, the state that enters it, and the last state; or find its map (MAPS)."""
     tiles: tl.constexpr = (P + TILE_P - 1) // TILE_P
+    walked: tl.constexpr = tiles + (N + TILE_P - 1) // TILE_P if MAPS else tiles
     program = tl.program_id(0)
-    tile, head = program % tiles, program // tiles % heads
-    sequence, first, length, chunk = sequence_of(bounds, offsets, program, heads, tiles, t, chunks, PACKED)
+    tile, head, place = program % walked, program // walked % heads, program // (walked * heads)
+    if not is_taken(segments, segment_slots, place, PACKED, CUT):
+        return
+    sequence, first, length, chunk, _, ends = segment_of(
+        segments, bounds, offsets, place, t, chunks, per, CHUNK, PACKED, CUT
+    )
+    if MAPS and ends:
+        return
     values, keys = tile * TILE_P + tl.arange(0, TILE_P), tl.arange(0, PAD_N)
-    in_p, in_n = values < P, keys < N
+    in_p, in_n = values < P, keys < N  # no value belongs to the identity's rows
     span = tl.arange(0, CHUNK)
     square = span[:, None] * CHUNK + span[None, :]
     within = in_p[:, None] & in_n[None, :]
-    place = (sequence * heads + head) * (N * P) + keys[None, :] * P + values[:, None]
+    state_at = (sequence * heads + head) * (N * P) + keys[None, :] * P + values[:, None]
     dtype: tl.constexpr = k.dtype.element_ty
 
     state = tl.zeros([TILE_P, PAD_N], tl.float32)
-    if INITIAL:
-        state = tl.load(initial + place, mask=within, other=0.0).to(tl.float32)
+    if MAPS:
+        state = start_of_map(values, keys, tiles, TILE_P)
+    elif CUT:
+        state = load(entering + (place.to(tl.int64) * heads + head) * (P * N), values, N, keys, in_p, in_n)
+    elif INITIAL:
+        state = tl.load(initial + state_at, mask=within, other=0.0).to(tl.float32)
     k += first * k_stride + head // group * N
     v += first * v_stride + head * P
     writes += (first * heads + head) * P
@@ -431,7 +467,8 @@ def _scan(
     for c in tl.range(0, tl.cdiv(length, CHUNK), num_stages=STAGES):
         size = tl.minimum(length - c * CHUNK, CHUNK)
         rows, in_t = tl.minimum(span, size - 1), span < size
-        store(boundaries + c * boundary_step, values, N, keys, in_p, in_n, state)
+        if not MAPS:
+            store(boundaries + c * boundary_step, values, N, keys, in_p, in_n, state)
         key = fetch(k + c * key_step, rows, k_stride, keys, in_n)
         value = fetch_transposed(v + c * value_step, rows, v_stride, values, in_p)
         inverse = tl.load(inverses + c * inverse_step + square)
@@ -447,11 +484,15 @@ def _scan(
         if TERMS == 2:
             inverse = tl.load(inverses + plane * CHUNK + c * inverse_step + square)
             write = tl.dot(fresh, tl.trans(inverse), write, input_precision=PRECISION)
-        store_transposed(writes + c * write_step, span, heads * P, values, in_t, in_p, write)
+        if not MAPS:
+            store_transposed(writes + c * write_step, span, heads * P, values, in_t, in_p, write)
         if DECAY:
             write *= tl.load(gates + 2 * plane + c * vector_step + span).to(tl.float32)[None, :]
         state += tl.dot(write.to(dtype), key, input_precision=PRECISION)
-    tl.store(final + place, state, mask=within)
+    if MAPS:
+        store_map(maps, place, head, heads, values, keys, state, N, P, tiles, TILE_P)
+    elif ends:
+        tl.store(final + state_at, state, mask=within)
 
 
 @QuickLaunch
@@ -517,30 +558,44 @@ def _read_back(
 
 
 @QuickLaunch
-@triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
+@triton.jit(do_not_specialize=["slots", "t", "chunks", "heads", "per", "segment_slots"])
 def _scan_back(
-    q, k, dy, inverses, dwrites, vectors, dfinal, bounds, offsets, dinitial, dstates,
-    slots, t, chunks, heads, group, q_stride, k_stride, scale,
+    q, k, dy, inverses, dwrites, vectors, dfinal, leaving, bounds, offsets, segments, dinitial, dstates, maps,
+    slots, t, chunks, heads, group, per, segment_slots, q_stride, k_stride, scale,
     N: tl.constexpr, PAD_N: tl.constexpr, P: tl.constexpr, TILE_P: tl.constexpr, CHUNK: tl.constexpr,
-    PACKED: tl.constexpr, DECAY: tl.constexpr, FINAL: tl.constexpr, TERMS: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, CUT: tl.constexpr, MAPS: tl.constexpr, DECAY: tl.constexpr, FINAL: tl.constexpr,
+    TERMS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Walk the chunks from last to first; `dwrites` holds dU by y and is left holding dR = T^T dU."""
+    """Walk a segment's chunks from last to first, or find its map (MAPS).
+
+    `dwrites` holds dU by y and is left holding dR = T^T dU.
+    """
     tiles: tl.constexpr = (P + TILE_P - 1) // TILE_P
+    walked: tl.constexpr = tiles + (N + TILE_P - 1) // TILE_P if MAPS else tiles
     program = tl.program_id(0)
-    tile, head = program % tiles, program // tiles % heads
-    sequence, first, length, chunk = sequence_of(bounds, offsets, program, heads, tiles, t, chunks, PACKED)
+    tile, head, place = program % walked, program // walked % heads, program // (walked * heads)
+    if not is_taken(segments, segment_slots, place, PACKED, CUT):
+        return
+    sequence, first, length, chunk, begins, _ = segment_of(
+        segments, bounds, offsets, place, t, chunks, per, CHUNK, PACKED, CUT
+    )
+    if MAPS and begins:
+        return
     values, keys = tile * TILE_P + tl.arange(0, TILE_P), tl.arange(0, PAD_N)
-    in_p, in_n = values < P, keys < N
+    in_p, in_n = values < P, keys < N  # no value belongs to the identity's rows
     span = tl.arange(0, CHUNK)
     square = span[:, None] * CHUNK + span[None, :]
     within = in_p[:, None] & in_n[None, :]
-    place = (sequence * heads + head) * (N * P) + keys[None, :] * P + values[:, None]
+    state_at = (sequence * heads + head) * (N * P) + keys[None, :] * P + values[:, None]
     dtype: tl.constexpr = k.dtype.element_ty
 
     dstate = tl.zeros([TILE_P, PAD_N], tl.float32)
-    if FINAL:
-        dstate = tl.load(dfinal + place, mask=within, other=0.0).to(tl.float32)
+    if MAPS:
+        dstate = start_of_map(values, keys, tiles, TILE_P)
+    elif CUT:
+        dstate = load(leaving + (place.to(tl.int64) * heads + head) * (P * N), values, N, keys, in_p, in_n)
+    elif FINAL:
+        dstate = tl.load(dfinal + state_at, mask=within, other=0.0).to(tl.float32)
     q += first * q_stride + head // group * N
     k += first * k_stride + head // group * N
     dy += (first * heads + head) * P
@@ -557,7 +612,8 @@ def _scan_back(
         c = steps - 1 - back
         size = tl.minimum(length - c * CHUNK, CHUNK)
         rows, in_t = tl.minimum(span, size - 1), span < size
-        store(dstates + c * state_step, values, N, keys, in_p, in_n, dstate)
+        if not MAPS:
+            store(dstates + c * state_step, values, N, keys, in_p, in_n, dstate)
         query = fetch(q + c * query_step, rows, q_stride, keys, in_n)
         key = fetch(k + c * key_step, rows, k_stride, keys, in_n)
         pull = fetch_transposed(dy + c * value_step, rows, heads * P, values, in_p)
@@ -578,13 +634,17 @@ def _scan_back(
         if TERMS == 2:
             inverse = tl.load(inverses + plane * CHUNK + c * inverse_step + square)
             dfresh = tl.dot(reached, inverse, dfresh, input_precision=PRECISION)
-        store_transposed(dwrites + c * value_step, span, heads * P, values, in_t, in_p, dfresh)
+        if not MAPS:
+            store_transposed(dwrites + c * value_step, span, heads * P, values, in_t, in_p, dfresh)
         dstate *= kept
         pull = (pull.to(tl.float32) * (here * scale)[None, :]).to(dtype)
         dstate += tl.dot(pull, query, input_precision=PRECISION)
         dfresh = (dfresh * (-gate * here)[None, :]).to(dtype)
         dstate += tl.dot(dfresh, key, input_precision=PRECISION)
-    tl.store(dinitial + place, dstate, mask=within)
+    if MAPS:
+        store_map(maps, place, head, heads, values, keys, dstate, N, P, tiles, TILE_P)
+    elif begins:
+        tl.store(dinitial + state_at, dstate, mask=within)
 
 
 @QuickLaunch
@@ -747,6 +807,100 @@ def _differentiate_written(
         dsums = tl.load(ddecay + at, mask=in_t, other=0.0) - tl.sum(total * key.to(tl.float32), axis=1)
         dsums += tl.where(span == size - 1, dlast, 0.0)
         tl.store(ddecay + at, tl.cumsum(dsums, 0, reverse=True), mask=in_t)
+
+
+@QuickLaunch
+@triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
+def _differentiate_key(
+    q, k, v, dy, writes, dfresh, boundaries, dstates, vectors, table, dk, dv, ddecay, dgate,
+    slots, t, chunks, heads, group, q_stride, k_stride, v_stride, scale,
+    N: tl.constexpr, PAD_N: tl.constexpr, P: tl.constexpr, PAD_P: tl.constexpr, TILE_P: tl.constexpr,
+    CHUNK: tl.constexpr, PACKED: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What the key is as written and what it reads itself: dk, dv, and the gradients of gates and decays.
+
+    The decay up to a token multiplies what it reads and divides what it wrote, so that its gradient is
+    q . dq + beta k . read - k . wrote. `ddecay` holds q . dq and is left holding the decays' gradient.
+    """
+    program = tl.program_id(0)
+    head, chunk = program % heads, program // heads
+    first, size = chunk_of(table, chunk, t, chunks, CHUNK, PACKED)
+    span, keys = tl.arange(0, CHUNK), tl.arange(0, PAD_N)
+    in_t, in_n = span < size, keys < N
+    dtype: tl.constexpr = k.dtype.element_ty
+    row_stride = heads * P
+    dy += (first * heads + head) * P
+    dv += (first * heads + head) * P
+    writes += (first * heads + head) * P
+    dfresh += (first * heads + head) * P
+    state_at = (chunk.to(tl.int64) * heads + head) * (P * N)
+    at = vectors + (chunk.to(tl.int64) * heads + head) * CHUNK
+    sums, last = tl.load(at + span), tl.load(at + CHUNK - 1)
+    gate = tl.load(at + slots.to(tl.int64) * heads * CHUNK + span).to(tl.float32)
+    place, row = (first * heads + head) * N, (first + span) * heads + head
+
+    # As written, for states, queries and keys to come.
+    by_query = tl.zeros([CHUNK, CHUNK], tl.float32)
+    by_key = tl.zeros([CHUNK, CHUNK], tl.float32)
+    wrote = tl.zeros([CHUNK, PAD_N], tl.float32)
+    kept_state = 0.0
+    for start in tl.range(0, PAD_P, TILE_P, num_stages=1):
+        values = start + tl.arange(0, TILE_P)
+        in_p = values < P
+        write = load(writes, span, row_stride, values, in_t, in_p)
+        pull = load_transposed(dy, span, row_stride, values, in_t, in_p).to(dtype)
+        fresh = load_transposed(dfresh, span, row_stride, values, in_t, in_p)
+        dstate = load(dstates + state_at, values, N, keys, in_p, in_n)
+        by_query = tl.dot(write, pull, by_query, input_precision=PRECISION)
+        by_key = tl.dot(write, fresh, by_key, input_precision=PRECISION)
+        wrote = tl.dot(write, dstate, wrote, input_precision=PRECISION)
+        if DECAY:
+            state = load(boundaries + state_at, values, N, keys, in_p, in_n)
+            kept_state += tl.sum(state.to(tl.float32) * dstate.to(tl.float32))
+    key = load(k + first * k_stride + head // group * N, span, k_stride, keys, in_t, in_n)
+    dlast = 0.0
+    if DECAY:
+        wrote *= _power(tl.where(in_t, last - sums, 0.0))[:, None]
+        dlast = tl.sum(wrote * key.to(tl.float32)) + _power(last) * kept_state
+    later = (span[:, None] <= span[None, :]) & in_t[None, :]
+    by_query = _decayed(by_query, sums[None, :], sums[:, None], later, DECAY) * scale
+    query = load(q + first * q_stride + head // group * N, span, q_stride, keys, in_t, in_n)
+    wrote = tl.dot(by_query.to(dtype), query, wrote, input_precision=PRECISION)
+    later = (span[:, None] < span[None, :]) & in_t[None, :]
+    by_key = _decayed(by_key, sums[None, :], sums[:, None], later, DECAY) * -gate[None, :]
+    wrote = tl.dot(by_key.to(dtype), key, wrote, input_precision=PRECISION)
+    dsums = tl.zeros([CHUNK], tl.float32)
+    if DECAY:
+        dsums = tl.load(ddecay + row, mask=in_t, other=0.0) - tl.sum(wrote * key.to(tl.float32), axis=1)
+        dsums += tl.where(span == size - 1, dlast, 0.0)
+
+    # What it reads itself, E K - e^b (dR S^T), its value and gate.
+    scores = tl.zeros([CHUNK, CHUNK], tl.float32)
+    read = tl.zeros([CHUNK, PAD_N], tl.float32)
+    dbeta = tl.zeros([CHUNK], tl.float32)
+    for start in tl.range(0, PAD_P, TILE_P, num_stages=1):
+        values = start + tl.arange(0, TILE_P)
+        in_p = values < P
+        fresh = load(dfresh, span, row_stride, values, in_t, in_p)
+        write = load_transposed(writes, span, row_stride, values, in_t, in_p)
+        state = load(boundaries + state_at, values, N, keys, in_p, in_n)
+        scores = tl.dot(fresh, write, scores, input_precision=PRECISION)
+        read = tl.dot(fresh, state, read, input_precision=PRECISION)
+        if GATE:
+            value = load(v + first * v_stride + head * P, span, v_stride, values, in_t, in_p)
+            dbeta += tl.sum(fresh.to(tl.float32) * value.to(tl.float32), axis=1)
+        store(dv, span, row_stride, values, in_t, in_p, fresh.to(tl.float32) * gate[:, None])
+    shown = (span[:, None] > span[None, :]) & in_t[:, None]
+    scores = _decayed(scores, sums[:, None], sums[None, :], shown, DECAY)
+    read = _scale_rows(read, sums, DECAY)
+    read = -tl.dot(scores.to(dtype), key, read, input_precision=PRECISION)
+    store(dk + place, span, heads * N, keys, in_t, in_n, wrote + read * gate[:, None])
+    if GATE or DECAY:
+        along = tl.sum(read * key.to(tl.float32), axis=1)
+        if GATE:
+            tl.store(dgate + row, dbeta + along, mask=in_t)
+        if DECAY:
+            tl.store(ddecay + row, tl.cumsum(dsums + gate * along, 0, reverse=True), mask=in_t)
 
 
 @QuickLaunch

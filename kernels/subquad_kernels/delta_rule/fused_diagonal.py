@@ -24,7 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad_kernels.delta_rule import diagonal_chunks, diagonal_walk
-from subquad_kernels.delta_rule.declaration import CHUNK, num_chunks
+from subquad_kernels.delta_rule.declaration import CHUNK, SEGMENT_CHUNKS, SEGMENT_PROGRAMS, num_chunks
+from subquad_kernels.delta_rule.segments import Segments
 from subquad_kernels.delta_rule.tiles import rows_of
 from subquad_kernels.tile_sizes import ceil_div, padded
 from subquad_kernels.triton_chunks import lay_out
@@ -50,7 +51,8 @@ class Launch:
 
     `relate_tile_n` and `differentiate_tile_n` key channels at once where decays are applied (`.._registers` at most for
     a thread, None: the compiler's choice); `scan_tile_p` value channels a program of the two scans, whose loops hold
-    `scan_stages` chunks in shared memory; `tile_p` of all that a chunk does alone.
+    `scan_stages` chunks in shared memory, until `scan_programs` run on segments of `segment_chunks` at least
+    (`segments.py`); `tile_p` of all that a chunk does alone.
     """
 
     relate_tile_n: int = 64
@@ -61,6 +63,8 @@ class Launch:
     scan_tile_p: int = 64
     scan_warps: int = 4
     scan_stages: int = 2
+    scan_programs: int = SEGMENT_PROGRAMS
+    segment_chunks: int = SEGMENT_CHUNKS
     tile_p: int = 64
     warps: int = 4
     decode_tile_p: int = 32
@@ -210,19 +214,30 @@ class _Call:
         given = chunks.given
         scores_k, pairs_k, leaving_k = (None,) * 3 if given is None else (given.scores, given.pairs, given.leaving)
         widths = {"N": n, "PAD_N": padded(n), "FREE": self.free}
-        constants = self._walked(launch.scan_tile_p) | widths
-        diagonal_walk.scan[(states * h * ceil_div(p, constants["TILE_P"]),)](
-            self.v, chunks.gates, chunks.reading, chunks.solved.leaving, chunks.kept, chunks.inverse, pairs_k,
-            leaving_k, self.initial, self.bounds, self.offsets, final, writes, boundaries,
-            self.chunks, *self.sizes, self.v.stride(0), INITIAL=self.initial is not None, TERMS=self.terms,
-            STAGES=launch.scan_stages, num_warps=launch.scan_warps, **constants,
-        )  # fmt: skip
+        segments = self._segments()
+        constants = self._walked(segments.tile_p) | widths
+
+        def scan(programs: tuple[int], entering: Tensor | None, maps: Tensor | None) -> None:
+            diagonal_walk.scan[programs](
+                self.v, chunks.gates, chunks.reading, chunks.solved.leaving, chunks.kept, chunks.inverse, pairs_k,
+                leaving_k, self.initial, entering, self.bounds, self.offsets, segments.table, final, writes, boundaries,
+                maps, self.chunks, *self.sizes, segments.chunks, segments.slots, self.v.stride(0),
+                CUT=segments.cut, MAPS=maps is not None, INITIAL=self.initial is not None, TERMS=self.terms,
+                STAGES=launch.scan_stages, num_warps=launch.scan_warps, **constants,
+            )  # fmt: skip
+
+        segments.walk(scan, self.initial, reversed=False)
         constants = self._walked(launch.tile_p) | widths
         diagonal_walk.read[(self.chunks * h * ceil_div(p, constants["TILE_P"]),)](
             self.v, chunks.gates, chunks.entering, chunks.solved.scores, scores_k, writes, boundaries, self.table, y,
             *self.sizes, self.v.stride(0), self.scale, num_warps=launch.warps, **constants,
         )  # fmt: skip
         return y, final, writes, boundaries
+
+    def _segments(self) -> Segments:
+        launch, tile_p = self.launch, min(self.launch.scan_tile_p, padded(self.p))
+        v = self.v.view(self.b, self.t, self.h, self.p)
+        return Segments.of(v, self.n, self.bounds, tile_p, programs=launch.scan_programs, least=launch.segment_chunks)
 
     def _relate(self) -> _Chunks:
         """Take the decays out of every chunk, and solve its system."""
@@ -354,13 +369,19 @@ class _Call:
         states = self.documents or self.b
         dstates = self._new(self.chunks, h, p, n)
         dinitial = self._new(states, h, n, p, dtype=torch.float32)
-        constants = self._walked(launch.scan_tile_p) | {"N": n, "PAD_N": padded(n)}
-        diagonal_walk.scan_back[(states * h * ceil_div(p, constants["TILE_P"]),)](
-            dy, chunks.entering, chunks.reading, chunks.solved.leaving, chunks.kept, chunks.inverse, dwrites, dfinal,
-            self.bounds, self.offsets, dinitial, dstates, self.chunks, *self.sizes, self.scale,
-            FINAL=dfinal is not None, TERMS=self.terms, STAGES=launch.scan_stages, num_warps=launch.scan_warps,
-            **constants,
-        )  # fmt: skip
+        segments = self._segments()
+        constants = self._walked(segments.tile_p) | {"N": n, "PAD_N": padded(n)}
+
+        def scan_back(programs: tuple[int], passed: Tensor | None, maps: Tensor | None) -> None:
+            diagonal_walk.scan_back[programs](
+                dy, chunks.entering, chunks.reading, chunks.solved.leaving, chunks.kept, chunks.inverse, dwrites,
+                dfinal, passed, self.bounds, self.offsets, segments.table, dinitial, dstates, maps,
+                self.chunks, *self.sizes, segments.chunks, segments.slots, self.scale,
+                CUT=segments.cut, MAPS=maps is not None, FINAL=dfinal is not None, TERMS=self.terms,
+                STAGES=launch.scan_stages, num_warps=launch.scan_warps, **constants,
+            )  # fmt: skip
+
+        segments.walk(scan_back, dfinal, reversed=True)
         return dstates, dinitial
 
 

@@ -69,19 +69,3 @@ def store_transposed(tensor, rows, stride, columns, in_rows, in_columns, tile):
 def store(tensor, rows, stride, columns, in_rows, in_columns, tile):
     at = tensor + rows[:, None] * stride + columns[None, :]
     tl.store(at, tile.to(tensor.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
-
-
-@triton.jit
-def sequence_of(bounds, offsets, program, heads, tiles, t, chunks, PACKED: tl.constexpr):
-    """Which state a scan's program holds, its sequence's first row and number of tokens, and its first chunk."""
-    sequence = (program // (tiles * heads)).to(tl.int64)
-    if PACKED:
-        start = tl.load(bounds + sequence)
-        first = start.to(tl.int64)
-        length = tl.load(bounds + sequence + 1) - start
-        chunk = tl.load(offsets + sequence).to(tl.int64)
-    else:
-        first = sequence * t
-        length = t
-        chunk = sequence * chunks
-    return sequence, first, length, chunk
