@@ -54,7 +54,7 @@ class Form:
 
 FORMS = {
     "gated": Form("fused", fused, "scalar", False, ((16, 64), (4, 64), (4, 128), (1, 64), (1, 128), (4, 32))),
-    "kda": Form("fused_diagonal", fused_diagonal, "vector", False, ((16, 64), (4, 64), (4, 128), (1, 64))),
+    "kda": Form("fused_diagonal", fused_diagonal, "vector", False, ((16, 64), (4, 64), (4, 128), (1, 64), (1, 128))),
     "rwkv7": Form("fused_diagonal", fused_diagonal, "vector", True, ((16, 64), (4, 64), (1, 64))),
 }
 
@@ -70,7 +70,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "invert_warps": (1, 2, 4),
     "differentiate_tile_p": (32, 64, 128),
     "differentiate_warps": (4, 8),
-    "differentiate_together": (True,),
+    "differentiate_together": (True, False),
 }
 PAIRS: tuple[dict[str, int], ...] = (
     {"scan_tile_p": 16, "scan_warps": 1},
@@ -79,7 +79,8 @@ PAIRS: tuple[dict[str, int], ...] = (
     {"scan_tile_p": 128, "scan_warps": 8},
     {"scan_tile_p": 64, "scan_warps": 8},
     {"differentiate_tile_p": 128, "differentiate_warps": 8},
-    {"differentiate_together": True, "differentiate_warps": 8},
+    {"differentiate_together": False, "differentiate_warps": 8},
+    {"differentiate_together": False, "differentiate_warps": 4},
 )
 DIAGONAL_CHOICES: dict[str, tuple[Any, ...]] = {
     "scan_tile_p": (16, 32, 64),
@@ -115,10 +116,10 @@ def checked(form: Form) -> dict[str, Workload]:
         "t=509 n=p=64": workload(form, 2, 509, 64, h=2, h_k=2),
         "t=509 n=p=128 grouped": workload(form, 1, 509, 128, h=4, h_k=2),
         "t=300 n=p=64 packed": workload(form, 1, 300, 64, h=2, h_k=1, documents=6),
-        "t=3001 n=p=64 cut": workload(form, 1, 3_001, 64, h=2, h_k=2),
-        "t=3001 n=p=64 packed and cut": workload(form, 1, 3_001, 64, h=2, h_k=2, documents=2),
-        "t=2100 n=p=128 cut": workload(form, 1, 2_100, 128, h=2, h_k=2),
-        "t=2100 n=p=64 cut fp32": workload(form, 1, 2_100, 64, dtype="float32", h=2, h_k=2),
+        "t=4201 n=p=64 cut": workload(form, 1, 4_201, 64, h=2, h_k=2),
+        "t=4201 n=p=64 packed and cut": workload(form, 1, 4_201, 64, h=2, h_k=2, documents=2),
+        "t=4201 n=p=128 cut": workload(form, 1, 4_201, 128, h=2, h_k=2),
+        "t=4201 n=p=64 cut fp32": workload(form, 1, 4_201, 64, dtype="float32", h=2, h_k=2),
         "t=1 n=p=64": workload(form, 4, 1, 64, h=2, h_k=2),
         "t=300 n=p=64 fp16": workload(form, 1, 300, 64, dtype="float16", h=2, h_k=2),
         "t=300 n=p=64 fp32": workload(form, 1, 300, 64, dtype="float32", h=2, h_k=2),

@@ -39,15 +39,9 @@ OPERATOR = CATALOGUE.operator("selective_scan")
 
 # What differs from `fused.launch_of`: compiled once each.
 GRID: dict[str, tuple[dict[str, Any], ...]] = {
-    "forward": (
-        {}, {"group": 8}, {"tile_c": 16, "rows": 8}, {"tile_c": 16, "rows": 8, "group": 8},
-    ),
-    "backward": (
-        {}, {"rounded": True}, {"evict": "evict_first"}, {"group": 8, "rounded": True}, {"tile_c": 8, "rounded": True},
-        {"tile_c": 8, "group": 8, "rounded": True}, {"tile_c": 8, "group": 8, "rows": 8, "rounded": True},
-        {"rows": 8, "rounded": True}, {"evict": "evict_first", "rounded": True},
-    ),
-}  # fmt: skip
+    "forward": ({}, {"group": 8}, {"tile_c": 16, "rows": 8}),
+    "backward": ({}, {"tile_c": 8}, {"tile_c": 8, "group": 8}, {"group": 8}, {"rows": 8}, {"evict": "evict_first"}),
+}
 # How time is cut: costs no compilation. Programs are few at b = 4 and 1; `enough` 0 never cuts.
 CUTS: dict[str, tuple[dict[str, int], ...]] = {
     "forward": ({}, {"enough": 0}, {"programs": 1056}, {"programs": 4224}),
@@ -249,7 +243,7 @@ def tune(
 
 
 def described(launch: fused.Launch) -> str:
-    names = ("tile_c", "group", "rows", "evict", "enough", "programs", "rounded")
+    names = ("tile_c", "group", "rows", "evict", "enough", "programs")
     return " ".join(f"{name}={getattr(launch, name)!r}" for name in names)
 
 

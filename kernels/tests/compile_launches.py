@@ -47,8 +47,8 @@ TYPES = {
     torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32",
     torch.int64: "i64",
 }  # fmt: skip
-SIZES = {"t": 2_100, "s": 2_100, "k": 64, "v": 64, "c": 96, "n": 16}
-"""Widths of models instead of those of the operators' examples, which are for quick checks."""
+SIZES = {"t": 4_200, "s": 4_200, "k": 64, "v": 64, "c": 96, "n": 16}
+"""Widths of models instead of those of the operators' examples, which are for quick checks; lengths that are cut."""
 WIDTHS = (16, 32, 64, 128, 256)
 """Of keys and values: what a tile in shared memory may measure."""
 

@@ -113,24 +113,46 @@ CUT = fused.Launch(scan_programs=1_000, segment_chunks=1)
 
 
 def test_cutting_time_changes_nothing() -> None:
-    """Three segments, the last of them short: what enters the third went through the map of the second."""
-    assert_exact(sample(workload(129, n=17)), replace(CUT, scan_tile_p=16))
+    """Four segments, the last of them short: what enters the fourth went through the maps of the two before it."""
+    assert_exact(sample(workload(193, n=17)), replace(CUT, scan_tile_p=16))
 
 
 def test_documents_are_cut_by_themselves() -> None:
-    """Empty documents, one that is cut twice, and one of a single token after it."""
-    lengths = (0, 129, 0, 1)
+    """Empty documents, one that is cut in three, and those of a single token and of a chunk and more after it."""
+    lengths = (0, 129, 0, 1, 66)
     assert_exact(sample(workload(sum(lengths), documents=len(lengths)), cu_seqlens=bounds(*lengths)), CUT)
 
 
+@pytest.mark.parametrize(("decay", "gate"), [("scalar", True), ("none", False)])
+def test_gradients_by_key_are_the_same_in_one_launch(decay: str, gate: bool) -> None:
+    together = fused.Launch(differentiate_together=True, differentiate_tile_p=16)
+    assert_exact(sample(workload(67, b=2, h=2, n=17, p=19, decay=decay, gate=gate)), together)
+
+
 def test_time_is_cut_where_programs_are_few_and_sequences_long() -> None:
-    """16 heads: 256 programs run at once, a segment has 16 chunks of 64 tokens at least."""
-    cut = declaration.chunks_a_segment
-    assert cut(16, 2_048, 16, packed=False) == 32  # whole
-    assert cut(4, 8_192, 16, packed=False) == 32  # of 128
-    assert cut(1, 32_768, 16, packed=False) == cut(1, 32_768, 16, packed=True) == 32  # of 512
-    assert cut(1, 2_048, 16, packed=False) == 16
-    assert cut(1, 500, 16, packed=False) == 8
+    """16 heads, of one tile of values at a width of 64 and of two at 128."""
+
+    def longest(b: int, t: int, n: int, *, packed: bool = False) -> int:
+        lines, programs = 16 * (n // 64), declaration.segment_programs(n)
+        return declaration.chunks_a_segment(b, t, lines, packed=packed, programs=programs)
+
+    assert longest(16, 2_048, 64) == 32  # whole
+    assert longest(8, 4_096, 64) == 64  # in two halves it would take as long
+    assert longest(4, 8_192, 64) == 32  # of 128
+    assert longest(1, 32_768, 64) == longest(1, 32_768, 64, packed=True) == 32  # of 512
+    assert longest(1, 4_096, 64) == 16
+    assert longest(1, 4_000, 64) == 63  # in segments of less than 16 chunks otherwise
+    assert longest(4, 8_192, 128) == 128
+    assert longest(1, 32_768, 128) == 128  # of 512
+
+
+def test_declared_steps_count_what_is_walked_twice() -> None:
+    declared = CATALOGUE.kernel("delta_rule", "fused").serial_steps
+    assert declared is not None
+    case = workload(8_192, b=4, h=16, n=64, p=64)
+    assert declared(case) == 64
+    assert declared(replace(case, phase="backward")) == 128
+    assert declared(workload(8_192, b=4, h=16, n=128, p=128)) == 128
 
 
 def test_packed_equals_each_document_by_itself() -> None:
@@ -316,9 +338,9 @@ def test_what_it_cannot_compute_is_declined_with_a_reason() -> None:
         (dict(b=1, t=517, h=2, n=128, p=64, h_k=2, documents=5), dict(decay="none", gate=False)),
         (dict(b=3, t=1, h=4, n=128, p=64, h_k=2), {}),
         (dict(b=2, t=129, h=2, n=64, p=64, h_k=2), dict(decay="none")),
-        (dict(b=1, t=2_100, h=2, n=64, p=64, h_k=2), {}),  # cut
-        (dict(b=1, t=2_100, h=2, n=128, p=64, h_k=2), {}),
-        (dict(b=1, t=3_100, h=2, n=64, p=128, h_k=2, documents=3), dict(state=False)),
+        (dict(b=1, t=4_200, h=2, n=64, p=64, h_k=2), {}),  # cut
+        (dict(b=1, t=4_200, h=2, n=128, p=64, h_k=2), {}),
+        (dict(b=1, t=4_300, h=2, n=64, p=128, h_k=2, documents=3), dict(state=False)),
     ],
     ids=str,
 )

@@ -126,9 +126,9 @@ def test_packed_documents_have_states_of_their_own(lengths: tuple[int, ...], sta
 
 
 def test_cutting_time_changes_nothing() -> None:
-    """Three segments, the last of them short: what enters the third went through the map of the second."""
+    """Four segments, the last of them short: what enters the fourth went through the maps of the two before it."""
     cut = fused_diagonal.Launch(scan_programs=1_000, segment_chunks=1)
-    assert_exact(sample(workload(129, free=True)), cut)
+    assert_exact(sample(workload(193, free=True)), cut)
 
 
 @BOTH
@@ -332,8 +332,8 @@ def test_the_defaults_on_cuda_take_each_transition_to_the_kernel_that_computes_i
         (dict(b=1, t=700, h=2, n=64, p=128, h_k=1, documents=9), {}),
         (dict(b=1, t=517, h=2, n=24, p=40, h_k=2, documents=5), dict(gate=False)),
         (dict(b=3, t=1, h=4, n=128, p=64, h_k=2), {}),
-        (dict(b=1, t=2_100, h=2, n=64, p=64, h_k=2), {}),  # cut
-        (dict(b=1, t=3_100, h=2, n=64, p=64, h_k=2, documents=3), dict(state=False)),
+        (dict(b=1, t=4_200, h=2, n=64, p=64, h_k=2), {}),  # cut
+        (dict(b=1, t=4_300, h=2, n=64, p=64, h_k=2, documents=3), dict(state=False)),
     ],
     ids=str,
 )

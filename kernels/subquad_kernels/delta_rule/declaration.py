@@ -19,19 +19,28 @@ def num_chunks(b: int, t: int, documents: int = 0) -> int:
     return b * -(-t // CHUNK) if t > 1 else 0
 
 
-SEGMENT_PROGRAMS, SEGMENT_CHUNKS = 256, 16
-"""A sequence is cut into segments that are walked side by side until so many programs run, each of so many chunks at
-least: each segment is walked twice, so that less than two of these would not repay it."""
+SEGMENTS, SEGMENT_CHUNKS = 4, 16
+"""A sequence is cut into no fewer segments, each of so many chunks at least: nearly all of it is walked twice, so that
+two segments, one walk after the other, take as long as the whole, and four won by 5 % where 64 programs became 256."""
+
+
+def segment_programs(n: int) -> int:
+    """How many programs of a scan segments may make: of keys over 64 wide fewer, as products keep the device busy.
+
+    The walk that finds a map has n + p rows for every p of a walk proper, each with products of n: a cut at n = p = 128
+    multiplies twelve times what a walk at n = p = 64 does. There 32 programs became 128 with profit, 128 became 256 at
+    a loss of a quarter (an H200 of 132 multiprocessors, README).
+    """
+    return 256 if n <= 64 else 128
 
 
 def chunks_a_segment(
-    b: int, t: int, programs_a_sequence: int, *, packed: bool,
-    programs: int = SEGMENT_PROGRAMS, least: int = SEGMENT_CHUNKS,
-) -> int:  # fmt: skip
+    b: int, t: int, programs_a_sequence: int, *, packed: bool, programs: int, least: int = SEGMENT_CHUNKS
+) -> int:
     """Chunks that one program of a scan walks at most; the boundaries of packed documents are not known here."""
     chunks = -(-t // CHUNK)
-    segments = programs // (programs_a_sequence * (1 if packed else b))
-    return -(-chunks // max(1, min(segments, chunks // least)))
+    segments = min(programs // (programs_a_sequence * (1 if packed else b)), chunks // least)
+    return chunks if segments < SEGMENTS else -(-chunks // segments)
 
 
 def work(workload: Workload) -> Work:
@@ -187,7 +196,9 @@ def _segmented_steps(workload: Workload) -> int:
     """Chunks that are walked one after the other: those of a segment, twice where time is cut, in each direction."""
     shape = workload.shape
     packed, chunks = "documents" in shape, -(-longest_document(shape) // CHUNK)
-    segment = chunks_a_segment(shape["b"], shape["t"], shape["h"] * -(-shape["p"] // 64), packed=packed)
+    segment = chunks_a_segment(
+        shape["b"], shape["t"], shape["h"] * -(-shape["p"] // 64), packed=packed, programs=segment_programs(shape["n"])
+    )
     return (chunks if chunks <= segment else 2 * segment) * (2 if workload.phase == "backward" else 1)
 
 

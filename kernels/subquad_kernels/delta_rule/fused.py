@@ -3,8 +3,8 @@
 Forward, chunks of 64 tokens:  `_invert` solves each chunk's triangular system, T = (I + A)^-1;  `_scan` walks the
 chunks of a sequence with the state in registers, U = T beta (V - e^b K S) and S <- e^b_C S + (e^(b_C - b) K)^T U;
 `_read` forms y. Backward:  `_invert` again, `_read_back` (the gradient of U by y), `_scan_back` from the last chunk to
-the first (the gradient of states), then three kernels for the gradients by query, by what the key reads and by what it
-writes, each with few products at once: a kernel of all of them went wrong in float32 (README.md).
+the first (the gradient of states), then the gradients by query, and those by key, of what it writes and of what it
+reads, in one launch or in two: all of them in one kernel went wrong in float32 (README.md).
 The scans hold transposed states [TILE_P, N]: a state and what was computed from it are left operands of products,
 which stay in registers; right operands come from memory. Exponents are masked differences of sums inside a chunk,
 never positive. No atomics: the same bits every time. README.md derives the equations.
@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from subquad_kernels.delta_rule.declaration import CHUNK, SEGMENT_CHUNKS, SEGMENT_PROGRAMS, num_chunks
+from subquad_kernels.delta_rule.declaration import CHUNK, SEGMENT_CHUNKS, num_chunks, segment_programs
 from subquad_kernels.delta_rule.inverse import BLOCK, invert_below, invert_diagonal, store_inverse
 from subquad_kernels.delta_rule.segments import Segments, is_taken, segment_of, start_of_map, store_map
 from subquad_kernels.delta_rule.tiles import (
@@ -58,14 +58,15 @@ class Launch:
 
     `scan_tile_p` value channels a program of the two scans, whose loops hold `scan_stages` and `scan_back_stages`
     chunks in shared memory; time is cut until `scan_programs` of them run, into segments of `segment_chunks` at least
-    (`segments.py`). `read_tile_p` of `_read` and `_read_back`, `decode_tile_p` of a decode.
+    (`segments.py`). `read_tile_p` of `_read` and `_read_back`, `decode_tile_p` of a decode. Both gradients by key are
+    found by one launch if `differentiate_together`.
     """
 
     scan_tile_p: int = 64
     scan_warps: int = 4
     scan_stages: int = 3
     scan_back_stages: int = 2
-    scan_programs: int = SEGMENT_PROGRAMS
+    scan_programs: int = 256
     segment_chunks: int = SEGMENT_CHUNKS
     read_tile_p: int = 64
     read_warps: int = 4
@@ -81,11 +82,13 @@ def launch_of(n: int, element_bytes: int) -> Launch:
     """Sizes by key width and type: what a chunk's tiles leave of 227 KiB of shared memory and 255 registers a lane.
 
     In float32 a program is one warp group wherever a row of keys fits: eight warps on the 64 rows of a chunk compute
-    some products twice, in two layouts.
+    some products twice, in two layouts. Both gradients by key come from one launch where that was timed and faster: in
+    half precision at widths of 64 and 128 (README.md).
     """
-    wide = n > 64
+    wide, programs = n > 64, segment_programs(n)
     if element_bytes == 4:
         return Launch(
+            scan_programs=programs,
             scan_tile_p=64 if n <= 64 else 32 if n <= 128 else 16,
             scan_stages=1,
             scan_back_stages=1,
@@ -93,10 +96,12 @@ def launch_of(n: int, element_bytes: int) -> Launch:
             differentiate_warps=8 if n > 128 else 4,
         )
     if n > 128:
-        return Launch(scan_warps=8, scan_stages=2, scan_back_stages=1, differentiate_warps=8)
+        return Launch(
+            scan_programs=programs, scan_warps=8, scan_stages=2, scan_back_stages=1, differentiate_warps=8
+        )  # fmt: skip
     if wide:
-        return Launch(scan_warps=8, differentiate_warps=8)
-    return Launch()
+        return Launch(scan_programs=programs, scan_warps=8, differentiate_warps=8, differentiate_together=True)
+    return Launch(scan_programs=programs, differentiate_together=True)
 
 
 def forward(launch: Launch | None = None, **arguments: Argument) -> Outputs:
@@ -260,8 +265,7 @@ class _Call:
         dv = self._new(b, t, h, p)
         ddecay = self._new(b, t, h, dtype=torch.float32) if decayed else None
         dgate = self._new(b, t, h, dtype=torch.float32) if gated else None
-        # The gradient by decays is summed from kernel to kernel; `read` is the key's part as what reads.
-        read = self._new(b, t, h, n, dtype=torch.float32)
+        # The gradient by decays is summed from launch to launch.
         grid, sizes = (self.chunks * h,), self._sizes()
         least = 1 if self.v.dtype == torch.float32 else _HALF_COLUMNS
         pad_n, pad_p = (max(padded(width), least) for width in (n, p))
@@ -275,20 +279,13 @@ class _Call:
             self.q, self.k, dy, writes, boundaries, vectors, self.table, dq, ddecay,
             *sizes, self.q.stride(0), self.k.stride(0), self.scale, **constants,
         )  # fmt: skip
-        if launch.differentiate_together:
+        together = launch.differentiate_together
+        part = None if together else self._new(b, t, h, n, dtype=torch.float32)
+        for written, read in ((True, True),) if together else ((True, False), (False, True)):
             _differentiate_key[grid](
-                self.q, self.k, self.v, dy, writes, dwrites, boundaries, dstates, vectors, self.table, dk, dv, ddecay,
-                dgate, *sizes, self.q.stride(0), self.k.stride(0), self.v.stride(0), self.scale, GATE=gated,
-                **constants,
-            )  # fmt: skip
-        else:
-            _differentiate_read[grid](
-                self.k, self.v, writes, dwrites, boundaries, vectors, self.table, read, dv, ddecay, dgate,
-                *sizes, self.k.stride(0), self.v.stride(0), GATE=gated, **constants,
-            )  # fmt: skip
-            _differentiate_written[grid](
-                self.q, self.k, dy, writes, dwrites, boundaries, dstates, vectors, self.table, read, dk, ddecay,
-                *sizes, self.q.stride(0), self.k.stride(0), self.scale, **constants,
+                self.q, self.k, self.v, dy, writes, dwrites, boundaries, dstates, vectors, self.table, part, dk, dv,
+                ddecay, dgate, *sizes, self.q.stride(0), self.k.stride(0), self.v.stride(0), self.scale, GATE=gated,
+                WRITTEN=written, READ=read, **constants,
             )  # fmt: skip
         if shared is not None:
             dq, dk = (part.view(b, t, self.h_k, -1, n).sum(3) for part in (dq, dk))
@@ -691,136 +688,18 @@ def _differentiate_query(
 
 @QuickLaunch
 @triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
-def _differentiate_read(
-    k, v, writes, dfresh, boundaries, vectors, table, read, dv, ddecay, dgate,
-    slots, t, chunks, heads, group, k_stride, v_stride,
-    N: tl.constexpr, PAD_N: tl.constexpr, P: tl.constexpr, PAD_P: tl.constexpr, TILE_P: tl.constexpr,
-    CHUNK: tl.constexpr, PACKED: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """What the key reads itself, beta (E K - e^b (dR S^T)), and its value and gate; adds k . read to `ddecay`."""
-    program = tl.program_id(0)
-    head, chunk = program % heads, program // heads
-    first, size = chunk_of(table, chunk, t, chunks, CHUNK, PACKED)
-    span, keys = tl.arange(0, CHUNK), tl.arange(0, PAD_N)
-    in_t, in_n = span < size, keys < N
-    dtype: tl.constexpr = k.dtype.element_ty
-    row_stride = heads * P
-    dv += (first * heads + head) * P
-    writes += (first * heads + head) * P
-    dfresh += (first * heads + head) * P
-    boundaries += (chunk.to(tl.int64) * heads + head) * (P * N)
-    at = vectors + (chunk.to(tl.int64) * heads + head) * CHUNK + span
-    sums, gate = tl.load(at), tl.load(at + slots.to(tl.int64) * heads * CHUNK).to(tl.float32)
-
-    scores = tl.zeros([CHUNK, CHUNK], tl.float32)
-    total = tl.zeros([CHUNK, PAD_N], tl.float32)
-    dbeta = tl.zeros([CHUNK], tl.float32)
-    for start in tl.range(0, PAD_P, TILE_P, num_stages=1):
-        values = start + tl.arange(0, TILE_P)
-        in_p = values < P
-        fresh = load(dfresh, span, row_stride, values, in_t, in_p)
-        write = load_transposed(writes, span, row_stride, values, in_t, in_p)
-        state = load(boundaries, values, N, keys, in_p, in_n)
-        scores = tl.dot(fresh, write, scores, input_precision=PRECISION)
-        total = tl.dot(fresh, state, total, input_precision=PRECISION)
-        if GATE:
-            value = load(v + first * v_stride + head * P, span, v_stride, values, in_t, in_p)
-            dbeta += tl.sum(fresh.to(tl.float32) * value.to(tl.float32), axis=1)
-        store(dv, span, row_stride, values, in_t, in_p, fresh.to(tl.float32) * gate[:, None])
-    shown = (span[:, None] > span[None, :]) & in_t[:, None]
-    scores = _decayed(scores, sums[:, None], sums[None, :], shown, DECAY)
-    total = _scale_rows(total, sums, DECAY)
-    key = load(k + first * k_stride + head // group * N, span, k_stride, keys, in_t, in_n)
-    total = -tl.dot(scores.to(dtype), key, total, input_precision=PRECISION)
-    store(read + (first * heads + head) * N, span, heads * N, keys, in_t, in_n, total * gate[:, None])
-    at = (first + span) * heads + head
-    if GATE or DECAY:
-        along = tl.sum(total * key.to(tl.float32), axis=1)
-        if GATE:
-            tl.store(dgate + at, dbeta + along, mask=in_t)
-        if DECAY:
-            tl.store(ddecay + at, tl.load(ddecay + at, mask=in_t, other=0.0) + gate * along, mask=in_t)
-
-
-@QuickLaunch
-@triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
-def _differentiate_written(
-    q, k, dy, writes, dfresh, boundaries, dstates, vectors, table, read, dk, ddecay,
-    slots, t, chunks, heads, group, q_stride, k_stride, scale,
-    N: tl.constexpr, PAD_N: tl.constexpr, P: tl.constexpr, PAD_P: tl.constexpr, TILE_P: tl.constexpr,
-    CHUNK: tl.constexpr, PACKED: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """What the key is as written, for states, queries and keys to come; dk, and the decays' sums made gradients.
-
-    The decay up to a token multiplies what it reads and divides what it wrote, so that its gradient is
-    q . dq + beta k . read - k . written.
-    """
-    program = tl.program_id(0)
-    head, chunk = program % heads, program // heads
-    first, size = chunk_of(table, chunk, t, chunks, CHUNK, PACKED)
-    span, keys = tl.arange(0, CHUNK), tl.arange(0, PAD_N)
-    in_t, in_n = span < size, keys < N
-    dtype: tl.constexpr = k.dtype.element_ty
-    row_stride = heads * P
-    dy += (first * heads + head) * P
-    writes += (first * heads + head) * P
-    dfresh += (first * heads + head) * P
-    state_at = (chunk.to(tl.int64) * heads + head) * (P * N)
-    at = vectors + (chunk.to(tl.int64) * heads + head) * CHUNK
-    sums, last = tl.load(at + span), tl.load(at + CHUNK - 1)
-    gate = tl.load(at + slots.to(tl.int64) * heads * CHUNK + span).to(tl.float32)
-
-    by_query = tl.zeros([CHUNK, CHUNK], tl.float32)
-    by_key = tl.zeros([CHUNK, CHUNK], tl.float32)
-    total = tl.zeros([CHUNK, PAD_N], tl.float32)
-    kept_state = 0.0
-    for start in tl.range(0, PAD_P, TILE_P, num_stages=1):
-        values = start + tl.arange(0, TILE_P)
-        in_p = values < P
-        write = load(writes, span, row_stride, values, in_t, in_p)
-        pull = load_transposed(dy, span, row_stride, values, in_t, in_p).to(dtype)
-        fresh = load_transposed(dfresh, span, row_stride, values, in_t, in_p)
-        dstate = load(dstates + state_at, values, N, keys, in_p, in_n)
-        by_query = tl.dot(write, pull, by_query, input_precision=PRECISION)
-        by_key = tl.dot(write, fresh, by_key, input_precision=PRECISION)
-        total = tl.dot(write, dstate, total, input_precision=PRECISION)
-        if DECAY:
-            state = load(boundaries + state_at, values, N, keys, in_p, in_n)
-            kept_state += tl.sum(state.to(tl.float32) * dstate.to(tl.float32))
-    key = load(k + first * k_stride + head // group * N, span, k_stride, keys, in_t, in_n)
-    dlast = 0.0
-    if DECAY:
-        total *= _power(tl.where(in_t, last - sums, 0.0))[:, None]
-        dlast = tl.sum(total * key.to(tl.float32)) + _power(last) * kept_state
-    later = (span[:, None] <= span[None, :]) & in_t[None, :]
-    by_query = _decayed(by_query, sums[None, :], sums[:, None], later, DECAY) * scale
-    query = load(q + first * q_stride + head // group * N, span, q_stride, keys, in_t, in_n)
-    total = tl.dot(by_query.to(dtype), query, total, input_precision=PRECISION)
-    later = (span[:, None] < span[None, :]) & in_t[None, :]
-    by_key = _decayed(by_key, sums[None, :], sums[:, None], later, DECAY) * -gate[None, :]
-    total = tl.dot(by_key.to(dtype), key, total, input_precision=PRECISION)
-    place = (first * heads + head) * N
-    reads = load(read + place, span, heads * N, keys, in_t, in_n)
-    store(dk + place, span, heads * N, keys, in_t, in_n, reads + total)
-    if DECAY:
-        at = (first + span) * heads + head
-        dsums = tl.load(ddecay + at, mask=in_t, other=0.0) - tl.sum(total * key.to(tl.float32), axis=1)
-        dsums += tl.where(span == size - 1, dlast, 0.0)
-        tl.store(ddecay + at, tl.cumsum(dsums, 0, reverse=True), mask=in_t)
-
-
-@QuickLaunch
-@triton.jit(do_not_specialize=["slots", "t", "chunks", "heads"])
 def _differentiate_key(
-    q, k, v, dy, writes, dfresh, boundaries, dstates, vectors, table, dk, dv, ddecay, dgate,
+    q, k, v, dy, writes, dfresh, boundaries, dstates, vectors, table, part, dk, dv, ddecay, dgate,
     slots, t, chunks, heads, group, q_stride, k_stride, v_stride, scale,
     N: tl.constexpr, PAD_N: tl.constexpr, P: tl.constexpr, PAD_P: tl.constexpr, TILE_P: tl.constexpr,
     CHUNK: tl.constexpr, PACKED: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr,
+    WRITTEN: tl.constexpr, READ: tl.constexpr,
 ):  # fmt: skip
     """What the key is as written and what it reads itself: dk, dv, and the gradients of gates and decays.
 
     The decay up to a token multiplies what it reads and divides what it wrote, so that its gradient is
     q . dq + beta k . read - k . wrote. `ddecay` holds q . dq and is left holding the decays' gradient.
+    In two launches WRITTEN leaves its half in `part`, and in `ddecay`, to READ.
     """
     program = tl.program_id(0)
     head, chunk = program % heads, program // heads
@@ -839,68 +718,79 @@ def _differentiate_key(
     gate = tl.load(at + slots.to(tl.int64) * heads * CHUNK + span).to(tl.float32)
     place, row = (first * heads + head) * N, (first + span) * heads + head
 
-    # As written, for states, queries and keys to come.
-    by_query = tl.zeros([CHUNK, CHUNK], tl.float32)
-    by_key = tl.zeros([CHUNK, CHUNK], tl.float32)
-    wrote = tl.zeros([CHUNK, PAD_N], tl.float32)
-    kept_state = 0.0
-    for start in tl.range(0, PAD_P, TILE_P, num_stages=1):
-        values = start + tl.arange(0, TILE_P)
-        in_p = values < P
-        write = load(writes, span, row_stride, values, in_t, in_p)
-        pull = load_transposed(dy, span, row_stride, values, in_t, in_p).to(dtype)
-        fresh = load_transposed(dfresh, span, row_stride, values, in_t, in_p)
-        dstate = load(dstates + state_at, values, N, keys, in_p, in_n)
-        by_query = tl.dot(write, pull, by_query, input_precision=PRECISION)
-        by_key = tl.dot(write, fresh, by_key, input_precision=PRECISION)
-        wrote = tl.dot(write, dstate, wrote, input_precision=PRECISION)
+    if WRITTEN:  # for states, queries and keys to come
+        by_query = tl.zeros([CHUNK, CHUNK], tl.float32)
+        by_key = tl.zeros([CHUNK, CHUNK], tl.float32)
+        wrote = tl.zeros([CHUNK, PAD_N], tl.float32)
+        kept_state = 0.0
+        for start in tl.range(0, PAD_P, TILE_P, num_stages=1):
+            values = start + tl.arange(0, TILE_P)
+            in_p = values < P
+            write = load(writes, span, row_stride, values, in_t, in_p)
+            pull = load_transposed(dy, span, row_stride, values, in_t, in_p).to(dtype)
+            fresh = load_transposed(dfresh, span, row_stride, values, in_t, in_p)
+            dstate = load(dstates + state_at, values, N, keys, in_p, in_n)
+            by_query = tl.dot(write, pull, by_query, input_precision=PRECISION)
+            by_key = tl.dot(write, fresh, by_key, input_precision=PRECISION)
+            wrote = tl.dot(write, dstate, wrote, input_precision=PRECISION)
+            if DECAY:
+                state = load(boundaries + state_at, values, N, keys, in_p, in_n)
+                kept_state += tl.sum(state.to(tl.float32) * dstate.to(tl.float32))
+        key = load(k + first * k_stride + head // group * N, span, k_stride, keys, in_t, in_n)
+        dlast = 0.0
         if DECAY:
-            state = load(boundaries + state_at, values, N, keys, in_p, in_n)
-            kept_state += tl.sum(state.to(tl.float32) * dstate.to(tl.float32))
-    key = load(k + first * k_stride + head // group * N, span, k_stride, keys, in_t, in_n)
-    dlast = 0.0
-    if DECAY:
-        wrote *= _power(tl.where(in_t, last - sums, 0.0))[:, None]
-        dlast = tl.sum(wrote * key.to(tl.float32)) + _power(last) * kept_state
-    later = (span[:, None] <= span[None, :]) & in_t[None, :]
-    by_query = _decayed(by_query, sums[None, :], sums[:, None], later, DECAY) * scale
-    query = load(q + first * q_stride + head // group * N, span, q_stride, keys, in_t, in_n)
-    wrote = tl.dot(by_query.to(dtype), query, wrote, input_precision=PRECISION)
-    later = (span[:, None] < span[None, :]) & in_t[None, :]
-    by_key = _decayed(by_key, sums[None, :], sums[:, None], later, DECAY) * -gate[None, :]
-    wrote = tl.dot(by_key.to(dtype), key, wrote, input_precision=PRECISION)
-    dsums = tl.zeros([CHUNK], tl.float32)
-    if DECAY:
-        dsums = tl.load(ddecay + row, mask=in_t, other=0.0) - tl.sum(wrote * key.to(tl.float32), axis=1)
-        dsums += tl.where(span == size - 1, dlast, 0.0)
+            wrote *= _power(tl.where(in_t, last - sums, 0.0))[:, None]
+            dlast = tl.sum(wrote * key.to(tl.float32)) + _power(last) * kept_state
+        later = (span[:, None] <= span[None, :]) & in_t[None, :]
+        by_query = _decayed(by_query, sums[None, :], sums[:, None], later, DECAY) * scale
+        query = load(q + first * q_stride + head // group * N, span, q_stride, keys, in_t, in_n)
+        wrote = tl.dot(by_query.to(dtype), query, wrote, input_precision=PRECISION)
+        later = (span[:, None] < span[None, :]) & in_t[None, :]
+        by_key = _decayed(by_key, sums[None, :], sums[:, None], later, DECAY) * -gate[None, :]
+        wrote = tl.dot(by_key.to(dtype), key, wrote, input_precision=PRECISION)
+        dsums = tl.zeros([CHUNK], tl.float32)
+        if DECAY:
+            dsums = tl.load(ddecay + row, mask=in_t, other=0.0) - tl.sum(wrote * key.to(tl.float32), axis=1)
+            dsums += tl.where(span == size - 1, dlast, 0.0)
+        if not READ:
+            store(part + place, span, heads * N, keys, in_t, in_n, wrote)
+            if DECAY:
+                tl.store(ddecay + row, dsums, mask=in_t)
 
-    # What it reads itself, E K - e^b (dR S^T), its value and gate.
-    scores = tl.zeros([CHUNK, CHUNK], tl.float32)
-    read = tl.zeros([CHUNK, PAD_N], tl.float32)
-    dbeta = tl.zeros([CHUNK], tl.float32)
-    for start in tl.range(0, PAD_P, TILE_P, num_stages=1):
-        values = start + tl.arange(0, TILE_P)
-        in_p = values < P
-        fresh = load(dfresh, span, row_stride, values, in_t, in_p)
-        write = load_transposed(writes, span, row_stride, values, in_t, in_p)
-        state = load(boundaries + state_at, values, N, keys, in_p, in_n)
-        scores = tl.dot(fresh, write, scores, input_precision=PRECISION)
-        read = tl.dot(fresh, state, read, input_precision=PRECISION)
-        if GATE:
-            value = load(v + first * v_stride + head * P, span, v_stride, values, in_t, in_p)
-            dbeta += tl.sum(fresh.to(tl.float32) * value.to(tl.float32), axis=1)
-        store(dv, span, row_stride, values, in_t, in_p, fresh.to(tl.float32) * gate[:, None])
-    shown = (span[:, None] > span[None, :]) & in_t[:, None]
-    scores = _decayed(scores, sums[:, None], sums[None, :], shown, DECAY)
-    read = _scale_rows(read, sums, DECAY)
-    read = -tl.dot(scores.to(dtype), key, read, input_precision=PRECISION)
-    store(dk + place, span, heads * N, keys, in_t, in_n, wrote + read * gate[:, None])
-    if GATE or DECAY:
-        along = tl.sum(read * key.to(tl.float32), axis=1)
-        if GATE:
-            tl.store(dgate + row, dbeta + along, mask=in_t)
-        if DECAY:
-            tl.store(ddecay + row, tl.cumsum(dsums + gate * along, 0, reverse=True), mask=in_t)
+    if READ:  # E K - e^b (dR S^T), its value and gate
+        scores = tl.zeros([CHUNK, CHUNK], tl.float32)
+        read = tl.zeros([CHUNK, PAD_N], tl.float32)
+        dbeta = tl.zeros([CHUNK], tl.float32)
+        for start in tl.range(0, PAD_P, TILE_P, num_stages=1):
+            values = start + tl.arange(0, TILE_P)
+            in_p = values < P
+            fresh = load(dfresh, span, row_stride, values, in_t, in_p)
+            write = load_transposed(writes, span, row_stride, values, in_t, in_p)
+            state = load(boundaries + state_at, values, N, keys, in_p, in_n)
+            scores = tl.dot(fresh, write, scores, input_precision=PRECISION)
+            read = tl.dot(fresh, state, read, input_precision=PRECISION)
+            if GATE:
+                value = load(v + first * v_stride + head * P, span, v_stride, values, in_t, in_p)
+                dbeta += tl.sum(fresh.to(tl.float32) * value.to(tl.float32), axis=1)
+            store(dv, span, row_stride, values, in_t, in_p, fresh.to(tl.float32) * gate[:, None])
+        shown = (span[:, None] > span[None, :]) & in_t[:, None]
+        scores = _decayed(scores, sums[:, None], sums[None, :], shown, DECAY)
+        read = _scale_rows(read, sums, DECAY)
+        if not WRITTEN:
+            key = load(k + first * k_stride + head // group * N, span, k_stride, keys, in_t, in_n)
+        read = -tl.dot(scores.to(dtype), key, read, input_precision=PRECISION)
+        if not WRITTEN:
+            wrote = load(part + place, span, heads * N, keys, in_t, in_n)
+            dsums = tl.zeros([CHUNK], tl.float32)
+            if DECAY:
+                dsums = tl.load(ddecay + row, mask=in_t, other=0.0)
+        store(dk + place, span, heads * N, keys, in_t, in_n, wrote + read * gate[:, None])
+        if GATE or DECAY:
+            along = tl.sum(read * key.to(tl.float32), axis=1)
+            if GATE:
+                tl.store(dgate + row, dbeta + along, mask=in_t)
+            if DECAY:
+                tl.store(ddecay + row, tl.cumsum(dsums + gate * along, 0, reverse=True), mask=in_t)
 
 
 @QuickLaunch

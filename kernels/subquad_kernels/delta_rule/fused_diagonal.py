@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad_kernels.delta_rule import diagonal_chunks, diagonal_walk
-from subquad_kernels.delta_rule.declaration import CHUNK, SEGMENT_CHUNKS, SEGMENT_PROGRAMS, num_chunks
+from subquad_kernels.delta_rule.declaration import CHUNK, SEGMENT_CHUNKS, num_chunks, segment_programs
 from subquad_kernels.delta_rule.segments import Segments
 from subquad_kernels.delta_rule.tiles import rows_of
 from subquad_kernels.tile_sizes import ceil_div, padded
@@ -63,7 +63,7 @@ class Launch:
     scan_tile_p: int = 64
     scan_warps: int = 4
     scan_stages: int = 2
-    scan_programs: int = SEGMENT_PROGRAMS
+    scan_programs: int = 256
     segment_chunks: int = SEGMENT_CHUNKS
     tile_p: int = 64
     warps: int = 4
@@ -75,13 +75,16 @@ def launch_of(n: int, element_bytes: int) -> Launch:
 
     No gradient is taken in tiles of 32 columns: of those `fused` and `gated_linear_attention` were wrong on Hopper.
     """
+    programs = segment_programs(n)
     if element_bytes == 4:
         return Launch(
             relate_tile_n=32, differentiate_tile_n=16, scan_tile_p=64 if n <= 64 else 32 if n <= 128 else 16,
-            scan_stages=1, tile_p=32, warps=8 if n > 128 else 4,
+            scan_stages=1, scan_programs=programs, tile_p=32, warps=8 if n > 128 else 4,
         )  # fmt: skip
     if n > 64:
-        return Launch(scan_tile_p=64 if n <= 128 else 32, scan_warps=8, scan_stages=1, warps=8)
+        return Launch(
+            scan_tile_p=64 if n <= 128 else 32, scan_warps=8, scan_stages=1, scan_programs=programs, warps=8
+        )  # fmt: skip
     return Launch(relate_warps=4) if n > 32 else Launch(differentiate_tile_n=16)
 
 

@@ -53,8 +53,7 @@ class Launch:
     states are held together. Where fewer than `enough` programs would run, time is cut so that `programs` do, into
     segments of at least `shortest` tokens. The states of a tile are tuples of [`sub`, N], small enough that a row of
     vectors is loaded in their layout; vectors of a chunk are made `rows` tokens at a time. `evict` is what the caches
-    are told of tensors that pass through ("" or "evict_first"). `rounded`: the partial sums of dB and dC, one a tile
-    of channels, lie in the type of x, and are added in fp32.
+    are told of tensors that pass through ("" or "evict_first").
     """
 
     tile_c: int
@@ -67,7 +66,6 @@ class Launch:
     sub: int = 8
     rows: int = 4
     evict: str = ""
-    rounded: bool = False
 
 
 @lru_cache(maxsize=256)
@@ -219,7 +217,7 @@ class _Call:
             for tensor in (self.x, self.dt, self.z)
         )
         # Partial sums: of dB and dC one a tile of channels, of dA, dD and d dt_bias one a segment of a sequence.
-        dmaps = self.x.new_empty(tiles, 2, b, t, n, dtype=self.x.dtype if launch.rounded else torch.float32)
+        dmaps = self._new(tiles, 2, b, t, n)
         drates = self._new(b * segments, c, n)
         dchannels = self._new(2, b * segments, c)
         dinitial = None if self.initial is None else self._states(dfinal)
@@ -243,7 +241,7 @@ class _Call:
             self.x.stride(0), self.dt.stride(0), self.B.stride(0), self.C.stride(0), _stride(self.z), dy.stride(0),
             SKIP=self.D is not None, INITIAL=self.initial is not None, SCRATCH=held, **constants,
         )  # fmt: skip
-        dB, dC = dmaps[0].float() if tiles == 1 else dmaps.sum(0, dtype=torch.float32)
+        dB, dC = dmaps[0] if tiles == 1 else dmaps.sum(0)
         dD, dbias = dchannels.sum(1)
         return {
             "x": dx,
