@@ -1,12 +1,14 @@
-"""Count the work of recorded rows anew, as the declarations of today count it:  recount_rows.py ROWS.parquet ...
+"""Count the work of recorded rows anew, as the declarations of today count it:
+recount_rows.py [--without OPERATOR/KERNEL,...] ROWS.parquet ...
 
-Seconds, bytes and versions stay as they were measured. Rows of kernels that are no longer declared stay whole.
+Seconds, bytes and versions stay as they were measured. Rows of kernels that are no longer declared stay whole, and
+those of the kernels named by `--without` are left out: what was timed of code that computes otherwise today.
 Tables of versions that did not keep the lengths of packed documents are given them: `measure` draws them from seed 0.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -25,25 +27,31 @@ def recounted(row: CostRow) -> CostRow:
         operator, kernel = CATALOGUE.operator(row.operator), CATALOGUE.kernel(row.operator, row.kernel)
     except CatalogueError:
         return row
+    lengths = row.document_lengths
+    if "documents" in row.shape and not lengths:
+        boundaries = draw_boundaries(row.shape, 0, "cpu")
+        assert boundaries is not None
+        lengths = tuple(boundaries.diff().tolist())
     workload = Workload(
         operator=row.operator,
         shape=row.shape,
         dtype=row.dtype,  # type: ignore[arg-type]
         phase=row.phase,  # type: ignore[arg-type]
         options=row.options,
+        document_lengths=lengths,
     )
-    lengths = row.document_lengths
-    if "documents" in row.shape and not lengths:
-        boundaries = draw_boundaries(row.shape, 0, "cpu")
-        assert boundaries is not None
-        lengths = tuple(boundaries.diff().tolist())
-    return replace(cost_row(operator, kernel, workload, lengths), kernel_version=row.kernel_version)
+    return replace(cost_row(operator, kernel, workload), kernel_version=row.kernel_version)
 
 
-def main(paths: list[str]) -> None:
+def main() -> None:
     """Write each table anew and say what changed."""
-    for path in map(Path, paths):
-        rows = read_timed_rows(path)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="+", type=Path)
+    parser.add_argument("--without", default="", help="kernels whose rows are left out, with commas between")
+    given = parser.parse_args()
+    for path in given.tables:
+        held = read_timed_rows(path)
+        rows = [row for row in held if f"{row.row.operator}/{row.row.kernel}" not in given.without.split(",")]
         counted = [replace(timed_row, row=recounted(timed_row.row)) for timed_row in rows]
         names = ("matmul_flops", "vector_flops", "transcendental_ops", "bytes_moved", "serial_steps", "saved_bytes",
                  "launches")  # fmt: skip
@@ -54,8 +62,8 @@ def main(paths: list[str]) -> None:
             if getattr(before.row, name) != getattr(after.row, name)
         )
         write_timed_rows(path, counted)
-        print(f"{path}: {len(rows)} rows; changed {dict(changed) or 'nothing'}")
+        print(f"{path}: {len(rows)} of {len(held)} rows; changed {dict(changed) or 'nothing'}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

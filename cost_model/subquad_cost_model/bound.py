@@ -24,17 +24,23 @@ class BoundTerms(NamedTuple):
 def lower_bound_s(row: CostRow, device: Device) -> float:
     """Seconds below which the row cannot finish, as far as the device's ceilings are its ceilings.
 
-        t = launch + max(F_matmul / P_matmul(dtype), F_vector / P_vector, X / P_exp, t_memory, steps * tau)
+        t = launch + max(F_matmul / P_matmul(dtype), F_vector / P_vector, X / P_exp, t_memory, steps * tau,
+                         (launches - 1) launch)
         t_memory = max(B / BW_cache, (B - C) / BW)
 
     F are FLOPs, X exponentials, B bytes moved (each input read once, each output written once), C the cache: at most
     C of the B bytes can be in the cache already, or stay there, so at least B - C cross the memory bus. The maximum,
-    and not the sum, because the units work at the same time.
+    and not the sum, because the units work at the same time, and the work of a launch hides what it costs to start it.
 
     Figures of a data sheet cannot be exceeded. Those of a probe are what this machine reached when it was asked, and
     a quieter machine may reach more: `RooflineEstimator` leaves room for that.
     """
-    return device.launch_s + max(bound_terms(row, device))
+    return device.launch_s + max(*bound_terms(row, device), launches_s(row, device))
+
+
+def launches_s(row: CostRow, device: Device) -> float:
+    """What the launches after the first take at least: one follows the other."""
+    return (row.launches - 1) * device.launch_s
 
 
 def bound_terms(row: CostRow, device: Device) -> BoundTerms:

@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from subquad_cost_model.bound import BoundTerms, bound_terms, matmul_ceiling
+from subquad_cost_model.bound import BoundTerms, bound_terms, launches_s, matmul_ceiling
 from subquad_cost_model.device import Device
 from subquad_cost_model.rows import CostRow
 
@@ -113,7 +113,8 @@ def feature_matrix(rows: Sequence[CostRow], devices: Sequence[Device], vocabular
     of_device = np.array([hardware[id(device)] for device in devices]).reshape(len(devices), -1)
     rate = np.array([matmul_ceiling(row.dtype, device) for row, device in pairs])
     sms, step_s, bandwidth, vector_rate, cache, cache_rate, launch_s = of_device[:, :7].T
-    bound_s = launch_s + terms.max(axis=1, initial=0.0)
+    later_s = np.array([launches_s(row, device) for row, device in pairs])
+    bound_s = launch_s + np.maximum(terms.max(axis=1, initial=0.0), later_s)
     matmul_s, vector_s, transcendental_s, memory_s, serial_s = terms.T
     axis = dict(zip(AXES, axes.T, strict=True))
     t = axis["t"]

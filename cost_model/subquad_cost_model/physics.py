@@ -18,7 +18,7 @@ from functools import lru_cache
 import numpy as np
 from scipy.optimize import nnls
 
-from subquad_cost_model.bound import bound_terms
+from subquad_cost_model.bound import bound_terms, launches_s
 from subquad_cost_model.device import Device
 from subquad_cost_model.features import EXP_PER_SM_AND_STEP, TILE, Floats, words
 from subquad_cost_model.rows import CostRow
@@ -172,7 +172,7 @@ def _seconds(row: CostRow, device: Device) -> list[float]:
     wide_s = 4 * row.bytes_moved / ELEMENT_BYTES.get(row.dtype, 2) / device.bytes_per_s
     return [
         device.launch_s,
-        (row.launches - 1) * device.launch_s,
+        launches_s(row, device),
         max(0.0, row.launches * HOST_LAUNCH_S - HEAD_START_S),
         device.launch_s if documents else 0.0,
         0.0 if exact else terms.matmul_s * uneven,
@@ -203,23 +203,21 @@ def multiprocessors(device: Device) -> int:
 
 
 def _documents(row: CostRow) -> tuple[float, float]:
-    """How much longer than the average the longest document is, and how many more pairs than equal ones have they all.
+    """How much longer than the average the longest document is, and how many more pairs than counted have they all.
 
-    Where lengths are not known, they are parts of a stick broken at random: the longest of D is 1 + ... + 1/D times the
-    average, and sums of squares are 2 D / (D + 1) times those of equal parts. Only attention's work grows in pairs.
+    Where lengths are known, pairs were counted for them. Where they are not, for equal parts of t, but they are parts
+    of a stick broken at random: the longest of D is 1 + ... + 1/D times the average, and sums of squares are
+    2 D / (D + 1) times those of equal parts. Only attention's work grows in pairs.
     """
-    documents, lengths, window = row.shape.get("documents", 0), row.document_lengths, int(row.options.get("window", 0))
+    documents, window = row.shape.get("documents", 0), int(row.options.get("window", 0))
     if not documents:
         return 1.0, 1.0
     average = row.shape["t"] / documents
-    if lengths:
-        longest = max(lengths) / average
-        seen = sum(length * min(length, window or length) for length in lengths)
-        uneven = seen / (documents * average * min(average, window or average))
-    else:
-        longest = sum(1 / place for place in range(1, documents + 1))
-        uneven = 2 * documents / (documents + 1) if average < (window or math.inf) else 1.0
-    return longest, uneven if row.shape.keys() & {"s", "m"} else 1.0
+    if row.document_lengths:
+        return max(row.document_lengths) / average, 1.0
+    pairs = row.shape.keys() & {"s", "m"} and average < (window or math.inf)
+    longest = sum(1 / place for place in range(1, documents + 1))
+    return longest, 2 * documents / (documents + 1) if pairs else 1.0
 
 
 def _bytes(row: CostRow, device: Device) -> list[float]:

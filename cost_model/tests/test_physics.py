@@ -71,15 +71,20 @@ def test_rows_in_doubt_and_outliers_count_less() -> None:
 def test_known_documents_take_the_place_of_expected_ones() -> None:
     shape = {"b": 1, "t": 4096, "s": 4096, "h": 8, "documents": 4}
     unknown = replace(composed("wide", 4096), shape=shape)
-    equal, uneven = (
-        replace(unknown, document_lengths=lengths) for lengths in ((1024, 1024, 1024, 1024), (4000, 32, 32, 32))
-    )
+
+    def known(*lengths: int) -> CostRow:
+        pairs = sum(length**2 for length in lengths)
+        counted = {name: pairs * getattr(unknown, name) // (4 * 1024**2)
+                   for name in ("matmul_flops", "vector_flops", "transcendental_ops")}  # fmt: skip
+        return replace(unknown, document_lengths=lengths, **counted)
+
+    equal, uneven = known(1024, 1024, 1024, 1024), known(4000, 32, 32, 32)
     rows = drawn(5)
     physics = fitted([replace(row, shape={**row.shape, "s": row.shape["t"]}) for row in rows],
                      [20 * bound_terms(row, DEVICE).matmul_s for row in rows])  # fmt: skip
     short_s, expected_s, long_s = physics.predict([equal, unknown, uneven], [DEVICE] * 3)
     assert expected_s / short_s == pytest.approx(2 * 4 / 5, rel=0.1), "parts of a broken stick"
-    assert long_s / short_s == pytest.approx(4 * (4000 / 4096) ** 2, rel=0.1), "work grows in pairs"
+    assert long_s / short_s == pytest.approx(4 * (4000 / 4096) ** 2, rel=0.1), "work was counted in pairs"
 
 
 def test_a_kernel_never_measured_is_like_the_fastest_of_its_operator() -> None:

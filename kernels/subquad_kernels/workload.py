@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 Phase = Literal["forward", "backward", "decode"]
@@ -22,6 +22,8 @@ class Workload:
     width, `v` value width, `c` channels, `n` state size, `w` taps, `documents` when packed); which axes an operator
     uses is stated by its declaration. `options` are the operator's non-tensor arguments (causal, window,
     segment_len, ...). `phase` is `forward`, `backward` (the gradient alone) or `decode` (one token with a carry).
+    `document_lengths` are the tokens of each packed document where they are known: work and launches are then those of
+    these documents. They are no part of what identifies a workload.
     """
 
     operator: str
@@ -29,6 +31,7 @@ class Workload:
     dtype: DType
     phase: Phase = "forward"
     options: Mapping[str, Option] = field(default_factory=dict)
+    document_lengths: tuple[int, ...] = field(default=(), compare=False)
 
     @property
     def key(self) -> str:
@@ -54,35 +57,35 @@ class Workload:
         return hash(self.key)
 
 
-def longest_document(shape: Mapping[str, int]) -> int:
-    """Tokens of the longest document: `longest` of the shape where it is known, t where nothing is packed.
+def counted_documents(workload: Workload) -> tuple[int, ...]:
+    """Tokens of each document whose pairs are counted: t where nothing is packed, else those that are known.
 
-    Else what is to be expected where ends are drawn evenly:
+    Where they are not, equal parts of t: no others have fewer pairs.
+    """
+    t, documents = workload.shape["t"], workload.shape.get("documents", 0) or 1
+    return workload.document_lengths or (-(-t // documents),) * documents
+
+
+def longest_document(workload: Workload) -> int:
+    """Tokens of the longest document: t where nothing is packed.
+
+    Where lengths are not known, what is to be expected where ends are drawn evenly:
         t / D (1 + 1/2 + ... + 1/D)      (the longest of D parts of a broken stick, Holst 1980)
     """
-    if "longest" in shape:
-        return shape["longest"]
-    t, documents = shape.get("t", 1), shape.get("documents", 0)
+    if workload.document_lengths:
+        return max(workload.document_lengths)
+    t, documents = workload.shape.get("t", 1), workload.shape.get("documents", 0)
     return round(t / documents * sum(1 / place for place in range(1, documents + 1))) if documents else t
 
 
-def with_known_documents(workload: Workload, lengths: Sequence[int]) -> Workload:
-    """The workload for counting: what kernels that walk or lay out these documents do depends on the lengths of them.
-
-    Its shape has `longest` and `document_sizes` beside the axes, which no key may hold.
-    """
-    sizes = {(length - 1).bit_length() for length in lengths if length}
-    return replace(workload, shape={**workload.shape, "longest": max(lengths), "document_sizes": max(1, len(sizes))})
-
-
-def document_sizes(shape: Mapping[str, int]) -> int:
+def document_sizes(workload: Workload) -> int:
     """Into how many powers of two the lengths of packed documents fall, 1 where nothing is packed.
 
-    `document_sizes` of the shape where it is known, else what is to be expected.
+    Where lengths are not known, what is to be expected.
     """
-    if "document_sizes" in shape:
-        return shape["document_sizes"]
-    documents = shape.get("documents", 0)
+    if workload.document_lengths:
+        return max(1, len({(length - 1).bit_length() for length in workload.document_lengths if length}))
+    documents = workload.shape.get("documents", 0)
     return min(documents, 3 * documents.bit_length() // 2) if documents else 1
 
 

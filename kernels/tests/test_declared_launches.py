@@ -13,7 +13,7 @@ import subquad_kernels.operators  # noqa: F401  (registers what is declared)
 from subquad_kernels.catalogue import CATALOGUE, Kernel, one_launch
 from subquad_kernels.samples import draw_boundaries
 from subquad_kernels.softmax_attention.flex import mask_function
-from subquad_kernels.workload import Phase, Workload, document_sizes, longest_document, with_known_documents
+from subquad_kernels.workload import Phase, Workload, document_sizes, longest_document
 
 NOTHING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_local_scalar_dense"}
 SIZES = {"t": 300, "h": 1, "h_k": 1, "h_kv": 1, "k": 4, "v": 4, "n": 4, "p": 4, "c": 4, "b": 1}
@@ -98,11 +98,12 @@ def test_declared_launches_of_flex_attention_are_those_of_its_mask(documents: in
 
 
 def test_known_documents_are_counted_as_they_are() -> None:
-    lengths = (1, 0, 130, 5, 164)
-    workload = Workload(operator="delta_rule", shape={"t": 300, "documents": 5}, dtype="float32")
-    counted_for = with_known_documents(workload, lengths).shape
-    assert longest_document(counted_for) == 164
-    assert document_sizes(counted_for) == 3, "1, 5 of up to 8, and two of up to 256"
+    unknown = Workload(operator="delta_rule", shape={"t": 300, "documents": 5}, dtype="float32")
+    known = replace(unknown, document_lengths=(1, 0, 130, 5, 164))
+    assert longest_document(known) == 164
+    assert document_sizes(known) == 3, "1, 5 of up to 8, and two of up to 256"
+    assert known.key == unknown.key
+    assert known == unknown
 
 
 def test_the_longest_of_drawn_documents_is_what_is_expected() -> None:
@@ -111,5 +112,6 @@ def test_the_longest_of_drawn_documents_is_what_is_expected() -> None:
     cuts = torch.randint(0, t + 1, (4000, documents - 1), generator=draw).sort(dim=1).values
     ends = torch.cat([torch.zeros(4000, 1), cuts, torch.full((4000, 1), t)], dim=1)
     longest = ends.diff(dim=1).max(dim=1).values.mean().item()
-    assert longest_document({"t": t, "documents": documents}) == pytest.approx(longest, rel=0.02)
-    assert longest_document({"t": 7}) == 7
+    packed = Workload(operator="delta_rule", shape={"t": t, "documents": documents}, dtype="float32")
+    assert longest_document(packed) == pytest.approx(longest, rel=0.02)
+    assert longest_document(replace(packed, shape={"t": 7})) == 7

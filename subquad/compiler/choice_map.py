@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import cycle, islice, pairwise
 from typing import Any
 
 from subquad.compiler.options import CompileOptions
@@ -129,13 +129,16 @@ def node_rows(choice: NodeChoice, kernel: str) -> list[CostRow]:
     operator = CATALOGUE.operator(choice.operator)
     return [
         cost_row(operator, CATALOGUE.kernel(choice.operator, kernel), workload)
-        for workload in _workloads(choice, dict(choice.shape))
+        for workload in _workloads(choice, choice.shape, choice.document_lengths)
     ]
 
 
-def _workloads(choice: NodeChoice, shape: Mapping[str, int]) -> list[Workload]:
+def _workloads(choice: NodeChoice, shape: Mapping[str, int], document_lengths: tuple[int, ...]) -> list[Workload]:
     known: dict[str, Any] = {"operator": choice.operator, "dtype": choice.dtype, "options": choice.options}
-    return [Workload(shape=shape, phase=phase, **known) for phase in choice.phases]  # type: ignore[arg-type]
+    return [
+        Workload(shape=shape, document_lengths=document_lengths, phase=phase, **known)  # type: ignore[arg-type]
+        for phase in choice.phases
+    ]
 
 
 def _cells(
@@ -155,7 +158,9 @@ def _cells(
     asked: list[tuple[int, int, str, int]] = []  # b, t, kernel, how many rows
     for b in batches:
         for t in lengths:
-            workloads = _workloads(choice, _scaled(choice.shape, run, (b, t)))
+            shape = _scaled(choice.shape, run, (b, t))
+            longer = (length * t // run[1] for length in cycle(choice.document_lengths))
+            workloads = _workloads(choice, shape, tuple(islice(longer, shape.get("documents", 0))))
             declined[b, t] = dict(never)
             for kernel in kernels:
                 try:

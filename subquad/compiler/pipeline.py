@@ -242,6 +242,7 @@ def _node_choice(
         reason=choice.reason,
         used=used,
         kernel_version=CATALOGUE.kernel(workload.operator, choice.kernel).version,
+        document_lengths=workload.document_lengths,
     )
 
 

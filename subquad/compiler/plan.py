@@ -54,7 +54,8 @@ class NodeChoice:
 
     `kernel` is the node's argument: a name, or a table over batch and length. `figures` hold the choice first, then
     its rivals; `declined` says why other kernels were no candidates. `exactness` is `identical`: the same function up
-    to the operator's stated tolerance. `used` tells whether this run's example calls the node.
+    to the operator's stated tolerance. `used` tells whether this run's example calls the node. `document_lengths` are
+    the tokens of each packed document where they were known.
     """
 
     layer: int
@@ -74,6 +75,7 @@ class NodeChoice:
     used: bool
     exactness: str = "identical"
     kernel_version: str = ""  # of the chosen kernel's source
+    document_lengths: tuple[int, ...] = ()
 
     @property
     def place(self) -> tuple[int, str, str]:
@@ -175,6 +177,7 @@ class Plan:
                         choice
                         | {
                             "phases": tuple(choice["phases"]),
+                            "document_lengths": tuple(choice.get("document_lengths", ())),
                             "figures": tuple(Figure(**figure) for figure in choice["figures"]),
                         }
                     )

@@ -87,9 +87,9 @@ class CellTimer:
                 return [self._failed(row, "oom") for row in rows]
             boundaries = arguments.get("cu_seqlens")
             lengths = tuple(boundaries.diff().tolist()) if isinstance(boundaries, torch.Tensor) else ()
-            for part in _parts(workload):
+            for part in _parts(replace(workload, document_lengths=lengths)):
                 copies = self._copies(arguments) if part.phase == "decode" else ()
-                rivals = [_Rival(kernel, cost_row(operator, kernel, part, lengths)) for kernel in kernels]
+                rivals = [_Rival(kernel, cost_row(operator, kernel, part)) for kernel in kernels]
                 rivals = [rival for rival in rivals if not self._too_slow(rival)]
                 for rival in rivals:
                     with self._charged(rival.kernel):

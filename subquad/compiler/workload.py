@@ -18,7 +18,7 @@ from subquad.contracts import NOTHING_SHARED, Sharing
 from subquad_cost_model import CostRow
 from subquad_kernels.catalogue import CATALOGUE, Kernel, Operator
 from subquad_kernels.torch_operator import named_arguments
-from subquad_kernels.workload import Phase, Workload, with_known_documents
+from subquad_kernels.workload import Phase, Workload
 
 
 class _Recorder(fx.Interpreter):
@@ -49,7 +49,8 @@ def node_workloads(
 ) -> dict[str, Workload]:
     """The forward (or decode) workload of every operator node, by node name; nothing is computed.
 
-    A prefill stands after an empty carry; a decode after t tokens, whose carry a prefill on shapes leaves.
+    A prefill stands after an empty carry; a decode after t tokens, whose carry a prefill on shapes leaves. Packed
+    documents are whole rows unless the example says how many there are, of lengths that nobody knows.
     """
     reference = next(mixer.parameters(), None)
     device = torch.device("cpu") if reference is None else reference.device
@@ -79,7 +80,12 @@ def node_workloads(
             read = (shared(b, t),) if sharing else ()
             _, carry, *_ = type(owner).prefill(owner, empty(b, t, d_model), owner.empty_carry(b), *read)
             recorder.run(empty(b, d_model), *tree_leaves(carry), *shared(b, 1, t).values())
-    return recorder.workloads
+    if method != "packed" or example.documents:
+        return recorder.workloads
+    return {
+        name: replace(workload, document_lengths=(t,) * b) if "documents" in workload.shape else workload
+        for name, workload in recorder.workloads.items()
+    }
 
 
 def _shapes_only(parameter: torch.Tensor | None) -> contextlib.AbstractContextManager[Any]:
@@ -103,13 +109,9 @@ def phases(workload: Workload, training: bool) -> tuple[Workload, ...]:
     return (workload, replace(workload, phase=backward))
 
 
-def cost_row(operator: Operator, kernel: Kernel, workload: Workload, document_lengths: Sequence[int] = ()) -> CostRow:
-    """The row that asks the cost model how long this kernel takes: the one place where the two rooms meet.
-
-    `document_lengths` are those of packed documents, where they are known.
-    """
+def cost_row(operator: Operator, kernel: Kernel, workload: Workload) -> CostRow:
+    """The row that asks the cost model how long this kernel takes: the one place where the two rooms meet."""
     work = operator.work(workload)
-    counted = with_known_documents(workload, document_lengths) if document_lengths else workload
     shape: Mapping[str, int] = workload.shape
     return CostRow(
         operator=operator.name,
@@ -124,9 +126,9 @@ def cost_row(operator: Operator, kernel: Kernel, workload: Workload, document_le
         bytes_moved=work.bytes_moved,
         serial_steps=kernel.serial_steps(workload) if kernel.serial_steps else work.serial_steps,
         saved_bytes=work.saved_bytes,
-        launches=kernel.launches(counted),
+        launches=kernel.launches(workload),
         kernel_version=kernel.version,
-        document_lengths=tuple(document_lengths),
+        document_lengths=workload.document_lengths,
     )
 
 
@@ -154,8 +156,8 @@ def halved_rows(row: CostRow) -> Sequence[CostRow]:
             dtype=row.dtype,  # type: ignore[arg-type]
             phase=row.phase,  # type: ignore[arg-type]
             options=row.options,
+            # Half of each document is half of all, but for roundings.
+            document_lengths=tuple(length // 2 if "t" in long else length for length in row.document_lengths),
         )
-        # Half of each document is half of all, but for roundings.
-        lengths = tuple(length // 2 if "t" in long else length for length in row.document_lengths)
-        found.append(replace(cost_row(operator, kernel, workload, lengths), kernel_version=row.kernel_version))
+        found.append(replace(cost_row(operator, kernel, workload), kernel_version=row.kernel_version))
     return found

@@ -183,7 +183,7 @@ def _chunked_launches(workload: Workload) -> int:
     """A loop over chunks; over sixteenths of them where every key channel decays by itself."""
     if workload.phase == "decode":
         return 67
-    steps = -(-longest_document(workload.shape) // CHUNK)
+    steps = -(-longest_document(workload) // CHUNK)
     forward = workload.phase == "forward"
     if workload.options["decay"] == "vector":
         return (10 + 260 * steps) if forward else (10 + 860 * steps)

@@ -8,8 +8,10 @@ from subquad_kernels.workload import ELEMENT_BYTES, DeviceLimits, DType, Option,
 
 _HERE = "subquad_kernels.gated_linear_attention"
 
-_CHUNK = 16
-"""The chunk of which work is counted: the shortest that fills a tensor core's tile."""
+_CHUNK = 64
+"""The chunk of which work is counted, that of `fused` and `chunked`."""
+_DECAYS = 4
+"""Exponentials a key channel and token where decays are mild: to and from the ends of a chunk, and of its product."""
 
 
 def stretch_len(n: int, p: int) -> int:
@@ -21,7 +23,7 @@ def stretch_len(n: int, p: int) -> int:
 
 
 def work(workload: Workload) -> Work:
-    """4 n p FLOPs to write and read the state, 16 (n + p) within a chunk of 16, twice as many and more backward."""
+    """4 n p FLOPs to write and read the state, 64 (n + p) within a chunk of 64, twice as many and more backward."""
     shape, options, e = workload.shape, workload.options, workload.element_bytes
     b, t, h, n, p = (shape[axis] for axis in ("b", "t", "h", "n", "p"))
     documents = shape.get("documents", 0)
@@ -36,21 +38,22 @@ def work(workload: Workload) -> Work:
     outputs = heads * p * e + states
     stretch = stretch_len(n, p)
     residuals = (t // stretch if documents else b * ((t - 1) // stretch)) * h * n * p * exact
-    chunk = 1 if workload.phase == "decode" else _CHUNK
-    steps = -(-t // (chunk * max(1, documents)))
-    decays = heads * n * chunk.bit_length()  # of the token's own chunk by halves, and to and from its ends
+    length = -(-t // max(1, documents))
+    chunk = 1 if workload.phase == "decode" else min(_CHUNK, length)
+    steps = -(-length // chunk)
+    decays = heads * n * (1 if workload.phase == "decode" else _DECAYS)
     if workload.phase == "backward":
         return Work(
-            matmul_flops=heads * (10 * n * p + 3 * _CHUNK * (n + p)),
-            vector_flops=heads * (20 * n + 3 * n * p // _CHUNK) + 4 * decays,
-            transcendental_ops=decays,
+            matmul_flops=heads * (10 * n * p + 3 * chunk * (n + p)),
+            vector_flops=heads * (20 * n + 3 * n * p // chunk) + 4 * decays,
+            transcendental_ops=2 * decays,
             bytes_moved=2 * inputs - (4 * (documents + 1) if documents else 0) + residuals + outputs,
             serial_steps=2 * steps,
         )
     return Work(
-        matmul_flops=heads * (4 * n * p + _CHUNK * (n + p)) if workload.phase == "forward" else 0,
-        vector_flops=heads * (5 * n * p if workload.phase == "decode" else 4 * n + n * p // _CHUNK) + 2 * decays,
-        transcendental_ops=heads * n if workload.phase == "decode" else decays,
+        matmul_flops=heads * (4 * n * p + chunk * (n + p)) if workload.phase == "forward" else 0,
+        vector_flops=heads * (5 * n * p if workload.phase == "decode" else 4 * n + n * p // chunk) + 2 * decays,
+        transcendental_ops=decays,
         bytes_moved=inputs + outputs + residuals,
         serial_steps=steps,
         saved_bytes=0 if workload.phase == "decode" else inputs + outputs + residuals,
@@ -134,16 +137,16 @@ def _chunked_launches(workload: Workload) -> int:
     """A loop over chunks between products of all of them."""
     if workload.phase == "decode":
         return 7
-    steps = -(-longest_document(workload.shape) // 64)
+    steps = -(-longest_document(workload) // 64)
     return 85 + 18 * steps if workload.phase == "forward" else 190 + 30 * steps
 
 
 def _fused_steps(workload: Workload) -> int:
-    """Chunks of a stretch, walked twice, and the states that pass from stretch to stretch, a tenth of a step each."""
+    """Chunks of a stretch, states that pass from stretch to stretch, a tenth of a step each, and a program a chunk."""
     shape = workload.shape
     stretch, t = stretch_len(shape["n"], shape["p"]), shape["t"]
-    walks = 3 if workload.phase == "backward" else 2
-    return walks * (-(-min(t, stretch) // _CHUNK) + t // stretch // 10)
+    walks = 2 if workload.phase == "backward" else 1
+    return walks * (-(-min(t, stretch) // _CHUNK) + t // stretch // 10 + 1)
 
 
 _BOTH = frozenset({"cpu", "cuda"})

@@ -110,7 +110,7 @@ def _chunked_launches(workload: Workload) -> int:
     """Some for every level of the tree over chunks."""
     if workload.phase == "decode":
         return 73
-    levels = (-(-longest_document(workload.shape) // CHUNK) - 1).bit_length()
+    levels = (-(-longest_document(workload) // CHUNK) - 1).bit_length()
     return 50 + 13 * levels if workload.phase == "forward" else 105 + 40 * levels
 
 

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from subquad_kernels.catalogue import Kernel, Operator, Tolerance
-from subquad_kernels.workload import DeviceLimits, DType, Phase, Work, Workload, document_sizes, longest_document
+from subquad_kernels.workload import (
+    DeviceLimits,
+    DType,
+    Phase,
+    Work,
+    Workload,
+    counted_documents,
+    document_sizes,
+    longest_document,
+)
 
 _HERE = "subquad_kernels.segment_attention"
 
 
 def visible_pairs(workload: Workload) -> int:
-    """How many (query, key) pairs one head of one sequence computes; packed documents are taken as equally long.
+    """How many (query, key) pairs one head of one sequence computes, or of all packed documents.
 
-    sum over g of 1 + floor(g / segment_len), with g from m segment_len on.
+    sum over g of 1 + floor(g / segment_len), with g from m segment_len on. Documents of unknown lengths are taken as
+    equally long.
     """
-    t, segment_len = workload.shape["t"], int(workload.options["segment_len"])
-    documents = workload.shape.get("documents")
-    length = -(-t // documents) if documents else t
-    whole, rest = divmod(length, segment_len)
-    floors = segment_len * whole * (whole - 1) // 2 + rest * whole + length * workload.shape["m"]
-    return (documents or 1) * (length + floors)
+    segment_len, found = int(workload.options["segment_len"]), 0
+    for length in counted_documents(workload):
+        whole, rest = divmod(length, segment_len)
+        found += length + segment_len * whole * (whole - 1) // 2 + rest * whole + length * workload.shape["m"]
+    return found
 
 
 def work(workload: Workload) -> Work:
@@ -107,11 +116,11 @@ def _compacted_launches(workload: Workload) -> int:
     """A loop over tiles of 256 queries, once more for each size of documents; little where no summary is seen."""
     if workload.phase == "decode":
         return 24
-    forward, sizes = workload.phase == "forward", document_sizes(workload.shape)
+    forward, sizes = workload.phase == "forward", document_sizes(workload)
     if workload.shape["t"] <= int(workload.options["segment_len"]):
         return 8 if forward else 24
     laid_out = (20 if forward else 30) * sizes if "documents" in workload.shape else 0
-    tiles = -(-longest_document(workload.shape) // 256) + sizes - 1
+    tiles = -(-longest_document(workload) // 256) + sizes - 1
     return laid_out + 7 * sizes + 24 * tiles if forward else laid_out + 26 * sizes + 30 * tiles
 
 
@@ -122,7 +131,7 @@ def _merge_launches(workload: Workload) -> int:
     forward, packed = workload.phase == "forward", "documents" in workload.shape
     if workload.shape["t"] <= int(workload.options["segment_len"]):
         return 6 if forward else 19
-    return ((29 if forward else 42) + (20 if packed else 0)) * document_sizes(workload.shape)
+    return ((29 if forward else 42) + (20 if packed else 0)) * document_sizes(workload)
 
 
 _BOTH = frozenset({"cpu", "cuda"})

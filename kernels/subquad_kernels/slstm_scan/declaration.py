@@ -84,7 +84,7 @@ def _anything(workload: Workload, limits: DeviceLimits) -> str | None:
 
 def _stepwise_launches(workload: Workload) -> int:
     """Eleven for every token; its gradient computes the states again."""
-    return 20 if workload.phase == "decode" else 11 * (longest_document(workload.shape) + 1)
+    return 20 if workload.phase == "decode" else 11 * (longest_document(workload) + 1)
 
 
 _BOTH = frozenset({"cpu", "cuda"})

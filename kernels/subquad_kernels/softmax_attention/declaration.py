@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from subquad_kernels.catalogue import Kernel, Operator, Tolerance
 from subquad_kernels.optional_packages import FLASH_ATTN, FLASH_ATTN_EXTENSIONS
-from subquad_kernels.workload import DeviceLimits, DType, Phase, Work, Workload
+from subquad_kernels.workload import DeviceLimits, DType, Phase, Work, Workload, counted_documents
 
 _HERE = "subquad_kernels.softmax_attention"
 
 
 def visible_pairs(workload: Workload) -> int:
-    """How many (query, key) pairs one head of one sequence computes; packed documents are taken as equally long."""
-    t, s = workload.shape["t"], workload.shape["s"]
-    documents = workload.shape.get("documents")
-    if documents:
-        length = -(-t // documents)
-        return documents * _pairs(length, length, bool(workload.options["causal"]), int(workload.options["window"]))
-    return _pairs(t, s, bool(workload.options["causal"]), int(workload.options["window"]))
+    """How many (query, key) pairs one head of one sequence computes, or of all packed documents.
+
+    Documents of unknown lengths are taken as equally long.
+    """
+    causal, window = bool(workload.options["causal"]), int(workload.options["window"])
+    if "documents" in workload.shape:
+        return sum(_pairs(length, length, causal, window) for length in counted_documents(workload))
+    return _pairs(workload.shape["t"], workload.shape["s"], causal, window)
 
 
 def visible_keys(workload: Workload) -> int:

@@ -112,7 +112,7 @@ def _dual_launches(workload: Workload) -> int:
     """A loop over mini-batches; an inner network of two layers takes more."""
     if workload.phase == "decode":
         return 102
-    steps = -(-longest_document(workload.shape) // int(workload.options["mini_batch"]))
+    steps = -(-longest_document(workload) // int(workload.options["mini_batch"]))
     each = 56 if workload.phase == "forward" else 181
     return 5 + steps * (each if workload.options["inner"] == "linear" else 5 * each // 3)
 
