@@ -161,6 +161,17 @@ def test_a_method_that_cannot_be_captured_runs_as_written_and_is_named() -> None
     assert "layer 1 softmax_attention.forward runs as written" in format_plan(plan)
 
 
+@pytest.mark.parametrize(("documents", "lengths"), [(0, (24, 24)), (5, ())])
+def test_packed_rows_are_whole_unless_the_example_says_how_many_documents_there_are(
+    documents: int, lengths: tuple[int, ...]
+) -> None:
+    mixer: Any = small_model("softmax_attention").blocks[0].mixer
+    example = replace(EXAMPLE, documents=documents)
+    found = node_workloads(mixer, capture(mixer).graphs["packed"], "packed", example, 32)
+    attention = [workload for workload in found.values() if workload.operator == "softmax_attention"]
+    assert [workload.document_lengths for workload in attention] == [lengths]
+
+
 @pytest.mark.parametrize("method", ["forward", "packed", "prefill", "decode"])
 @pytest.mark.parametrize("mixer_name", list(MIXERS))
 def test_workloads_are_those_of_a_real_call(mixer_name: str, method: Any) -> None:

@@ -94,29 +94,47 @@ class GaussianProcess:
         r_i is the error of the others about row i (leave one out), over what they expect it to be.
         """
         operators, kernels = _names(rows)
-        blank = cls(
-            places=coordinates(rows, devices, sums), operators=operators, kernels=kernels, weights=np.zeros(len(rows))
-        )
-        covariance = blank._covariance(blank.places, operators, kernels)
-        noise = NOISE**2 + (DOUBTED * np.minimum(doubts, 1)) ** 2
-        factor = cholesky(covariance + np.diag(noise), lower=True)
-        inverse, _ = dtrtri(factor, lower=True)
-        surprise = cho_solve((factor, True), target) ** 2 / (inverse**2).sum(axis=0)
-        noise = noise * np.clip((TAIL + surprise) / (TAIL + 1), 1, 1 / LEAST_WEIGHT)
-        weights = cho_solve(cho_factor(covariance + np.diag(noise), lower=True), target)
-        return cls(places=blank.places, operators=operators, kernels=kernels, weights=weights)
+        places = coordinates(rows, devices, sums)
+        weights = np.zeros(len(rows))
+        for operator in dict.fromkeys(operators):
+            here = np.array([index for index, name in enumerate(operators) if name == operator])
+            of_kernel = [kernels[index] for index in here]
+            covariance = _covariance(places[here], of_kernel, places[here], of_kernel)
+            weights[here] = _solved(covariance, target[here], doubts[here])
+        return cls(places=places, operators=operators, kernels=kernels, weights=weights)
 
     def predict(self, rows: Sequence[CostRow], devices: Sequence[Device], sums: Floats) -> Floats:
         """The mean at each row: beyond all rows what it is at their edge, 0 for operators that were not among them."""
         places = np.clip(coordinates(rows, devices, sums), self.places.min(axis=0), self.places.max(axis=0))
-        covariance = self._covariance(places, *_names(rows))
-        # Row by row, and not as a product, whose rounding depends on how many rows are asked.
-        return np.asarray((covariance * self.weights).sum(axis=1), dtype=np.float64)
+        operators, kernels = _names(rows)
+        known = np.array(self.operators)
+        found = np.zeros(len(rows))
+        for operator in dict.fromkeys(operators):
+            asked = np.array([index for index, name in enumerate(operators) if name == operator])
+            here = np.flatnonzero(known == operator)
+            covariance = _covariance(
+                places[asked], [kernels[i] for i in asked], self.places[here], [self.kernels[i] for i in here]
+            )
+            # Row by row, and not as a product, whose rounding depends on how many rows are asked.
+            found[asked] = (covariance * self.weights[here]).sum(axis=1)
+        return found
 
-    def _covariance(self, places: Floats, operators: Sequence[str], kernels: Sequence[str]) -> Floats:
-        distances = np.sqrt(3) * cdist(places, self.places)
-        shared = OPERATOR**2 * _same(operators, self.operators) + KERNEL**2 * _same(kernels, self.kernels)
-        return np.asarray(shared * (1 + distances) * np.exp(-distances), dtype=np.float64)
+
+def _solved(covariance: Floats, target: Floats, doubts: Floats) -> Floats:
+    """The weights of the rows of one operator, as `fit` says."""
+    noise = NOISE**2 + (DOUBTED * np.minimum(doubts, 1)) ** 2
+    factor = cholesky(covariance + np.diag(noise), lower=True)
+    inverse, _ = dtrtri(factor, lower=True)
+    surprise = cho_solve((factor, True), target) ** 2 / (inverse**2).sum(axis=0)
+    noise = noise * np.clip((TAIL + surprise) / (TAIL + 1), 1, 1 / LEAST_WEIGHT)
+    return np.asarray(cho_solve(cho_factor(covariance + np.diag(noise), lower=True), target), dtype=np.float64)
+
+
+def _covariance(places: Floats, kernels: Sequence[str], others: Floats, of_others: Sequence[str]) -> Floats:
+    """Of rows of one operator with others of it."""
+    distances = np.sqrt(3) * cdist(places, others)
+    shared = OPERATOR**2 + KERNEL**2 * _same(kernels, of_others)
+    return np.asarray(shared * (1 + distances) * np.exp(-distances), dtype=np.float64)
 
 
 def _names(rows: Sequence[CostRow]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -26,8 +26,10 @@ from subquad_cost_model.splits import LENGTHS, fold
 
 SECONDS = (
     "start", "launches", "host", "packed", "matmul", "exact matmul", "vector", "exponentials", "memory",
-    "memory in fp32", "kept", "steps", "keys", "documents", "waves", "bound",
+    "memory in fp32", "kept", "steps", "keys", "documents", "idle", "waves", "bound",
 )  # fmt: skip
+STARTS = ("start", "launches", "host", "packed", "documents", "blocks")
+"""Terms of what a call costs before its size matters: small rows say nothing of the others."""
 BYTES = ("blocks", "moved", "kept", "row of scores", "scalars", "states", "states of chunks", "cache", "scores")
 STEP = 500
 """Dependent instructions of a walk's step, which loads a tile, multiplies it and waits: a microsecond on an H100."""
@@ -40,7 +42,9 @@ PULL = 1.0
 LEAST = 1e-12
 """A sum is a little more than nothing."""
 LEAST_ROWS = 6
-"""Of a kernel with fewer rows only the level is its own."""
+"""Of a kernel with fewer rows only the level is its own, and so it is for the wide dtypes of a kernel."""
+MOST_FUSED = 8
+"""Launches of a kernel that is written as one: a few more before and after."""
 OUTLIER = 0.15
 """Log errors beyond this count by their size, not its square."""
 FINEST_DOUBT = 0.05
@@ -51,7 +55,8 @@ FINEST_DOUBT = 0.05
 class Physics:
     """Factors by kernel (with its operator), and those pooled over a kind of kernels for one that was never measured.
 
-    Kinds are `fused` (one launch a call) and `composed`, and `kinds` says which a kernel is.
+    A kernel has factors of its own for half precision, or for float32 and wider, where either has rows enough.
+    Kinds are `fused` (a few launches a call) and `composed`, and `kinds` says which a kernel is.
     `terms` says of what the sum is made: `SECONDS` or `BYTES`.
     """
 
@@ -73,11 +78,12 @@ class Physics:
 
             min over c >= 0:  sum_i w_i (c x_i / y_i - 1)^2  +  PULL^2 sum_j (s_j (c_j - c0_j))^2
 
-        s_j is the size of the term in these rows, c0 the factors of its kind at this kernel's level.
+        s_j is the size of the term in these rows, c0 the factors of its kind at two levels of this kernel: one for what
+        a call costs to begin with, one for what grows. Those of a kernel's dtypes are held near the kernel's in turn.
         """
         values = _values(terms, rows, devices)
         weights = 1 / np.maximum(doubts, FINEST_DOUBT)
-        weights = weights / weights.mean()
+        weights = _mean_one(weights)
         of_kernel: dict[str, list[int]] = defaultdict(list)
         of_kind: dict[str, list[int]] = defaultdict(list)
         for index, row in enumerate(rows):
@@ -91,11 +97,24 @@ class Physics:
         }
         kernels = {}
         for kernel, here in of_kernel.items():
-            usual = pooled[kinds[kernel]]
-            near = usual * np.median(quantity[here] / np.maximum(values[here] @ usual, 1e-15))
-            if len(here) >= LEAST_ROWS:
-                near = _factors(values[here], quantity[here], weights[here] / weights[here].mean(), near, PULL)
+            near = pooled[kinds[kernel]]
+            if len(here) < LEAST_ROWS:
+                level = np.median(quantity[here] / np.maximum(values[here] @ near, 1e-15))
+                kernels[kernel] = tuple((near * level).tolist())
+                continue
+            begins = np.isin(terms, STARTS)
+            parts = np.column_stack([values[here] @ (near * begins), values[here] @ (near * ~begins)])
+            begin, grow = _factors(parts, quantity[here], _mean_one(weights[here]), np.ones(2), PULL)
+            near = near * np.where(begins, begin, grow)
+            near = _factors(values[here], quantity[here], _mean_one(weights[here]), near, PULL)
             kernels[kernel] = tuple(near.tolist())
+            of_dtypes: dict[str, list[int]] = defaultdict(list)
+            for index in here:
+                of_dtypes[_by_dtype(rows[index])].append(index)
+            for name, those in of_dtypes.items():
+                if len(those) >= LEAST_ROWS:
+                    own = _factors(values[those], quantity[those], _mean_one(weights[those]), near, PULL)
+                    kernels[name] = tuple(own.tolist())
         of_kinds = {kind: tuple(factors.tolist()) for kind, factors in pooled.items()}
         return cls(terms=terms, kernels=kernels, pooled=of_kinds, kinds=kinds)
 
@@ -111,19 +130,27 @@ class Physics:
     def _sum(self, row: CostRow, values: Floats) -> float:
         kernel = words(row)[1]
         if kernel in self.kernels:
-            return float(values @ np.array(self.kernels[kernel])) + LEAST
+            return float(values @ np.array(self.kernels.get(_by_dtype(row), self.kernels[kernel]))) + LEAST
         kind, operator = _kind(row.launches), f"{row.operator}/"
         usual = float(values @ np.array(self.pooled.get(kind, next(iter(self.pooled.values())))))
         rivals = [
             float(values @ np.array(factors))
             for name, factors in self.kernels.items()
-            if name.startswith(operator) and self.kinds[name] == kind
+            if name.startswith(operator) and self.kinds.get(name) == kind
         ]
         return max(usual, min(rivals, default=usual)) + LEAST
 
 
 def _kind(launches: int) -> str:
-    return "fused" if launches == 1 else "composed"
+    return "fused" if launches <= MOST_FUSED else "composed"
+
+
+def _by_dtype(row: CostRow) -> str:
+    return f"{words(row)[1]}, {'wide' if row.dtype in ELEMENT_BYTES else 'half'}"
+
+
+def _mean_one(weights: Floats) -> Floats:
+    return np.asarray(weights / weights.mean(), dtype=np.float64)
 
 
 def layout(row: CostRow) -> str:
@@ -162,12 +189,15 @@ def _seconds(row: CostRow, device: Device) -> list[float]:
     terms, shape = bound_terms(row, device), row.shape
     documents = shape.get("documents", 0)
     longest, uneven = _documents(row)
+    uneven *= row.padding
     # A query's program walks all keys that it sees, or all summaries.
     summaries = shape.get("t", 1) // int(row.options.get("segment_len", 1)) + shape.get("m", 0) if "m" in shape else 0
     keys = shape.get("s", summaries) / max(1, documents)
     window = int(row.options.get("window", 0))
     keys = min(keys, window) if window else keys
     step_s = STEP * device.serial_step_s
+    # Packed attention in one launch starts as many programs for each document as for the longest that there could be.
+    started = documents * programs(row) if "s" in shape and row.launches == 1 else 0
     exact = row.dtype in ("float32", "float64")
     wide_s = 4 * row.bytes_moved / ELEMENT_BYTES.get(row.dtype, 2) / device.bytes_per_s
     return [
@@ -185,6 +215,7 @@ def _seconds(row: CostRow, device: Device) -> list[float]:
         row.serial_steps * longest * step_s,
         math.ceil(keys * longest / TILE) * step_s,
         documents * device.launch_s,
+        started / multiprocessors(device) * device.launch_s,
         math.ceil(programs(row) / multiprocessors(device)) * step_s,
         max(terms.memory_s, uneven * max(terms.matmul_s, terms.vector_s, terms.transcendental_s)),
     ]

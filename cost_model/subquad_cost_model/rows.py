@@ -15,7 +15,8 @@ class CostRow:
     multiply-add is 2 FLOPs). `launches` are the device kernels that this kernel starts, one after the other, as it
     declares them. `kernel_version` changes when the kernel's code does, so that old measurements expire.
     `document_lengths` are the tokens of each packed document where they are known: what was timed, and no part of what
-    identifies it. Where they are not, documents of drawn lengths are expected.
+    identifies it. Where they are not, documents of drawn lengths are expected. `padding` is how many times the counted
+    pairs of tokens the kernel computes, those that it masks included.
     """
 
     operator: str
@@ -33,6 +34,7 @@ class CostRow:
     launches: int = 1
     kernel_version: str = ""
     document_lengths: tuple[int, ...] = ()
+    padding: float = 1.0
 
     @property
     def key(self) -> str:

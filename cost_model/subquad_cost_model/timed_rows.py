@@ -16,8 +16,13 @@ from typing import Any, Literal, get_args
 from subquad_cost_model.device import Device
 from subquad_cost_model.rows import CostRow
 
-FORMAT_VERSION = 3
-READABLE = {"1": ("launches", "document_lengths"), "2": ("document_lengths",), "3": ()}
+FORMAT_VERSION = 4
+READABLE = {
+    "1": ("launches", "document_lengths", "padding"),
+    "2": ("document_lengths", "padding"),
+    "3": ("padding",),
+    "4": (),
+}
 """Versions that are read, each with the columns that it lacks: these have their defaults."""
 _FORMAT_KEY = b"subquad_cost_model.timed_rows"
 Status = Literal["ok", "oom", "unsupported", "wrong"]

@@ -12,8 +12,8 @@ from subquad_cost_model import CostRow, Device, lower_bound_s
 
 Rows = Callable[..., CostRow]
 Devices = Callable[..., Device]
-WORK = ("matmul_flops", "vector_flops", "transcendental_ops", "bytes_moved", "serial_steps")
-amounts = st.fixed_dictionaries({name: st.integers(0, 10**12) for name in WORK})
+WORK = ("matmul_flops", "vector_flops", "transcendental_ops", "bytes_moved", "serial_steps", "launches")
+amounts = st.fixed_dictionaries({name: st.integers(int(name == "launches"), 10**12) for name in WORK})
 reused = settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
 
@@ -28,6 +28,8 @@ reused = settings(max_examples=50, suppress_health_check=[HealthCheck.function_s
         ({"bytes_moved": 10**9}, 1e-6 + 1e-2),
         ({"serial_steps": 10**5}, 1e-6 + 1e-4),
         ({"matmul_flops": 10**9, "bytes_moved": 10**9, "serial_steps": 10**5}, 1e-6 + 1e-2),
+        ({"launches": 1001}, 1e-6 + 1e-3),
+        ({"launches": 1001, "bytes_moved": 10**9}, 1e-6 + 1e-2),
     ],
 )
 def test_the_unit_that_needs_longest_sets_the_bound(
@@ -53,7 +55,7 @@ def test_a_device_that_works_its_units_one_after_another_is_never_faster_than_th
     row, device = make_row(**work), make_device(cache_bytes=10**7, cache_bytes_per_s=1e12)
     cached = min(row.bytes_moved, 10**7)
     serial_s = (
-        1e-6
+        row.launches * 1e-6
         + row.matmul_flops / 1e12
         + row.vector_flops / 1e10
         + row.transcendental_ops / 1e9

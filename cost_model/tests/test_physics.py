@@ -87,6 +87,17 @@ def test_known_documents_take_the_place_of_expected_ones() -> None:
     assert long_s / short_s == pytest.approx(4 * (4000 / 4096) ** 2, rel=0.1), "work was counted in pairs"
 
 
+def test_float32_may_cost_a_kernel_more_than_its_work_says() -> None:
+    def slow(row: CostRow) -> float:
+        return truth_s(row, level=6.0)
+
+    half, new = drawn(12), drawn(13)
+    wide, asked = ([replace(row, dtype="float32") for row in drawn(seed)] for seed in (14, 15))
+    physics = fitted([*half, *wide], [*map(truth_s, half), *map(slow, wide)])
+    assert max(errors(physics, new, [truth_s(row) for row in new])) < 0.1
+    assert max(errors(physics, asked, [slow(row) for row in asked])) < 0.2
+
+
 def test_a_kernel_never_measured_is_like_the_fastest_of_its_operator() -> None:
     rows = [*drawn(8, "wide"), *drawn(9, "narrow")]
     physics = fitted(rows, [truth_s(row) * (5 if row.kernel == "narrow" else 1) for row in rows])

@@ -134,6 +134,11 @@ class Operator:
         return hash(self.name)
 
 
+def no_padding(workload: Workload) -> float:
+    """A kernel that computes the pairs of tokens that its operator counts, and no others."""
+    return 1.0
+
+
 def one_launch(workload: Workload) -> int:
     """A fused kernel, or one that starts a few device kernels at any size."""
     return 1
@@ -150,7 +155,8 @@ class Kernel:
     `launches` says how many device kernels one call starts, to within a third: a kernel composed of torch's own starts
     dozens, or some for every chunk, and then takes as long as the host needs to start them.
     `serial_steps` counts the dependent steps of a kernel that cuts time where its operator's work does not (None: that
-    of the operator).
+    of the operator). `padding` is how many times the pairs of tokens that the operator counts this kernel computes:
+    more than once where it computes what it then masks.
     `replayable` promises that its host code follows from the signature of its arguments alone and reaches the device by
     torch's operations and `QuickLaunch` only: calls through the op leave it out when it is known (`replay.py`).
     """
@@ -167,6 +173,7 @@ class Kernel:
     launches: Callable[[Workload], int] = one_launch
     serial_steps: Callable[[Workload], int] | None = None
     replayable: bool = False
+    padding: Callable[[Workload], float] = no_padding
 
     @property
     def key(self) -> str:

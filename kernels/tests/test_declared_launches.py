@@ -23,7 +23,7 @@ COMPOSED = [
     kernel
     for operator in CATALOGUE
     for kernel in CATALOGUE.kernels(operator.name)
-    if kernel.launches is not one_launch and kernel.name != COMPILED
+    if kernel.launches is not one_launch and not kernel.compiles
 ]
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+from subquad_kernels.catalogue import CATALOGUE
 from subquad_kernels.operators import segment_attention, softmax_attention
 from subquad_kernels.segment_attention import compacted, sdpa_merge
 from subquad_kernels.segment_attention.declaration import OPERATOR, visible_pairs
@@ -163,6 +165,31 @@ def test_work_counts_the_visible_pairs(t: int, m: int, segment_len: int) -> None
     assert OPERATOR.work(replace(workload, phase="backward")).matmul_flops == work.matmul_flops * 5 // 2
     tensors = 2 * t * 4 * 8 + 2 * (t + m) * 2 * 16 + 2 * t * 4 * 8 + 2 * 4 * t
     assert work.bytes_moved == 4 * tensors
+
+
+def test_known_documents_are_counted_one_by_one_and_padding_to_powers_of_two() -> None:
+    shape = {"b": 1, "t": 41, "h": 4, "h_kv": 2, "k": 8, "v": 8, "m": 0, "documents": 4}
+    workload = Workload(
+        operator="segment_attention", shape=shape, dtype="float32", options={"segment_len": 4},
+        document_lengths=(13, 0, 1, 27),
+    )  # fmt: skip
+    assert visible_pairs(workload) == sum(1 + g // 4 for length in (13, 1, 27) for g in range(length))
+    padding = {kernel.name: kernel.padding(workload) for kernel in CATALOGUE.kernels("segment_attention")}
+    assert padding["sdpa_merge"] * visible_pairs(workload) == pytest.approx(16 * (1 + 3) + 1 + 32 * (1 + 7))
+    assert padding["compacted"] == padding["sdpa_merge"], "one tile holds each"
+    assert padding["tiled"] == padding["reference"] == 1
+
+
+def test_a_kernel_computes_the_pairs_that_its_padding_says() -> None:
+    shape = {"b": 1, "t": 700, "h": 2, "h_kv": 2, "k": 8, "v": 8, "m": 0}
+    options = {"segment_len": 10}
+    workload = Workload(operator="segment_attention", shape=shape, dtype="float32", options=options)
+    kernel = CATALOGUE.kernel("segment_attention", "compacted")
+    arguments = OPERATOR.torch_half.sample_inputs(workload, seed=0, device="cpu")
+    with FlopCounterMode(display=False) as counter:
+        kernel.torch_half.forward(**arguments)
+    counted = kernel.padding(workload) * OPERATOR.work(workload).matmul_flops
+    assert counter.get_total_flops() == pytest.approx(counted, rel=0.05), "but for a token's product with itself"
 
 
 def test_work_falls_with_longer_segments_and_grows_with_the_square_of_length() -> None:

@@ -164,11 +164,29 @@ def test_work_counts_the_visible_pairs(t: int, s: int, causal: bool, window: int
     options = {"causal": causal, "window": window}
     workload = Workload(operator="softmax_attention", shape=shape, dtype="float32", options=options)
     assert visible_pairs(workload) == int(seen.sum())
+    if t == s:
+        lengths = (5, 0, 1, t - 6)
+        bounds = torch.tensor([0, 5, 5, 6, t], dtype=torch.int32)
+        packed = replace(workload, shape={**shape, "b": 1, "documents": 4}, document_lengths=lengths)
+        of_documents = visible(t, t, bounds, causal, window, torch.device("cpu"))
+        assert visible_pairs(packed) == int(of_documents.sum())
     work = OPERATOR.work(workload)
     assert work.matmul_flops == 2 * 2 * 4 * int(seen.sum()) * (8 + 8)
     assert work.bytes_moved == 4 * (2 * t * 4 * 8 + 2 * s * 2 * 16 + 2 * t * 4 * 8) + 4 * 2 * 4 * t
     backward = OPERATOR.work(replace(workload, phase="backward"))
     assert backward.matmul_flops == work.matmul_flops * 5 // 2
+
+
+@pytest.mark.parametrize(("t", "window"), [(300, 64), (50, 2048), (33, 4)])
+def test_a_window_computes_the_pairs_that_its_padding_says(t: int, window: int) -> None:
+    shape = {"b": 1, "t": t, "s": t, "h": 2, "h_kv": 1, "k": 8, "v": 8}
+    options = {"causal": True, "window": window}
+    workload = Workload(operator="softmax_attention", shape=shape, dtype="float32", options=options)
+    kernel = CATALOGUE.kernel("softmax_attention", "windowed")
+    arguments = OPERATOR.torch_half.sample_inputs(workload, seed=0, device="cpu")
+    with FlopCounterMode(display=False) as counter:
+        kernel.torch_half.forward(**arguments)
+    assert kernel.padding(workload) * OPERATOR.work(workload).matmul_flops == counter.get_total_flops()
 
 
 def test_flop_counters_count_the_operator() -> None:

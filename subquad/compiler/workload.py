@@ -129,6 +129,7 @@ def cost_row(operator: Operator, kernel: Kernel, workload: Workload) -> CostRow:
         launches=kernel.launches(workload),
         kernel_version=kernel.version,
         document_lengths=workload.document_lengths,
+        padding=kernel.padding(workload),
     )
 
 

@@ -112,6 +112,25 @@ def _tiled_supports(workload: Workload, limits: DeviceLimits) -> str | None:
     return None
 
 
+def _tiled_launches(workload: Workload) -> int:
+    """Forward one; backward one where no summary is seen, else three; five that find the summaries of documents."""
+    t, packed = workload.shape["t"], "documents" in workload.shape
+    seen = packed or t > int(workload.options["segment_len"]) or workload.shape["m"] > 0
+    return (3 if workload.phase == "backward" and seen else 1) + (5 if packed else 0)
+
+
+def _tiled_steps(workload: Workload) -> int:
+    """Tiles of 64 that the longest programs walk: summaries of a query; backward queries of a summary, in parts."""
+    shape, segment_len = workload.shape, int(workload.options["segment_len"])
+    longest, heads = longest_document(workload), shape["h"] // shape["h_kv"]
+    keys = 1 + (shape["m"] + longest // segment_len) // 64
+    if workload.phase != "backward" or shape["t"] <= segment_len:
+        return keys
+    programs = -(-shape["t"] // (128 * segment_len)) * shape["b"] * shape["h_kv"]
+    parts = max(1, min(-(-1024 // programs), shape["t"] // 1024))
+    return keys + heads * min(-(-shape["t"] // (64 * parts)), -(-longest // 64))
+
+
 def _compacted_launches(workload: Workload) -> int:
     """A loop over tiles of 256 queries, once more for each size of documents; little where no summary is seen."""
     if workload.phase == "decode":
@@ -122,6 +141,28 @@ def _compacted_launches(workload: Workload) -> int:
     laid_out = (20 if forward else 30) * sizes if "documents" in workload.shape else 0
     tiles = -(-longest_document(workload) // 256) + sizes - 1
     return laid_out + 7 * sizes + 24 * tiles if forward else laid_out + 26 * sizes + 30 * tiles
+
+
+def _padded_documents(workload: Workload) -> tuple[int, ...]:
+    """Documents as they are laid out: those of a size side by side, as long as a power of two."""
+    lengths = counted_documents(workload)
+    return tuple(1 << (n - 1).bit_length() for n in lengths if n) if "documents" in workload.shape else lengths
+
+
+def _compacted_padding(workload: Workload) -> float:
+    """Every query of a tile of 256 meets what its last one sees."""
+    segment_len, m, pairs = int(workload.options["segment_len"]), workload.shape["m"], 0
+    for length in _padded_documents(workload):
+        ends = [min(length, start + 256) for start in range(0, length, 256)]
+        pairs += length + sum((end - start) * (m + (end - 1) // segment_len) for start, end in zip([0, *ends], ends))
+    return max(1.0, pairs / visible_pairs(workload))
+
+
+def _merge_padding(workload: Workload) -> float:
+    """Every query meets every summary."""
+    segment_len, m = int(workload.options["segment_len"]), workload.shape["m"]
+    pairs = sum(length * (1 + m + (length - 1) // segment_len) for length in _padded_documents(workload))
+    return max(1.0, pairs / visible_pairs(workload))
 
 
 def _merge_launches(workload: Workload) -> int:
@@ -150,6 +191,7 @@ KERNELS = (
         supports=_anything,
         devices=_BOTH,
         launches=_compacted_launches,
+        padding=_compacted_padding,
     ),
     Kernel(
         operator="segment_attention",
@@ -158,6 +200,7 @@ KERNELS = (
         supports=_merge_supports,
         devices=_BOTH,
         launches=_merge_launches,
+        padding=_merge_padding,
     ),
     Kernel(
         operator="segment_attention",
@@ -167,5 +210,7 @@ KERNELS = (
         devices=frozenset({"cuda"}),
         requires=("triton>=3.6",),
         replayable=True,
+        launches=_tiled_launches,
+        serial_steps=_tiled_steps,
     ),
 )

@@ -175,6 +175,13 @@ def _windowed_launches(workload: Workload) -> int:
     return tiles + ahead + (10 if "documents" in workload.shape else 0)
 
 
+def _windowed_padding(workload: Workload) -> float:
+    """A tile of queries meets two tiles of keys, whatever document they are of (`windowed`)."""
+    t = workload.shape["t"]
+    tile = min(max(int(workload.options["window"]), 16), t)
+    return max(1.0, -(-t // tile) * 2 * tile**2 / visible_pairs(workload))
+
+
 def _flex_launches(workload: Workload) -> int:
     """The mask of blocks, which torch builds anew from a mask of all pairs; then attention, and its gradient."""
     attention = 1 if workload.phase == "forward" else 5
@@ -229,6 +236,7 @@ KERNELS = (
         supports=_windowed_supports,
         devices=_BOTH,
         launches=_windowed_launches,
+        padding=_windowed_padding,
     ),
     Kernel(
         operator="softmax_attention",
