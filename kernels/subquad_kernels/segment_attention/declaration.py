@@ -133,9 +133,9 @@ def _tiled_steps(workload: Workload) -> int:
 
 def _compacted_launches(workload: Workload) -> int:
     """A loop over tiles of 256 queries, once more for each size of documents; little where no summary is seen."""
-    if workload.phase == "decode":
+    if workload.phase == "decode" and workload.shape["m"]:
         return 24
-    forward, sizes = workload.phase == "forward", document_sizes(workload)
+    forward, sizes = workload.phase != "backward", document_sizes(workload)
     if workload.shape["t"] <= int(workload.options["segment_len"]):
         return 8 if forward else 24
     laid_out = (20 if forward else 30) * sizes if "documents" in workload.shape else 0
@@ -167,9 +167,9 @@ def _merge_padding(workload: Workload) -> float:
 
 def _merge_launches(workload: Workload) -> int:
     """Two calls of attention and their merge, once more for each size of documents, which are laid out before."""
-    if workload.phase == "decode":
+    if workload.phase == "decode" and workload.shape["m"]:
         return 29
-    forward, packed = workload.phase == "forward", "documents" in workload.shape
+    forward, packed = workload.phase != "backward", "documents" in workload.shape
     if workload.shape["t"] <= int(workload.options["segment_len"]):
         return 6 if forward else 19
     return ((29 if forward else 42) + (20 if packed else 0)) * document_sizes(workload)
