@@ -103,7 +103,7 @@ def _chunked_launches(workload: Workload) -> int:
     """Some for every level of the tree over chunks."""
     if workload.phase == "decode":
         return 83
-    levels = slots(-(-longest_document(workload.shape) // CHUNK) - 1)
+    levels = slots(-(-longest_document(workload) // CHUNK) - 1)
     return 72 + 18 * levels if workload.phase == "forward" else 140 + 48 * levels
 
 
