@@ -177,10 +177,12 @@ def test_work_counts_the_visible_pairs(t: int, s: int, causal: bool, window: int
     assert backward.matmul_flops == work.matmul_flops * 5 // 2
 
 
-@pytest.mark.parametrize(("t", "window"), [(300, 64), (50, 2048), (33, 4)])
-def test_a_window_computes_the_pairs_that_its_padding_says(t: int, window: int) -> None:
+@pytest.mark.parametrize(
+    ("t", "window", "causal"), [(300, 64, True), (50, 2048, True), (33, 4, True), (300, 64, False)]
+)
+def test_a_window_computes_the_pairs_that_its_padding_says(t: int, window: int, causal: bool) -> None:
     shape = {"b": 1, "t": t, "s": t, "h": 2, "h_kv": 1, "k": 8, "v": 8}
-    options = {"causal": True, "window": window}
+    options = {"causal": causal, "window": window}
     workload = Workload(operator="softmax_attention", shape=shape, dtype="float32", options=options)
     kernel = CATALOGUE.kernel("softmax_attention", "windowed")
     arguments = OPERATOR.torch_half.sample_inputs(workload, seed=0, device="cpu")

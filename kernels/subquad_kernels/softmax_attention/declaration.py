@@ -176,10 +176,10 @@ def _windowed_launches(workload: Workload) -> int:
 
 
 def _windowed_padding(workload: Workload) -> float:
-    """A tile of queries meets two tiles of keys, whatever document they are of (`windowed`)."""
-    t = workload.shape["t"]
+    """A tile of queries meets two tiles of keys, or three, whatever document they are of (`windowed`)."""
+    t, met = workload.shape["t"], 2 if workload.options["causal"] else 3
     tile = min(max(int(workload.options["window"]), 16), t)
-    return max(1.0, -(-t // tile) * 2 * tile**2 / visible_pairs(workload))
+    return max(1.0, -(-t // tile) * met * tile**2 / visible_pairs(workload))
 
 
 def _flex_launches(workload: Workload) -> int:
