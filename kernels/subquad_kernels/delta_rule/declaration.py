@@ -195,7 +195,7 @@ def _chunked_launches(workload: Workload) -> int:
 def _segmented_steps(workload: Workload) -> int:
     """Chunks that are walked one after the other: those of a segment, twice where time is cut, in each direction."""
     shape = workload.shape
-    packed, chunks = "documents" in shape, -(-longest_document(shape) // CHUNK)
+    packed, chunks = "documents" in shape, -(-longest_document(workload) // CHUNK)
     segment = chunks_a_segment(
         shape["b"], shape["t"], shape["h"] * -(-shape["p"] // 64), packed=packed, programs=segment_programs(shape["n"])
     )
