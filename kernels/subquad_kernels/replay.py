@@ -156,6 +156,7 @@ class Recording(TorchDispatchMode):
                     self.refusal = f"argument {index} of a launch is of unknown origin"
                     return
                 addresses.append((index, place.root, place.offset_bytes))
+                plain[index] = 0  # nothing of the recorded call may stay alive: the address is another's every time
         self._steps.append(_Launch(send, programs, plain, tuple(addresses)))
 
     def replay(self, results: Sequence[Tensor]) -> Replay | None:

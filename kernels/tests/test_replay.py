@@ -6,13 +6,16 @@ Triton's interpreter cannot send a kernel to addresses; here it is given tensors
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -22,7 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 import subquad_kernels.builtin  # noqa: F401  (fills the catalogue)
 from subquad_kernels.catalogue import CATALOGUE, Kernel
 from subquad_kernels.device_limits import device_limits
-from subquad_kernels.replay import Recording, Repeated, signature_of
+from subquad_kernels.replay import ACTIVE, Recording, Repeated, signature_of
 from subquad_kernels.workload import DeviceLimits, Workload
 
 triton_launch = pytest.importorskip("subquad_kernels.triton_launch")
@@ -182,6 +185,26 @@ def test_views_are_taken_of_the_calls_own_tensors() -> None:
     for _ in range(3):
         x = torch.randn(3)
         assert_close(call([x, x])[0], 3 * x)
+
+
+def test_nothing_of_the_recorded_call_stays_alive() -> None:
+    """A launch is remembered by the places of its tensors, not by the tensors."""
+
+    def work(values: Sequence[Any]) -> list[Tensor]:
+        y = torch.empty_like(values[0])
+        if ACTIVE.recording is not None:
+            ACTIVE.recording.launch(lambda *sent: None, (1, 1, 1), [values[0], y, 3])
+        return [y]
+
+    memory = np.ones(3, dtype=np.float32)
+    alive, x = weakref.ref(memory), torch.from_numpy(memory)
+    repeated = Repeated(work, replayable=True)
+    repeated.record([x])
+    assert alive() is not None
+    del memory, x
+    gc.collect()
+    assert alive() is None
+    assert len(repeated([torch.zeros(3)])) == 1
 
 
 def test_scratch_memory_is_one_allocation_and_results_are_not_in_it() -> None:
