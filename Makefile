@@ -7,7 +7,7 @@ PYPROJECTS := pyproject.toml kernels/pyproject.toml cost_model/pyproject.toml pl
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.docs-installed
 # A process a core, up to eight, of 1 to 2 GB each (conftest.py gives each one thread).
-PYTEST := -m pytest -n logical --maxprocesses 8 --dist worksteal
+PYTEST := -m pytest -n logical --maxprocesses 8 --dist worksteal --durations 20 --durations-min 5
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 # The versions of the machines with GPUs, in an environment of their own: several GB, a CUDA build that runs on CPUs.

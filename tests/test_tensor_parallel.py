@@ -91,6 +91,7 @@ def quick_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_ranks")
 def test_a_run_on_two_ranks_is_that_of_one_and_goes_on_as_one(tiny_run: TinyRun) -> None:
     """Batches are not divided; the checkpoint is that of whole tensors, for another number of ranks."""

@@ -219,6 +219,9 @@ def test_a_tracker_that_fails_ends_and_the_run_goes_on(tiny_run: TinyRun, monkey
         result = train(tiny_run("run", max_steps=6, run={"tracking": "wandb"}))
     assert calls == [1]
     assert [row["step"] for row in read_metrics(result.run_dir / "metrics.csv")] == [1, 3, 6]
+    monkeypatch.undo()
+    after = train(tiny_run("after", max_steps=2, run={"tracking": "wandb"}))
+    assert [row["_step"] for row in wandb_records(wandb_file(after.run_dir))[0] if "train/loss" in row] == [1, 2]
 
 
 # TensorBoard

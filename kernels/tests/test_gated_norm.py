@@ -31,7 +31,7 @@ WAYS = {
 
 
 def case(dtype: str = "float32", b: int = 2, t: int = 5, c: int = 24, g: int = 3, **options: Any) -> Workload:
-    shape = {"b": b, "t": t, "c": c, "g": g} | ({"h": 2} if options.get("skip") else {})
+    shape = {"b": b, "t": t, "c": c, "g": g}
     return Workload(operator="gated_norm", shape=shape, dtype=dtype, options=OPTIONS | options)  # type: ignore[arg-type]
 
 
@@ -58,7 +58,7 @@ def test_the_equation_is_torch_s_norm_with_a_gate(way: str) -> None:
     x, z, weight = arguments["x"], arguments["z"], arguments["weight"]
     value = x
     if arguments["skip"] is not None:
-        heads = arguments["skip"].unflatten(-1, (2, -1)) * arguments["skip_weight"][:, None]
+        heads = arguments["skip"].unflatten(-1, (8, -1)) * arguments["skip_weight"][:, None]
         value = x + heads.flatten(-2)
     act = F.silu(z) if arguments["activation"] == "silu" else F.sigmoid(z)
     before, after = (act, 1) if arguments["gate_first"] else (1, act)

@@ -111,8 +111,8 @@ def test_gates_may_be_absent(decay: str, full: bool) -> None:
     assert worst(sample(workload(90, decay=decay, full=full, m=3))) < EXACT
 
 
-@pytest.mark.parametrize("position", [0, 23, 43, 62])
-@pytest.mark.parametrize("chunk", [1, 2, 4, 64])
+@pytest.mark.parametrize("position", [0, 43])
+@pytest.mark.parametrize("chunk", [1, 4, 64])
 def test_the_length_of_a_chunk_changes_nothing(chunk: int, position: int) -> None:
     """Up to 35 chunks, which stand in one block or in two, wherever the call begins."""
     kernel = AutogradKernel(partial(chunked.chunked, chunk=chunk))
@@ -149,7 +149,7 @@ def test_packed_equals_each_document_by_itself(kernel: str) -> None:
         assert (final[document, size:] == 0).all()
 
 
-@pytest.mark.parametrize("m", [1, 31, 63, 64, 65, 100, 128])
+@pytest.mark.parametrize("m", [1, 63, 64, 100])
 def test_splitting_and_passing_the_state_changes_nothing(m: int) -> None:
     arguments = sample(workload(131))
     y, final = log_linear_delta_rule(**arguments)

@@ -12,6 +12,7 @@ import os
 import secrets
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, Protocol
 from urllib.parse import urlsplit
@@ -138,30 +139,36 @@ class TensorBoardTracker:
 
 
 class Dispensable:
-    """A tracker that a run does without from its first failure on, which is told once."""
+    """A tracker that a run does without from its first failure on, which is told once.
+
+    It is finished all the same when the run ends: the next run of this process is one of its own.
+    """
 
     def __init__(self, tracker: Tracker) -> None:
-        self._tracker: Tracker | None = tracker
+        self._tracker, self._failed = tracker, False
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._try(lambda tracker: tracker.log(step, values))
+        self._try(lambda: self._tracker.log(step, values))
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        self._try(lambda tracker: tracker.table(name, columns, rows))
+        self._try(lambda: self._tracker.table(name, columns, rows))
 
     def checkpoint(self, step: int, folder: Path, aliases: Sequence[str]) -> None:
-        self._try(lambda tracker: tracker.checkpoint(step, folder, aliases))
+        self._try(lambda: self._tracker.checkpoint(step, folder, aliases))
 
     def finish(self, exit_code: int) -> None:
-        self._try(lambda tracker: tracker.finish(exit_code))
+        if self._failed:
+            with suppress(Exception):  # it has been told
+                self._tracker.finish(exit_code)
+        self._try(lambda: self._tracker.finish(exit_code))
 
-    def _try(self, record: Callable[[Tracker], None]) -> None:
-        if self._tracker is None:
+    def _try(self, record: Callable[[], None]) -> None:
+        if self._failed:
             return
         try:
-            record(self._tracker)
+            record()
         except Exception as error:  # whatever a client of a far server may meet
-            self._tracker = None
+            self._failed = True
             reason = (str(error).splitlines() or [""])[0]
             warnings.warn(
                 f"tracking ends here, training goes on: {type(error).__name__}: {reason}; metrics.csv has all figures",
