@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 import subquad_kernels.builtin  # noqa: F401  (fills the catalogue)
 from subquad_kernels.catalogue import CATALOGUE
@@ -288,7 +289,7 @@ def test_the_op_keeps_the_rules_of_torch_library_in_documents_that_go_on() -> No
 
 def test_decoding_compiles_to_as_many_graphs_however_many_bits_the_length_has() -> None:
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
 
     def step(state: Tensor, position: int, *rows: Tensor) -> tuple[Tensor, Tensor]:
         return log_linear_attention(*rows, initial_state=state, position=position)

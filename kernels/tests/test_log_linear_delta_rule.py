@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 import subquad_kernels.builtin  # noqa: F401  (fills the catalogue)
 from subquad_kernels.catalogue import CATALOGUE
@@ -305,7 +306,7 @@ def test_the_op_keeps_the_rules_of_torch_library_in_documents_that_go_on() -> No
 @pytest.mark.slow  # the op's shapes are log_linear_attention's, which is tested so every time
 def test_decoding_compiles_to_as_many_graphs_however_many_bits_the_length_has() -> None:
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
 
     def step(state: Tensor, position: int, *rows: Tensor) -> tuple[Tensor, Tensor]:
         return log_linear_delta_rule(*rows, initial_state=state, position=position)

@@ -168,6 +168,13 @@ def _half_open(gate):
     return 1 / (1 + tl.exp2(tl.minimum(-gate * _LOG2_E, 126.0)))
 
 
+@triton.jit
+def _loaded(source, by_batch, by_token, batch, token, channels, inside):
+    """A tile in fp32, from rows that may be parts of wider ones."""
+    at = source + (batch * by_batch + token * by_token)[:, None] + channels
+    return tl.load(at, mask=inside, other=0.0).to(tl.float32)
+
+
 @QuickLaunch
 @triton.jit(do_not_specialize=["tokens", "t", "stretch"])
 def _normalise(
@@ -191,12 +198,10 @@ def _normalise(
         rows = first + tile + tl.arange(0, ROWS)
         inside = (rows < tokens)[:, None] & wide[None, :]
         batch, token = rows // t, rows % t
-        value = tl.load(x + (batch * x_batch + token * x_token)[:, None] + channels, mask=inside, other=0.0)
-        gate = tl.load(z + (batch * z_batch + token * z_token)[:, None] + channels, mask=inside, other=0.0)
-        value, gate = value.to(tl.float32), gate.to(tl.float32)
+        value = _loaded(x, x_batch, x_token, batch, token, channels, inside)
+        gate = _loaded(z, z_batch, z_token, batch, token, channels, inside)
         if SKIP:
-            own = tl.load(skip + (batch * skip_batch + token * skip_token)[:, None] + channels, mask=inside, other=0.0)
-            value += carried * own.to(tl.float32)
+            value += carried * _loaded(skip, skip_batch, skip_token, batch, token, channels, inside)
         half = _half_open(gate)
         opened = gate * half if SILU else half
         size = value * opened if GATE_FIRST else value
@@ -234,13 +239,11 @@ def _differentiate(
         inside = (rows < tokens)[:, None] & wide[None, :]
         batch, token = rows // t, rows % t
         at = rows[:, None] * (GROUPS * WIDTH) + channels
-        value = tl.load(x + (batch * x_batch + token * x_token)[:, None] + channels, mask=inside, other=0.0)
-        gate = tl.load(z + (batch * z_batch + token * z_token)[:, None] + channels, mask=inside, other=0.0)
+        value = _loaded(x, x_batch, x_token, batch, token, channels, inside)
+        gate = _loaded(z, z_batch, z_token, batch, token, channels, inside)
         pull = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
-        value, gate = value.to(tl.float32), gate.to(tl.float32)
         if SKIP:
-            own = tl.load(skip + (batch * skip_batch + token * skip_token)[:, None] + channels, mask=inside, other=0.0)
-            own = own.to(tl.float32)
+            own = _loaded(skip, skip_batch, skip_token, batch, token, channels, inside)
             value += carried * own
         half = _half_open(gate)
         opened = gate * half if SILU else half

@@ -31,10 +31,35 @@ def reference(
     position: int,
     scale: float,
 ) -> Outputs:
-    """A binary counter of states: all decay, each is read with its level's scale, then the full ones become one.
+    """All states decay, each is read with its level's scale, then the full ones become one (`count_states`).
 
     Shapes:  q, k: b t h_k n    v: b t h p    level_scales: b t h l    log_decay: b t h or h    write_gate: b t h
              initial_state: states m h n p  ->  y: b t h p    final_state: states m' h n p
+    """
+    return count_states(
+        q, k, v, level_scales, log_decay, write_gate, initial_state, cu_seqlens, position, scale, removes=False
+    )
+
+
+def count_states(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    level_scales: Tensor,
+    log_decay: Tensor | None,
+    write_gate: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    position: int,
+    scale: float,
+    *,
+    removes: bool,
+) -> Outputs:
+    """A binary counter of states, token after token; where it `removes`, states also forget what lies under the key.
+
+        S <- exp(log_decay) S,  then where it removes  S <- S - write_gate k (k^T S);     a new state  write_gate k v^T
+
+    Shapes:  as `reference`
     """
     exact = torch.promote_types(q.dtype, torch.float32)
     b, t, h, p = v.shape
@@ -54,6 +79,12 @@ def reference(
             kept = {slot: initial_state[rows, slot].to(exact) for slot in set_bits(position)}
         for token in range(start, stop):
             kept = {slot: decay[:, token, :, None, None] * state for slot, state in kept.items()}
+            if removes:
+                gated = write[:, token, :, None] * keys[:, token]
+                kept = {
+                    slot: state - einsum("bhn,bhm,bhmp->bhnp", gated, keys[:, token], state)
+                    for slot, state in kept.items()
+                }
             own = einsum("bh,bhn,bhp->bhnp", write[:, token], keys[:, token], values[:, token])
             y = scales[:, token, :, :1] * einsum("bhn,bhnp->bhp", queries[:, token], own)
             for slot, state in kept.items():
