@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 import subquad_kernels.builtin  # noqa: F401  (fills the catalogue)
@@ -288,7 +289,7 @@ def test_the_op_keeps_the_rules_of_torch_library_in_documents_that_go_on() -> No
 
 def test_decoding_compiles_to_one_graph_however_far_it_is() -> None:
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     arguments = sample(workload(12), position=0)
 
     def step(state: Tensor, position: int, token: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
