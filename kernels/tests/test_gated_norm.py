@@ -111,16 +111,22 @@ def test_a_program_that_takes_several_tiles_gives_the_same_sums() -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_slices_of_a_wider_tensor_are_read_where_they_stand(kernel: str) -> None:
-    """The gate is a part of what one projection made, and autograd gets its gradient at the right place."""
-    wide = torch.randn(2, 5, 50, device=DEVICE, requires_grad=True)
-    x, z = wide[..., 2:26], wide[..., 26:]
-    y = gated_norm(x, z, groups=3, kernel=kernel)
-    copied = gated_norm(x.contiguous(), z.contiguous(), groups=3, kernel=kernel)
+def test_slices_of_wider_tensors_are_read_where_they_stand(kernel: str) -> None:
+    """x, gate and skip are parts of what other maps made, each of another width; gradients arrive at their places."""
+    draw = torch.Generator().manual_seed(4)
+    wide = [torch.randn(2, 5, width, generator=draw).to(DEVICE).requires_grad_() for width in (24, 31, 50)]
+    x, z, skip = wide[0], wide[1][..., 3:27], wide[2][..., 26:]
+    D = torch.linspace(0.5, 2, 4, device=DEVICE)
+    y, copied = (
+        gated_norm(*given[:2], groups=3, skip=given[2], skip_weight=D, gate_first=True, kernel=kernel)
+        for given in ((x, z, skip), tuple(part.clone(memory_format=torch.contiguous_format) for part in (x, z, skip)))
+    )
     assert torch.allclose(y, copied, atol=1e-6)
-    (one,), (other,) = (torch.autograd.grad(result.square().sum(), wide) for result in (y, copied))
-    assert torch.allclose(one, other, atol=1e-5)
-    assert bool((one[..., :2] == 0).all())
+    found, expected = (torch.autograd.grad(result.square().sum(), wide) for result in (y, copied))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+    assert bool((found[1][..., :3] == 0).all())
+    assert bool((found[2][..., :26] == 0).all())
 
 
 def test_a_gate_of_any_size_gives_finite_values() -> None:

@@ -187,6 +187,27 @@ def test_views_are_taken_of_the_calls_own_tensors() -> None:
         assert_close(call([x, x])[0], 3 * x)
 
 
+def test_a_launch_is_sent_to_the_places_of_the_calls_own_tensors() -> None:
+    """An argument that is a part of a wider one, a part of it, and a part of scratch memory behind other scratch."""
+    sent: list[Sequence[Any]] = []
+
+    def work(values: Sequence[Any]) -> list[Tensor]:
+        (x,) = values
+        first, second, y = torch.empty(100), torch.empty(4, 3), torch.empty(2, dtype=torch.float64)
+        if ACTIVE.recording is not None:
+            parts = [x, x[1, 2:], first, second[2], y[1:], 7]
+            ACTIVE.recording.launch(lambda programs, stream, given: sent.append(given), (1, 1, 1), parts)
+        return [y]
+
+    again = Repeated(work, replayable=True)
+    again.record([torch.zeros(5, 4)[1:]])
+    x = torch.zeros(9, 4)[3:7]
+    (y,) = again([x])
+    ((whole, part, first, second, result, number),) = sent
+    assert (whole, part, result, number) == (x.data_ptr(), x[1, 2:].data_ptr(), y[1:].data_ptr(), 7)
+    assert second - first == 512 + 2 * 3 * 4  # 400 bytes, rounded up, and two rows of three
+
+
 def test_nothing_of_the_recorded_call_stays_alive() -> None:
     """A launch is remembered by the places of its tensors, not by the tensors."""
 
