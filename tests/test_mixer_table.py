@@ -98,6 +98,17 @@ def test_times_are_of_one_case_and_a_record_with_a_rival_is_preferred(tool: Any)
     assert cells(tool, "retnet")["on a GPU, beside rivals"] == "`linear_attention` 4.00 ms (n 64, p 64), fast 5.00 ms"
 
 
+def test_an_operator_of_several_forms_is_shown_in_the_mixer_s_own(tool: Any) -> None:
+    rows = [
+        {"form": form, "t": 8192, "n": 64, "p": 64, "both_ms": ms}
+        for form, ms in (("gated", 1.5), ("rwkv7", 4.5))
+    ]
+    record = {"device": "GPU", "timings": rows}
+    (tool.BENCHMARKS / "delta_rule_gpu_2026-12-01.json").write_text(json.dumps(record))
+    for mixer, ms in (("gated_delta_net", "1.50"), ("rwkv7", "4.50")):
+        assert cells(tool, mixer)["on a GPU, beside rivals"] == f"`delta_rule` {ms} ms (n 64, p 64), no rival timed"
+
+
 def test_a_layer_that_was_timed_stands_for_its_operator_beside_its_fastest_rival(tool: Any) -> None:
     def row(mixer: str, package: str, what: str = "layer", t: int = 8192, **more: Any) -> dict[str, Any]:
         return {"mixer": mixer, "package": package, "what": what, "t": t, "d_model": 1024} | more

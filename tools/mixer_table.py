@@ -51,8 +51,8 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
 """Promises of `subquad.testing.mixer_suite.MixerSuite` by the column that they stand in."""
 BIDIRECTIONAL = ("its_bidirectional_form_sees_both_sides",)
 GROWS = ("work_grows_no_faster_than_declared", "carry_grows_no_faster_than_declared")
-HELPERS = ("causal_conv", "rotary")
-"""Operators that stand before the one in which a mixer spends its work."""
+HELPERS = ("causal_conv", "gated_norm", "rotary")
+"""Operators that stand before or behind the one in which a mixer spends its work."""
 LENGTH = 8192
 """Tokens of a sequence in the rows of a benchmark that are shown."""
 
@@ -125,7 +125,9 @@ def _row(
     growth = _cell(kept["cpu"], GROWS)
     shown = f"{GROWTH[spec.work_growth]}, {GROWTH[spec.carry_growth]}" if growth == "yes" else growth
     main_operators = [name for name in spec.operators if name not in HELPERS]
-    gpu = [f"`{name}` {times[name]}" for name in main_operators if name in times]
+    gpu = [
+        f"`{name}` {times.get(f'{name} {spec.name}', times[name])}" for name in main_operators if name in times
+    ]
     if spec.name in layers:
         gpu = [f"layer {layers[spec.name]}"]
     return [
@@ -203,14 +205,18 @@ def layer_times() -> dict[str, GpuTime]:
 
 
 def gpu_times() -> dict[str, GpuTime]:
-    """By operator: the newest record in which a rival was timed, else the newest; of its rows the first that fits."""
+    """By operator: the newest record in which a rival was timed, else the newest; of its rows the first that fits.
+
+    By operator and form (`delta_rule rwkv7`) as well, where rows name the form in which a mixer calls it.
+    """
     found: dict[str, GpuTime] = {}
     names = sorted(load_registry().operators, key=len, reverse=True)
     for path in sorted(BENCHMARKS.glob("*.json"), key=_newest_first):
         operator = next((name for name in names if path.stem.startswith(f"{name}_")), None)
-        for time in _times(path) if operator is not None else ():
-            if operator not in found or (time.rival is not None and found[operator].rival is None):
-                found[operator] = time
+        for form, time in _times(path) if operator is not None else ():
+            for key in (operator, f"{operator} {form}"):
+                if key not in found or (time.rival is not None and found[key].rival is None):
+                    found[key] = time
     return found
 
 
@@ -220,8 +226,8 @@ def _newest_first(path: Path) -> tuple[int, int, str]:
     return -int(dates[-1].replace("-", "")), len(path.name), path.name
 
 
-def _times(path: Path) -> Iterator[GpuTime]:
-    """The rows of our default kernel at `LENGTH` tokens, each with the fastest rival of its case."""
+def _times(path: Path) -> Iterator[tuple[str | None, GpuTime]]:
+    """The rows of our default kernel at `LENGTH` tokens, each with its form and the fastest rival of its case."""
     record = _read(path)
     rivals = record.get("rivals") if isinstance(record.get("rivals"), list) else []
     for row in record.get("timings", ()):
@@ -237,7 +243,7 @@ def _times(path: Path) -> Iterator[GpuTime]:
         ]
         rival_ms, rival = min(timed, default=(None, None))
         label = ", ".join(f"{key} {case[key]}" for key in ("n", "p", "segment_len") if key in case)
-        yield GpuTime(record["device"], label, ours, rival, rival_ms)
+        yield case.get("form"), GpuTime(record["device"], label, ours, rival, rival_ms)
 
 
 def _legend(oracles: Mapping[str, Any], layers: Mapping[str, GpuTime], times: Mapping[str, GpuTime]) -> str:
