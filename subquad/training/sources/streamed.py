@@ -29,6 +29,7 @@ IsHeldOut = Callable[[bytes], bool]
 
 
 def digest_of_text(text: bytes) -> bytes:
+    """What a document is known by, wherever it stands: SHA-256."""
     return hashlib.sha256(text).digest()
 
 
@@ -43,6 +44,7 @@ def held_out_as(documents: Iterable[Document]) -> IsHeldOut:
 
 
 def all_held_out(text: bytes) -> bool:
+    """Hold out everything: the data set is a validation split."""
     return True
 
 
