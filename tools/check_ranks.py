@@ -89,7 +89,7 @@ def main(out: Path, part: str, overrides: Overrides) -> None:
 def check_losses(record: Record, overrides: Overrides) -> None:
     """Two devices of four rows, one of eight, and two that share the rows of eight, in steps of the same samples."""
     settings = [
-        *(SMALL if on_cpu(overrides) else ["model=scout_mamba"]), "trainer.seq_len=256", "trainer.max_steps=20",
+        *(SMALL if on_cpu(overrides) else ["model=scout_mamba"]), "trainer.seq_len=320", "trainer.max_steps=20",
         "trainer.log_every_n_steps=1", "trainer.validate_every_n_steps=0", *EVERY_ROW_PREDICTS_EQUALLY,
     ]  # fmt: skip
     for precision, tolerance in TOLERANCES.items():

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import itertools
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from inspect import signature
 from typing import Any
 
@@ -11,7 +15,11 @@ import torch
 
 pytest.importorskip("triton")
 
+import triton.language as tl
 from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from subquad_kernels import triton_launch
 from subquad_kernels.builtin import KERNELS
@@ -120,6 +128,55 @@ def test_any_other_argument_is_left_to_triton(change: dict[str, Any]) -> None:
         call = {"x": torch.zeros(32), "t": 7, "WIDTH": 4, "PACKED": False, "num_warps": 1} | values
         kernel[(1,)](call.pop("x"), call.pop("t"), **call)
     assert len(jitted.compiled) == 2
+
+
+def of_sizes(x, c, t, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    tl.store(x + c, t)
+
+
+SIZED = JITFunction(of_sizes, do_not_specialize=["t"])
+VALUES = {
+    "x": [torch.zeros(32), torch.zeros(64), torch.zeros(33)[1:], torch.zeros(32, dtype=torch.bfloat16), None],
+    "c": [1, 7, 9, 96, 2048, 2**31, 2**40, True, 1.0],
+    "t": [1, 7, 16, 2**40],
+}
+
+
+def test_arguments_are_alike_only_if_triton_compiles_once_for_them() -> None:
+    """Triton's own: what its binder makes of a list of arguments, for a Hopper GPU."""
+    kernel = QuickLaunch(SIZED)
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    binder = create_function_from_signature(SIZED.signature, SIZED.params, backend)
+    compiled_for: dict[object, set[str]] = {}
+    for values in itertools.product(*VALUES.values()):
+        alike = tuple(map(kernel._specialization, range(3), values))
+        compiled_for.setdefault(alike, set()).add(str(binder(*values, WIDTH=4, debug=False)[1]))
+    assert all(len(specializations) == 1 for specializations in compiled_for.values())
+    assert len(compiled_for) < math.prod(map(len, VALUES.values()))
+
+
+class Slow(Jitted):
+    """Compiles only while so many others do."""
+
+    params = SIZED.params
+
+    def __init__(self, together: int) -> None:
+        super().__init__()
+        self.meeting = threading.Barrier(together)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self.meeting.wait(timeout=0.5)
+        return super().__getitem__(grid)
+
+
+@pytest.mark.parametrize(("channels", "meet"), [((96, 2048), False), ((96, 97), True)])
+def test_threads_compile_what_is_alike_one_after_the_other(channels: tuple[int, int], meet: bool) -> None:
+    kernel = QuickLaunch(Slow(together=2))
+    kernel._names = [*SIZED.arg_names]
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(kernel[(1,)], torch.zeros(32), c, 7, WIDTH=4) for c in channels]
+        met = [call.exception() is None for call in calls]
+    assert met == [meet, meet]
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
