@@ -25,12 +25,15 @@ from typing import Any
 
 import torch
 from profile_step import group_of
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from subquad import load_config
+from subquad.compiler.plan import Plan
 from subquad.compiler.predict_step import predict_step
 from subquad.compiler.run_shapes import is_packed
 from subquad.model.build import build_model
+from subquad.schema import RunConfig
 from subquad.training.compilation import compiled, device_of, target_of, uses_bfloat16
 from subquad.training.fp8 import OFF, check_fp8, convert_to_fp8
 from subquad.training.module import summed_loss
@@ -83,6 +86,35 @@ def checked(overrides: list[str]) -> dict[str, Any]:
     config = load_config(overrides)
     config.model.vocab_size = config.model.vocab_size or 256
     config.model.context_len = config.model.context_len or config.trainer.seq_len
+    device = device_of(config)
+    model, plan, step = training_step(config)
+    predicted = predict_step(config, target_of(config), plan)
+    seconds, steps, peak_bytes = _timed(step, device)
+    measured: dict[str, Any] = {"seconds": seconds, "steps": steps, "peak_bytes": peak_bytes}
+    ratio = {"seconds": seconds / predicted.seconds} if predicted.seconds else {}
+    if peak_bytes and predicted.peak_bytes:
+        ratio["peak_bytes"] = peak_bytes / predicted.peak_bytes
+    if device.type == "cuda":
+        measured["groups_s"] = _device_seconds(step)
+        measured["host_call_s"] = (seconds - sum(measured["groups_s"].values())) / max(1, predicted.calls)
+    b, t = config.trainer.batch_size, config.trainer.seq_len
+    rate = b * t / seconds
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    products = operator_flops(plan)
+    return {
+        "parameters": parameters,
+        "tokens_per_s": round(rate),
+        "mfu": float(f"{(6 * parameters * b * t + products) / seconds / PEAK_FLOPS_PER_S:.3g}"),
+        "predicted": asdict(predicted),
+        "measured": measured,
+        "ratio": {name: round(value, 3) for name, value in ratio.items()},
+        "kernels": {f"{choice.operator}/{choice.chosen}": choice.figure.source
+                    for choice in plan.choices if choice.used and choice.figure},
+    }  # fmt: skip
+
+
+def training_step(config: RunConfig) -> tuple[nn.Module, Plan, Callable[[], None]]:
+    """A model compiled as a run would, its plan, and a step of its optimizer on random tokens."""
     device, packed = device_of(config), is_packed(config)
     torch.manual_seed(config.seed)
     model = build_model(config.model, device=device)
@@ -91,7 +123,6 @@ def checked(overrides: list[str]) -> dict[str, Any]:
         convert_to_fp8(model, config.trainer.fp8)
     model.activation_checkpointing = config.trainer.activation_checkpointing
     model, plan = compiled(model, config, None, packed=packed)
-    predicted = predict_step(config, target_of(config), plan)
     if config.compile:
         model.compile()
     optimizer = build_optimizer(config.optimizer, model.parameter_groups)
@@ -107,27 +138,7 @@ def checked(overrides: list[str]) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
 
-    seconds, steps, peak_bytes = _timed(step, device)
-    measured: dict[str, Any] = {"seconds": seconds, "steps": steps, "peak_bytes": peak_bytes}
-    ratio = {"seconds": seconds / predicted.seconds} if predicted.seconds else {}
-    if peak_bytes and predicted.peak_bytes:
-        ratio["peak_bytes"] = peak_bytes / predicted.peak_bytes
-    if device.type == "cuda":
-        measured["groups_s"] = _device_seconds(step)
-        measured["host_call_s"] = (seconds - sum(measured["groups_s"].values())) / max(1, predicted.calls)
-    rate = b * t / seconds
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    products = operator_flops(plan)
-    return {
-        "parameters": parameters,
-        "tokens_per_s": round(rate),
-        "mfu": float(f"{(6 * parameters * b * t + products) / seconds / PEAK_FLOPS_PER_S:.3g}"),
-        "predicted": asdict(predicted),
-        "measured": measured,
-        "ratio": {name: round(value, 3) for name, value in ratio.items()},
-        "kernels": {f"{choice.operator}/{choice.chosen}": choice.figure.source
-                    for choice in plan.choices if choice.used and choice.figure},
-    }  # fmt: skip
+    return model, plan, step
 
 
 def _timed(step: Callable[[], None], device: torch.device) -> tuple[float, int, int | None]:
