@@ -86,7 +86,7 @@ class _Contestant:
         config.model.vocab_size = config.model.vocab_size or BYTES
         config.model.context_len = max(request.contexts)
         torch.manual_seed(config.seed)
-        self._model: LanguageModel = build_model(config.model).to(device).eval()
+        self._model: LanguageModel = build_model(config.model, device=device).eval()
         self._parameters = sum(parameter.numel() for parameter in self._model.parameters())
         compile_for_generation(self._model, config, batch_size)
         self._name, self._vocab_size = config.model.name, config.model.vocab_size
