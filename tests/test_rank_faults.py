@@ -56,12 +56,17 @@ def dies_at_step_six() -> None:
     at_step_six(die)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+FAILS = (fails_at_step_six, "rank 1 ended with exit code 1", "ValueError: planted in one rank")
+DIES = (dies_at_step_six, "rank 1 was killed by SIGKILL", "")
+
+
 @pytest.mark.parametrize(
-    ("fault", "says", "told"),
+    ("fault", "says", "told", "strategy"),
     [
-        (fails_at_step_six, "rank 1 ended with exit code 1", "ValueError: planted in one rank"),
-        (dies_at_step_six, "rank 1 was killed by SIGKILL", ""),
+        pytest.param(*FAILS, "ddp", id="fails, ddp"),
+        pytest.param(*DIES, "fsdp", id="dies, fsdp"),
+        pytest.param(*FAILS, "fsdp", id="fails, fsdp", marks=pytest.mark.slow),
+        pytest.param(*DIES, "ddp", id="dies, ddp", marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_that_dies_ends_the_run(
@@ -127,7 +132,11 @@ def spoils_backward() -> None:
 @pytest.mark.parametrize(
     ("fault", "first"),
     [
-        (spoils_forward, r"the output of blocks.0.channel_mixer \(ChannelMixer\), micro-batch 1"),
+        pytest.param(
+            spoils_forward,
+            r"the output of blocks.0.channel_mixer \(ChannelMixer\), micro-batch 1",
+            marks=pytest.mark.slow,
+        ),
         (spoils_backward, "the gradient of blocks.1.channel_mixer"),
     ],
 )

@@ -81,11 +81,17 @@ def assert_close_runs(left: Path, right: Path, tolerance: float = TOLERANCE) -> 
 @pytest.mark.parametrize(
     ("model", "settings"),
     [
-        (None, {}),
-        (SCOUT, {"accumulate": 2, "activation_checkpointing": True}),
-        (SCOUT, {"gradient_clip_norm": 0.01, "activation_checkpointing": True, "recompute": "cheap"} | CHUNKED),
+        pytest.param(None, {}, id="transformer", marks=pytest.mark.slow),
+        pytest.param(
+            SCOUT, {"accumulate": 2, "activation_checkpointing": True}, id="scout, accumulated and checkpointed"
+        ),
+        pytest.param(
+            SCOUT,
+            {"gradient_clip_norm": 0.01, "activation_checkpointing": True, "recompute": "cheap"} | CHUNKED,
+            id="scout, clipped, checkpointed in part, chunked loss",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["transformer", "scout, accumulated and checkpointed", "scout, clipped, checkpointed in part, chunked loss"],
 )
 def test_two_ranks_of_shards_train_as_one_process(
     tiny_run: TinyRun, model: ModelConfig | None, settings: dict[str, Any]
@@ -186,11 +192,17 @@ def test_sharded_ranks_resume_bit_for_bit(tiny_run: TinyRun) -> None:
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ({"devices": 2, "strategy": "fsdp"}, {"accumulate": 2}),
-        ({"accumulate": 2}, {"devices": 2, "strategy": "fsdp"}),
-        ({"devices": 2, "strategy": "fsdp"}, {"devices": 2}),
+        pytest.param({"devices": 2, "strategy": "fsdp"}, {"accumulate": 2}, id="two shards -> one process"),
+        pytest.param(
+            {"accumulate": 2},
+            {"devices": 2, "strategy": "fsdp"},
+            id="one process -> two shards",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"devices": 2, "strategy": "fsdp"}, {"devices": 2}, id="two shards -> two copies", marks=pytest.mark.slow
+        ),
     ],
-    ids=["two shards -> one process", "one process -> two shards", "two shards -> two copies"],
 )
 def test_a_run_goes_on_with_another_number_of_ranks(
     tiny_run: TinyRun, before: dict[str, Any], after: dict[str, Any]
@@ -209,8 +221,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(
 
 
 def test_steps_of_another_size_are_refused(tiny_run: TinyRun) -> None:
-    settings = {"max_steps": 4, "devices": 2, "strategy": "fsdp"}
-    run_dir = str(train(tiny_run("run", run={"data": MQAR}, **settings)).run_dir)
+    run_dir = str(train(tiny_run("run", max_steps=4, accumulate=2, run={"data": MQAR})).run_dir)
     with pytest.raises(ResumeError, match="took 4 samples so far and would take 2"):
         train(tiny_run("run", max_steps=8, run={"data": MQAR, "resume": run_dir}))
 

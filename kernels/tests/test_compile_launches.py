@@ -77,7 +77,18 @@ def assert_sound(kernel: Kernel, launches: list[dict[str, Any]]) -> None:
     assert not spilling, spilling
 
 
-@pytest.mark.parametrize("kernel", TRITON_KERNELS)
+LONG = ("gated_linear_attention/fused", "delta_rule/fused_diagonal")
+"""Of minutes where cores are busy."""
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        pytest.param(kernel, id=kernel.key, marks=[pytest.mark.slow] if kernel.key in LONG else [])
+        for kernel in KERNELS
+        if written_in_triton(kernel)
+    ],
+)
 def test_a_packed_step_and_a_decode_compile_for_hopper_and_do_not_spill(kernel: Kernel) -> None:
     assert_sound(kernel, compiled(kernel, "sm_90", "--sample"))
 
