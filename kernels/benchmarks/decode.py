@@ -85,7 +85,7 @@ LONG_CACHE = {"m": 2_048}
 
 def form_cases(cases: list[Workload]) -> list[Workload]:
     """A decode's own, and those of a long cache."""
-    return cases + [replace(case, shape=case.shape | LONG_CACHE) for case in cases if case.shape["b"] <= 64]
+    return cases + [replace(case, shape={**case.shape, **LONG_CACHE}) for case in cases if case.shape["b"] <= 64]
 
 
 def compile_forms(operator: Operator, forms: dict[str, Form], case: Workload, device: str) -> None:
