@@ -238,7 +238,7 @@ class Replay:
         self._device, self._results = recording._device, tuple(results)
         self._cuda = self._device.index if self._device.type == "cuda" else None
         # On the current device, as torch.empty_strided at half of its time for the host.
-        fast = torch._C._dynamo.guards._empty_strided_cuda
+        fast = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]
         self._empty: Callable[..., Tensor] = partial(_empty, self._device) if self._cuda is None else fast
         self._steps = tuple(recording._steps)
         self._count = len(recording._roots)
