@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 _TILE_BYTES = 16_384
 """Keys and values that a program asks for at once: eight programs a processor then hide the way to memory."""
+_MOST_ROWS = 64
+"""Summaries of a tile of narrow heads: a cache seldom has many more."""
 _PROGRAMS = 1024
 """Programs that fill a large GPU: about eight for each of 132 processors."""
 _LEAST_TILES = 4
@@ -52,7 +54,7 @@ class Launch:
 def launch_of(key_width: int, value_width: int, element_bytes: int) -> Launch:
     """The tile of a head of these widths."""
     widest = max(padded(key_width), padded(value_width))
-    return Launch(tile_n=_TILE_BYTES // (2 * widest * element_bytes))
+    return Launch(tile_n=min(_MOST_ROWS, _TILE_BYTES // (2 * widest * element_bytes)))
 
 
 def decode(
