@@ -1,10 +1,10 @@
 """Time what a call of an operator costs the host: Python, dispatcher and autograd, without the work of the device.
 
-    python kernels/benchmarks/host_time.py [--repeats 2000] [--json OUT.json] [--only OPERATOR ...]
+    python kernels/benchmarks/host_time.py [--repeats 2000] [--json OUT.json] [--only OPERATOR ...] [--forward]
 
 A number is the wall time, in microseconds, of one call that begins with an idle device and is not waited for: the least
 median of twenty groups of calls.
-Four of them for every operator, packed and not:
+Four of them for every operator, packed and not; with --forward the first alone:
 
     op            the operator in torch.no_grad()
     op+grad       the operator where autograd records it
@@ -31,6 +31,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -169,8 +170,25 @@ def microseconds(call: Callable[[], object], repeats: int, device: str) -> float
     return 1e6 * min(statistics.median(times[first : first + group]) for first in range(0, len(times), group))
 
 
-def measure(operator: Operator, kernel: str, case: Workload, device: str, repeats: int) -> dict[str, float]:
-    """The four numbers of the page's head."""
+def compile_forwards(cases: list[tuple[Kernel, Workload]]) -> None:
+    """First calls on a device beside each other: most of a compilation is no Python."""
+
+    def first(job: tuple[Kernel, Workload]) -> None:
+        kernel, case = job
+        arguments = CATALOGUE.operator(kernel.operator).torch_half.sample_inputs(case, seed=0, device="cuda")
+        with torch.no_grad():
+            kernel.torch_half.forward(**arguments)
+
+    for kernel, _ in cases:
+        kernel.torch_half  # noqa: B018  (not in the threads: two that import one module may wait for each other)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(first, cases))
+
+
+def measure(
+    operator: Operator, kernel: str, case: Workload, device: str, repeats: int, forward: bool
+) -> dict[str, float]:
+    """The numbers of the page's head."""
     arguments = operator.torch_half.sample_inputs(case, seed=0, device=device)
     function = getattr(subquad_kernels.operators, operator.name)
     leaves = {
@@ -196,8 +214,10 @@ def measure(operator: Operator, kernel: str, case: Workload, device: str, repeat
         return functions.backward(arguments, functions.forward(**arguments), pulls)
 
     inputs = list(leaves.values())
-    return {
-        "op": microseconds(plain, repeats, device),
+    found = {"op": microseconds(plain, repeats, device)}
+    if forward:
+        return found
+    return found | {
         "op+grad": microseconds(lambda: call(recorded), repeats, device),
         "op+backward": microseconds(
             lambda: torch.autograd.grad(call(recorded), inputs, pull, allow_unused=True), repeats, device
@@ -225,15 +245,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2000)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", nargs="*", default=None, help="names of operators; all unless given")
+    parser.add_argument("--forward", action="store_true", help="the operator's forward alone, without autograd")
     options = parser.parse_args()
     torch.set_num_threads(1)
     on_cuda = torch.cuda.is_available()
     rows: list[dict[str, Any]] = []
-    columns = ("op", "op+grad", "op+backward", "kernel forward", "kernel both")
+    columns = ("op",) if options.forward else ("op", "op+grad", "op+backward", "kernel forward", "kernel both")
     print(f"{'operator':20}{'case':8}{'kernel':22}" + "".join(f"{column:>16}" for column in columns))
 
     def report(operator: Operator, label: str, kernel: str, how: str, case: Workload, device: str) -> dict[str, float]:
-        row = measure(operator, kernel, case, device, options.repeats)
+        row = measure(operator, kernel, case, device, options.repeats, options.forward)
         rows.append({"operator": operator.name, "case": label, "kernel": kernel, "how": how, **row})
         print(
             f"{operator.name:20}{label:8}{how if how == kernel else f'{kernel} {how}':22}"
@@ -246,9 +267,18 @@ def main() -> None:
             options.json.write_text(json.dumps(found, indent=1))
         return row
 
-    for operator in OPERATORS:
-        if options.only is not None and operator.name not in options.only:
-            continue
+    chosen = [operator for operator in OPERATORS if options.only is None or operator.name in options.only]
+    if on_cuda:
+        compile_forwards(
+            [
+                (kernel, case)
+                for operator in chosen
+                for _, case in workloads(operator)
+                for kernel in triton_kernels(operator)
+                if kernel.first_calls_in_threads and kernel.supports(case, LIMITS) is None
+            ]
+        )
+    for operator in chosen:
         empty = nothing(operator)
         for label, case in workloads(operator):
             base = report(operator, label, empty, "nothing", case, "cpu")["op"]

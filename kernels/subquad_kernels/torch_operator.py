@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _LIBRARY = torch.library.Library("subquad", "FRAGMENT")
 
 _DEVICES = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
+_BELOW: dict[int, tuple[torch._C.DispatchKeySet, bool]] = {}
 
 _BLAMED = "_subquad_kernel"
 """The attribute of an exception that names the kernel which raised it."""
@@ -162,9 +163,10 @@ def define(operator: Operator, signature: str) -> Callable[..., Any]:
         ]
 
     def below_autograd(keyset: torch._C.DispatchKeySet, values: Sequence[Any]) -> Any:
+        rest, at_device = _below(keyset)
         with torch._C._AutoDispatchBelowAutograd():
             # Where no mode, tracer or subclass stands before the device, torch need not be asked the way.
-            return run(*values) if keyset.highestPriorityTypeId() in _DEVICES else op.redispatch(keyset, *values)
+            return run(*values) if at_device else op.redispatch(rest, *values)
 
     class Recorded(torch.autograd.Function):
         """The op below autograd, and how its gradients come back."""
@@ -198,7 +200,6 @@ def define(operator: Operator, signature: str) -> Callable[..., Any]:
     def record(keyset: torch._C.DispatchKeySet, *values: Any) -> Any:
         # As torch.library.register_autograd, which in every call walks the schema to fill in defaults: half the host's
         # time of a recorded call.
-        keyset = keyset & torch._C._after_autograd_keyset
         if torch.is_grad_enabled() and any(
             values[place] is not None and values[place].requires_grad for place in tensors
         ):
@@ -301,6 +302,15 @@ def _places(names: list[str], tensors: tuple[str, ...]) -> tuple[list[int], list
     """Where an op's tensors stand among its arguments, and where everything else does, the kernel's text included."""
     places = [names.index(name) for name in tensors]
     return places, [place for place in range(len(names) + 1) if place not in places]
+
+
+def _below(keyset: torch._C.DispatchKeySet) -> tuple[torch._C.DispatchKeySet, bool]:
+    """What stands below autograd in a call, and whether that is a device at once; calls have few sets of keys."""
+    found = _BELOW.get(raw := keyset.raw_repr())
+    if found is None:
+        rest = keyset & torch._C._after_autograd_keyset
+        found = _BELOW[raw] = rest, rest.highestPriorityTypeId() in _DEVICES
+    return found
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

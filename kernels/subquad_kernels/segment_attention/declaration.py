@@ -113,10 +113,10 @@ def _tiled_supports(workload: Workload, limits: DeviceLimits) -> str | None:
 
 
 def _tiled_launches(workload: Workload) -> int:
-    """Forward one; backward one where no summary is seen, else three; five that find the summaries of documents."""
+    """Forward one; backward one where no summary is seen, else three; one that finds the summaries of documents."""
     t, packed = workload.shape["t"], "documents" in workload.shape
     seen = packed or t > int(workload.options["segment_len"]) or workload.shape["m"] > 0
-    return (3 if workload.phase == "backward" and seen else 1) + (5 if packed else 0)
+    return (3 if workload.phase == "backward" and seen else 1) + (1 if packed else 0)
 
 
 def _tiled_steps(workload: Workload) -> int:

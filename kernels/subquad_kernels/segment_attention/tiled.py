@@ -20,8 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from subquad_kernels.segment_attention import tiled_step
 from subquad_kernels.segment_attention.definition import scale_of
 from subquad_kernels.segment_attention.summaries import Summaries
+from subquad_kernels.segment_attention.tiles import LN2, LOG2E, load, put, rows
+from subquad_kernels.tile_sizes import ceil_div, padded
 from subquad_kernels.triton_documents import find_documents, halvings
 from subquad_kernels.triton_launch import QuickLaunch
 
@@ -30,8 +33,6 @@ if TYPE_CHECKING:
 
 Stage = Literal["forward", "query_gradients", "summary_gradients"]
 
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 ROOM: tl.constexpr = tl.constexpr(256)
 """Row terms of the backward are padded to this many rows: any tile of queries reads them whole, 16 bytes at a time."""
 
@@ -97,27 +98,44 @@ def forward(
     scale: float | None,
 ) -> Outputs:
     """out and lse."""
+    _check(q, v)
+    with torch.cuda.device_of(q):
+        if q.shape[1] == 1 and cu_seqlens is None:
+            return tiled_step.decode(q, k, v, summary_k, summary_v, scale_of(q, scale))
+        return by_tiles(q, k, v, summary_k, summary_v, cu_seqlens, segment_len, start, scale)
+
+
+def by_tiles(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    summary_k: Tensor | None,
+    summary_v: Tensor | None,
+    cu_seqlens: Tensor | None,
+    segment_len: int,
+    start: int,
+    scale: float | None,
+) -> Outputs:
+    """out and lse of any number of tokens."""
     b, t, h, key_width = q.shape
     value_width = v.shape[3]
-    _check(q, v)
     factor = scale_of(q, scale)
     if factor < 0:  # the kernel takes its maxima before it scales
         q, factor = -q, -factor
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    q, k, v = rows(q), rows(k), rows(v)
     seen = _Seen.by_call(k, v, summary_k, summary_v, cu_seqlens, segment_len, start)
     out = q.new_empty(b, t, h, value_width)
     lse = q.new_empty(b, h, t, dtype=torch.float32)
-    block_k, block_v = _block(key_width), _block(value_width)
+    block_k, block_v = padded(key_width), padded(value_width)
     tiles = tiling("forward", q.dtype, max(block_k, block_v), t)
-    with torch.cuda.device_of(q):
-        _forward_kernel[(-(-t // tiles.tile_t) * b * h,)](
-            q, k, v, seen.keys, seen.values, out, lse, seen.low, seen.high,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *seen.keys.stride()[:3], *seen.values.stride()[:3],
-            t, h, start, segment_len, factor * LOG2E.value,
-            GROUPS=h // k.shape[2], K=key_width, V=value_width, BLOCK_K=block_k, BLOCK_V=block_v,
-            TILE_T=tiles.tile_t, TILE_N=tiles.tile_n, PACKED=cu_seqlens is not None,
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-        )  # fmt: skip
+    _forward_kernel[(ceil_div(t, tiles.tile_t) * b * h,)](
+        q, k, v, seen.keys, seen.values, out, lse, seen.low, seen.high,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *seen.keys.stride()[:3], *seen.values.stride()[:3],
+        t, h, start, segment_len, factor * LOG2E.value,
+        GROUPS=h // k.shape[2], K=key_width, V=value_width, BLOCK_K=block_k, BLOCK_V=block_v,
+        TILE_T=tiles.tile_t, TILE_N=tiles.tile_n, PACKED=cu_seqlens is not None,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
     return out, lse
 
 
@@ -129,7 +147,7 @@ def backward(arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | N
 
 def _backward(arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
     values: Any = arguments
-    q, k, v, cu_seqlens = _rows(values["q"]), _rows(values["k"]), _rows(values["v"]), values["cu_seqlens"]
+    q, k, v, cu_seqlens = rows(values["q"]), rows(values["k"]), rows(values["v"]), values["cu_seqlens"]
     segment_len, start, factor = values["segment_len"], values["start"], scale_of(q, values["scale"])
     out, lse = outputs[0].contiguous(), outputs[1].contiguous()
     assert gradients[0] is not None
@@ -139,13 +157,13 @@ def _backward(arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | 
     seen = _Seen.by_call(k, v, values["summary_k"], values["summary_v"], cu_seqlens, segment_len, start)
     dq = q.new_empty(q.shape)
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-    row_terms = lse.new_empty(b, h, -(-t // ROOM.value) * ROOM.value, 2)
-    block_k, block_v = _block(key_width), _block(value_width)
+    row_terms = lse.new_empty(b, h, ceil_div(t, ROOM.value) * ROOM.value, 2)
+    block_k, block_v = padded(key_width), padded(value_width)
     packed, wide = cu_seqlens is not None, max(block_k, block_v)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     summary_strides = (*seen.keys.stride()[:3], *seen.values.stride()[:3])
     tiles = tiling("query_gradients", q.dtype, wide, t)
-    _query_gradients_kernel[(-(-t // tiles.tile_t) * b * h,)](
+    _query_gradients_kernel[(ceil_div(t, tiles.tile_t) * b * h,)](
         q, k, v, seen.keys, seen.values, out, d_out, lse, row_terms, dq, dk, dv, seen.low, seen.high,
         *strides, *summary_strides, t, h, start, segment_len, factor,
         GROUPS=h // h_kv, K=key_width, V=value_width, BLOCK_K=block_k, BLOCK_V=block_v,
@@ -157,10 +175,10 @@ def _backward(arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | 
         return found
 
     tiles = tiling("summary_gradients", q.dtype, wide, t)
-    programs = -(-seen.count // tiles.tile_n) * b * h_kv
-    splits = max(1, min(-(-PROGRAMS // programs), t // SPLIT_T))
+    programs = ceil_div(seen.count, tiles.tile_n) * b * h_kv
+    splits = max(1, min(ceil_div(PROGRAMS, programs), t // SPLIT_T))
     # Splits begin and end between tiles.
-    split_t = -(-t // (splits * tiles.tile_t)) * tiles.tile_t
+    split_t = ceil_div(t, splits * tiles.tile_t) * tiles.tile_t
     part_k = lse.new_empty(splits, b, h_kv, seen.count, key_width)
     part_v = lse.new_empty(splits, b, h_kv, seen.count, value_width)
     _summary_gradients_kernel[(programs * splits,)](
@@ -170,7 +188,7 @@ def _backward(arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | 
         TILE_T=tiles.tile_t, TILE_N=tiles.tile_n, PACKED=packed,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
-    _add_to_tokens_kernel[(-(-seen.count // ADD_ROWS) * b * h_kv,)](
+    _add_to_tokens_kernel[(ceil_div(seen.count, ADD_ROWS) * b * h_kv,)](
         part_k, part_v, dk, dv, seen.position, t, b, h_kv, seen.count, seen.first, segment_len, splits,
         K=key_width, V=value_width, BLOCK_K=block_k, BLOCK_V=block_v, TILE_N=ADD_ROWS, PACKED=packed, num_warps=4,
     )  # fmt: skip
@@ -232,115 +250,87 @@ class _Seen:
         if count > summaries.known:
             summary_k = torch.cat([summary_k, k[:, inside]], dim=1)
             summary_v = torch.cat([summary_v, v[:, inside]], dim=1)
-        return cls(_rows(summary_k), _rows(summary_v), count, first)
+        return cls(rows(summary_k), rows(summary_v), count, first)
 
     @classmethod
     def by_documents(cls, k: Tensor, v: Tensor, cu_seqlens: Tensor, segment_len: int) -> _Seen:
         """Room for a summary in each stretch of segment_len tokens, which holds one at most: summaries of one document
         are segment_len apart, and others further. Room that none takes is seen by nobody.
         """
-        t = k.shape[1]
-        count = -(-t // segment_len)
+        _, t, h_kv, key_width = k.shape
+        value_width, documents = v.shape[3], cu_seqlens.shape[0] - 1
+        count = ceil_div(t, segment_len)
         # Rows of multiples of 16 bytes: every length has the alignments, and so the compiled kernels, of every other.
-        tokens = cu_seqlens.new_empty(2, -(-t // 4) * 4)
-        room = cu_seqlens.new_full((2, -(-count // 4) * 4), t)
-        documents = cu_seqlens.shape[0] - 1
-        _mark_kernel[(-(-t // MARKED_T),)](
-            cu_seqlens.contiguous(), tokens, room, t, tokens.stride(0), room.stride(0), documents, halvings(documents),
-            segment_len,
-            TILE_T=MARKED_T, num_warps=1,
+        tokens = cu_seqlens.new_empty(2, ceil_div(t, 4) * 4)
+        room = cu_seqlens.new_empty(2, ceil_div(count, 4) * 4)
+        keys, values = k.new_empty(1, count, h_kv, key_width), v.new_empty(1, count, h_kv, value_width)
+        _find_kernel[(ceil_div(count, ADD_ROWS) * h_kv + ceil_div(t, MARKED_T),)](
+            cu_seqlens.contiguous(), k, v, keys, values, tokens, room, *k.stride()[1:3], *v.stride()[1:3],
+            t, h_kv, count, tokens.stride(0), room.stride(0), documents, halvings(documents), segment_len,
+            K=key_width, V=value_width, BLOCK_K=padded(key_width), BLOCK_V=padded(value_width),
+            TILE_N=ADD_ROWS, TILE_T=MARKED_T, num_warps=4,
         )  # fmt: skip
         low, high = tokens.unbind()
         position, end = room[:, :count].unbind()
-        (b, _, h_kv, key_width), value_width = k.shape, v.shape[3]
-        keys, values = k.new_empty(b, count, h_kv, key_width), v.new_empty(b, count, h_kv, value_width)
-        _gather_kernel[(-(-count // ADD_ROWS) * b * h_kv,)](
-            k, v, position, keys, values, *k.stride()[:3], *v.stride()[:3], t, h_kv, count,
-            K=key_width, V=value_width, BLOCK_K=_block(key_width), BLOCK_V=_block(value_width), TILE_N=ADD_ROWS,
-            num_warps=4,
-        )  # fmt: skip
         return cls(keys, values, count, 0, low, high, position, end)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """Itself when each row lies in consecutive memory, as the kernels take it, else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _block(width: int) -> int:
-    """The next power of two; a product takes 16 at least."""
-    return max(16, 1 << (width - 1).bit_length())
-
-
-@QuickLaunch
-@triton.jit(do_not_specialize=["t", "token_row", "room_row", "documents", "steps", "segment_len"])
-def _mark_kernel(
-    cu_seqlens, tokens, room, t, token_row, room_row, documents, steps, segment_len, TILE_T: tl.constexpr
-):  # fmt: skip
-    """Which summaries each token sees, and of each summary its token and the end of its document.
-
-    Summary j of a document that starts at s stands at s + (j + 1) segment_len - 1, in stretch j + 1 + (s - 1) //
-    segment_len (rounded down) of the sequence.
-    Shapes:  tokens: 2 token_row (low, high)    room: 2 room_row (position, end)
-    """
-    token = tl.program_id(0) * TILE_T + tl.arange(0, TILE_T)
+@triton.jit
+def _document_of(cu_seqlens, documents, steps, token, t):
+    """Where the document of each token starts and ends; tokens after the last boundary are one of their own."""
     document = find_documents(cu_seqlens, documents, steps, token)
     start, end = tl.load(cu_seqlens + document), tl.load(cu_seqlens + document + 1)
-    # Tokens after the last boundary, if any, are a document of their own.
-    start, end = tl.where(token < end, start, end), tl.where(token < end, end, t)
-    low = (start + segment_len - 1) // segment_len
-    within = token - start
-    tl.store(tokens + token, low, mask=token < t)
-    tl.store(tokens + token_row + token, low + within // segment_len, mask=token < t)
-    is_summary = (token < t) & (within % segment_len == segment_len - 1)
-    place = token // segment_len
-    tl.store(room + place, token, mask=is_summary)
-    tl.store(room + room_row + place, end, mask=is_summary)
-
-
-@triton.jit
-def _tile(pointers, row_ok, column_ok, EDGE: tl.constexpr, WHOLE: tl.constexpr):
-    """Load rows; zeros beyond the last row at an EDGE, and in padded columns unless rows are WHOLE."""
-    if EDGE and WHOLE:
-        tile = tl.load(pointers, mask=row_ok[:, None], other=0.0)
-    elif EDGE:
-        tile = tl.load(pointers, mask=row_ok[:, None] & column_ok[None, :], other=0.0)
-    elif WHOLE:
-        tile = tl.load(pointers)
-    else:
-        tile = tl.load(pointers, mask=column_ok[None, :], other=0.0)
-    return tile
-
-
-@triton.jit
-def _put(pointers, tile, row_ok, column_ok, WHOLE: tl.constexpr):
-    """Store the real rows and columns in the type of the memory."""
-    if WHOLE:
-        tl.store(pointers, tile.to(pointers.dtype.element_ty), mask=row_ok[:, None])
-    else:
-        tl.store(pointers, tile.to(pointers.dtype.element_ty), mask=row_ok[:, None] & column_ok[None, :])
+    return tl.where(token < end, start, end), tl.where(token < end, end, t)
 
 
 @QuickLaunch
-@triton.jit(do_not_specialize=["t", "h_kv", "count"])
-def _gather_kernel(
-    k, v, positions, keys, values, k_b, k_t, k_h, v_b, v_t, v_h, t, h_kv, count,
-    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILE_N: tl.constexpr,
+@triton.jit(do_not_specialize=["t", "h_kv", "count", "token_row", "room_row", "documents", "steps", "segment_len"])
+def _find_kernel(
+    cu_seqlens, k, v, keys, values, tokens, room, k_t, k_h, v_t, v_h,
+    t, h_kv, count, token_row, room_row, documents, steps, segment_len,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    TILE_N: tl.constexpr, TILE_T: tl.constexpr,
 ):  # fmt: skip
-    """Copy the rows where summaries stand; room that none takes gets the last row, which nobody sees."""
+    """Where summaries are; the first programs copy their rows, the others say which of them each token sees.
+
+    Summary j of a document that starts at s stands at s + (j + 1) segment_len - 1, in stretch j + 1 + (s - 1) //
+    segment_len (rounded down) of the sequence: its document is that of the stretch's first token.
+    Shapes:  tokens: 2 token_row (low, high)    room: 2 room_row (position, end)
+    """
     tiles = tl.cdiv(count, TILE_N)
-    batch_head = tl.program_id(0) // tiles
-    batch, key_head = (batch_head // h_kv).to(tl.int64), (batch_head % h_kv).to(tl.int64)
-    summary = tl.program_id(0) % tiles * TILE_N + tl.arange(0, TILE_N)
-    inside = summary < count
-    token = tl.minimum(tl.load(positions + summary, mask=inside, other=0), t - 1).to(tl.int64)[:, None]
-    place = (batch * count + summary.to(tl.int64)[:, None]) * h_kv + key_head
-    column_k, column_v = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
-    k_ok, v_ok = column_k < K, column_v < V
-    key = _tile(k + batch * k_b + key_head * k_h + token * k_t + column_k[None, :], inside, k_ok, True, K == BLOCK_K)
-    value = _tile(v + batch * v_b + key_head * v_h + token * v_t + column_v[None, :], inside, v_ok, True, V == BLOCK_V)
-    _put(keys + place * K + column_k[None, :], key, inside, k_ok, K == BLOCK_K)
-    _put(values + place * V + column_v[None, :], value, inside, v_ok, V == BLOCK_V)
+    program = tl.program_id(0)
+    if program < tiles * h_kv:
+        summary, key_head = program % tiles * TILE_N + tl.arange(0, TILE_N), (program // tiles).to(tl.int64)
+        inside = summary < count
+        first = summary * segment_len
+        start, end = _document_of(cu_seqlens, documents, steps, first, t)
+        position = first + segment_len - 1 - (first - start) % segment_len
+        taken = position < end
+        position, end = tl.where(taken, position, t), tl.where(taken, end, t)
+        if key_head == 0:
+            tl.store(room + summary, position, mask=inside)
+            tl.store(room + room_row + summary, end, mask=inside)
+        # Room that no summary takes gets the last row, which nobody sees.
+        from_ = tl.minimum(position, t - 1).to(tl.int64)[:, None]
+        place = summary.to(tl.int64)[:, None] * h_kv + key_head
+        column_k, column_v = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+        k_ok, v_ok = column_k < K, column_v < V
+        key = load(k + key_head * k_h + from_ * k_t + column_k[None, :], inside, k_ok, True, K == BLOCK_K)
+        value = load(v + key_head * v_h + from_ * v_t + column_v[None, :], inside, v_ok, True, V == BLOCK_V)
+        put(keys + place * K + column_k[None, :], key, inside, k_ok, K == BLOCK_K)
+        put(values + place * V + column_v[None, :], value, inside, v_ok, V == BLOCK_V)
+    else:
+        _mark(cu_seqlens, tokens, program - tiles * h_kv, t, token_row, documents, steps, segment_len, TILE_T)
+
+
+@triton.jit
+def _mark(cu_seqlens, tokens, tile, t, token_row, documents, steps, segment_len, TILE_T: tl.constexpr):
+    """Which summaries each token of a tile sees."""
+    token = tile * TILE_T + tl.arange(0, TILE_T)
+    start, _ = _document_of(cu_seqlens, documents, steps, token, t)
+    low = (start + segment_len - 1) // segment_len
+    tl.store(tokens + token, low, mask=token < t)
+    tl.store(tokens + token_row + token, low + (token - start) // segment_len, mask=token < t)
 
 
 @triton.jit
@@ -375,7 +365,7 @@ def _attend(
     for begin in range(from_, to, TILE_N):
         summary = begin + offset
         place = summary.to(tl.int64)[:, None]
-        key = _tile(keys + place * keys_n + column_k[None, :], summary < to, column_k < K, EDGE, K == BLOCK_K)
+        key = load(keys + place * keys_n + column_k[None, :], summary < to, column_k < K, EDGE, K == BLOCK_K)
         score = tl.dot(queries, tl.trans(key), input_precision="ieee")  # [TILE_T, TILE_N]
         if EDGE:
             visible = (summary[None, :] >= row_low[:, None]) & (summary[None, :] < row_high[:, None])
@@ -389,7 +379,7 @@ def _attend(
         shrink = tl.exp2(peak - new_peak)
         total = total * shrink + tl.sum(weight, 1)
         acc = acc * shrink[:, None]
-        value = _tile(values + place * values_n + column_v[None, :], summary < to, column_v < V, EDGE, V == BLOCK_V)
+        value = load(values + place * values_n + column_v[None, :], summary < to, column_v < V, EDGE, V == BLOCK_V)
         acc = tl.dot(weight.to(value.dtype), value, acc, input_precision="ieee")
         peak = new_peak
     return acc, total, peak
@@ -417,9 +407,9 @@ def _forward_kernel(
     column_k, column_v = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
     at_k, at_v = column_k[None, :], column_v[None, :]
 
-    queries = _tile(q + batch * q_b + head * q_h + place * q_t + at_k, row_ok, column_k < K, True, K == BLOCK_K)
-    own_key = _tile(k + batch * k_b + key_head * k_h + place * k_t + at_k, row_ok, column_k < K, True, K == BLOCK_K)
-    own_value = _tile(v + batch * v_b + key_head * v_h + place * v_t + at_v, row_ok, column_v < V, True, V == BLOCK_V)
+    queries = load(q + batch * q_b + head * q_h + place * q_t + at_k, row_ok, column_k < K, True, K == BLOCK_K)
+    own_key = load(k + batch * k_b + key_head * k_h + place * k_t + at_k, row_ok, column_k < K, True, K == BLOCK_K)
+    own_value = load(v + batch * v_b + key_head * v_h + place * v_t + at_v, row_ok, column_v < V, True, V == BLOCK_V)
     peak = tl.sum(queries.to(tl.float32) * own_key.to(tl.float32), 1) * factor2
     total = tl.full([TILE_T], 1.0, tl.float32)
     acc = own_value.to(tl.float32)
@@ -441,7 +431,7 @@ def _forward_kernel(
     )  # fmt: skip
 
     by_token = ((batch * t + place) * h + head) * V
-    _put(out + by_token + at_v, acc / total[:, None], row_ok, column_v < V, V == BLOCK_V)
+    put(out + by_token + at_v, acc / total[:, None], row_ok, column_v < V, V == BLOCK_V)
     tl.store(lse + batch_head.to(tl.int64) * t + row, (peak + tl.log2(total)) * LN2, mask=row_ok)
 
 
@@ -457,8 +447,8 @@ def _pull_back_to_queries(
     for begin in range(from_, to, TILE_N):
         summary = begin + offset
         place = summary.to(tl.int64)[:, None]
-        key = _tile(keys + place * keys_n + column_k[None, :], summary < to, column_k < K, EDGE, K == BLOCK_K)
-        value = _tile(values + place * values_n + column_v[None, :], summary < to, column_v < V, EDGE, V == BLOCK_V)
+        key = load(keys + place * keys_n + column_k[None, :], summary < to, column_k < K, EDGE, K == BLOCK_K)
+        value = load(values + place * values_n + column_v[None, :], summary < to, column_v < V, EDGE, V == BLOCK_V)
         score = tl.dot(queries, tl.trans(key), input_precision="ieee")  # [TILE_T, TILE_N]
         score = score * factor2 - lse2[:, None]
         if EDGE:
@@ -500,8 +490,8 @@ def _query_gradients_kernel(
     q += batch * q_b + place * q_t + at_k
     by_token = ((batch * t + place) * h) * V + at_v
     by_head = batch * h * t + row
-    own_key = _tile(k + batch * k_b + key_head * k_h + place * k_t + at_k, row_ok, k_ok, True, K == BLOCK_K)
-    own_value = _tile(v + batch * v_b + key_head * v_h + place * v_t + at_v, row_ok, v_ok, True, V == BLOCK_V)
+    own_key = load(k + batch * k_b + key_head * k_h + place * k_t + at_k, row_ok, k_ok, True, K == BLOCK_K)
+    own_value = load(v + batch * v_b + key_head * v_h + place * v_t + at_v, row_ok, v_ok, True, V == BLOCK_V)
     own_key, own_value = own_key.to(tl.float32), own_value.to(tl.float32)
 
     # The token's own term: elementwise in time, summed over the query heads that share a key head.
@@ -509,9 +499,9 @@ def _query_gradients_kernel(
         own_dk = tl.zeros([TILE_T, BLOCK_K], tl.float32)
         own_dv = tl.zeros([TILE_T, BLOCK_V], tl.float32)
         for other in range(head, head + GROUPS):
-            query = _tile(q + other * q_h, row_ok, k_ok, True, K == BLOCK_K).to(tl.float32)
-            pull = _tile(d_out + by_token + other * V, row_ok, v_ok, True, V == BLOCK_V).to(tl.float32)
-            result = _tile(out + by_token + other * V, row_ok, v_ok, True, V == BLOCK_V).to(tl.float32)
+            query = load(q + other * q_h, row_ok, k_ok, True, K == BLOCK_K).to(tl.float32)
+            pull = load(d_out + by_token + other * V, row_ok, v_ok, True, V == BLOCK_V).to(tl.float32)
+            result = load(out + by_token + other * V, row_ok, v_ok, True, V == BLOCK_V).to(tl.float32)
             row_lse2 = tl.load(lse + by_head + other * t, mask=row_ok, other=0.0) * LOG2E
             weight = tl.exp2(tl.sum(query * own_key, 1) * factor2 - row_lse2)
             d_score = weight * tl.sum(pull * (own_value - result), 1)
@@ -519,12 +509,12 @@ def _query_gradients_kernel(
             own_dv += weight[:, None] * pull
         h_kv = h // GROUPS
         key_place = (batch * t + place) * h_kv + key_head
-        _put(dk + key_place * K + at_k, own_dk * factor, row_ok, k_ok, K == BLOCK_K)
-        _put(dv + key_place * V + at_v, own_dv, row_ok, v_ok, V == BLOCK_V)
+        put(dk + key_place * K + at_k, own_dk * factor, row_ok, k_ok, K == BLOCK_K)
+        put(dv + key_place * V + at_v, own_dv, row_ok, v_ok, V == BLOCK_V)
 
-    queries = _tile(q + head * q_h, row_ok, k_ok, True, K == BLOCK_K)
-    pulls = _tile(d_out + by_token + head * V, row_ok, v_ok, True, V == BLOCK_V)
-    results = _tile(out + by_token + head * V, row_ok, v_ok, True, V == BLOCK_V)
+    queries = load(q + head * q_h, row_ok, k_ok, True, K == BLOCK_K)
+    pulls = load(d_out + by_token + head * V, row_ok, v_ok, True, V == BLOCK_V)
+    results = load(out + by_token + head * V, row_ok, v_ok, True, V == BLOCK_V)
     lse2 = tl.load(lse + by_head + head * t, mask=row_ok, other=0.0) * LOG2E
     row_delta = tl.sum(pulls.to(tl.float32) * results.to(tl.float32), 1)
     row_terms += 2 * (batch_head.to(tl.int64) * (tl.cdiv(t, ROOM) * ROOM) + row)
@@ -549,7 +539,7 @@ def _query_gradients_kernel(
         acc, queries, pulls, lse2, row_delta, keys, values, keys_n, values_n, column_k, column_v,
         row_low, row_high, edge, to, factor2, K, V, BLOCK_K, BLOCK_V, TILE_N, True,
     )  # fmt: skip
-    _put(dq + ((batch * t + place) * h + head) * K + at_k, acc * factor, row_ok, k_ok, K == BLOCK_K)
+    put(dq + ((batch * t + place) * h + head) * K + at_k, acc * factor, row_ok, k_ok, K == BLOCK_K)
 
 
 @triton.jit
@@ -571,8 +561,8 @@ def _pull_back_to_summaries(
         row = begin + offset
         row_ok = (row >= earliest) & (row < latest)
         place = row.to(tl.int64)[:, None]
-        queries = _tile(q + place * q_t + column_k[None, :], row_ok, column_k < K, EDGE, K == BLOCK_K)
-        pulls = _tile(d_out + place * d_out_t + column_v[None, :], row_ok, column_v < V, EDGE, V == BLOCK_V)
+        queries = load(q + place * q_t + column_k[None, :], row_ok, column_k < K, EDGE, K == BLOCK_K)
+        pulls = load(d_out + place * d_out_t + column_v[None, :], row_ok, column_v < V, EDGE, V == BLOCK_V)
         # Both terms of a row in one word: every thread needs those of all its columns.
         terms = tl.load(row_terms + row)
         lse2 = terms.to(tl.int32).to(tl.float32, bitcast=True)
@@ -641,8 +631,8 @@ def _summary_gradients_kernel(
     place = summary.to(tl.int64)[:, None]
     keys += batch * keys_b + key_head * keys_h
     values += batch * values_b + key_head * values_h
-    key = _tile(keys + place * keys_n + at_k, summary_ok, column_k < K, True, K == BLOCK_K)
-    value = _tile(values + place * values_n + at_v, summary_ok, column_v < V, True, V == BLOCK_V)
+    key = load(keys + place * keys_n + at_k, summary_ok, column_k < K, True, K == BLOCK_K)
+    value = load(values + place * values_n + at_v, summary_ok, column_v < V, True, V == BLOCK_V)
     acc_k = tl.zeros([TILE_N, BLOCK_K], tl.float32)
     acc_v = tl.zeros([TILE_N, BLOCK_V], tl.float32)
     factor2 = factor * LOG2E
@@ -664,8 +654,8 @@ def _summary_gradients_kernel(
         )  # fmt: skip
     batch_heads = tl.num_programs(0) // tiles // splits
     part = (split.to(tl.int64) * batch_heads + batch_head) * count + place
-    _put(part_k + part * K + at_k, acc_k * factor, summary_ok, column_k < K, K == BLOCK_K)
-    _put(part_v + part * V + at_v, acc_v, summary_ok, column_v < V, V == BLOCK_V)
+    put(part_k + part * K + at_k, acc_k * factor, summary_ok, column_k < K, K == BLOCK_K)
+    put(part_v + part * V + at_v, acc_v, summary_ok, column_v < V, V == BLOCK_V)
 
 
 @QuickLaunch
@@ -690,11 +680,11 @@ def _add_to_tokens_kernel(
     at_token = (batch * t + position.to(tl.int64)[:, None]) * h_kv + key_head
     dk += at_token * K + column_k[None, :]
     dv += at_token * V + column_v[None, :]
-    acc_k = _tile(dk, inside, k_ok, True, K == BLOCK_K).to(tl.float32)
-    acc_v = _tile(dv, inside, v_ok, True, V == BLOCK_V).to(tl.float32)
+    acc_k = load(dk, inside, k_ok, True, K == BLOCK_K).to(tl.float32)
+    acc_v = load(dv, inside, v_ok, True, V == BLOCK_V).to(tl.float32)
     for split in range(splits):
         part = ((split * b).to(tl.int64) * h_kv + batch_head) * count + summary.to(tl.int64)[:, None]
-        acc_k += _tile(part_k + part * K + column_k[None, :], inside, k_ok, True, K == BLOCK_K)
-        acc_v += _tile(part_v + part * V + column_v[None, :], inside, v_ok, True, V == BLOCK_V)
-    _put(dk, acc_k, inside, k_ok, K == BLOCK_K)
-    _put(dv, acc_v, inside, v_ok, V == BLOCK_V)
+        acc_k += load(part_k + part * K + column_k[None, :], inside, k_ok, True, K == BLOCK_K)
+        acc_v += load(part_v + part * V + column_v[None, :], inside, v_ok, True, V == BLOCK_V)
+    put(dk, acc_k, inside, k_ok, K == BLOCK_K)
+    put(dv, acc_v, inside, v_ok, V == BLOCK_V)

@@ -1,0 +1,200 @@
+"""One token a sequence: a program asks for the keys and values of its head before it computes, and reads them once.
+
+A token that is decoded sees itself and every known summary: products with one row, which are taken elementwise. The
+token's own term and the first tile of summaries are on their way together; most caches are no longer than that, and
+what a program holds is small enough for eight of them a processor. Where sequences and heads are too few to fill the
+device, a long cache is split, and a second launch weighs the parts by their log-sum-exps.
+"""
+
+# What Triton compiles has no Python types.
+# mypy: disable-error-code="no-untyped-def,assignment,misc"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from subquad_kernels.segment_attention.tiles import LN2, LOG2E, load, rows
+from subquad_kernels.tile_sizes import ceil_div, padded
+from subquad_kernels.triton_launch import QuickLaunch
+
+if TYPE_CHECKING:
+    from subquad_kernels.catalogue import Outputs
+
+_TILE_BYTES = 16_384
+"""Keys and values that a program asks for at once: eight programs a processor then hide the way to memory."""
+_MOST_ROWS = 64
+"""Summaries of a tile of narrow heads: a cache seldom has many more."""
+_PROGRAMS = 1024
+"""Programs that fill a large GPU: about eight for each of 132 processors."""
+_LEAST_TILES = 4
+"""Tiles of a split: their time is about that of the second launch."""
+_MOST_SPLITS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How a call is laid out: summaries of a tile (a power of two), warps, and splits of the cache unless one by size.
+
+    Changes speed, never results beyond rounding.
+    """
+
+    tile_n: int
+    num_warps: int = 4
+    splits: int | None = None
+
+
+@lru_cache
+def launch_of(key_width: int, value_width: int, element_bytes: int) -> Launch:
+    """The tile of a head of these widths."""
+    widest = max(padded(key_width), padded(value_width))
+    return Launch(tile_n=min(_MOST_ROWS, _TILE_BYTES // (2 * widest * element_bytes)))
+
+
+def decode(
+    q: Tensor, k: Tensor, v: Tensor, summary_k: Tensor | None, summary_v: Tensor | None, factor: float,
+    launch: Launch | None = None,
+) -> Outputs:  # fmt: skip
+    """out and lse of one token a sequence; `factor` scales scores.
+
+    Shapes:  q: b 1 h k    k: b 1 h_kv k    v: b 1 h_kv v    summary_k, summary_v: b m h_kv k | v  ->  b 1 h v, b h 1
+    """
+    b, _, h, key_width = q.shape
+    h_kv, value_width = v.shape[2:]
+    q, k, v = rows(q), rows(k), rows(v)
+    count = 0 if summary_k is None else summary_k.shape[1]
+    keys, values = (k if summary_k is None else rows(summary_k)), (v if summary_v is None else rows(summary_v))
+    launch = launch or launch_of(key_width, value_width, q.element_size())
+    tiles, heads = ceil_div(count, launch.tile_n), b * h
+    splits = launch.splits or min(_MOST_SPLITS, max(1, tiles // _LEAST_TILES), ceil_div(_PROGRAMS, heads))
+    span = max(1, ceil_div(tiles, splits)) * launch.tile_n
+    splits = max(1, ceil_div(count, span))  # none is empty
+
+    out = q.new_empty(b, 1, h, value_width)
+    lse = q.new_empty(b, h, 1, dtype=torch.float32)
+    parts, part_lse = out, lse
+    if splits > 1:
+        parts, part_lse = lse.new_empty(splits, heads, value_width), lse.new_empty(splits, heads)
+    block_v = padded(value_width)
+    with torch.cuda.device_of(q):
+        _attend_once[(heads * splits,)](
+            q, k, v, keys, values, parts, part_lse,
+            q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2),
+            *keys.stride()[:3], *values.stride()[:3], h, count, span, splits, factor * LOG2E.value,
+            GROUPS=h // h_kv, K=key_width, V=value_width, BLOCK_K=padded(key_width), BLOCK_V=block_v,
+            TILE_N=launch.tile_n, num_warps=launch.num_warps,
+        )  # fmt: skip
+        if splits > 1:
+            _weigh[(heads,)](
+                parts, part_lse, out, lse, splits, heads,
+                V=value_width, BLOCK_V=block_v, BLOCK_S=1 << (splits - 1).bit_length(), num_warps=4,
+            )  # fmt: skip
+    return out, lse
+
+
+@triton.jit
+def _load(
+    keys, values, keys_n, values_n, column_k, column_v, summary, to,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of a tile of summaries; zeros from `to` on."""
+    place = summary.to(tl.int64)[:, None]
+    key = load(keys + place * keys_n + column_k[None, :], summary < to, column_k < K, True, K == BLOCK_K)
+    value = load(values + place * values_n + column_v[None, :], summary < to, column_v < V, True, V == BLOCK_V)
+    return key, value
+
+
+@triton.jit
+def _scores(query, key, inside):
+    """Scores of a tile of summaries."""
+    return tl.where(inside, tl.sum(key.to(tl.float32) * query[None, :], 1), float("-inf"))
+
+
+@triton.jit
+def _take(acc, total, peak, score, value):
+    """Take a tile of summaries into the online softmax of one row."""
+    new_peak = tl.maximum(peak, tl.max(score, 0))
+    shrink, weight = tl.exp2(peak - new_peak), tl.exp2(score - new_peak)
+    total = total * shrink + tl.sum(weight, 0)
+    acc = acc * shrink + tl.sum(weight[:, None] * value.to(tl.float32), 0)
+    return acc, total, new_peak
+
+
+@QuickLaunch
+@triton.jit(do_not_specialize=["h", "count", "span", "splits"])
+def _attend_once(
+    q, k, v, keys, values, parts, part_lse,
+    q_b, q_h, k_b, k_h, v_b, v_h, keys_b, keys_n, keys_h, values_b, values_n, values_h,
+    h, count, span, splits, factor2,
+    GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    TILE_N: tl.constexpr,
+):  # fmt: skip
+    """One head of one sequence and `span` summaries; the first split takes the token's own term.
+
+    Shapes:  parts: splits (b h) v    part_lse: splits (b h)
+    """
+    batch_head, split = tl.program_id(0) // splits, tl.program_id(0) % splits
+    heads = tl.num_programs(0) // splits
+    batch, head = (batch_head // h).to(tl.int64), (batch_head % h).to(tl.int64)
+    key_head = head // GROUPS
+    column_k, column_v = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    k_ok, v_ok = column_k < K, column_v < V
+    keys += batch * keys_b + key_head * keys_h
+    values += batch * values_b + key_head * values_h
+    offset = tl.arange(0, TILE_N)
+    begin = split * span
+    to = tl.minimum(begin + span, count)
+
+    # The tile is on its way before anything is waited for: ptxas moves no load over a barrier, but would, to save
+    # registers, ask for values when scores are known.
+    key, value = _load(
+        keys, values, keys_n, values_n, column_k, column_v, begin + offset, to, K, V, BLOCK_K, BLOCK_V
+    )  # fmt: skip
+    tl.debug_barrier()
+    query = tl.load(q + batch * q_b + head * q_h + column_k, mask=k_ok, other=0.0)
+    own_key = tl.load(k + batch * k_b + key_head * k_h + column_k, mask=k_ok, other=0.0)
+    own_value = tl.load(v + batch * v_b + key_head * v_h + column_v, mask=v_ok, other=0.0)
+
+    query = query.to(tl.float32) * factor2
+    score = _scores(query, key, begin + offset < to)
+    peak = tl.where(split == 0, tl.sum(query * own_key.to(tl.float32), 0), float("-inf"))
+    total = tl.where(split == 0, 1.0, 0.0)
+    acc = tl.where(split == 0, own_value.to(tl.float32), 0.0)
+    acc, total, peak = _take(acc, total, peak, score, value)
+    for here in range(begin + TILE_N, to, TILE_N):
+        key, value = _load(
+            keys, values, keys_n, values_n, column_k, column_v, here + offset, to, K, V, BLOCK_K, BLOCK_V
+        )  # fmt: skip
+        acc, total, peak = _take(acc, total, peak, _scores(query, key, here + offset < to), value)
+
+    place = split.to(tl.int64) * heads + batch_head
+    tl.store(parts + place * V + column_v, (acc / total).to(parts.dtype.element_ty), mask=v_ok)
+    tl.store(part_lse + place, (peak + tl.log2(total)) * LN2)
+
+
+@QuickLaunch
+@triton.jit(do_not_specialize=["splits", "heads"])
+def _weigh(
+    parts, part_lse, out, lse, splits, heads, V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr
+):  # fmt: skip
+    """The mean of a head's parts, weighed by exp(part_lse): the softmax over all of them.
+
+    Shapes:  out: (b h) v    lse: (b h)
+    """
+    head = tl.program_id(0).to(tl.int64)
+    split, column = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_V)
+    place = split.to(tl.int64) * heads + head
+    part = load(parts + place[:, None] * V + column[None, :], split < splits, column < V, True, V == BLOCK_V)
+    sums = tl.load(part_lse + place, mask=split < splits, other=float("-inf")) * LOG2E
+    highest = tl.max(sums, 0)
+    weight = tl.exp2(sums - highest)
+    whole = tl.sum(weight, 0)
+    result = tl.sum(part * weight[:, None], 0) / whole
+    tl.store(out + head * V + column, result.to(out.dtype.element_ty), mask=column < V)
+    tl.store(lse + head, (highest + tl.log2(whole)) * LN2)
