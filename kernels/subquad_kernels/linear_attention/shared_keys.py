@@ -1,0 +1,575 @@
+"""Linear attention of heads that share queries and keys: the states of all chunks in memory, heads inside a program.
+
+What all heads of a group have in common is computed once for several of them: Q K^T of a chunk, and in the backward
+the sums over heads, of which
+
+    dQ = (sum over heads of R) K + sum over heads of exp(b) dY S^T        dK likewise
+
+(README.md has R and the rest) multiply with a chunk's keys and queries once. No program writes a head's dq or dk, and
+none holds a state while it does so: a state of a chunk has as many bytes in half precision as those would have.
+
+States: `_walk` goes over a segment of time with a head's state in registers, twice: for what the segment does to it,
+from which `compose` finds the state that enters each, and again to leave the state that enters every chunk. Gradients
+of states are the same from the end, on queries and dy. Results: a program takes a chunk and several heads, one after
+the other, and adds in a fixed order. The gates of a chunk are summed once (`_prepare`) and lie by head from then on.
+"""
+
+# What Triton compiles has no Python types.
+# mypy: disable-error-code="no-untyped-def,assignment,var-annotated"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from subquad_kernels.linear_attention.chunk_tiles import (
+    ages_of,
+    count_chunks,
+    fades_between,
+    find_chunk,
+    load_gates,
+    load_state,
+    load_tile,
+    weigh,
+)
+from subquad_kernels.tile_sizes import padded
+from subquad_kernels.triton_launch import QuickLaunch
+from subquad_kernels.triton_precision import fp32_products
+
+if TYPE_CHECKING:
+    from subquad_kernels.catalogue import Outputs
+    from subquad_kernels.linear_attention.fused import Call, Launch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How one kernel runs; `registers` caps those of a lane."""
+
+    num_warps: int = 4
+    num_stages: int = 2
+    registers: int | None = None
+
+    def options(self) -> dict[str, int]:
+        """As a launch takes them."""
+        cap = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"STAGES": self.num_stages, "num_warps": self.num_warps} | cap
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """`heads` that a program takes, a divisor of those of a group, and the size of each kernel.
+
+    `borders` and `states` are the two walks; `queries` and `keys` are the two kernels of the backward.
+    """
+
+    heads: int = 8
+    borders: Size = Size(num_stages=3)
+    states: Size = Size(num_stages=3)
+    read: Size = Size()
+    queries: Size = Size()
+    keys: Size = Size()
+
+
+class _Chunks:
+    """The chunks of one direction: their gates by head, and what every kernel is told of them."""
+
+    def __init__(self, call: Call, launch: Launch, shared: Shared) -> None:
+        call.cut(launch)
+        self.call, self.shared = call, shared
+        self.slots = call.b * call.chunks
+        self.parts = call.h // shared.heads
+        self.sizes = (call.t, call.b, call.h, call.h // call.h_k, call.chunks, call.segments, call.chunks_per_segment)
+        packed = call.table is not None
+        self.constants: dict[str, Any] = {
+            "N": call.n, "P": call.p, "PAD_N": padded(call.n), "PAD_P": padded(call.p), "CHUNK": launch.chunk,
+            "PACKED": packed, "PRECISION": fp32_products() if call.v.dtype == torch.float32 else "ieee",
+        }  # fmt: skip
+        ages, gates, own = call.new(3, self.slots, call.h, launch.chunk).unbind()
+        self.ages, self.gates, self.own = ages, gates, None if call.diagonal is None else own
+        _prepare[(self.slots * call.h,)](
+            ages, gates, self.own, call.log_decay, call.write_gate, call.diagonal, call.table,
+            call.t, call.h, call.chunks,
+            CHUNK=launch.chunk, DECAY=call.decay, GATE=call.write_gate is not None, PACKED=packed, num_warps=1,
+        )  # fmt: skip
+
+    def borders(
+        self, tiles: tuple[Tensor, Tensor], strides: tuple[int, ...], outer: Tensor | None, *, reverse: bool
+    ) -> Tensor:
+        """The states between segments, in the direction walked, from `outer` on, which enters from without.
+
+        Shapes:  tiles: keys and values, or queries and dy    outer: states h n p    ->  segments-1 b h n p
+        """
+        call = self.call
+        found, decays = (
+            call.new(call.segments - 1, call.b, call.h, *width) for width in ((call.n, call.p), ())
+        )  # fmt: skip
+        if call.segments > 1:
+            _walk[(call.h * call.b * (call.segments - 1),)](
+                *tiles, self.ages, self.gates, call.table, outer, found, decays, None, None,
+                call.scale, *self.sizes, *strides,
+                GIVEN=outer is not None, KEEP=False, LAST=False, REVERSE=reverse, **self.constants,
+                **self.shared.borders.options(),
+            )  # fmt: skip
+            call.compose(decays, found, reverse=reverse)
+        return found
+
+    def states(
+        self,
+        tiles: tuple[Tensor, Tensor],
+        strides: tuple[int, ...],
+        outer: Tensor | None,
+        borders: Tensor,
+        last: Tensor | None,
+        *,
+        reverse: bool,
+    ) -> Tensor:
+        """The state before every chunk, in the direction walked, as an operand; what leaves goes to `last`.
+
+        Shapes:  as of `borders`; last: states h n p    ->  slots h PAD_N*PAD_P
+        """
+        call = self.call
+        found = call.v.new_empty(self.slots, call.h, self.constants["PAD_N"] * self.constants["PAD_P"])
+        _walk[(call.h * call.b * call.segments,)](
+            *tiles, self.ages, self.gates, call.table, outer, borders, None, found, last,
+            call.scale, *self.sizes, *strides,
+            GIVEN=outer is not None, KEEP=True, LAST=last is not None, REVERSE=reverse, **self.constants,
+            **self.shared.states.options(),
+        )  # fmt: skip
+        return found
+
+
+def forward(call: Call, launch: Launch, shared: Shared) -> Outputs:
+    """As `fused` has it:  y: b t h p    final_state: states h n p    boundaries: segments-1 b h n p"""
+    chunks = _Chunks(call, launch, shared)
+    y = torch.empty_like(call.v, memory_format=torch.contiguous_format)
+    final = call.states(call.initial)
+    written, strides = (call.k, call.v), call.strides[2:]
+    boundaries = chunks.borders(written, strides, call.initial, reverse=False)
+    states = chunks.states(written, strides, call.initial, boundaries, final, reverse=False)
+    _read_heads[(chunks.slots * chunks.parts,)](
+        call.q, call.k, call.v, call.table, chunks.ages, chunks.gates, chunks.own, states, y,
+        call.scale, *chunks.sizes, *call.strides,
+        HEADS=shared.heads, **chunks.constants, **shared.read.options(),
+    )  # fmt: skip
+    return y, final, boundaries
+
+
+def backward(
+    call: Call,
+    launch: Launch,
+    shared: Shared,
+    final: Tensor,
+    boundaries: Tensor,
+    dy: Tensor,
+    dy_strides: tuple[int, int],
+    dfinal: Tensor | None,
+) -> dict[str, Tensor | None]:
+    """As `fused` has it: gradients in the types of their tensors, those of a decay per head still by token."""
+    b, t, h, h_k, n = call.b, call.t, call.h, call.h_k, call.n
+    chunks = _Chunks(call, launch, shared)
+    slots, parts = chunks.slots, chunks.parts
+    dinitial = None if call.initial is None else call.states(dfinal)
+    states = chunks.states((call.k, call.v), call.strides[2:], call.initial, boundaries, None, reverse=False)
+    read, strides = (call.q, dy), (*call.strides[:2], *dy_strides)
+    dboundaries = chunks.borders(read, strides, dfinal, reverse=True)
+    dstates = chunks.states(read, strides, dfinal, dboundaries, dinitial, reverse=True)
+    # Sums over a program's heads.
+    dqueries, dkeys = call.new(2, slots, parts, launch.chunk, chunks.constants["PAD_N"]).unbind()
+    mixed = call.new(slots, parts, launch.chunk, launch.chunk)
+    flow = torch.empty_like(chunks.ages)
+    _differentiate_queries[(slots * parts,)](
+        call.q, call.k, call.v, dy, call.table, chunks.ages, chunks.gates, chunks.own, states, mixed, dqueries, flow,
+        call.scale, *chunks.sizes, *call.strides, *dy_strides,
+        HEADS=shared.heads, **chunks.constants, **shared.queries.options(),
+    )  # fmt: skip
+    dv = torch.empty_like(call.v, memory_format=torch.contiguous_format)
+    dlog_decay, dwrite_gate, ddiagonal = (
+        None if gate is None else call.new(b, t, h) for gate in (call.log_decay, call.write_gate, call.diagonal)
+    )
+    _differentiate_keys[(slots * parts,)](
+        call.q, call.k, call.v, dy, call.table, chunks.ages, chunks.gates, chunks.own, dstates,
+        dkeys, flow, dv, dwrite_gate, ddiagonal,
+        call.scale, *chunks.sizes, *call.strides, *dy_strides,
+        HEADS=shared.heads, **chunks.constants, **shared.keys.options(),
+    )  # fmt: skip
+    dq, dk = (call.v.new_empty(b, t, h_k, n) for _ in range(2))
+    _mix[(slots * h_k,)](
+        call.q, call.k, call.table, mixed, dqueries, dkeys, dq, dk,
+        *chunks.sizes, *call.strides[:4], PARTS=parts // h_k, **chunks.constants, num_warps=4,
+    )  # fmt: skip
+    if dlog_decay is not None:
+        _differentiate_decay[(h * b * call.segments,)](
+            call.v, flow, call.table, boundaries, dboundaries, final, dfinal, dlog_decay,
+            *chunks.sizes, FINAL=dfinal is not None, **chunks.constants, num_warps=4,
+        )  # fmt: skip
+    return {
+        "q": dq,
+        "k": dk,
+        "v": dv,
+        "log_decay": dlog_decay,
+        "write_gate": dwrite_gate,
+        "diagonal": ddiagonal,
+        "initial_state": dinitial,
+    }
+
+
+@QuickLaunch
+@triton.jit(do_not_specialize=["t", "chunks"])
+def _prepare(
+    ages, gates, own, log_decay, write_gate, diagonal, table, t, h, chunks,
+    CHUNK: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """Summed log decays, write gates and diagonals of a chunk, by head; past its end the last sum, and zeros.
+
+    Shapes:  ages, gates, own: slots h CHUNK
+    """
+    program = tl.program_id(0)
+    head, slot = program % h, program // h
+    sequence = (slot // chunks).to(tl.int64)
+    tokens = tl.arange(0, CHUNK)
+    row, limit, _, _, _ = find_chunk(table, slot % chunks, sequence, t, CHUNK, PACKED)
+    sums, whole = ages_of(log_decay, row * h + head, h, head, tokens, limit, DECAY)
+    at = program.to(tl.int64) * CHUNK + tokens
+    tl.store(ages + at, tl.where(tokens < limit, sums, whole))
+    tl.store(gates + at, load_gates(write_gate, row * h + head, h, tokens, limit, GATE))
+    if own is not None:
+        tl.store(own + at, load_gates(diagonal, row * h + head, h, tokens, limit, True))
+
+
+@QuickLaunch
+@triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment"])
+def _walk(
+    x, y, ages, gates, table, outer, borders, decays, states, last,
+    scale, t, b, h, group, chunks, segments, per_segment, x_stride, x_head_stride, y_stride, y_head_stride,
+    N: tl.constexpr, P: tl.constexpr, PAD_N: tl.constexpr, PAD_P: tl.constexpr, CHUNK: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr, GIVEN: tl.constexpr, KEEP: tl.constexpr, LAST: tl.constexpr,
+    REVERSE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A head's state over a segment:  S' = exp(B) S + (exp(B - b) w K)^T V,  or from the end with q, dy and exp(b).
+
+    KEEP: from the state between segments on, every chunk's is left. Otherwise what the segment does to a state that
+    enters is: a decay, and a write which becomes that state in `compose`.
+    Shapes:  decays: segments-1 b h    borders: segments-1 b h n p    states: slots h PAD_N PAD_P
+    """
+    program = tl.program_id(0)
+    head = program % h
+    sequence = ((program // h) % b).to(tl.int64)
+    border = program // (h * b)
+    segment = border
+    if REVERSE and not KEEP:
+        segment += 1  # the first has no use for what it does
+    tokens, lines, columns = tl.arange(0, CHUNK), tl.arange(0, PAD_N), tl.arange(0, PAD_P)
+    STATE: tl.constexpr = N * P
+    offsets = lines[:, None] * P + columns[None, :]
+    within = (lines[:, None] < N) & (columns[None, :] < P)
+    kept = lines[:, None] * PAD_P + columns[None, :]
+    x += (head // group) * x_head_stride
+    y += head * y_head_stride
+    outermost = segment == (segments - 1 if REVERSE else 0)
+    left = 1.0
+    state = load_state(outer, sequence * h + head, offsets, within & outermost, STATE, GIVEN and not PACKED)
+    if KEEP and not outermost:
+        before = segment if REVERSE else segment - 1
+        state = load_state(borders, (before * b + sequence) * h + head, offsets, within, STATE, True)
+    first = segment * per_segment
+    end = tl.minimum(first + per_segment, count_chunks(table, chunks, PACKED))
+    for step in tl.range(0, end - first, num_stages=STAGES):
+        index = end - 1 - step if REVERSE else first + step
+        row, limit, owner, begins, ends = find_chunk(table, index, sequence, t, CHUNK, PACKED)
+        at = (sequence * chunks + index) * h + head
+        xs = load_tile(x + row * x_stride, x_stride, tokens, limit, lines, N)
+        ys = load_tile(y + row * y_stride, y_stride, tokens, limit, columns, P)
+        age = tl.load(ages + at * CHUNK + tokens)
+        whole = tl.load(ages + at * CHUNK + CHUNK - 1)
+        if REVERSE:
+            factors = tl.exp2(age) * scale
+            enters, leaves = ends, begins
+        else:
+            factors = tl.exp2(whole - age) * tl.load(gates + at * CHUNK + tokens)
+            enters, leaves = begins, ends
+        if PACKED and enters:
+            left = 0.0
+            state = load_state(outer, owner * h + head, offsets, within, STATE, GIVEN)
+        if KEEP:
+            tl.store(states + at * (PAD_N * PAD_P) + kept, state.to(states.dtype.element_ty))
+        decay = tl.exp2(whole)
+        left *= decay
+        ys = (ys.to(tl.float32) * factors[:, None]).to(x.dtype.element_ty)
+        state = tl.dot(tl.trans(xs), ys, state * decay, input_precision=PRECISION)
+        if PACKED and LAST and leaves:
+            tl.store(last + (owner * h + head) * STATE + offsets, state, mask=within)
+    if KEEP:
+        if LAST and not PACKED and segment == (0 if REVERSE else segments - 1):
+            tl.store(last + (sequence * h + head) * STATE + offsets, state, mask=within)
+    else:
+        place = (border * b + sequence) * h + head
+        tl.store(borders + place * STATE + offsets, state, mask=within)
+        tl.store(decays + place, left)
+
+
+@triton.jit
+def _heads(table, t, h, group, chunks, CHUNK: tl.constexpr, HEADS: tl.constexpr, PACKED: tl.constexpr):
+    """A program's slot (64 bits), part, first head and the one after its last, their head of q and k, row, length.
+
+    Neighbours share a chunk's q and k. A slot that no document needs has no heads.
+    """
+    program = tl.program_id(0)
+    parts = h // HEADS
+    part, slot = program % parts, (program // parts).to(tl.int64)
+    row, limit, _, _, _ = find_chunk(table, slot % chunks, slot // chunks, t, CHUNK, PACKED)
+    first = part * HEADS
+    end = first + tl.where(limit > 0, HEADS, 0)
+    return slot, part, first, end, first // group, row, limit
+
+
+@triton.jit
+def _load_own(own, at):
+    """The diagonal of a chunk, where one is given."""
+    values = 1.0
+    if own is not None:
+        values = tl.load(own + at)
+    return values
+
+
+@QuickLaunch
+@triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment"])
+def _read_heads(
+    q, k, v, table, ages, gates, own, states, y,
+    scale, t, b, h, group, chunks, segments, per_segment,
+    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
+    HEADS: tl.constexpr,
+    N: tl.constexpr, P: tl.constexpr, PAD_N: tl.constexpr, PAD_P: tl.constexpr, CHUNK: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """y of a chunk for several heads."""
+    slot, _, first, end, head_k, row, limit = _heads(table, t, h, group, chunks, CHUNK, HEADS, PACKED)
+    DIAGONAL: tl.constexpr = own is not None
+    tokens, lines, columns = tl.arange(0, CHUNK), tl.arange(0, PAD_N), tl.arange(0, PAD_P)
+    kept = lines[:, None] * PAD_P + columns[None, :]
+    is_own = tokens[:, None] == tokens[None, :]
+    queries = load_tile(q + head_k * q_head_stride + row * q_stride, q_stride, tokens, limit, lines, N)
+    keys = load_tile(k + head_k * k_head_stride + row * k_stride, k_stride, tokens, limit, lines, N)
+    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
+    mask = (tokens[:, None] < limit) & (columns[None, :] < P)
+    for head in tl.range(first, end, num_stages=STAGES):
+        at = slot * h + head
+        values = load_tile(v + head * v_head_stride + row * v_stride, v_stride, tokens, limit, columns, P)
+        state = tl.load(states + at * (PAD_N * PAD_P) + kept)
+        age = tl.load(ages + at * CHUNK + tokens)
+        gate = tl.load(gates + at * CHUNK + tokens)
+        fades = fades_between(age[:, None], age[None, :], tokens[:, None], tokens[None, :], 1, DIAGONAL)
+        diagonal = _load_own(own, at * CHUNK + tokens[None, :])
+        mixed = weigh(scores, fades, gate[None, :], diagonal, is_own, True, DIAGONAL)
+        past = tl.dot(queries, state, input_precision=PRECISION) * (tl.exp2(age) * scale)[:, None]
+        result = tl.dot(mixed.to(v.dtype.element_ty), values, past, input_precision=PRECISION)
+        to = y + (row * h + head) * P + tokens[:, None] * (h * P) + columns[None, :]
+        tl.store(to, result.to(y.dtype.element_ty), mask=mask)
+
+
+@QuickLaunch
+@triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment"])
+def _differentiate_queries(
+    q, k, v, dy, table, ages, gates, own, states, mixed, dqueries, flow,
+    scale, t, b, h, group, chunks, segments, per_segment,
+    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, dy_stride, dy_head_stride,
+    HEADS: tl.constexpr,
+    N: tl.constexpr, P: tl.constexpr, PAD_N: tl.constexpr, PAD_P: tl.constexpr, CHUNK: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Sums over several heads of R and of exp(b) dY S^T, and of every head q . dq, less k . dk inside the chunk.
+
+    No product feeds another: what R multiplies comes once all heads are added.
+    Shapes:  mixed: slots parts CHUNK CHUNK    dqueries: slots parts CHUNK PAD_N    flow: slots h CHUNK
+    """
+    slot, part, first, end, head_k, row, limit = _heads(table, t, h, group, chunks, CHUNK, HEADS, PACKED)
+    DIAGONAL: tl.constexpr = own is not None
+    tokens, lines, columns = tl.arange(0, CHUNK), tl.arange(0, PAD_N), tl.arange(0, PAD_P)
+    kept = lines[:, None] * PAD_P + columns[None, :]
+    is_own = tokens[:, None] == tokens[None, :]
+    queries = load_tile(q + head_k * q_head_stride + row * q_stride, q_stride, tokens, limit, lines, N)
+    keys = load_tile(k + head_k * k_head_stride + row * k_stride, k_stride, tokens, limit, lines, N)
+    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
+    total = tl.zeros([CHUNK, CHUNK], tl.float32)
+    result = tl.zeros([CHUNK, PAD_N], tl.float32)
+    for head in tl.range(first, end, num_stages=STAGES):
+        at = slot * h + head
+        pulls = load_tile(dy + head * dy_head_stride + row * dy_stride, dy_stride, tokens, limit, columns, P)
+        values = load_tile(v + head * v_head_stride + row * v_stride, v_stride, tokens, limit, columns, P)
+        state = tl.load(states + at * (PAD_N * PAD_P) + kept)
+        age = tl.load(ages + at * CHUNK + tokens)
+        gate = tl.load(gates + at * CHUNK + tokens)
+        fades = fades_between(age[:, None], age[None, :], tokens[:, None], tokens[None, :], 1, DIAGONAL)
+        diagonal = _load_own(own, at * CHUNK + tokens[None, :])
+        pairs = tl.dot(pulls, tl.trans(values), input_precision=PRECISION)
+        pairs = weigh(pairs, fades, gate[None, :], diagonal, is_own, True, DIAGONAL)
+        total += pairs
+        pairs *= scores
+        pulls = (pulls.to(tl.float32) * (tl.exp2(age) * scale)[:, None]).to(q.dtype.element_ty)
+        past = tl.dot(queries, state, input_precision=PRECISION) * pulls.to(tl.float32)
+        result = tl.dot(pulls, tl.trans(state), result, input_precision=PRECISION)
+        tl.store(flow + at * CHUNK + tokens, tl.sum(pairs, 1) - tl.sum(pairs, 0) + tl.sum(past, 1))
+    place = slot * (h // HEADS) + part
+    to = place * CHUNK + tokens[:, None]
+    tl.store(mixed + to * CHUNK + tokens[None, :], total * scale)
+    tl.store(dqueries + to * PAD_N + lines[None, :], result)
+
+
+@QuickLaunch
+@triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment"])
+def _differentiate_keys(
+    q, k, v, dy, table, ages, gates, own, dstates, dkeys, flow, dv, dwrite_gate, ddiagonal,
+    scale, t, b, h, group, chunks, segments, per_segment,
+    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, dy_stride, dy_head_stride,
+    HEADS: tl.constexpr,
+    N: tl.constexpr, P: tl.constexpr, PAD_N: tl.constexpr, PAD_P: tl.constexpr, CHUNK: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The sum over several heads of exp(B - b) w V G'^T; of every head dv and its gates' gradients; the rest of k . dk.
+
+    Products have keys as rows: no tile that was just computed is transposed as a left operand, which Triton 3.4 to 3.7
+    miscompile on Hopper.
+    Shapes:  dkeys: slots parts CHUNK PAD_N    flow: slots h CHUNK    dwrite_gate, ddiagonal: b t h
+    """
+    slot, part, first, end, head_k, row, limit = _heads(table, t, h, group, chunks, CHUNK, HEADS, PACKED)
+    DIAGONAL: tl.constexpr = own is not None
+    tokens, lines, columns = tl.arange(0, CHUNK), tl.arange(0, PAD_N), tl.arange(0, PAD_P)
+    kept = lines[:, None] * PAD_P + columns[None, :]
+    real = tokens < limit
+    mask = real[:, None] & (columns[None, :] < P)
+    is_own = tokens[:, None] == tokens[None, :]
+    queries = load_tile(q + head_k * q_head_stride + row * q_stride, q_stride, tokens, limit, lines, N)
+    keys = load_tile(k + head_k * k_head_stride + row * k_stride, k_stride, tokens, limit, lines, N)
+    scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * scale
+    if DIAGONAL:
+        own_scores = tl.sum(tl.where(is_own, scores, 0.0), axis=1)
+    result = tl.zeros([CHUNK, PAD_N], tl.float32)
+    for head in tl.range(first, end, num_stages=STAGES):
+        at = slot * h + head
+        pulls = load_tile(dy + head * dy_head_stride + row * dy_stride, dy_stride, tokens, limit, columns, P)
+        values = load_tile(v + head * v_head_stride + row * v_stride, v_stride, tokens, limit, columns, P)
+        grad = tl.load(dstates + at * (PAD_N * PAD_P) + kept)
+        age = tl.load(ages + at * CHUNK + tokens)
+        gate = tl.load(gates + at * CHUNK + tokens)
+        until = tl.exp2(tl.load(ages + at * CHUNK + CHUNK - 1) - age)
+        fades = fades_between(age[None, :], age[:, None], tokens[None, :], tokens[:, None], 1, DIAGONAL)
+        mixed = (scores * fades).to(v.dtype.element_ty)
+        writes = (values.to(tl.float32) * (until * gate)[:, None]).to(v.dtype.element_ty)
+        result = tl.dot(writes, tl.trans(grad), result, input_precision=PRECISION)
+        dvalues = tl.dot(keys, grad, input_precision=PRECISION)
+        flows = tl.load(flow + at * CHUNK + tokens) - tl.sum(writes.to(tl.float32) * dvalues, axis=1)
+        tl.store(flow + at * CHUNK + tokens, flows)
+        dvalues *= until[:, None]
+        dvalues = tl.dot(mixed, pulls, dvalues, input_precision=PRECISION)
+        by_token = row * h + head + tokens * h
+        if dwrite_gate is not None:
+            tl.store(dwrite_gate + by_token, tl.sum(values.to(tl.float32) * dvalues, axis=1), mask=real)
+        dvalues *= gate[:, None]
+        if DIAGONAL:
+            own_pairs = tl.sum(values.to(tl.float32) * pulls.to(tl.float32), axis=1)
+            tl.store(ddiagonal + by_token, own_scores * own_pairs, mask=real)
+            dvalues += (tl.load(own + at * CHUNK + tokens) * own_scores)[:, None] * pulls.to(tl.float32)
+        to = dv + (row * h + head) * P + tokens[:, None] * (h * P) + columns[None, :]
+        tl.store(to, dvalues.to(dv.dtype.element_ty), mask=mask)
+    to = (slot * (h // HEADS) + part) * CHUNK + tokens[:, None]
+    tl.store(dkeys + to * PAD_N + lines[None, :], result)
+
+
+@QuickLaunch
+@triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment"])
+def _mix(
+    q, k, table, mixed, dqueries, dkeys, dq, dk,
+    t, b, h, group, chunks, segments, per_segment, q_stride, q_head_stride, k_stride, k_head_stride,
+    PARTS: tl.constexpr,
+    N: tl.constexpr, P: tl.constexpr, PAD_N: tl.constexpr, PAD_P: tl.constexpr, CHUNK: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq and dk of a chunk: the parts of a group's heads are added, and R, rounded once, mixes keys and queries.
+
+    R is read again transposed: a computed tile may not be transposed as a left operand.
+    Shapes:  dq, dk: b t h_k n
+    """
+    program = tl.program_id(0)
+    heads = h // group
+    head, slot = program % heads, (program // heads).to(tl.int64)
+    row, limit, _, _, _ = find_chunk(table, slot % chunks, slot // chunks, t, CHUNK, PACKED)
+    tokens, lines = tl.arange(0, CHUNK), tl.arange(0, PAD_N)
+    wide = tokens[:, None] * PAD_N + lines[None, :]
+    mask = (tokens[:, None] < limit) & (lines[None, :] < N)
+    to = (row * heads + head) * N + tokens[:, None] * (heads * N) + lines[None, :]
+    for side in tl.static_range(2):
+        total = tl.zeros([CHUNK, CHUNK], tl.float32)
+        result = tl.zeros([CHUNK, PAD_N], tl.float32)
+        for part in tl.static_range(PARTS):
+            place = ((slot * heads + head) * PARTS + part) * CHUNK
+            if side == 0:
+                total += tl.load(mixed + place * CHUNK + tokens[:, None] * CHUNK + tokens[None, :])
+                result += tl.load(dqueries + place * PAD_N + wide)
+            else:
+                total += tl.load(mixed + place * CHUNK + tokens[:, None] + tokens[None, :] * CHUNK)
+                result += tl.load(dkeys + place * PAD_N + wide)
+        if side == 0:
+            rows = load_tile(k + head * k_head_stride + row * k_stride, k_stride, tokens, limit, lines, N)
+        else:
+            rows = load_tile(q + head * q_head_stride + row * q_stride, q_stride, tokens, limit, lines, N)
+        result = tl.dot(total.to(q.dtype.element_ty), rows, result, input_precision=PRECISION)
+        if side == 0:
+            tl.store(dq + to, result.to(dq.dtype.element_ty), mask=mask)
+        else:
+            tl.store(dk + to, result.to(dk.dtype.element_ty), mask=mask)
+
+
+@QuickLaunch
+@triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment"])
+def _differentiate_decay(
+    v, flow, table, boundaries, dboundaries, final, dfinal, dlog_decay,
+    t, b, h, group, chunks, segments, per_segment,
+    N: tl.constexpr, P: tl.constexpr, PAD_N: tl.constexpr, PAD_P: tl.constexpr, CHUNK: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr, FINAL: tl.constexpr,
+):  # fmt: skip
+    """dg_t of a segment: q . dq - k . dk of its tokens from t on, and <G, S> where the segment or a document ends.
+
+    Shapes:  flow: slots h CHUNK    dlog_decay: b t h
+    """
+    program = tl.program_id(0)
+    head = program % h
+    sequence = ((program // h) % b).to(tl.int64)
+    segment = program // (h * b)
+    tokens = tl.arange(0, CHUNK)
+    STATE: tl.constexpr = N * P
+    carried = 0.0
+    if segment < segments - 1:
+        carried = _product(v, boundaries, dboundaries, (segment * b + sequence) * h + head, STATE)
+    elif FINAL and not PACKED:
+        carried = _product(v, final, dfinal, sequence * h + head, STATE)
+    first = segment * per_segment
+    end = tl.minimum(first + per_segment, count_chunks(table, chunks, PACKED))
+    for step in range(0, end - first):
+        index = end - 1 - step
+        row, limit, owner, _, ends = find_chunk(table, index, sequence, t, CHUNK, PACKED)
+        if PACKED and ends:
+            carried = 0.0
+            if FINAL:
+                carried = _product(v, final, dfinal, owner * h + head, STATE)
+        flows = tl.load(flow + ((sequence * chunks + index) * h + head) * CHUNK + tokens)
+        later = tl.cumsum(flows, reverse=True) + carried
+        tl.store(dlog_decay + row * h + head + tokens * h, later, mask=tokens < limit)
+        carried += tl.sum(flows)
+
+
+@triton.jit
+def _product(v, states, gradients, place, STATE: tl.constexpr):
+    """<G, S> with G rounded to the type of v, as the chunk before it has it: their products with its keys cancel."""
+    BLOCK: tl.constexpr = 1024
+    columns = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for base in tl.static_range(0, STATE, BLOCK):
+        inside = base + columns < STATE
+        at = place * STATE + base + columns
+        rounded = tl.load(gradients + at, mask=inside, other=0.0).to(v.dtype.element_ty).to(tl.float32)
+        total += rounded * tl.load(states + at, mask=inside, other=0.0)
+    return tl.sum(total)
