@@ -174,10 +174,11 @@ class Call:
         gated, packed = self.write_gate is not None, self.cu_seqlens is not None
         return _constants_of(launch, self.n, self.p, self.v.dtype, self.decay, gated, packed)
 
-    def compose(self, decays: Tensor, writes: Tensor, *, reverse: bool) -> None:
+    def compose(self, decays: Tensor, writes: Tensor, *, reverse: bool, copies: Tensor | None = None) -> None:
+        """Turn what segments write into the states between them, in place; `copies` are rounded to their type."""
         size = self.n * self.p
         _compose[(self.b * self.h, ceil_div(size, 512))](
-            decays, writes, size, self.b * self.h, self.segments - 1, BLOCK=512, REVERSE=reverse, num_warps=4
+            decays, writes, copies, size, self.b * self.h, self.segments - 1, BLOCK=512, REVERSE=reverse, num_warps=4
         )
 
     def forward(self, launch: Launch) -> Outputs:
@@ -393,7 +394,7 @@ def _summarise(
 
 @QuickLaunch
 @triton.jit(do_not_specialize=["heads", "rows"])
-def _compose(decays, states, size, heads, rows, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
+def _compose(decays, states, copies, size, heads, rows, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
     """states_i = decays_i states_{i-1} + states_i, in place, from the first row on or from the last.
 
     Eight rows are loaded together, so that one does not wait for another.
@@ -418,7 +419,10 @@ def _compose(decays, states, size, heads, rows, BLOCK: tl.constexpr, REVERSE: tl
                 row = rows - 1 - row
             state = factors[i] * state + writes[i]
             place = (row.to(tl.int64) * heads + head) * size
-            tl.store(states + place + columns, state, mask=(base + i < rows) & (columns < size))
+            inside = (base + i < rows) & (columns < size)
+            tl.store(states + place + columns, state, mask=inside)
+            if copies is not None:
+                tl.store(copies + place + columns, state.to(copies.dtype.element_ty), mask=inside)
 
 
 @QuickLaunch

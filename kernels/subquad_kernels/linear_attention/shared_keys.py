@@ -8,10 +8,12 @@ the sums over heads, of which
 (README.md has R and the rest) multiply with a chunk's keys and queries once. No program writes a head's dq or dk, and
 none holds a state while it does so: a state of a chunk has as many bytes in half precision as those would have.
 
-States: `_walk` goes over a segment of time with a head's state in registers, twice: for what the segment does to it,
-from which `compose` finds the state that enters each, and again to leave the state that enters every chunk. Gradients
-of states are the same from the end, on queries and dy. Results: a program takes a chunk and several heads, one after
-the other, and adds in a fixed order. The gates of a chunk are summed once (`_prepare`) and lie by head from then on.
+States: `_walk` goes over a segment of time with a head's state in registers. Forward it leaves the state before every
+chunk as if none had entered the segment, and what the segment does to one that does, from which `compose` finds the
+states between segments; they are read beside each chunk's own. In the backward those are known: it walks once more
+from them. Gradients of states are found from the end, on queries and dy, and take two walks. Results: a program takes
+a chunk and several heads, one after the other, and adds in a fixed order. The gates of a chunk are summed once
+(`_prepare`) and lie by head from then on.
 """
 
 # What Triton compiles has no Python types.
@@ -97,50 +99,37 @@ class _Chunks:
             CHUNK=launch.chunk, DECAY=call.decay, GATE=call.write_gate is not None, PACKED=packed, num_warps=1,
         )  # fmt: skip
 
-    def borders(
-        self, tiles: tuple[Tensor, Tensor], strides: tuple[int, ...], outer: Tensor | None, *, reverse: bool
-    ) -> Tensor:
-        """The states between segments, in the direction walked, from `outer` on, which enters from without.
-
-        Shapes:  tiles: keys and values, or queries and dy    outer: states h n p    ->  segments-1 b h n p
-        """
-        call = self.call
-        found, decays = (
-            call.new(call.segments - 1, call.b, call.h, *width) for width in ((call.n, call.p), ())
-        )  # fmt: skip
-        if call.segments > 1:
-            _walk[(call.h * call.b * (call.segments - 1),)](
-                *tiles, self.ages, self.gates, call.table, outer, found, decays, None, None,
-                call.scale, *self.sizes, *strides,
-                GIVEN=outer is not None, KEEP=False, LAST=False, REVERSE=reverse, **self.constants,
-                **self.shared.borders.options(),
-            )  # fmt: skip
-            call.compose(decays, found, reverse=reverse)
-        return found
-
-    def states(
+    def walk(
         self,
         tiles: tuple[Tensor, Tensor],
         strides: tuple[int, ...],
         outer: Tensor | None,
         borders: Tensor,
-        last: Tensor | None,
         *,
-        reverse: bool,
+        decays: Tensor | None = None,
+        lefts: Tensor | None = None,
+        keep: bool = True,
+        last: Tensor | None = None,
+        reverse: bool = False,
     ) -> Tensor:
-        """The state before every chunk, in the direction walked, as an operand; what leaves goes to `last`.
+        """The state before every chunk, as an operand, `outer` entering from without and what leaves going to `last`.
 
-        Shapes:  as of `borders`; last: states h n p    ->  slots h PAD_N*PAD_P
+        `borders` holds the states between segments. With `decays` both are filled instead, with what each segment does
+        to a state, and the states of chunks are those of which none enters; `lefts` says what is left of one there.
+        Shapes:  tiles: keys and values, or queries and dy    outer, last: states h n p    borders: segments-1 b h n p
+                 decays: segments-1 b h    lefts: slots h    ->  slots h PAD_N*PAD_P, or nothing unless `keep`
         """
-        call = self.call
-        found = call.v.new_empty(self.slots, call.h, self.constants["PAD_N"] * self.constants["PAD_P"])
-        _walk[(call.h * call.b * call.segments,)](
-            *tiles, self.ages, self.gates, call.table, outer, borders, None, found, last,
+        call, segments = self.call, self.call.segments
+        width = self.constants["PAD_N"] * self.constants["PAD_P"]
+        states = call.v.new_empty(self.slots * keep, call.h, width)
+        size = self.shared.states if keep else self.shared.borders
+        _walk[(call.h * call.b * (segments if keep else segments - 1),)](
+            *tiles, self.ages, self.gates, call.table, outer, borders, decays, lefts, states, last,
             call.scale, *self.sizes, *strides,
-            GIVEN=outer is not None, KEEP=True, LAST=last is not None, REVERSE=reverse, **self.constants,
-            **self.shared.states.options(),
+            GIVEN=outer is not None, KEEP=keep, LAST=last is not None, REVERSE=reverse,
+            **self.constants, **size.options(),
         )  # fmt: skip
-        return found
+        return states
 
 
 def forward(call: Call, launch: Launch, shared: Shared) -> Outputs:
@@ -148,13 +137,21 @@ def forward(call: Call, launch: Launch, shared: Shared) -> Outputs:
     chunks = _Chunks(call, launch, shared)
     y = torch.empty_like(call.v, memory_format=torch.contiguous_format)
     final = call.states(call.initial)
-    written, strides = (call.k, call.v), call.strides[2:]
-    boundaries = chunks.borders(written, strides, call.initial, reverse=False)
-    states = chunks.states(written, strides, call.initial, boundaries, final, reverse=False)
+    rows = (call.segments - 1, call.b, call.h)
+    boundaries, decays, lefts = call.new(*rows, call.n, call.p), call.new(*rows), call.new(chunks.slots, call.h)
+    entering = torch.empty_like(boundaries, dtype=call.v.dtype)
+    states = chunks.walk(
+        (call.k, call.v), call.strides[2:], call.initial, boundaries, decays=decays, lefts=lefts, last=final
+    )  # fmt: skip
+    if call.segments > 1:
+        call.compose(decays, boundaries, reverse=False, copies=entering)
+        _finish[(chunks.slots * call.h,)](
+            call.table, chunks.ages, lefts, boundaries, final, *chunks.sizes, **chunks.constants, num_warps=4
+        )  # fmt: skip
     _read_heads[(chunks.slots * chunks.parts,)](
-        call.q, call.k, call.v, call.table, chunks.ages, chunks.gates, chunks.own, states, y,
+        call.q, call.k, call.v, call.table, chunks.ages, chunks.gates, chunks.own, states, lefts, entering, y,
         call.scale, *chunks.sizes, *call.strides,
-        HEADS=shared.heads, **chunks.constants, **shared.read.options(),
+        HEADS=shared.heads, CUT=call.segments > 1, **chunks.constants, **shared.read.options(),
     )  # fmt: skip
     return y, final, boundaries
 
@@ -174,10 +171,14 @@ def backward(
     chunks = _Chunks(call, launch, shared)
     slots, parts = chunks.slots, chunks.parts
     dinitial = None if call.initial is None else call.states(dfinal)
-    states = chunks.states((call.k, call.v), call.strides[2:], call.initial, boundaries, None, reverse=False)
-    read, strides = (call.q, dy), (*call.strides[:2], *dy_strides)
-    dboundaries = chunks.borders(read, strides, dfinal, reverse=True)
-    dstates = chunks.states(read, strides, dfinal, dboundaries, dinitial, reverse=True)
+    states = chunks.walk((call.k, call.v), call.strides[2:], call.initial, boundaries)
+    back: dict[str, Any] = {"tiles": (call.q, dy), "strides": (*call.strides[:2], *dy_strides), "outer": dfinal}
+    dboundaries = torch.empty_like(boundaries)
+    if call.segments > 1:
+        decays = call.new(call.segments - 1, b, h)
+        chunks.walk(**back, borders=dboundaries, decays=decays, keep=False, reverse=True)
+        call.compose(decays, dboundaries, reverse=True)
+    dstates = chunks.walk(**back, borders=dboundaries, last=dinitial, reverse=True)
     # Sums over a program's heads.
     dqueries, dkeys = call.new(2, slots, parts, launch.chunk, chunks.constants["PAD_N"]).unbind()
     mixed = call.new(slots, parts, launch.chunk, launch.chunk)
@@ -244,7 +245,7 @@ def _prepare(
 @QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment"])
 def _walk(
-    x, y, ages, gates, table, outer, borders, decays, states, last,
+    x, y, ages, gates, table, outer, borders, decays, lefts, states, last,
     scale, t, b, h, group, chunks, segments, per_segment, x_stride, x_head_stride, y_stride, y_head_stride,
     N: tl.constexpr, P: tl.constexpr, PAD_N: tl.constexpr, PAD_P: tl.constexpr, CHUNK: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr, GIVEN: tl.constexpr, KEEP: tl.constexpr, LAST: tl.constexpr,
@@ -252,9 +253,9 @@ def _walk(
 ):  # fmt: skip
     """A head's state over a segment:  S' = exp(B) S + (exp(B - b) w K)^T V,  or from the end with q, dy and exp(b).
 
-    KEEP: from the state between segments on, every chunk's is left. Otherwise what the segment does to a state that
-    enters is: a decay, and a write which becomes that state in `compose`.
-    Shapes:  decays: segments-1 b h    borders: segments-1 b h n p    states: slots h PAD_N PAD_P
+    KEEP: every chunk's is left. Where `decays` are given, no state enters but from without, and what the segment does
+    to one is left: a decay, and a write which becomes the state between segments in `compose`.
+    Shapes:  decays: segments-1 b h    borders: segments-1 b h n p    lefts: slots h    states: slots h PAD_N PAD_P
     """
     program = tl.program_id(0)
     head = program % h
@@ -271,9 +272,9 @@ def _walk(
     x += (head // group) * x_head_stride
     y += head * y_head_stride
     outermost = segment == (segments - 1 if REVERSE else 0)
-    left = 1.0
+    left = tl.where(outermost, 0.0, 1.0)
     state = load_state(outer, sequence * h + head, offsets, within & outermost, STATE, GIVEN and not PACKED)
-    if KEEP and not outermost:
+    if decays is None and not outermost:
         before = segment if REVERSE else segment - 1
         state = load_state(borders, (before * b + sequence) * h + head, offsets, within, STATE, True)
     first = segment * per_segment
@@ -297,19 +298,46 @@ def _walk(
             state = load_state(outer, owner * h + head, offsets, within, STATE, GIVEN)
         if KEEP:
             tl.store(states + at * (PAD_N * PAD_P) + kept, state.to(states.dtype.element_ty))
+        if lefts is not None:
+            tl.store(lefts + at, left)
         decay = tl.exp2(whole)
         left *= decay
         ys = (ys.to(tl.float32) * factors[:, None]).to(x.dtype.element_ty)
         state = tl.dot(tl.trans(xs), ys, state * decay, input_precision=PRECISION)
         if PACKED and LAST and leaves:
             tl.store(last + (owner * h + head) * STATE + offsets, state, mask=within)
-    if KEEP:
-        if LAST and not PACKED and segment == (0 if REVERSE else segments - 1):
-            tl.store(last + (sequence * h + head) * STATE + offsets, state, mask=within)
-    else:
+    if LAST and not PACKED and segment == (0 if REVERSE else segments - 1):
+        tl.store(last + (sequence * h + head) * STATE + offsets, state, mask=within)
+    if decays is not None and border < segments - 1:
         place = (border * b + sequence) * h + head
         tl.store(borders + place * STATE + offsets, state, mask=within)
         tl.store(decays + place, left)
+
+
+@QuickLaunch
+@triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment"])
+def _finish(
+    table, ages, lefts, boundaries, final, t, b, h, group, chunks, segments, per_segment,
+    N: tl.constexpr, P: tl.constexpr, PAD_N: tl.constexpr, PAD_P: tl.constexpr, CHUNK: tl.constexpr,
+    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """final_state of what ends with a chunk: added is what is left there of the state that entered its segment."""
+    program = tl.program_id(0).to(tl.int64)
+    head, slot = program % h, program // h
+    sequence, index = slot // chunks, slot % chunks
+    _, limit, owner, _, ends = find_chunk(table, index, sequence, t, CHUNK, PACKED)
+    if not PACKED:
+        ends = index == chunks - 1
+    left = tl.load(lefts + program, mask=ends & (limit > 0), other=0.0)
+    if left > 0.0:
+        left *= tl.exp2(tl.load(ages + program * CHUNK + CHUNK - 1))
+        place = ((index // per_segment - 1) * b + sequence) * h + head
+        for base in range(0, N * P, 1024):
+            columns = base + tl.arange(0, 1024)
+            inside = columns < N * P
+            at = final + (owner * h + head) * (N * P) + columns
+            entered = tl.load(boundaries + place * (N * P) + columns, mask=inside, other=0.0)
+            tl.store(at, tl.load(at, mask=inside, other=0.0) + left * entered, mask=inside)
 
 
 @triton.jit
@@ -339,14 +367,17 @@ def _load_own(own, at):
 @QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment"])
 def _read_heads(
-    q, k, v, table, ages, gates, own, states, y,
+    q, k, v, table, ages, gates, own, states, lefts, entering, y,
     scale, t, b, h, group, chunks, segments, per_segment,
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
-    HEADS: tl.constexpr,
+    HEADS: tl.constexpr, CUT: tl.constexpr,
     N: tl.constexpr, P: tl.constexpr, PAD_N: tl.constexpr, PAD_P: tl.constexpr, CHUNK: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y of a chunk for several heads."""
+    """y of a chunk for several heads, from its own states and from what is left of those that entered its segment.
+
+    Shapes:  entering: segments-1 b h n p    lefts: slots h
+    """
     slot, _, first, end, head_k, row, limit = _heads(table, t, h, group, chunks, CHUNK, HEADS, PACKED)
     DIAGONAL: tl.constexpr = own is not None
     tokens, lines, columns = tl.arange(0, CHUNK), tl.arange(0, PAD_N), tl.arange(0, PAD_P)
@@ -356,6 +387,9 @@ def _read_heads(
     keys = load_tile(k + head_k * k_head_stride + row * k_stride, k_stride, tokens, limit, lines, N)
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
     mask = (tokens[:, None] < limit) & (columns[None, :] < P)
+    within = (lines[:, None] < N) & (columns[None, :] < P)
+    border = tl.maximum((slot % chunks) // per_segment - 1, 0)  # before the first segment's, nothing of it is left
+    entered = entering + (border * b + slot // chunks) * h * (N * P) + lines[:, None] * P + columns[None, :]
     for head in tl.range(first, end, num_stages=STAGES):
         at = slot * h + head
         values = load_tile(v + head * v_head_stride + row * v_stride, v_stride, tokens, limit, columns, P)
@@ -365,7 +399,13 @@ def _read_heads(
         fades = fades_between(age[:, None], age[None, :], tokens[:, None], tokens[None, :], 1, DIAGONAL)
         diagonal = _load_own(own, at * CHUNK + tokens[None, :])
         mixed = weigh(scores, fades, gate[None, :], diagonal, is_own, True, DIAGONAL)
-        past = tl.dot(queries, state, input_precision=PRECISION) * (tl.exp2(age) * scale)[:, None]
+        if CUT:
+            before = tl.load(entered + head * (N * P), mask=within, other=0.0)
+            past = tl.dot(queries, before, input_precision=PRECISION) * tl.load(lefts + at)
+            past = tl.dot(queries, state, past, input_precision=PRECISION)
+        else:
+            past = tl.dot(queries, state, input_precision=PRECISION)
+        past *= (tl.exp2(age) * scale)[:, None]
         result = tl.dot(mixed.to(v.dtype.element_ty), values, past, input_precision=PRECISION)
         to = y + (row * h + head) * P + tokens[:, None] * (h * P) + columns[None, :]
         tl.store(to, result.to(y.dtype.element_ty), mask=mask)
