@@ -17,7 +17,7 @@ where a chunk lies from a table. README.md has the equations and the reasons for
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from subquad_kernels.device_limits import device_limits
 from subquad_kernels.linear_attention import shared_keys
 from subquad_kernels.linear_attention.chunk_tiles import (
     ages_of,
@@ -91,13 +92,20 @@ def launch_of(n: int, p: int, dtype: torch.dtype, *, backward: bool, group: int 
 
 
 def shared_launch(*, backward: bool, packed: bool) -> Launch:
-    """Sizes where a program takes several heads: one sequence's chunks of 128 halve the states that a forward writes.
+    """Sizes where a program takes several heads: chunks of 128 halve the states that a forward writes.
 
     Packed, the residual lies by chunks of 64, as the backward walks them.
     """
+    walk = Size(num_warps=8, registers=80)  # a state of 128 rows has 32 registers a lane, and three programs fit
     if backward or packed:
-        return Launch(tile_p=64, shared=Shared())
-    return Launch(tile_p=64, chunk=128, shared=Shared(read=Size(num_warps=8)))
+        return Launch(tile_p=64, shared=Shared(borders=walk, states=walk))
+    return Launch(tile_p=64, chunk=128, shared=Shared(states=replace(walk, registers=128), read=Size(num_warps=8)))
+
+
+@lru_cache
+def _has_room(device: torch.device) -> bool:
+    """Whether a program may have the shared memory that several heads' tiles take; what only compiles may."""
+    return device.type != "cuda" or device_limits(str(device)).shared_memory_bytes >= 160 * 1024
 
 
 def forward(launch: Launch | None = None, **arguments: Argument) -> Outputs:
@@ -141,7 +149,8 @@ class Call:
 
     def launch(self, *, backward: bool) -> Launch:
         """The sizes of a direction, unless others are asked for."""
-        group, packed = self.h // self.h_k, self.cu_seqlens is not None
+        group = self.h // self.h_k if _has_room(self.v.device) else 1
+        packed = self.cu_seqlens is not None
         return launch_of(self.n, self.p, self.v.dtype, backward=backward, group=group, packed=packed)
 
     def new(self, *shape: int) -> Tensor:

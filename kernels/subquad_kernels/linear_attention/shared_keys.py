@@ -70,8 +70,8 @@ class Shared:
     """
 
     heads: int = 8
-    borders: Size = Size(num_stages=3)
-    states: Size = Size(num_stages=3)
+    borders: Size = Size()
+    states: Size = Size()
     read: Size = Size()
     queries: Size = Size()
     keys: Size = Size()
@@ -199,9 +199,9 @@ def backward(
         HEADS=shared.heads, **chunks.constants, **shared.keys.options(),
     )  # fmt: skip
     dq, dk = (call.v.new_empty(b, t, h_k, n) for _ in range(2))
-    _mix[(slots * h_k,)](
+    _mix[(2 * slots * h_k,)](
         call.q, call.k, call.table, mixed, dqueries, dkeys, dq, dk,
-        *chunks.sizes, *call.strides[:4], PARTS=parts // h_k, **chunks.constants, num_warps=4,
+        *chunks.sizes, *call.strides[:4], PARTS=parts // h_k, **chunks.constants, num_warps=8,
     )  # fmt: skip
     if dlog_decay is not None:
         _differentiate_decay[(h * b * call.segments,)](
@@ -528,39 +528,33 @@ def _mix(
     N: tl.constexpr, P: tl.constexpr, PAD_N: tl.constexpr, PAD_P: tl.constexpr, CHUNK: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq and dk of a chunk: the parts of a group's heads are added, and R, rounded once, mixes keys and queries.
+    """dq of a chunk, or dk: the parts of a group's heads are added, and R, rounded once, mixes keys or queries.
 
-    R is read again transposed: a computed tile may not be transposed as a left operand.
+    R is read transposed for dk: a computed tile may not be transposed as a left operand.
     Shapes:  dq, dk: b t h_k n
     """
     program = tl.program_id(0)
     heads = h // group
-    head, slot = program % heads, (program // heads).to(tl.int64)
+    for_keys, place = program % 2 == 1, program // 2
+    head, slot = place % heads, (place // heads).to(tl.int64)
     row, limit, _, _, _ = find_chunk(table, slot % chunks, slot // chunks, t, CHUNK, PACKED)
     tokens, lines = tl.arange(0, CHUNK), tl.arange(0, PAD_N)
-    wide = tokens[:, None] * PAD_N + lines[None, :]
-    mask = (tokens[:, None] < limit) & (lines[None, :] < N)
-    to = (row * heads + head) * N + tokens[:, None] * (heads * N) + lines[None, :]
-    for side in tl.static_range(2):
-        total = tl.zeros([CHUNK, CHUNK], tl.float32)
-        result = tl.zeros([CHUNK, PAD_N], tl.float32)
-        for part in tl.static_range(PARTS):
-            place = ((slot * heads + head) * PARTS + part) * CHUNK
-            if side == 0:
-                total += tl.load(mixed + place * CHUNK + tokens[:, None] * CHUNK + tokens[None, :])
-                result += tl.load(dqueries + place * PAD_N + wide)
-            else:
-                total += tl.load(mixed + place * CHUNK + tokens[:, None] + tokens[None, :] * CHUNK)
-                result += tl.load(dkeys + place * PAD_N + wide)
-        if side == 0:
-            rows = load_tile(k + head * k_head_stride + row * k_stride, k_stride, tokens, limit, lines, N)
-        else:
-            rows = load_tile(q + head * q_head_stride + row * q_stride, q_stride, tokens, limit, lines, N)
-        result = tl.dot(total.to(q.dtype.element_ty), rows, result, input_precision=PRECISION)
-        if side == 0:
-            tl.store(dq + to, result.to(dq.dtype.element_ty), mask=mask)
-        else:
-            tl.store(dk + to, result.to(dk.dtype.element_ty), mask=mask)
+    if for_keys:
+        at, stride, parts, into = q + head * q_head_stride + row * q_stride, q_stride, dkeys, dk
+        pairs = tokens[:, None] + tokens[None, :] * CHUNK
+    else:
+        at, stride, parts, into = k + head * k_head_stride + row * k_stride, k_stride, dqueries, dq
+        pairs = tokens[:, None] * CHUNK + tokens[None, :]
+    total = tl.zeros([CHUNK, CHUNK], tl.float32)
+    result = tl.zeros([CHUNK, PAD_N], tl.float32)
+    for part in range(PARTS):
+        first = ((slot * heads + head) * PARTS + part) * CHUNK
+        total += tl.load(mixed + first * CHUNK + pairs)
+        result += tl.load(parts + (first + tokens[:, None]) * PAD_N + lines[None, :])
+    others = load_tile(at, stride, tokens, limit, lines, N)
+    result = tl.dot(total.to(q.dtype.element_ty), others, result, input_precision=PRECISION)
+    to = into + (row * heads + head) * N + tokens[:, None] * (heads * N) + lines[None, :]
+    tl.store(to, result.to(into.dtype.element_ty), mask=(tokens[:, None] < limit) & (lines[None, :] < N))
 
 
 @QuickLaunch
