@@ -443,16 +443,18 @@ def _differentiate_queries(
         state = tl.load(states + at * (PAD_N * PAD_P) + kept)
         age = tl.load(ages + at * CHUNK + tokens)
         gate = tl.load(gates + at * CHUNK + tokens)
+        pairs = tl.dot(pulls, tl.trans(values), input_precision=PRECISION)
         fades = fades_between(age[:, None], age[None, :], tokens[:, None], tokens[None, :], 1, DIAGONAL)
         diagonal = _load_own(own, at * CHUNK + tokens[None, :])
-        pairs = tl.dot(pulls, tl.trans(values), input_precision=PRECISION)
         pairs = weigh(pairs, fades, gate[None, :], diagonal, is_own, True, DIAGONAL)
         total += pairs
         pairs *= scores
-        pulls = (pulls.to(tl.float32) * (tl.exp2(age) * scale)[:, None]).to(q.dtype.element_ty)
+        since = tl.exp2(age) * scale
         past = tl.dot(queries, state, input_precision=PRECISION) * pulls.to(tl.float32)
+        pulls = (pulls.to(tl.float32) * since[:, None]).to(q.dtype.element_ty)
         result = tl.dot(pulls, tl.trans(state), result, input_precision=PRECISION)
-        tl.store(flow + at * CHUNK + tokens, tl.sum(pairs, 1) - tl.sum(pairs, 0) + tl.sum(past, 1))
+        flows = tl.sum(pairs, 1) - tl.sum(pairs, 0) + tl.sum(past, 1) * since
+        tl.store(flow + at * CHUNK + tokens, flows)
     place = slot * (h // HEADS) + part
     to = place * CHUNK + tokens[:, None]
     tl.store(mixed + to * CHUNK + tokens[None, :], total * scale)
@@ -501,8 +503,8 @@ def _differentiate_keys(
         writes = (values.to(tl.float32) * (until * gate)[:, None]).to(v.dtype.element_ty)
         result = tl.dot(writes, tl.trans(grad), result, input_precision=PRECISION)
         dvalues = tl.dot(keys, grad, input_precision=PRECISION)
-        flows = tl.load(flow + at * CHUNK + tokens) - tl.sum(writes.to(tl.float32) * dvalues, axis=1)
-        tl.store(flow + at * CHUNK + tokens, flows)
+        between = tl.sum(values.to(tl.float32) * dvalues, axis=1) * until * gate
+        tl.store(flow + at * CHUNK + tokens, tl.load(flow + at * CHUNK + tokens) - between)
         dvalues *= until[:, None]
         dvalues = tl.dot(mixed, pulls, dvalues, input_precision=PRECISION)
         by_token = row * h + head + tokens * h
