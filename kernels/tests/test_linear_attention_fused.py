@@ -309,9 +309,10 @@ def test_on_a_gpu_a_decay_per_head_passes_its_check_whatever_is_drawn(n: int, p:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rate", [-1e-8, -0.5, -5.0])
-def test_on_a_gpu_the_decays_gradient_stays_exact_over_long_sequences(rate: float) -> None:
+@pytest.mark.parametrize(("h", "h_k"), [(2, 2), (8, 1)])
+def test_on_a_gpu_the_decays_gradient_stays_exact_over_long_sequences(h: int, h_k: int, rate: float) -> None:
     """The sums behind it start anew at every segment: over 8192 tokens rounding adds up within one of them only."""
-    arguments = sample(workload(8192, full=False, dtype="bfloat16", b=1, h=2, h_k=2, n=64, p=64), "cuda")
+    arguments = sample(workload(8192, full=False, dtype="bfloat16", b=1, h=h, h_k=h_k, n=64, p=64), "cuda")
     arguments["log_decay"] = torch.full_like(arguments["log_decay"], rate)
     exact = {k: v.float() if isinstance(v, Tensor) else v for k, v in arguments.items()}
     pull = torch.randn_like(arguments["v"])
@@ -326,9 +327,10 @@ def test_on_a_gpu_the_decays_gradient_stays_exact_over_long_sequences(rate: floa
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_nothing_waits_for_the_host() -> None:
+@pytest.mark.parametrize("h", [2, 8])
+def test_on_a_gpu_nothing_waits_for_the_host(h: int) -> None:
     """Packed boundaries are read on the device: a call in a CUDA graph replays with other boundaries."""
-    arguments = sample(workload(300, h=2, n=64, p=64, dtype="bfloat16", documents=4), "cuda")
+    arguments = sample(workload(300, h=h, n=64, p=64, dtype="bfloat16", documents=4), "cuda")
     outputs = fused.forward(**arguments)
     fused.backward(arguments, outputs, outputs[:2])  # compiles
     torch.cuda.synchronize()

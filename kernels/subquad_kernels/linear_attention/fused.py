@@ -96,7 +96,8 @@ def shared_launch(*, backward: bool, packed: bool) -> Launch:
 
     Packed, the residual lies by chunks of 64, as the backward walks them.
     """
-    walk = Size(num_warps=8, registers=80)  # a state of 128 rows has 32 registers a lane, and three programs fit
+    # A state of 128 rows has 32 registers a lane, so that three programs fit; with documents to look after, two.
+    walk = Size(num_warps=8, registers=128 if packed else 80)
     if backward or packed:
         return Launch(tile_p=64, shared=Shared(borders=walk, states=walk))
     return Launch(tile_p=64, chunk=128, shared=Shared(states=replace(walk, registers=128), read=Size(num_warps=8)))

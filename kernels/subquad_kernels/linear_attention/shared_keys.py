@@ -81,6 +81,8 @@ class _Chunks:
     """The chunks of one direction: their gates by head, and what every kernel is told of them."""
 
     def __init__(self, call: Call, launch: Launch, shared: Shared) -> None:
+        if (call.h // call.h_k) % shared.heads:
+            raise ValueError(f"{shared.heads} heads a program do not divide groups of {call.h // call.h_k}")
         call.cut(launch)
         self.call, self.shared = call, shared
         self.slots = call.b * call.chunks
@@ -146,7 +148,7 @@ def forward(call: Call, launch: Launch, shared: Shared) -> Outputs:
     if call.segments > 1:
         call.compose(decays, boundaries, reverse=False, copies=entering)
         _finish[(chunks.slots * call.h,)](
-            call.table, chunks.ages, lefts, boundaries, final, *chunks.sizes, **chunks.constants, num_warps=4
+            chunks.ages, call.table, lefts, boundaries, final, *chunks.sizes, **chunks.constants, num_warps=4
         )  # fmt: skip
     _read_heads[(chunks.slots * chunks.parts,)](
         call.q, call.k, call.v, call.table, chunks.ages, chunks.gates, chunks.own, states, lefts, entering, y,
@@ -317,7 +319,7 @@ def _walk(
 @QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment"])
 def _finish(
-    table, ages, lefts, boundaries, final, t, b, h, group, chunks, segments, per_segment,
+    ages, table, lefts, boundaries, final, t, b, h, group, chunks, segments, per_segment,
     N: tl.constexpr, P: tl.constexpr, PAD_N: tl.constexpr, PAD_P: tl.constexpr, CHUNK: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
