@@ -10,19 +10,21 @@ import triton.language as tl
 
 from subquad_kernels.selective_scan.tiles import (
     LN_2,
+    fold,
     load_chunk,
     load_marks,
     load_vector,
     parts_of_row,
     parts_of_tile,
     place_of_program,
+    places_of_sums,
     restart,
     row_of,
     sigmoid,
     states_at_edge,
     step_and_slope,
-    store_sum_over_channels,
     store_sums,
+    sum_in_lanes,
     through_segment,
 )
 from subquad_kernels.triton_launch import QuickLaunch
@@ -138,6 +140,11 @@ def differentiate(
     first and left in `scratch`, which only this program touches and the caches hold.
     """
     PARTS: tl.constexpr = TILE_C // SUB
+    SUMS: tl.constexpr = 2 * PARTS  # of a token, over n: for its drives, then for its steps
+    LANES: tl.constexpr = max(1, PAD_N // 4)  # that share a channel
+    STORED: tl.constexpr = max(SUMS, min(LANES, GROUP * SUMS))
+    WIDTH: tl.constexpr = min(LANES, STORED)
+    FOLDED: tl.constexpr = min(GROUP, SUB // 2)  # tokens whose sums over channels are taken together
     tile, sequence, segment = place_of_program(c, b, TILE_C)
     channels = tile * TILE_C + tl.arange(0, TILE_C)
     columns = tl.arange(0, PAD_N)
@@ -156,8 +163,7 @@ def differentiate(
     slopes_at = pulls_at + VECTOR
     B_table = slopes_at + VECTOR
     C_table = B_table + MAP
-    drive_grads_at = C_table + MAP
-    step_grads_at = drive_grads_at + VECTOR
+    sums_at = C_table + MAP
     by_state = tl.arange(0, SUB)[:, None] * (PARTS * PAD_N) + columns[None, :]
 
     rates, offsets, within = parts_of_tile(A, tile, c, N, PAD_N, SUB, PARTS)
@@ -175,7 +181,10 @@ def differentiate(
     skip_grads = tl.zeros([ROWS, TILE_C], tl.float32)
     bias_grads = tl.zeros([ROWS, TILE_C], tl.float32)
     dB = dmaps + tile.to(tl.int64) * 2 * b * t * N
-    dC = dB + b.to(tl.int64) * t * N
+    # Rows of a tile of sums over channels: tokens of dC, then of dB.
+    map_rows_at = tl.arange(0, 2 * FOLDED)[:, None]
+    map_tokens = map_rows_at % FOLDED
+    map_places = tl.where(map_rows_at < FOLDED, b.to(tl.int64) * t * N, 0) + map_tokens * AHEAD * N + columns[None, :]
     chunks = tl.cdiv(end - begin, CHUNK)
     rows = tl.arange(0, ROWS)[:, None]
     local = tl.arange(0, TILE_C)[None, :]
@@ -267,7 +276,7 @@ def differentiate(
                 states += (tl.load(slots + slot * PAD_N + by_state),)
 
             # The states before every token of the group and its decays; dC needs the states after.
-            before, factors = (), ()
+            before, factors, read_sums, unfolded = (), (), (), ()
             for i in tl.static_range(GROUP):
                 new, old, decay = (), (), ()
                 read_grad = tl.zeros([SUB, PAD_N], tl.float32)
@@ -287,8 +296,12 @@ def differentiate(
                 states = new
                 before += (old,)
                 factors += (decay,)
-                store_sum_over_channels(dC + (row + (base + i) * AHEAD) * N, read_grad, in_n & (base + i < limit))
+                unfolded += (read_grad,)
+                if len(unfolded) == FOLDED:
+                    read_sums += (fold(unfolded, PAD_N),)
+                    unfolded = ()
 
+            sums = ()
             for i in tl.static_range(GROUP - 1, -1, -1):
                 new, more, drive_sums, step_sums = (), (), (), ()
                 map_grad = tl.zeros([SUB, PAD_N], tl.float32)
@@ -307,19 +320,28 @@ def differentiate(
                     exponent_grad = back * before[i][h]
                     more += (rate_grads[h] + steps[i][h][:, None] * exponent_grad,)
                     step_grad = exponent_grad * rates[h]
-                    drive_sums += (tl.sum(drive_grad, axis=1),)
-                    step_sums += (tl.sum(step_grad, axis=1),)
+                    drive_sums += (sum_in_lanes(drive_grad, LANES),)
+                    step_sums += (sum_in_lanes(step_grad, LANES),)
                     if PACKED:
                         if INITIAL and (tags[i] & 1) != 0:
                             document_at = (tags[i] >> 2).to(tl.int64) * state_size
                             tl.store(dinitial + document_at + offsets[h], back, mask=within[h])
                         back = tl.where((tags[i] & 1) != 0, 0.0, back)
                     new += (back,)
-                store_sums(drive_grads_at + (base + i) * TILE_C, drive_sums, TILE_C, 1, SUB, PARTS, PAD_N)
-                store_sums(step_grads_at + (base + i) * TILE_C, step_sums, TILE_C, 1, SUB, PARTS, PAD_N)
+                sums = drive_sums + step_sums + sums
+                if len(sums) == STORED:
+                    store_sums(sums_at + (base + i) * (SUMS * SUB), sums, SUB, LANES, WIDTH)
+                    sums = ()
                 carried = new
                 rate_grads = more
-                store_sum_over_channels(dB + (row + (base + i) * AHEAD) * N, map_grad, in_n & (base + i < limit))
+                unfolded = (map_grad,) + unfolded  # noqa: RUF005
+                if len(unfolded) == FOLDED:
+                    both = fold((read_sums[i // FOLDED], fold(unfolded, PAD_N)), FOLDED * PAD_N)
+                    if 2 * FOLDED < SUB:
+                        both = tl.sum(tl.reshape(both, [SUB // (2 * FOLDED), 2 * FOLDED, PAD_N]), axis=0)
+                    at_token = dB + (row + (base + i) * AHEAD) * N
+                    tl.store(at_token + map_places, both, mask=in_n[None, :] & (map_tokens < limit - base - i))
+                    unfolded = ()
         tl.debug_barrier()
 
         # The gradients of the chunk's vectors.
@@ -328,8 +350,8 @@ def differentiate(
             away = at * AHEAD
             mask = (at < limit) & in_c[None, :]
             spots = at * TILE_C + local
-            drive_grad = tl.load(drive_grads_at + spots)
-            step_grad = tl.load(step_grads_at + spots)
+            drive_grad = tl.load(sums_at + places_of_sums(at * SUMS, local, SUB, PARTS, WIDTH))
+            step_grad = tl.load(sums_at + places_of_sums(at * SUMS + PARTS, local, SUB, PARTS, WIDTH))
             value = tl.load(x_at + (away * x_stride + channels[None, :]), mask=mask, other=0.0).to(tl.float32)
             raw_grad = (step_grad * LN_2 + drive_grad * value) * tl.load(slopes_at + spots)  # `rates` are A log2 e
             bias_grads += raw_grad

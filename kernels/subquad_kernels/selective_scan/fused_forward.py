@@ -15,12 +15,14 @@ from subquad_kernels.selective_scan.tiles import (
     parts_of_row,
     parts_of_tile,
     place_of_program,
+    places_of_sums,
     restart,
     row_of,
     sigmoid,
     states_at_edge,
     step_and_slope,
     store_sums,
+    sum_in_lanes,
     through_segment,
 )
 from subquad_kernels.triton_launch import QuickLaunch
@@ -126,6 +128,8 @@ def scan(
 ):  # fmt: skip
     """The scan of one segment, from the state that the segments before it leave."""
     PARTS: tl.constexpr = TILE_C // SUB
+    LANES: tl.constexpr = max(1, PAD_N // 4)  # that share a channel
+    WIDTH: tl.constexpr = min(LANES, GROUP * PARTS)  # sums of a channel that are stored beside each other
     tile, sequence, segment = place_of_program(c, b, TILE_C)
     channels = tile * TILE_C + tl.arange(0, TILE_C)
     columns = tl.arange(0, PAD_N)
@@ -203,18 +207,19 @@ def scan(
                         state = restart(state, tags[i], initial, state_size, offsets[h], within[h], INITIAL)
                     state = tl.exp2(steps[i][h][:, None] * rates[h]) * state + drives[i][h][:, None] * maps[i][None, :]
                     new += (state,)
-                    sums += (tl.sum(state * reads[i][None, :], axis=1),)
+                    sums += (sum_in_lanes(state * reads[i][None, :], LANES),)
                     if PACKED and (tags[i] & 2) != 0:
                         tl.store(final + (tags[i] >> 2).to(tl.int64) * state_size + offsets[h], state, mask=within[h])
                 states = new
-            store_sums(totals_at + base * TILE_C, sums, TILE_C, GROUP, SUB, PARTS, PAD_N)
+            store_sums(totals_at + base * TILE_C, sums, SUB, LANES, WIDTH)
         tl.debug_barrier()
 
         for i in tl.static_range(CHUNK // ROWS):
             at = rows + i * ROWS
             away = at * AHEAD
             mask = (at < limit) & in_c[None, :]
-            total = tl.load(totals_at + (at * TILE_C + local)) + skip[None, :] * values[i].to(tl.float32)
+            total = tl.load(totals_at + places_of_sums(at * PARTS, local, SUB, PARTS, WIDTH))
+            total += skip[None, :] * values[i].to(tl.float32)
             if GATE:
                 tl.store(ungated_at + (away * c + channels[None, :]), total, mask=mask)
                 gate = gates[i].to(tl.float32)

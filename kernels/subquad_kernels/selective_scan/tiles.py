@@ -151,37 +151,69 @@ def restart(state, tag, initial, state_size, offsets, within, INITIAL: tl.conste
 def parts_of_row(table, place, SUB: tl.constexpr, PARTS: tl.constexpr):
     """A row of the scratch as vectors of SUB channels: fewer elements than lanes load in the layout of their use.
 
-    Part i holds the channels i, PARTS + i, ...: what a lane has of the parts lies together, and is stored together.
+    Part i holds the channels i, PARTS + i, ...: what a lane has of two parts lies together, and is loaded at once.
     """
     found = ()
-    for i in tl.static_range(PARTS):
-        found += (tl.load(table + place + i + tl.arange(0, SUB) * PARTS),)
+    first = table + place + tl.arange(0, SUB) * PARTS
+    if PARTS == 1:
+        found += (tl.load(first),)
+    else:
+        for i in tl.static_range(0, PARTS, 2):
+            one, other = tl.split(tl.load(first[:, None] + (i + tl.arange(0, 2)[None, :])))
+            found += (one, other)
     return found
 
 
 @triton.jit
-def store_sums(table, sums, stride, COUNT: tl.constexpr, SUB: tl.constexpr, PARTS: tl.constexpr, PAD_N: tl.constexpr):
-    """Sums over n of COUNT tokens, `sums` holding the parts of a token one after the other, into rows `stride` apart.
+def _fold(one, other, STEP: tl.constexpr):
+    """Half of a sum of both: elements whose place has the bit STEP get what `one` holds with and without it, the rest
+    what `other` does. Each lane sends what it will not go on with: one exchange, where two sums would take two.
 
-    Up to four are laid side by side, and stored at once. Where they are neighbours in memory, they are laid in a tile
-    of states, of which the first columns are stored: a lane has all four, and none moves to another lane before.
+    A sum of integers less one's own is what the partner sent; compilers leave the exchange alone.
     """
-    WIDTH: tl.constexpr = min(4, PAD_N, COUNT * PARTS)
-    COLUMNS: tl.constexpr = PAD_N if PARTS >= WIDTH else WIDTH
-    column = tl.arange(0, COLUMNS)[None, :]
-    for k in tl.static_range(0, COUNT * PARTS, WIDTH):
-        tile = tl.broadcast_to(sums[k][:, None], [SUB, COLUMNS])
-        for j in tl.static_range(1, WIDTH):
-            tile = tl.where(column % WIDTH == j, sums[k + j][:, None], tile)
-        token, part = (k + column) // PARTS, (k + column) % PARTS
-        place = token * stride + part + tl.arange(0, SUB)[:, None] * PARTS
-        tl.store(table + place, tile, mask=tl.broadcast_to(column < WIDTH, [SUB, COLUMNS]))
+    HALVES: tl.constexpr = one.numel // (2 * STEP)
+    second = (tl.arange(0, 2) == 1)[None, :, None]
+    first_tile, second_tile = tl.reshape(one, [HALVES, 2, STEP]), tl.reshape(other, [HALVES, 2, STEP])
+    sent = tl.where(second, first_tile, second_tile).to(tl.int32, bitcast=True)
+    received = (tl.sum(sent, axis=1, keep_dims=True) - sent).to(tl.float32, bitcast=True)
+    return tl.reshape(tl.where(second, second_tile, first_tile) + received, one.shape)
 
 
 @triton.jit
-def store_sum_over_channels(place, tile, within):
-    """The sum of a tile over its channels, stored from the tile's layout.  Shapes:  tile: SUB N    within: N"""
-    total = tl.sum(tile, axis=0, keep_dims=True)
-    first = tl.arange(0, tile.shape[0])[:, None]
-    columns = tl.arange(0, tile.shape[1])[None, :]
-    tl.store(place + (first * 0 + columns), tl.broadcast_to(total, tile.shape), mask=(first == 0) & within[None, :])
+def fold(tiles, STEP: tl.constexpr):
+    """One tile of a power of two of them: place p holds what tile (p // STEP) % count sums to over the places that
+    differ from p in those bits. Eight tiles of eight rows exchange seven times, where eight sums would 24 times.
+    """
+    for level in tl.static_range(5):
+        if len(tiles) > 1:
+            folded = ()
+            for i in tl.static_range(0, len(tiles), 2):
+                folded += (_fold(tiles[i], tiles[i + 1], STEP * 2**level),)
+            tiles = folded
+    return tiles[0]
+
+
+@triton.jit
+def sum_in_lanes(tile, LANES: tl.constexpr):
+    """What each lane holds of a tile's sums over n.  [SUB, PAD_N] -> [SUB, LANES]"""
+    return tl.sum(tl.reshape(tile, [tile.shape[0], LANES, tile.shape[1] // LANES]), axis=2)
+
+
+@triton.jit
+def store_sums(table, sums, SUB: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """Sums over n of what lanes summed, WIDTH of one channel beside each other: `places_of_sums` says where."""
+    for k in tl.static_range(0, len(sums), WIDTH):
+        some = ()
+        for j in tl.static_range(WIDTH):
+            some += (sums[k + j],)
+        tile = fold(some, 1)
+        if WIDTH < LANES:
+            tile = tl.sum(tl.reshape(tile, [SUB, LANES // WIDTH, WIDTH]), axis=1)
+        tl.store(table + (k * SUB + tl.arange(0, SUB)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]), tile)
+
+
+@triton.jit
+def places_of_sums(sums, local, SUB: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr):
+    """Where `store_sums` left the sums of channels `local` of a tile, `sums` counting those of their first part."""
+    sums += local % PARTS
+    return (sums // WIDTH) * (SUB * WIDTH) + (local // PARTS) * WIDTH + sums % WIDTH
