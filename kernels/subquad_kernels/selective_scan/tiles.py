@@ -40,58 +40,62 @@ def load_vector(vector, columns, within, GIVEN: tl.constexpr):
 
 
 @triton.jit
-def load_chunk(
-    table, stride, sequence, start, end, t, columns, within,
-    CHUNK: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr, EVICT: tl.constexpr, GIVEN: tl.constexpr,
-):  # fmt: skip
-    """The rows of a chunk of tokens as tiles of ROWS, in their own type; zeros from token `end` on; () if not given."""
-    tiles = ()
-    if GIVEN:
-        near = table + row_of(sequence, start, t, AHEAD) * stride  # offsets from here fit 32 bits
-        for i in tl.static_range(CHUNK // ROWS):
-            at = tl.arange(0, ROWS)[:, None] + i * ROWS
-            mask = (start + at < end) & within[None, :]
-            offsets = at * AHEAD * stride + columns[None, :]
-            tiles += (tl.load(near + offsets, mask=mask, other=0.0, eviction_policy=EVICT),)
-    return tiles
+def by_fours(COUNT: tl.constexpr):
+    """The numbers below COUNT, written so that Triton knows but four of them to be neighbours.
+
+    A lane then holds four elements of a row of tokens in any type, as many as it stores of fp32. Of bfloat16 it would
+    load eight, and Triton gives all tiles of a shape, states among them, the layout of the widest.
+    """
+    place = tl.arange(0, COUNT)
+    return place // 4 * 4 + place % 4
 
 
 @triton.jit
-def parts_of_tile(A, tile, c, N: tl.constexpr, PAD_N: tl.constexpr, SUB: tl.constexpr, PARTS: tl.constexpr):
-    """A log2(e) of each part of a tile, where its states lie in a table of c by N, and which there are.  [SUB, PAD_N]
+def load_chunk(
+    table, stride, sequence, start, end, t, columns, within,
+    CHUNK: tl.constexpr, AHEAD: tl.constexpr, EVICT: tl.constexpr, GIVEN: tl.constexpr,
+):  # fmt: skip
+    """The rows of a chunk of tokens, in their own type; zeros from token `end` on; () if not given."""
+    tile = ()
+    if GIVEN:
+        near = table + row_of(sequence, start, t, AHEAD) * stride  # offsets from here fit 32 bits
+        at = tl.arange(0, CHUNK)[:, None]
+        mask = (start + at < end) & within[None, :]
+        tile = tl.load(near + (at * AHEAD * stride + columns[None, :]), mask=mask, other=0.0, eviction_policy=EVICT)
+    return tile
 
-    Part i holds the channels i, PARTS + i, ... of the tile.
-    """
-    rates, offsets, within = (), (), ()
+
+@triton.jit
+def channels_of_rows(TILE_C: tl.constexpr, SUB: tl.constexpr):
+    """Which channel of a tile each row of its states is: SUB rows lie on lanes, and a lane holds neighbours."""
+    row = tl.arange(0, TILE_C)
+    return row % SUB * (TILE_C // SUB) + row // SUB
+
+
+@triton.jit
+def states_of_tile(A, tile, c, N: tl.constexpr, PAD_N: tl.constexpr, TILE_C: tl.constexpr, SUB: tl.constexpr):
+    """A log2(e) of a tile, where its states lie in a table of c by N, and which there are.  [TILE_C, PAD_N]"""
     columns = tl.arange(0, PAD_N)[None, :]
-    for i in tl.static_range(PARTS):
-        channels = (tile * (SUB * PARTS) + i + tl.arange(0, SUB) * PARTS)[:, None]
-        offsets += (channels * N + columns,)
-        within += ((channels < c) & (columns < N),)
-        rates += (tl.load(A + offsets[i], mask=within[i], other=0.0).to(tl.float32) * LOG2_E,)
-    return rates, offsets, within
+    channels = (tile * TILE_C + channels_of_rows(TILE_C, SUB))[:, None]
+    offsets = channels * N + columns
+    within = (channels < c) & (columns < N)
+    return tl.load(A + offsets, mask=within, other=0.0).to(tl.float32) * LOG2_E, offsets, within
 
 
 @triton.jit
 def states_at_edge(states, place, offsets, within, here, GIVEN: tl.constexpr):
     """What a sequence begins (or, backward, ends) with: the given states where its edge is `here`, else zeros."""
-    found = ()
-    for i in tl.static_range(len(offsets)):
-        state = tl.zeros(offsets[i].shape, tl.float32)
-        if GIVEN and here:
-            state = tl.load(states + place + offsets[i], mask=within[i], other=0.0).to(tl.float32)
-        found += (state,)
+    found = tl.zeros(offsets.shape, tl.float32)
+    if GIVEN and here:
+        found = tl.load(states + place + offsets, mask=within, other=0.0).to(tl.float32)
     return found
 
 
 @triton.jit
 def through_segment(states, decays, writes, place, offsets, within):
     """What a segment does to states that enter it:  h -> decay h + write."""
-    found = ()
-    for i in tl.static_range(len(offsets)):
-        decay = tl.load(decays + place + offsets[i], mask=within[i], other=0.0)
-        found += (decay * states[i] + tl.load(writes + place + offsets[i], mask=within[i], other=0.0),)
-    return found
+    decay = tl.load(decays + place + offsets, mask=within, other=0.0)
+    return decay * states + tl.load(writes + place + offsets, mask=within, other=0.0)
 
 
 @triton.jit
@@ -148,20 +152,28 @@ def restart(state, tag, initial, state_size, offsets, within, INITIAL: tl.conste
 
 
 @triton.jit
-def parts_of_row(table, place, SUB: tl.constexpr, PARTS: tl.constexpr):
-    """A row of the scratch as vectors of SUB channels: fewer elements than lanes load in the layout of their use.
+def row_for_states(table, place, TILE_C: tl.constexpr, SUB: tl.constexpr):
+    """A row of the scratch in the order of a tile's states: fewer elements than lanes load in the layout of their use.
 
-    Part i holds the channels i, PARTS + i, ...: what a lane has of two parts lies together, and is loaded at once.
+    What a lane has of it lies together, and is loaded at once.
     """
-    found = ()
-    first = table + place + tl.arange(0, SUB) * PARTS
-    if PARTS == 1:
-        found += (tl.load(first),)
-    else:
-        for i in tl.static_range(0, PARTS, 2):
-            one, other = tl.split(tl.load(first[:, None] + (i + tl.arange(0, 2)[None, :])))
-            found += (one, other)
-    return found
+    at = tl.arange(0, SUB)[:, None] * (TILE_C // SUB) + tl.arange(0, TILE_C // SUB)[None, :]
+    return tl.reshape(tl.trans(tl.load(table + place + at)), [TILE_C])
+
+
+@triton.jit
+def parts_of_tile(tile, PARTS: tl.constexpr):
+    """The rows of a tile in as many tuples, of rows that lie on different lanes."""
+    parts = (tile,)
+    for _ in tl.static_range(6):
+        if len(parts) < PARTS:
+            halves = ()
+            for i in tl.static_range(len(parts)):
+                part = parts[i]
+                upper, lower = tl.split(tl.permute(tl.reshape(part, [2, part.shape[0] // 2, part.shape[1]]), (1, 2, 0)))
+                halves += (upper, lower)
+            parts = halves
+    return parts
 
 
 @triton.jit
@@ -194,9 +206,15 @@ def fold(tiles, STEP: tl.constexpr):
 
 
 @triton.jit
-def sum_in_lanes(tile, LANES: tl.constexpr):
-    """What each lane holds of a tile's sums over n.  [SUB, PAD_N] -> [SUB, LANES]"""
-    return tl.sum(tl.reshape(tile, [tile.shape[0], LANES, tile.shape[1] // LANES]), axis=2)
+def sums_in_lanes(tile, PARTS: tl.constexpr, LANES: tl.constexpr):
+    """What each lane holds of a tile's sums over n, one part after the other.  [TILE_C, PAD_N] -> [SUB, LANES]"""
+    return parts_of_tile(tl.sum(tl.reshape(tile, [tile.shape[0], LANES, tile.shape[1] // LANES]), axis=2), PARTS)
+
+
+@triton.jit
+def sum_of_parts(tile, PARTS: tl.constexpr):
+    """What the lanes hold of a tile's sums over its channels, each of its own.  [TILE_C, PAD_N] -> [SUB, PAD_N]"""
+    return tl.sum(tl.reshape(tile, [PARTS, tile.shape[0] // PARTS, tile.shape[1]]), axis=0)
 
 
 @triton.jit
@@ -215,5 +233,8 @@ def store_sums(table, sums, SUB: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.co
 @triton.jit
 def places_of_sums(sums, local, SUB: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr):
     """Where `store_sums` left the sums of channels `local` of a tile, `sums` counting those of their first part."""
-    sums += local % PARTS
-    return (sums // WIDTH) * (SUB * WIDTH) + (local // PARTS) * WIDTH + sums % WIDTH
+    if PARTS > WIDTH:
+        sums += local % PARTS
+        return (sums // WIDTH) * (SUB * WIDTH) + local // PARTS * WIDTH + sums % WIDTH
+    # `sums` is a multiple of PARTS: said apart, Triton sees that parts are neighbours.
+    return (sums // WIDTH) * (SUB * WIDTH) + sums % WIDTH + (local // PARTS * WIDTH + local % PARTS)
