@@ -34,7 +34,8 @@ SPILLS = {
     ("delta_rule/fused_diagonal", "relate", "sm_90"): 320,
     # Of triton 3.7.1. Tiles of 32 channels spill none, and take as long or longer (README).
     ("delta_rule/fused_diagonal", "differentiate", "sm_90"): 320,
-    # Around its walks, not in them, where documents are packed or states given.
+    # Where documents are packed or states given; of `differentiate` around its walks, not in them.
+    ("selective_scan/fused", "scan", "sm_90"): 112,
     ("selective_scan/fused", "differentiate", "sm_90"): 16,
     # No register: the table by which libdevice's sine reduces arguments that never come here.
     ("rotary/fused", "_rotate", "sm_90"): 32,

@@ -48,6 +48,10 @@ if TYPE_CHECKING:
     from subquad_kernels.linear_attention.fused import Call, Launch
 
 
+_PROGRAMS = 256
+"""About two for each of 132 processors: 32 heads a program are then faster than 8, by an eighth (README)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Size:
     """How one kernel runs; `registers` caps those of a lane."""
@@ -64,12 +68,12 @@ class Size:
 
 @dataclass(frozen=True, kw_only=True)
 class Shared:
-    """`heads` that a program takes, a divisor of those of a group, and the size of each kernel.
+    """The size of each kernel, and the `heads` that a program takes: a divisor of those of a group, or by size.
 
     `borders` and `states` are the two walks; `queries` and `keys` are the two kernels of the backward.
     """
 
-    heads: int = 8
+    heads: int | None = None
     borders: Size = Size()
     states: Size = Size()
     read: Size = Size()
@@ -81,12 +85,14 @@ class _Chunks:
     """The chunks of one direction: their gates by head, and what every kernel is told of them."""
 
     def __init__(self, call: Call, launch: Launch, shared: Shared) -> None:
-        if (call.h // call.h_k) % shared.heads:
-            raise ValueError(f"{shared.heads} heads a program do not divide groups of {call.h // call.h_k}")
         call.cut(launch)
         self.call, self.shared = call, shared
         self.slots = call.b * call.chunks
-        self.parts = call.h // shared.heads
+        group = call.h // call.h_k
+        self.heads = shared.heads or heads_of(group, self.slots * call.h)
+        if group % self.heads:
+            raise ValueError(f"{self.heads} heads a program do not divide groups of {group}")
+        self.parts = call.h // self.heads
         self.sizes = (call.t, call.b, call.h, call.h // call.h_k, call.chunks, call.segments, call.chunks_per_segment)
         packed = call.table is not None
         self.constants: dict[str, Any] = {
@@ -134,6 +140,11 @@ class _Chunks:
         return states
 
 
+def heads_of(group: int, pairs: int) -> int:
+    """Heads of a group that a program takes, of so many pairs of a chunk and a head: all if the device stays full."""
+    return next((heads for heads in (32, 16) if group % heads == 0 and pairs // heads >= _PROGRAMS), 8)
+
+
 def forward(call: Call, launch: Launch, shared: Shared) -> Outputs:
     """As `fused` has it:  y: b t h p    final_state: states h n p    boundaries: segments-1 b h n p"""
     chunks = _Chunks(call, launch, shared)
@@ -152,8 +163,8 @@ def forward(call: Call, launch: Launch, shared: Shared) -> Outputs:
         )  # fmt: skip
     _read_heads[(chunks.slots * chunks.parts,)](
         call.q, call.k, call.v, call.table, chunks.ages, chunks.gates, chunks.own, states, lefts, entering, y,
-        call.scale, *chunks.sizes, *call.strides,
-        HEADS=shared.heads, CUT=call.segments > 1, **chunks.constants, **shared.read.options(),
+        call.scale, chunks.heads, *chunks.sizes, *call.strides,
+        CUT=call.segments > 1, **chunks.constants, **shared.read.options(),
     )  # fmt: skip
     return y, final, boundaries
 
@@ -187,8 +198,8 @@ def backward(
     flow = torch.empty_like(chunks.ages)
     _differentiate_queries[(slots * parts,)](
         call.q, call.k, call.v, dy, call.table, chunks.ages, chunks.gates, chunks.own, states, mixed, dqueries, flow,
-        call.scale, *chunks.sizes, *call.strides, *dy_strides,
-        HEADS=shared.heads, **chunks.constants, **shared.queries.options(),
+        call.scale, chunks.heads, *chunks.sizes, *call.strides, *dy_strides,
+        **chunks.constants, **shared.queries.options(),
     )  # fmt: skip
     dv = torch.empty_like(call.v, memory_format=torch.contiguous_format)
     dlog_decay, dwrite_gate, ddiagonal = (
@@ -197,13 +208,13 @@ def backward(
     _differentiate_keys[(slots * parts,)](
         call.q, call.k, call.v, dy, call.table, chunks.ages, chunks.gates, chunks.own, dstates,
         dkeys, flow, dv, dwrite_gate, ddiagonal,
-        call.scale, *chunks.sizes, *call.strides, *dy_strides,
-        HEADS=shared.heads, **chunks.constants, **shared.keys.options(),
+        call.scale, chunks.heads, *chunks.sizes, *call.strides, *dy_strides,
+        **chunks.constants, **shared.keys.options(),
     )  # fmt: skip
     dq, dk = (call.v.new_empty(b, t, h_k, n) for _ in range(2))
     _mix[(2 * slots * h_k,)](
         call.q, call.k, call.table, mixed, dqueries, dkeys, dq, dk,
-        *chunks.sizes, *call.strides[:4], PARTS=parts // h_k, **chunks.constants, num_warps=8,
+        parts // h_k, *chunks.sizes, *call.strides[:4], **chunks.constants, num_warps=8,
     )  # fmt: skip
     if dlog_decay is not None:
         _differentiate_decay[(h * b * call.segments,)](
@@ -343,17 +354,17 @@ def _finish(
 
 
 @triton.jit
-def _heads(table, t, h, group, chunks, CHUNK: tl.constexpr, HEADS: tl.constexpr, PACKED: tl.constexpr):
+def _heads(table, heads, t, h, group, chunks, CHUNK: tl.constexpr, PACKED: tl.constexpr):
     """A program's slot (64 bits), part, first head and the one after its last, their head of q and k, row, length.
 
     Neighbours share a chunk's q and k. A slot that no document needs has no heads.
     """
     program = tl.program_id(0)
-    parts = h // HEADS
+    parts = h // heads
     part, slot = program % parts, (program // parts).to(tl.int64)
     row, limit, _, _, _ = find_chunk(table, slot % chunks, slot // chunks, t, CHUNK, PACKED)
-    first = part * HEADS
-    end = first + tl.where(limit > 0, HEADS, 0)
+    first = part * heads
+    end = first + tl.where(limit > 0, heads, 0)
     return slot, part, first, end, first // group, row, limit
 
 
@@ -367,12 +378,12 @@ def _load_own(own, at):
 
 
 @QuickLaunch
-@triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment"])
+@triton.jit(do_not_specialize=["heads", "t", "b", "chunks", "segments", "per_segment"])
 def _read_heads(
     q, k, v, table, ages, gates, own, states, lefts, entering, y,
-    scale, t, b, h, group, chunks, segments, per_segment,
+    scale, heads, t, b, h, group, chunks, segments, per_segment,
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
-    HEADS: tl.constexpr, CUT: tl.constexpr,
+    CUT: tl.constexpr,
     N: tl.constexpr, P: tl.constexpr, PAD_N: tl.constexpr, PAD_P: tl.constexpr, CHUNK: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -380,7 +391,7 @@ def _read_heads(
 
     Shapes:  entering: segments-1 b h n p    lefts: slots h
     """
-    slot, _, first, end, head_k, row, limit = _heads(table, t, h, group, chunks, CHUNK, HEADS, PACKED)
+    slot, _, first, end, head_k, row, limit = _heads(table, heads, t, h, group, chunks, CHUNK, PACKED)
     DIAGONAL: tl.constexpr = own is not None
     tokens, lines, columns = tl.arange(0, CHUNK), tl.arange(0, PAD_N), tl.arange(0, PAD_P)
     kept = lines[:, None] * PAD_P + columns[None, :]
@@ -414,12 +425,11 @@ def _read_heads(
 
 
 @QuickLaunch
-@triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment"])
+@triton.jit(do_not_specialize=["heads", "t", "b", "chunks", "segments", "per_segment"])
 def _differentiate_queries(
     q, k, v, dy, table, ages, gates, own, states, mixed, dqueries, flow,
-    scale, t, b, h, group, chunks, segments, per_segment,
+    scale, heads, t, b, h, group, chunks, segments, per_segment,
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, dy_stride, dy_head_stride,
-    HEADS: tl.constexpr,
     N: tl.constexpr, P: tl.constexpr, PAD_N: tl.constexpr, PAD_P: tl.constexpr, CHUNK: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -428,7 +438,7 @@ def _differentiate_queries(
     No product feeds another: what R multiplies comes once all heads are added.
     Shapes:  mixed: slots parts CHUNK CHUNK    dqueries: slots parts CHUNK PAD_N    flow: slots h CHUNK
     """
-    slot, part, first, end, head_k, row, limit = _heads(table, t, h, group, chunks, CHUNK, HEADS, PACKED)
+    slot, part, first, end, head_k, row, limit = _heads(table, heads, t, h, group, chunks, CHUNK, PACKED)
     DIAGONAL: tl.constexpr = own is not None
     tokens, lines, columns = tl.arange(0, CHUNK), tl.arange(0, PAD_N), tl.arange(0, PAD_P)
     kept = lines[:, None] * PAD_P + columns[None, :]
@@ -457,19 +467,18 @@ def _differentiate_queries(
         result = tl.dot(pulls, tl.trans(state), result, input_precision=PRECISION)
         flows = tl.sum(pairs, 1) - tl.sum(pairs, 0) + tl.sum(past, 1) * since
         tl.store(flow + at * CHUNK + tokens, flows)
-    place = slot * (h // HEADS) + part
+    place = slot * (h // heads) + part
     to = place * CHUNK + tokens[:, None]
     tl.store(mixed + to * CHUNK + tokens[None, :], total * scale)
     tl.store(dqueries + to * PAD_N + lines[None, :], result)
 
 
 @QuickLaunch
-@triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment"])
+@triton.jit(do_not_specialize=["heads", "t", "b", "chunks", "segments", "per_segment"])
 def _differentiate_keys(
     q, k, v, dy, table, ages, gates, own, dstates, dkeys, flow, dv, dwrite_gate, ddiagonal,
-    scale, t, b, h, group, chunks, segments, per_segment,
+    scale, heads, t, b, h, group, chunks, segments, per_segment,
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, dy_stride, dy_head_stride,
-    HEADS: tl.constexpr,
     N: tl.constexpr, P: tl.constexpr, PAD_N: tl.constexpr, PAD_P: tl.constexpr, CHUNK: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -479,7 +488,7 @@ def _differentiate_keys(
     miscompile on Hopper.
     Shapes:  dkeys: slots parts CHUNK PAD_N    flow: slots h CHUNK    dwrite_gate, ddiagonal: b t h
     """
-    slot, part, first, end, head_k, row, limit = _heads(table, t, h, group, chunks, CHUNK, HEADS, PACKED)
+    slot, part, first, end, head_k, row, limit = _heads(table, heads, t, h, group, chunks, CHUNK, PACKED)
     DIAGONAL: tl.constexpr = own is not None
     tokens, lines, columns = tl.arange(0, CHUNK), tl.arange(0, PAD_N), tl.arange(0, PAD_P)
     kept = lines[:, None] * PAD_P + columns[None, :]
@@ -519,16 +528,15 @@ def _differentiate_keys(
             dvalues += (tl.load(own + at * CHUNK + tokens) * own_scores)[:, None] * pulls.to(tl.float32)
         to = dv + (row * h + head) * P + tokens[:, None] * (h * P) + columns[None, :]
         tl.store(to, dvalues.to(dv.dtype.element_ty), mask=mask)
-    to = (slot * (h // HEADS) + part) * CHUNK + tokens[:, None]
+    to = (slot * (h // heads) + part) * CHUNK + tokens[:, None]
     tl.store(dkeys + to * PAD_N + lines[None, :], result)
 
 
 @QuickLaunch
-@triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment"])
+@triton.jit(do_not_specialize=["parts", "t", "b", "chunks", "segments", "per_segment"])
 def _mix(
     q, k, table, mixed, dqueries, dkeys, dq, dk,
-    t, b, h, group, chunks, segments, per_segment, q_stride, q_head_stride, k_stride, k_head_stride,
-    PARTS: tl.constexpr,
+    parts, t, b, h, group, chunks, segments, per_segment, q_stride, q_head_stride, k_stride, k_head_stride,
     N: tl.constexpr, P: tl.constexpr, PAD_N: tl.constexpr, PAD_P: tl.constexpr, CHUNK: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -544,17 +552,17 @@ def _mix(
     row, limit, _, _, _ = find_chunk(table, slot % chunks, slot // chunks, t, CHUNK, PACKED)
     tokens, lines = tl.arange(0, CHUNK), tl.arange(0, PAD_N)
     if for_keys:
-        at, stride, parts, into = q + head * q_head_stride + row * q_stride, q_stride, dkeys, dk
+        at, stride, summed, into = q + head * q_head_stride + row * q_stride, q_stride, dkeys, dk
         pairs = tokens[:, None] + tokens[None, :] * CHUNK
     else:
-        at, stride, parts, into = k + head * k_head_stride + row * k_stride, k_stride, dqueries, dq
+        at, stride, summed, into = k + head * k_head_stride + row * k_stride, k_stride, dqueries, dq
         pairs = tokens[:, None] * CHUNK + tokens[None, :]
     total = tl.zeros([CHUNK, CHUNK], tl.float32)
     result = tl.zeros([CHUNK, PAD_N], tl.float32)
-    for part in range(PARTS):
-        first = ((slot * heads + head) * PARTS + part) * CHUNK
+    for part in range(parts):
+        first = ((slot * heads + head) * parts + part) * CHUNK
         total += tl.load(mixed + first * CHUNK + pairs)
-        result += tl.load(parts + (first + tokens[:, None]) * PAD_N + lines[None, :])
+        result += tl.load(summed + (first + tokens[:, None]) * PAD_N + lines[None, :])
     others = load_tile(at, stride, tokens, limit, lines, N)
     result = tl.dot(total.to(q.dtype.element_ty), others, result, input_precision=PRECISION)
     to = into + (row * heads + head) * N + tokens[:, None] * (heads * N) + lines[None, :]

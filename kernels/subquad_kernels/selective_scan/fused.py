@@ -72,10 +72,17 @@ class Launch:
 def launch_of(n: int, *, backward: bool) -> Launch:
     """Sizes for a state size: 8 states a lane, so that the states and decays of a group fit in registers.
 
-    A row of 16 channels has fewer elements than a warp has lanes: it is loaded in the layout of the states. 2112
-    programs are 16 warps on each of an H100's 132 multiprocessors.
+    A row of 16 channels has fewer elements than a warp has lanes: it is loaded in the layout of the states. Forward
+    three warps share a scheduler, so that 1584 programs fill 132 multiprocessors; the backward holds two, and was
+    fastest with twice the 2112 that it could hold at four (README: chosen on an H200 at n = 16).
     """
-    return Launch(tile_c=min(16, max(8, 256 // power_of_two(n))), group=4)
+    padded = power_of_two(n)
+    tile_c = min(16, max(8, 256 // padded))
+    if backward:
+        return Launch(tile_c=tile_c, group=4, programs=4224)
+    if padded > 32:
+        return Launch(tile_c=tile_c, group=4)
+    return Launch(tile_c=tile_c, group=8, registers=168, programs=1584)
 
 
 def forward(launch: Launch | None = None, **arguments: Argument) -> Outputs:
