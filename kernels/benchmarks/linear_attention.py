@@ -82,6 +82,8 @@ CASES = (
     Case(name="SSD narrow", b=4, t=8_192, h_k=1, p=32, decay="token", write_gate=True),
     Case(name="RetNet narrow", b=4, t=8_192, n=32),
 )
+
+
 def ours(inputs: dict[str, Any]) -> Tensor:
     return linear_attention(**inputs, kernel="fused")[0]
 
@@ -105,14 +107,19 @@ def launched(launches: dict[str, fused.Launch]) -> Any:
 
 def default_launches(case: Case) -> dict[str, fused.Launch]:
     return {
-        direction: fused.launch_of(case.n, case.p, torch.bfloat16, backward=direction == "backward")
+        direction: fused.launch_of(
+            case.n, case.p, torch.bfloat16,
+            backward=direction == "backward", group=case.h // case.h_k, packed=case.documents > 0,
+        )
         for direction in ("forward", "backward")
-    }
+    }  # fmt: skip
 
 
 def check(case: Case, launches: dict[str, fused.Launch]) -> tuple[float, str, bool]:
     """The largest error at the case's widths and a small size, its name, and whether all are within tolerance."""
-    arguments = case.inputs(state=True, b=1 if case.documents else 2, t=299, h=min(case.h, 4), h_k=min(case.h_k, 4))
+    h_k = min(case.h_k, 4)
+    heads = 4 if launches["forward"].shared is None else launches["forward"].shared.heads * h_k
+    arguments = case.inputs(state=True, b=1 if case.documents else 2, t=299, h=min(case.h, heads), h_k=h_k)
     arguments["log_decay"] = None if case.decay == "none" else arguments["log_decay"]
     if case.decay == "head":
         arguments["log_decay"] = arguments["log_decay"][: arguments["v"].shape[2]].contiguous()
@@ -313,6 +320,9 @@ def main() -> None:
             for case in cases:
                 if over():
                     break
+                if default_launches(case)["forward"].shared is not None:
+                    print("shared_keys.py tunes", case.name)
+                    continue
                 print("tuning", case.name)
                 launches = tune(record, case, over)
                 found = {name: asdict(launch) for name, launch in launches.items()}

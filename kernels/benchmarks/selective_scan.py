@@ -1,18 +1,21 @@
 """Check and time the fused selective scan on a CUDA device.
 
-    python kernels/benchmarks/selective_scan.py OUT.json [--tune] [--limit-s 85]
+    python kernels/benchmarks/selective_scan.py OUT.json [--tune] [--limit-s 100]
 
 Times are device times (median of `triton.testing.do_bench`, L2 cleared between calls) of 32,768 tokens, 2048 channels
 and 16 states in bfloat16, with gate, skip and step bias; `parts` are those of each kernel in one forward and backward.
-Checks run side by side in processes of their own. With --tune, so do the compilations of the launches in GRID, which
-are then timed at every batch for as long as the limit allows; each batch's fastest are printed, and the best over all
-batches is timed with its parts. The package itself keeps what `fused.launch_of` says.
+First the first calls of a training step are made in a process and a cache of their own, as `first_calls` makes them,
+and timed. Checks run side by side in processes of their own. With --tune, so do the compilations of the launches in
+GRID, each of which is checked against the chunked kernel; those that pass are timed at every batch, cut as CUTS says,
+for as long as the limit allows. Each batch's fastest are printed, the best over all batches is timed with its parts,
+and what to write in `fused.launch_of` is printed last.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -29,6 +33,8 @@ from triton.testing import do_bench
 
 import subquad_kernels.builtin  # noqa: F401  (fills the catalogue)
 from subquad_kernels.catalogue import CATALOGUE
+from subquad_kernels.compilations import compilations
+from subquad_kernels.first_calls import first_calls
 from subquad_kernels.selective_scan import fused
 from subquad_kernels.selective_scan.definition import sample_inputs
 from subquad_kernels.self_check import kernel_errors, stack_versions
@@ -37,15 +43,28 @@ from subquad_kernels.workload import Workload
 TOKENS, CHANNELS, STATES, BATCHES = 32_768, 2_048, 16, (16, 4, 1)
 OPERATOR = CATALOGUE.operator("selective_scan")
 
-# What differs from `fused.launch_of`: compiled once each.
+# What differs from `fused.launch_of`: compiled once each. Registers decide how many warps share a scheduler: 255 two,
+# 200 two and a half, 168 three, 128 four.
 GRID: dict[str, tuple[dict[str, Any], ...]] = {
-    "forward": ({}, {"group": 8}, {"tile_c": 16, "rows": 8}),
-    "backward": ({}, {"tile_c": 8}, {"tile_c": 8, "group": 8}, {"group": 8}, {"rows": 8}, {"evict": "evict_first"}),
+    "forward": (
+        {"registers": 128},
+        {},
+        {"registers": 128, "group": 2},
+        {"registers": 168, "group": 8},
+    ),
+    "backward": (
+        {},
+        {"registers": 128},
+        {"registers": 168},
+        {"registers": 128, "group": 2},
+        {"registers": 200},
+        {"registers": 168, "tile_c": 8},
+    ),
 }
-# How time is cut: costs no compilation. Programs are few at b = 4 and 1; `enough` 0 never cuts.
+# How time is cut: costs no compilation. Programs are few at b = 4 and 1; `enough` above 2048 cuts b = 16 too.
 CUTS: dict[str, tuple[dict[str, int], ...]] = {
-    "forward": ({}, {"enough": 0}, {"programs": 1056}, {"programs": 4224}),
-    "backward": ({}, {"programs": 1056}, {"programs": 3168}, {"programs": 4224}),
+    "forward": ({}, {"programs": 1056}, {"programs": 1584}, {"programs": 4224}),
+    "backward": ({}, {"programs": 1584}, {"programs": 1056}, {"programs": 4224}, {"programs": 4752, "enough": 4096}),
 }
 LONGEST_MS = 20.0
 """A launch that takes longer than this once is not timed again: one that is not cut, at b = 1."""
@@ -57,6 +76,7 @@ class Record:
 
     device: str
     versions: tuple[str, ...]
+    first_calls: dict[str, Any] = field(default_factory=dict)
     checks: list[dict[str, Any]] = field(default_factory=list)
     tuning: list[dict[str, Any]] = field(default_factory=list)
     timings: list[dict[str, Any]] = field(default_factory=list)
@@ -120,10 +140,7 @@ def check_against_chunked() -> Iterator[dict[str, Any]]:
                 results.append({"y": outputs[0]} | {f"d_{k}": v for k, v in found.items() if v is not None})
                 del outputs, found
             mine, theirs = results
-            row["errors"] = {
-                name: float((mine[name].float() - theirs[name].float()).abs().max() / theirs[name].float().abs().max())
-                for name in mine
-            }
+            row["errors"] = {name: distance(mine[name], theirs[name]) for name in mine}
             row["passed"] = all(error <= 1.6e-2 for error in row["errors"].values())
         except Exception as error:
             row |= {"passed": False, "failure": f"{type(error).__name__}: {error}"[:400]}
@@ -157,19 +174,55 @@ class Directions:
             outputs = fused.forward(launches["forward"], **self.arguments)
             fused.backward(self.arguments, outputs, (self.pull, None), launches["backward"])
             torch.cuda.synchronize()
-        return {event.key[:60]: event.device_time_total / 1e3 for event in found.key_averages()}
+        return {event.key[:60]: event.device_time_total / 1e3 for event in found.key_averages() if event.device_time}
 
 
-def compile_one(direction: str, launch: fused.Launch) -> None:
-    """Compile what a direction launches, into triton's cache on disk."""
-    arguments = inputs(workload(1, 256))
+def time_first_calls() -> dict[str, Any]:
+    """Seconds of the first calls of a training step, all kernels compiled beside each other, with nothing cached."""
+    torch.cuda.init()
+    with TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        kernel, started = CATALOGUE.kernel("selective_scan", "fused"), time.perf_counter()
+        calls = first_calls([(kernel, workload(16, 2_048))], "cuda")
+        seconds = time.perf_counter() - started
+    slowest = max((one for call in calls for one in call.compiled), key=lambda one: one.seconds)
+    failures = [call.failure for call in calls if call.failure]
+    return {"seconds": seconds, "slowest": slowest.kernel, "slowest_s": slowest.seconds, "failures": failures}
+
+
+def compile_and_check(direction: str, launch: fused.Launch) -> dict[str, Any]:
+    """Compile what a direction launches, into triton's cache on disk; errors against the chunked kernel, time cut."""
+    arguments = inputs(workload(2, 509, c=160))
+    pull = torch.randn_like(arguments["x"])
     cut = fused.with_segments(launch, 128)
-    if direction == "forward":
-        fused.forward(cut, **arguments)
-    else:
-        outputs = fused.forward(**arguments)
-        fused.backward(arguments, outputs, (torch.randn_like(arguments["x"]), None), cut)
+    chunked = CATALOGUE.kernel("selective_scan", "chunked").torch_half
+    expected: dict[str, Tensor | None]
+    found: dict[str, Tensor | None]
+    with compilations() as compiled:
+        outputs = fused.forward(cut if direction == "forward" else None, **arguments)
+        if direction == "forward":
+            names = ("y", "final_state", "boundaries", "ungated")
+            expected, found = dict(zip(names, chunked.forward(**arguments))), dict(zip(names, outputs))
+        else:
+            expected = chunked.backward(arguments, outputs, (pull, None))
+            expected = {name: other for name, other in expected.items() if arguments[name] is not None}
+            found = fused.backward(arguments, outputs, (pull, None), cut)
+            again = fused.backward(arguments, outputs, (pull, None), cut)
+            for name, tensor in found.items():
+                if tensor is not None and not torch.equal(tensor, again[name]):
+                    raise ArithmeticError(f"two calls differ in the bits of {name}")
     torch.cuda.synchronize()
+    errors = {name: distance(found[name], other) for name, other in expected.items() if other is not None}
+    if max(errors.values()) > 1.6e-2:
+        raise ArithmeticError(f"far from the chunked kernel: {errors}")
+    return {"errors": errors, "compile_s": {one.kernel: one.seconds for one in compiled}}
+
+
+def distance(mine: Tensor | None, theirs: Tensor) -> float:
+    """The largest difference, relative to the largest value; NaN counts as infinitely far."""
+    assert mine is not None
+    difference = (mine.float() - theirs.float()).abs().max() / theirs.float().abs().max()
+    return float(difference.nan_to_num(nan=math.inf))
 
 
 def grid() -> list[tuple[str, fused.Launch]]:
@@ -185,7 +238,7 @@ def check_and_compile(record: Record, tried: list[tuple[str, fused.Launch]]) -> 
     runnable = []
     with ProcessPoolExecutor(max_workers=min(14, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
         checks = {name: pool.submit(check_against_reference, name) for name in CHECKS}
-        compiled = [pool.submit(compile_one, *entry) for entry in tried]
+        compiled = [pool.submit(compile_and_check, *entry) for entry in tried]
         for name, check in checks.items():
             try:
                 record.checks.append(check.result())
@@ -195,12 +248,13 @@ def check_and_compile(record: Record, tried: list[tuple[str, fused.Launch]]) -> 
                 )
         for (direction, launch), done in zip(tried, compiled):
             try:
-                done.result()
+                record.tuning.append({"direction": direction, "launch": asdict(launch)} | done.result())
                 runnable.append((direction, launch))
+                print("ok  ", direction, described(launch), record.tuning[-1]["compile_s"], flush=True)
             except Exception as error:
                 failure = f"{type(error).__name__}: {error}"[:300]
                 record.tuning.append({"direction": direction, "launch": asdict(launch), "failure": failure})
-                print(direction, described(launch), failure[:100], flush=True)
+                print("FAIL", direction, described(launch), failure[:100], flush=True)
     return runnable
 
 
@@ -220,11 +274,13 @@ def tune(
                 continue
             launch = replace(base, **CUTS[direction][place])  # type: ignore[arg-type]
             times = found.setdefault((direction, launch), {})
-            row: dict[str, Any] = {"direction": direction, "launch": asdict(launch), "ms": times}
+            parts: dict[int, dict[str, float]] = {}
+            row: dict[str, Any] = {"direction": direction, "launch": asdict(launch), "ms": times, "parts": parts}
             try:
                 for case in cases:
                     if case.time(direction, launch, repeat_ms=1) < LONGEST_MS:
                         times[case.b] = case.time(direction, launch, repeat_ms=25)
+                        parts[case.b] = case.parts({**launches, direction: launch}) if place == 0 else {}
             except Exception as error:
                 row["failure"] = f"{type(error).__name__}: {error}"[:200]
             record.tuning.append(row)
@@ -243,7 +299,7 @@ def tune(
 
 
 def described(launch: fused.Launch) -> str:
-    names = ("tile_c", "group", "rows", "evict", "enough", "programs")
+    names = ("tile_c", "group", "registers", "enough", "programs")
     return " ".join(f"{name}={getattr(launch, name)!r}" for name in names)
 
 
@@ -269,12 +325,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--limit-s", type=float, default=85.0)
+    parser.add_argument("--limit-s", type=float, default=100.0)
     options = parser.parse_args()
     end = time.monotonic() + options.limit_s
     record = Record(device=torch.cuda.get_device_name(), versions=stack_versions())
     launches = {name: fused.launch_of(STATES, backward=name == "backward") for name in ("forward", "backward")}
     try:
+        with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as alone:
+            record.first_calls = alone.submit(time_first_calls).result()
+        print("first calls", record.first_calls, flush=True)
         compiled = check_and_compile(record, grid() if options.tune else [])
         record.checks += check_against_chunked()
         for row in record.checks:
@@ -284,8 +343,10 @@ def main() -> None:
         time_all(record, launches)
         if options.tune:
             tune(record, launches, compiled, lambda: time.monotonic() > end - 10, options.out)
-            print({name: str(launch) for name, launch in launches.items()})
             time_all(record, launches)
+            print("fused.launch_of at 16 states:")
+            for name, launch in launches.items():
+                print(f"  {name}: Launch({described(launch).replace(' ', ', ')})")
     finally:
         record.launches = {name: asdict(launch) for name, launch in launches.items()}
         record.save(options.out)

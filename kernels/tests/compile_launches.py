@@ -8,8 +8,8 @@ registers a thread, bytes of memory a thread that registers spilled to, bytes of
 the instructions that read a register which was never set (`unset_registers`). The calls are
 those of a training step in bfloat16, for every example of the operator; with --sample for one that is packed and one of
 a single token, with --all every case, in float32 as well. With --widths they are those of a step in that type, packed
-and not, at every pair of widths of keys and values (--pairs N,P ...: of these). --packed leaves out steps that are not,
---launch NAME all other launches.
+and not, at every pair of widths of keys and values (--pairs N,P ...: of these). --heads H,H_K stand for the examples'
+numbers of heads of values and of keys. --packed leaves out steps that are not, --launch NAME all other launches.
 """
 
 from __future__ import annotations
@@ -176,6 +176,7 @@ def main() -> None:
     which.add_argument("--all", action="store_true")
     which.add_argument("--widths", metavar="TYPE")
     parser.add_argument("--pairs", metavar="N,P", type=pair, nargs="+", default=list(product(WIDTHS, WIDTHS)))
+    parser.add_argument("--heads", metavar="H,H_K", type=pair)
     parser.add_argument("--packed", action="store_true")
     parser.add_argument("--launch", metavar="NAME")
     told = parser.parse_args()
@@ -192,6 +193,8 @@ def main() -> None:
     elif told.widths:
         chosen = [case for case in of_widths(chosen, told.widths, told.pairs) if kernel.supports(case, hopper) is None]
     for case in chosen:
+        if told.heads is not None:
+            case = replace(case, shape=case.shape | dict(zip(("h", "h_k"), told.heads)))  # type: ignore[operator]
         if told.packed and "documents" not in case.shape:
             continue
         compiled.case = f"{case.dtype} {case.phase} {dict(case.shape)}"

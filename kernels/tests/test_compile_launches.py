@@ -22,6 +22,9 @@ SPILLS = {
     ("linear_attention/fused", "_read", "sm_90"): 128,
     ("linear_attention/fused", "_differentiate_q", "sm_90"): 128,
     ("linear_attention/fused", "_differentiate_kv", "sm_90"): 768,
+    # Of triton 3.7.1: mostly what its loop reads and never changes. With every gate, 352 bytes of keys.
+    ("linear_attention/fused", "_differentiate_queries", "sm_90"): 352,
+    ("linear_attention/fused", "_differentiate_keys", "sm_90"): 96,
     # Two warp groups would spill none, and hold as many registers. Of triton 3.6.
     ("gated_linear_attention/fused", "_differentiate", "sm_90"): 640,
     ("gated_linear_attention/fused", "_read", "sm_90"): 64,
@@ -31,6 +34,9 @@ SPILLS = {
     ("delta_rule/fused_diagonal", "relate", "sm_90"): 320,
     # Of triton 3.7.1. Tiles of 32 channels spill none, and take as long or longer (README).
     ("delta_rule/fused_diagonal", "differentiate", "sm_90"): 320,
+    # Where documents are packed or states given; of `differentiate` around its walks, not in them.
+    ("selective_scan/fused", "scan", "sm_90"): 112,
+    ("selective_scan/fused", "differentiate", "sm_90"): 16,
     # No register: the table by which libdevice's sine reduces arguments that never come here.
     ("rotary/fused", "_rotate", "sm_90"): 32,
 }
@@ -120,6 +126,25 @@ def test_keys_and_values_of_two_widths_leave_no_register_unset(kernel: Kernel) -
 def test_no_pair_of_widths_leaves_a_register_unset(kernel: Kernel, dtype: str) -> None:
     """Every width of keys with every width of values, packed and not: what spills there is a matter of speed."""
     assert_nothing_is_unset(compiled(kernel, "sm_90", "--widths", dtype))
+
+
+HEADS_TOGETHER = ("--widths", "bfloat16", "--heads", "32,1")
+"""Calls whose heads share keys, several of which a program takes."""
+
+
+@pytest.mark.parametrize("kernel", named("linear_attention/fused"))
+def test_a_packed_step_of_heads_that_share_keys_compiles_for_hopper(kernel: Kernel) -> None:
+    launches = compiled(kernel, "sm_90", *HEADS_TOGETHER, "--pairs", "128,64", "--packed")
+    assert "_read_heads" in {launch["kernel"] for launch in launches}
+    assert_sound(kernel, launches)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kernel", named("linear_attention/fused"))
+def test_no_width_of_heads_that_share_keys_leaves_a_register_unset(kernel: Kernel, dtype: str) -> None:
+    together = ("--widths", dtype, *HEADS_TOGETHER[2:])
+    assert_nothing_is_unset(compiled(kernel, "sm_90", *together, "--pairs", "64,48", "64,64", "96,64", "128,64"))
 
 
 @pytest.mark.slow

@@ -175,7 +175,7 @@ def test_slices_of_wider_tensors_are_taken_as_they_are() -> None:
     expected = fused.forward(CUT, **arguments)
     wide = torch.cat([arguments[name] for name in "qkv"], dim=3)
     views = dict(zip("qkv", wide.split(5, dim=3)))
-    assert fused._Call(arguments | views).q.data_ptr() == wide.data_ptr()
+    assert fused.Call(arguments | views).q.data_ptr() == wide.data_ptr()
     assert all(torch.equal(a, b) for a, b in zip(fused.forward(CUT, **arguments | views), expected))
 
 
@@ -184,7 +184,7 @@ def test_one_token_takes_a_kernel_of_its_own(monkeypatch: pytest.MonkeyPatch) ->
     by_token = ("q", "k", "v", "log_decay", "write_gate", "diagonal")
     twice = arguments | {name: torch.cat([arguments[name]] * 2, dim=1) for name in by_token}
     expected = fused.forward(CUT, **twice)
-    monkeypatch.setattr(fused._Call, "_cut", None)  # nothing of the walk is needed
+    monkeypatch.setattr(fused.Call, "cut", None)  # nothing of the walk is needed
     y, _, boundaries = fused.forward(CUT, **arguments)
     torch.testing.assert_close(y, expected[0][:, :1], rtol=1e-5, atol=1e-5)
     assert boundaries.shape == (0, 3, 2, 5, 20)
@@ -213,17 +213,17 @@ def test_a_missing_gradient_is_zero() -> None:
 def test_a_planted_error_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison of this file can fail, for one gradient alone and for a state that is not passed on."""
     arguments = sample(workload(40))
-    honest = fused._Call.backward
+    honest = fused.Call.backward
 
     def loses_a_digit(*values: Any) -> dict[str, Tensor | None]:
         found = honest(*values)
         return found | {"write_gate": found["write_gate"] * 1.001}
 
-    monkeypatch.setattr(fused._Call, "backward", loses_a_digit)
+    monkeypatch.setattr(fused.Call, "backward", loses_a_digit)
     with pytest.raises(AssertionError, match="d_write_gate"):
         assert_exact(arguments)
     monkeypatch.undo()
-    monkeypatch.setattr(fused._Call, "_compose", lambda *_, **__: None)  # a segment knows only the one before it
+    monkeypatch.setattr(fused.Call, "compose", lambda *_, **__: None)  # a segment knows only the one before it
     with pytest.raises(AssertionError):
         assert_exact(sample(workload(71)))
 
@@ -248,9 +248,9 @@ def test_the_residual_has_the_shape_that_the_operator_declares() -> None:
 
 def test_time_is_cut_only_where_programs_are_few() -> None:
     def walks(b: int, t: int, h: int) -> int:
-        call = fused._Call.__new__(fused._Call)
+        call = fused.Call.__new__(fused.Call)
         call.b, call.t, call.h, call.p, call.documents, call.cu_seqlens = b, t, h, 64, 0, None
-        call._cut(fused.launch_of(64, 64, torch.bfloat16, backward=False))
+        call.cut(fused.launch_of(64, 64, torch.bfloat16, backward=False))
         return call.walks
 
     assert walks(16, 2048, 16) == 1
@@ -309,9 +309,10 @@ def test_on_a_gpu_a_decay_per_head_passes_its_check_whatever_is_drawn(n: int, p:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rate", [-1e-8, -0.5, -5.0])
-def test_on_a_gpu_the_decays_gradient_stays_exact_over_long_sequences(rate: float) -> None:
+@pytest.mark.parametrize(("h", "h_k"), [(2, 2), (8, 1)])
+def test_on_a_gpu_the_decays_gradient_stays_exact_over_long_sequences(h: int, h_k: int, rate: float) -> None:
     """The sums behind it start anew at every segment: over 8192 tokens rounding adds up within one of them only."""
-    arguments = sample(workload(8192, full=False, dtype="bfloat16", b=1, h=2, h_k=2, n=64, p=64), "cuda")
+    arguments = sample(workload(8192, full=False, dtype="bfloat16", b=1, h=h, h_k=h_k, n=64, p=64), "cuda")
     arguments["log_decay"] = torch.full_like(arguments["log_decay"], rate)
     exact = {k: v.float() if isinstance(v, Tensor) else v for k, v in arguments.items()}
     pull = torch.randn_like(arguments["v"])
@@ -326,9 +327,10 @@ def test_on_a_gpu_the_decays_gradient_stays_exact_over_long_sequences(rate: floa
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_nothing_waits_for_the_host() -> None:
+@pytest.mark.parametrize("h", [2, 8])
+def test_on_a_gpu_nothing_waits_for_the_host(h: int) -> None:
     """Packed boundaries are read on the device: a call in a CUDA graph replays with other boundaries."""
-    arguments = sample(workload(300, h=2, n=64, p=64, dtype="bfloat16", documents=4), "cuda")
+    arguments = sample(workload(300, h=h, n=64, p=64, dtype="bfloat16", documents=4), "cuda")
     outputs = fused.forward(**arguments)
     fused.backward(arguments, outputs, outputs[:2])  # compiles
     torch.cuda.synchronize()

@@ -98,10 +98,10 @@ def test_tiles_and_sequences_do_not_mix() -> None:
     assert_exact(sample(workload(3, b=2, c=5)), SMALL)
 
 
-@pytest.mark.parametrize(("tile_c", "group"), [(16, 2), (16, 4), (32, 2)])
-def test_the_parts_of_a_tile_keep_their_channels(tile_c: int, group: int) -> None:
-    """Two and four parts with interleaved channels, the last of them outside."""
-    assert_exact(sample(workload(3, c=tile_c - 3, n=5)), fused.Launch(tile_c=tile_c, group=group))
+@pytest.mark.parametrize(("tile_c", "n", "group"), [(16, 16, 4), (16, 16, 2), (16, 16, 8), (8, 16, 4), (8, 64, 2)])
+def test_folded_sums_go_to_their_channels_and_tokens(tile_c: int, n: int, group: int) -> None:
+    """Two parts a tile, one, and four; as many tokens as rows on lanes hold, fewer and more; channels outside."""
+    assert_exact(sample(workload(9, c=tile_c - 3, n=n)), fused.Launch(tile_c=tile_c, group=group))
 
 
 @pytest.mark.parametrize("n", [1, 5])

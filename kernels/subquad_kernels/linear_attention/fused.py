@@ -16,7 +16,6 @@ where a chunk lies from a table. README.md has the equations and the reasons for
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,18 +26,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from subquad_kernels.device_limits import device_limits
+from subquad_kernels.linear_attention import shared_keys
+from subquad_kernels.linear_attention.chunk_tiles import (
+    ages_of,
+    count_chunks,
+    fades_between,
+    find_chunk,
+    load_gates,
+    load_state,
+    load_tile,
+    weigh,
+)
 from subquad_kernels.linear_attention.declaration import CHUNK, chunk_slots, segment_len
+from subquad_kernels.linear_attention.shared_keys import Shared, Size
 from subquad_kernels.tile_sizes import ceil_div, padded
-from subquad_kernels.triton_chunks import chunk_at, lay_out, taken
+from subquad_kernels.triton_chunks import lay_out
 from subquad_kernels.triton_launch import QuickLaunch
 from subquad_kernels.triton_precision import fp32_products
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Argument, Arguments, Outputs
-
-_LOG2_E = tl.constexpr(math.log2(math.e))
-_LEAST = tl.constexpr(-128.0)
-"""exp of it is 0 in fp32: a smaller log decay does nothing more, and would take digits from the sums it enters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +56,8 @@ class Launch:
     `tile_p` columns of values a program; `registers` caps those of a lane. Time is cut where fewer than `enough`
     programs would run. `chunk` tokens a step and `segment_len` tokens a segment (None: what the declaration says)
     decide the shape of the residual: forward and backward must agree, and calls through the torch op keep both.
+    With `shared`, programs take several heads of q and k that these share (`shared_keys`), and of the rest of this
+    `chunk` and `segment_len` count.
     """
 
     tile_p: int
@@ -57,18 +67,22 @@ class Launch:
     enough: int = 256
     chunk: int = CHUNK
     segment_len: int | None = None
+    shared: Shared | None = None
 
 
 @lru_cache
-def launch_of(n: int, p: int, dtype: torch.dtype, *, backward: bool) -> Launch:
+def launch_of(n: int, p: int, dtype: torch.dtype, *, backward: bool, group: int = 1, packed: bool = False) -> Launch:
     """Sizes for a state of n rows and p columns: at most 64 registers a lane for it.
 
     Four warps hold one 64-row tile a product; eight would repeat products of 64 rows, and serve larger states alone.
     The backward holds whole values up to 128 columns: narrower tiles would each write a part of dq and dk. It takes
     values of few columns in tiles as wide as those of keys, up to 64, from where on rows in shared memory have one
     layout: ptxas 12.8 may read an operand with rows of 64 bytes from nowhere where others are of 128 (README).
+    Where `group` heads share keys of 64 columns or 128, and their values have 64, a program takes several heads.
     """
     rows, columns = padded(n), padded(p)
+    if dtype != torch.float32 and rows in (64, 128) and columns == 64 and group % 8 == 0:
+        return shared_launch(backward=backward, packed=packed)
     if dtype == torch.float32:  # products in three parts need room
         return Launch(tile_p=min(columns, 32 if rows > 64 else 64), num_stages=1)
     tile_p = min(columns, 128 if backward and rows <= 128 else 64)
@@ -77,10 +91,33 @@ def launch_of(n: int, p: int, dtype: torch.dtype, *, backward: bool) -> Launch:
     return Launch(tile_p=tile_p, num_warps=4 if rows * tile_p <= 8192 else 8, num_stages=2 if rows <= 128 else 1)
 
 
+def shared_launch(*, backward: bool, packed: bool) -> Launch:
+    """Sizes where a program takes several heads: chunks of 128 halve the states that a forward writes.
+
+    Packed, the residual lies by chunks of 64, as the backward walks them. Chosen on an H200 (README).
+    """
+    queries = Size(num_warps=8, num_stages=3)
+    if packed:  # with documents to look after, other walks would spill
+        walk = Size(num_warps=8, num_stages=3, registers=128)
+        return Launch(tile_p=64, shared=Shared(borders=walk, states=walk, queries=queries))
+    if backward:
+        borders = Size(num_warps=8, num_stages=3, registers=80)
+        return Launch(
+            tile_p=64, shared=Shared(borders=borders, states=Size(num_stages=3, registers=168), queries=queries)
+        )
+    return Launch(tile_p=64, chunk=128, shared=Shared(read=Size(num_warps=8, num_stages=3)))
+
+
+@lru_cache
+def _has_room(device: torch.device) -> bool:
+    """Whether a program may have the shared memory that several heads' tiles take; what only compiles may."""
+    return device.type != "cuda" or device_limits(str(device)).shared_memory_bytes >= 200 * 1024
+
+
 def forward(launch: Launch | None = None, **arguments: Argument) -> Outputs:
     """y, final_state and the residual."""
-    call = _Call(arguments)
-    return call.forward(launch or launch_of(call.n, call.p, call.v.dtype, backward=False))
+    call = Call(arguments)
+    return call.forward(launch or call.launch(backward=False))
 
 
 def backward(
@@ -91,12 +128,11 @@ def backward(
 ) -> dict[str, Tensor | None]:
     """Gradients of every tensor argument, from the gradients of y and of final_state."""
     _, final, boundaries = outputs
-    call = _Call(arguments)
-    launch = launch or launch_of(call.n, call.p, call.v.dtype, backward=True)
-    return call.backward(launch, final, boundaries, *gradients)
+    call = Call(arguments)
+    return call.backward(launch or call.launch(backward=True), final, boundaries, *gradients)
 
 
-class _Call:
+class Call:
     """The arguments of one call as the kernels take them: q, k and v tables of rows, one row a token."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
@@ -117,18 +153,24 @@ class _Call:
         # None, by token or by head: the kernels' DECAY.
         self.decay = 0 if self.log_decay is None else 1 if self.log_decay.dim() == 3 else 2
 
-    def _new(self, *shape: int) -> Tensor:
+    def launch(self, *, backward: bool) -> Launch:
+        """The sizes of a direction, unless others are asked for."""
+        group = self.h // self.h_k if _has_room(self.v.device) else 1
+        packed = self.cu_seqlens is not None
+        return launch_of(self.n, self.p, self.v.dtype, backward=backward, group=group, packed=packed)
+
+    def new(self, *shape: int) -> Tensor:
         return self.v.new_empty(shape, dtype=torch.float32)
 
-    def _states(self, given: Tensor | None) -> Tensor:
+    def states(self, given: Tensor | None) -> Tensor:
         """One state a sequence or document, filled only where a kernel may leave it: an empty document's."""
         if not self.documents:
-            return self._new(self.b, self.h, self.n, self.p)
+            return self.new(self.b, self.h, self.n, self.p)
         if given is None:
-            return self._new(self.documents, self.h, self.n, self.p).zero_()
+            return self.new(self.documents, self.h, self.n, self.p).zero_()
         return given.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
-    def _cut(self, launch: Launch) -> None:
+    def cut(self, launch: Launch) -> None:
         """Set the tiles of values, the chunks, the segments, and how many segments a walk between two cuts has."""
         self.tiles = ceil_div(self.p, launch.tile_p)
         tokens = launch.segment_len or segment_len(self.b, self.t, self.h)
@@ -147,30 +189,34 @@ class _Call:
         gated, packed = self.write_gate is not None, self.cu_seqlens is not None
         return _constants_of(launch, self.n, self.p, self.v.dtype, self.decay, gated, packed)
 
-    def _compose(self, decays: Tensor, writes: Tensor, *, reverse: bool) -> None:
+    def compose(self, decays: Tensor, writes: Tensor, *, reverse: bool, copies: Tensor | None = None) -> None:
+        """Turn what segments write into the states between them, in place; `copies` are rounded to their type."""
         size = self.n * self.p
         _compose[(self.b * self.h, ceil_div(size, 512))](
-            decays, writes, size, self.b * self.h, self.segments - 1, BLOCK=512, REVERSE=reverse, num_warps=4
+            decays, writes, copies, size, self.b * self.h, self.segments - 1, BLOCK=512, REVERSE=reverse, num_warps=4
         )
 
     def forward(self, launch: Launch) -> Outputs:
         """y: b t h p    final_state: states h n p    boundaries: segments-1 b h n p"""
+        alone = self.t == 1 and not self.documents
+        if launch.shared is not None and not alone:
+            return shared_keys.forward(self, launch, launch.shared)
         y = torch.empty_like(self.v, memory_format=torch.contiguous_format)
-        final = self._states(self.initial)
-        if self.t == 1 and not self.documents:
+        final = self.states(self.initial)
+        if alone:
             self._step(y, final)
-            return y, final, self._new(0, self.b, self.h, self.n, self.p)
-        self._cut(launch)
-        boundaries = self._new(self.segments - 1, self.b, self.h, self.n, self.p)
+            return y, final, self.new(0, self.b, self.h, self.n, self.p)
+        self.cut(launch)
+        boundaries = self.new(self.segments - 1, self.b, self.h, self.n, self.p)
         constants = self._constants(launch) | {"INITIAL": self.initial is not None}
         if self.walks > 1:
-            decays = self._new(self.segments - 1, self.b, self.h)
+            decays = self.new(self.segments - 1, self.b, self.h)
             _summarise[(self.lanes * (self.segments - 1),)](
                 self.k, self.v, self.log_decay, self.write_gate, self.initial, self.table, decays, boundaries,
                 *self._sizes(), *self.strides[2:],
                 **constants,
             )  # fmt: skip
-            self._compose(decays, boundaries, reverse=False)
+            self.compose(decays, boundaries, reverse=False)
         _read[(self.lanes * self.walks,)](
             self.q, self.k, self.v, self.log_decay, self.write_gate, self.diagonal, self.initial, self.table,
             boundaries, y, final,
@@ -197,18 +243,38 @@ class _Call:
         self, launch: Launch, final: Tensor, boundaries: Tensor, dy: Tensor | None, dfinal: Tensor | None
     ) -> dict[str, Tensor | None]:
         """Gradients in the types of their tensors; parts of heads that share q and k are added at the end."""
-        self._cut(launch)
-        b, t, h, n, p, tiles = self.b, self.t, self.h, self.n, self.p, self.tiles
-        dy, dy_strides = (self.v.new_zeros(p), (0, 0)) if dy is None else _rows(dy)
+        dy, dy_strides = (self.v.new_zeros(self.p), (0, 0)) if dy is None else _rows(dy)
         dfinal = None if dfinal is None else dfinal.contiguous()
+        if launch.shared is not None:
+            found = shared_keys.backward(
+                self, launch, launch.shared, final, boundaries, dy, dy_strides, dfinal
+            )  # fmt: skip
+        else:
+            found = self._walk_back(launch, final, boundaries, dy, dy_strides, dfinal)
+        if self.decay == 2 and found["log_decay"] is not None:
+            found["log_decay"] = found["log_decay"].sum((0, 1))
+        return found
+
+    def _walk_back(
+        self,
+        launch: Launch,
+        final: Tensor,
+        boundaries: Tensor,
+        dy: Tensor,
+        dy_strides: tuple[int, int],
+        dfinal: Tensor | None,
+    ) -> dict[str, Tensor | None]:
+        """The gradients, that of a decay per head still by token."""
+        self.cut(launch)
+        b, t, h, n, tiles = self.b, self.t, self.h, self.n, self.tiles
         dq, dk = (torch.empty(b, t, h, tiles, n, dtype=self.v.dtype, device=self.v.device) for _ in range(2))
         dv = torch.empty_like(self.v, memory_format=torch.contiguous_format)
         # Rows: q . dq of every token, and the gates' gradients; one a tile of values.
         rows, dlog_decay, dwrite_gate, ddiagonal = (
-            None if gate is None else self._new(b, t, h, tiles)
+            None if gate is None else self.new(b, t, h, tiles)
             for gate in (self.log_decay, self.log_decay, self.write_gate, self.diagonal)
         )
-        dinitial = None if self.initial is None else self._states(dfinal)
+        dinitial = None if self.initial is None else self.states(dfinal)
         constants = self._constants(launch)
         strides = (*self.strides, *dy_strides)
         _differentiate_q[(self.lanes * self.segments,)](
@@ -219,14 +285,14 @@ class _Call:
         )  # fmt: skip
         dboundaries = None
         if self.walks > 1:
-            decays = self._new(self.segments - 1, b, h)
+            decays = self.new(self.segments - 1, b, h)
             dboundaries = torch.empty_like(boundaries)
             _summarise_gradients[(self.lanes * (self.segments - 1),)](
                 self.q, self.log_decay, self.table, dy, dfinal, decays, dboundaries,
                 self.scale, *self._sizes(), *self.strides[:2], *dy_strides,
                 FINAL=dfinal is not None, **constants,
             )  # fmt: skip
-            self._compose(decays, dboundaries, reverse=True)
+            self.compose(decays, dboundaries, reverse=True)
         _differentiate_kv[(self.lanes * self.walks,)](
             self.q, self.k, self.v, self.log_decay, self.write_gate, self.diagonal, self.table,
             boundaries, dboundaries, final, dy, dfinal, rows, dk, dv, dlog_decay, dwrite_gate, ddiagonal, dinitial,
@@ -240,8 +306,6 @@ class _Call:
             None if gradient is None else gradient.sum(3) if tiles > 1 else gradient.view(b, t, h)
             for gradient in (dlog_decay, dwrite_gate, ddiagonal)
         )
-        if dlog_decay is not None and self.log_decay is not None and self.log_decay.dim() == 1:
-            dlog_decay = dlog_decay.sum((0, 1))
         return {
             "q": dq.view(b, t, self.h_k, n),
             "k": dk.view(b, t, self.h_k, n),
@@ -298,98 +362,6 @@ def _place(b, h, group, P: tl.constexpr, TILE_P: tl.constexpr):
     return tile, head, head // group, sequence, program // (TILES * h * b)
 
 
-@triton.jit
-def _chunks(table, chunks, PACKED: tl.constexpr):
-    """How many chunks there are; when packed only the device knows."""
-    if PACKED:
-        chunks = taken(table, chunks)
-    return chunks
-
-
-@triton.jit
-def _chunk(table, index, sequence, t, CHUNK: tl.constexpr, PACKED: tl.constexpr):
-    """First row (64 bits) and length of a chunk, its state (64 bits), and whether that begins or ends with it."""
-    if PACKED:
-        row, limit, document, begins, ends = chunk_at(table, index)
-        state = document.to(tl.int64)
-    else:
-        row = sequence * t + index * CHUNK
-        limit = tl.minimum(CHUNK, t - index * CHUNK)
-        state = sequence
-        begins, ends = False, False
-    return row, limit, state, begins, ends
-
-
-@triton.jit
-def _load_tile(at, stride, tokens, limit, columns, WIDTH: tl.constexpr):
-    """A tile of a chunk's rows, zeros past its end and past the last column.  [CHUNK, columns]"""
-    mask = (tokens[:, None] < limit) & (columns[None, :] < WIDTH)
-    return tl.load(at + tokens[:, None] * stride + columns[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _load_state(states, owner, offsets, within, STATE: tl.constexpr, GIVEN: tl.constexpr):
-    """A state in fp32, zeros where none is given.  [PAD_N, TILE_P], or transposed as the offsets are"""
-    state = tl.zeros(offsets.shape, tl.float32)
-    if GIVEN:
-        state = tl.load(states + owner * STATE + offsets, mask=within, other=0.0).to(tl.float32)
-    return state
-
-
-@triton.jit
-def _load_gates(gates, at, h, tokens, limit, GIVEN: tl.constexpr):
-    """The gates of a chunk in fp32, ones where there are none, zeros past its end.  [CHUNK]"""
-    if GIVEN:
-        values = tl.load(gates + at + tokens * h, mask=tokens < limit, other=0.0).to(tl.float32)
-    else:
-        values = tl.where(tokens < limit, 1.0, 0.0)
-    return values
-
-
-@triton.jit
-def _ages(log_decay, at, h, head, tokens, limit, DECAY: tl.constexpr):
-    """Log decays (base 2) summed from the chunk's first token on, and over all of it.  [CHUNK], scalar"""
-    if DECAY == 0:
-        ages = tokens * 0.0
-        whole = 0.0
-    elif DECAY == 2:
-        rate = tl.maximum(tl.load(log_decay + head).to(tl.float32), _LEAST) * _LOG2_E
-        ages = rate * tl.minimum(tokens + 1, limit).to(tl.float32)
-        whole = rate * limit.to(tl.float32)
-    else:
-        rates = tl.load(log_decay + at + tokens * h, mask=tokens < limit, other=0.0).to(tl.float32)
-        rates = tl.maximum(rates, _LEAST) * _LOG2_E
-        ages = tl.cumsum(rates)
-        # The last age itself: a sum in another order would be off by the rounding of both.
-        whole = tl.sum(tl.where(tokens == limit - 1, ages, 0.0))
-    return ages, whole
-
-
-@triton.jit
-def _fades(later_ages, ages, later, tokens, DECAY: tl.constexpr, STRICT: tl.constexpr):
-    """exp(b_i - b_j) for j <= i (j < i if strict), else 0; masked before exp, so that no exponent is positive."""
-    if STRICT:
-        visible = later > tokens
-    else:
-        visible = later >= tokens
-    if DECAY == 0:
-        fades = tl.where(visible, 1.0, 0.0)
-    else:
-        fades = tl.exp2(tl.where(visible, later_ages - ages, float("-inf")))
-    return fades
-
-
-@triton.jit
-def _weigh(products, fades, gates, own, is_own, GATE: tl.constexpr, DIAGONAL: tl.constexpr):
-    """products o M: faded and gated below the diagonal, weighed by `own` on it."""
-    weighed = products * fades
-    if GATE:
-        weighed = weighed * gates
-    if DIAGONAL:
-        weighed = tl.where(is_own, products * own, weighed)
-    return weighed
-
-
 @QuickLaunch
 @triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment"])
 def _summarise(
@@ -414,17 +386,17 @@ def _summarise(
     # Left over of a state that enters; 0 once a state begins inside.
     left = 1.0
     place = sequence * h + head
-    state = _load_state(initial, place, offsets, within & (segment == 0), STATE, INITIAL and not PACKED)
-    end = tl.minimum((segment + 1) * per_segment, _chunks(table, chunks, PACKED))
+    state = load_state(initial, place, offsets, within & (segment == 0), STATE, INITIAL and not PACKED)
+    end = tl.minimum((segment + 1) * per_segment, count_chunks(table, chunks, PACKED))
     for index in tl.range(segment * per_segment, end, num_stages=STAGES):
-        row, limit, owner, begins, _ = _chunk(table, index, sequence, t, CHUNK, PACKED)
-        keys = _load_tile(k + row * k_stride, k_stride, tokens, limit, lines, N)
-        values = _load_tile(v + row * v_stride, v_stride, tokens, limit, columns, P)
-        ages, whole = _ages(log_decay, row * h + head, h, head, tokens, limit, DECAY)
-        writes_left = tl.exp2(whole - ages) * _load_gates(write_gate, row * h + head, h, tokens, limit, GATE)
+        row, limit, owner, begins, _ = find_chunk(table, index, sequence, t, CHUNK, PACKED)
+        keys = load_tile(k + row * k_stride, k_stride, tokens, limit, lines, N)
+        values = load_tile(v + row * v_stride, v_stride, tokens, limit, columns, P)
+        ages, whole = ages_of(log_decay, row * h + head, h, head, tokens, limit, DECAY)
+        writes_left = tl.exp2(whole - ages) * load_gates(write_gate, row * h + head, h, tokens, limit, GATE)
         if PACKED and begins:
             left = 0.0
-            state = _load_state(initial, owner * h + head, offsets, within, STATE, INITIAL)
+            state = load_state(initial, owner * h + head, offsets, within, STATE, INITIAL)
         decay = tl.exp2(whole)
         left *= decay
         values = (values.to(tl.float32) * writes_left[:, None]).to(v.dtype.element_ty)
@@ -437,7 +409,7 @@ def _summarise(
 
 @QuickLaunch
 @triton.jit(do_not_specialize=["heads", "rows"])
-def _compose(decays, states, size, heads, rows, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
+def _compose(decays, states, copies, size, heads, rows, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
     """states_i = decays_i states_{i-1} + states_i, in place, from the first row on or from the last.
 
     Eight rows are loaded together, so that one does not wait for another.
@@ -462,7 +434,10 @@ def _compose(decays, states, size, heads, rows, BLOCK: tl.constexpr, REVERSE: tl
                 row = rows - 1 - row
             state = factors[i] * state + writes[i]
             place = (row.to(tl.int64) * heads + head) * size
-            tl.store(states + place + columns, state, mask=(base + i < rows) & (columns < size))
+            inside = (base + i < rows) & (columns < size)
+            tl.store(states + place + columns, state, mask=inside)
+            if copies is not None:
+                tl.store(copies + place + columns, state.to(copies.dtype.element_ty), mask=inside)
 
 
 @QuickLaunch
@@ -488,25 +463,25 @@ def _read(
     y += head * P
     is_own = tokens[:, None] == tokens[None, :]
     place = sequence * h + head
-    state = _load_state(initial, place, offsets, within & (walk == 0), STATE, INITIAL and not PACKED)
+    state = load_state(initial, place, offsets, within & (walk == 0), STATE, INITIAL and not PACKED)
     if CUT and walk > 0:
-        state = _load_state(boundaries, ((walk - 1) * b + sequence) * h + head, offsets, within, STATE, CUT)
-    count = _chunks(table, chunks, PACKED)
+        state = load_state(boundaries, ((walk - 1) * b + sequence) * h + head, offsets, within, STATE, CUT)
+    count = count_chunks(table, chunks, PACKED)
     for segment in range(walk * walked, (walk + 1) * walked):
         end = tl.minimum((segment + 1) * per_segment, count)
         for index in tl.range(segment * per_segment, end, num_stages=STAGES):
-            row, limit, owner, begins, ends = _chunk(table, index, sequence, t, CHUNK, PACKED)
-            queries = _load_tile(q + row * q_stride, q_stride, tokens, limit, lines, N)
-            keys = _load_tile(k + row * k_stride, k_stride, tokens, limit, lines, N)
-            values = _load_tile(v + row * v_stride, v_stride, tokens, limit, columns, P)
-            ages, whole = _ages(log_decay, row * h + head, h, head, tokens, limit, DECAY)
-            gates = _load_gates(write_gate, row * h + head, h, tokens, limit, GATE)
-            own = _load_gates(diagonal, row * h + head, h, tokens, limit, DIAGONAL)
+            row, limit, owner, begins, ends = find_chunk(table, index, sequence, t, CHUNK, PACKED)
+            queries = load_tile(q + row * q_stride, q_stride, tokens, limit, lines, N)
+            keys = load_tile(k + row * k_stride, k_stride, tokens, limit, lines, N)
+            values = load_tile(v + row * v_stride, v_stride, tokens, limit, columns, P)
+            ages, whole = ages_of(log_decay, row * h + head, h, head, tokens, limit, DECAY)
+            gates = load_gates(write_gate, row * h + head, h, tokens, limit, GATE)
+            own = load_gates(diagonal, row * h + head, h, tokens, limit, DIAGONAL)
             if PACKED and begins:
-                state = _load_state(initial, owner * h + head, offsets, within, STATE, INITIAL)
-            fades = _fades(ages[:, None], ages[None, :], tokens[:, None], tokens[None, :], DECAY, DIAGONAL)
+                state = load_state(initial, owner * h + head, offsets, within, STATE, INITIAL)
+            fades = fades_between(ages[:, None], ages[None, :], tokens[:, None], tokens[None, :], DECAY, DIAGONAL)
             scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-            scores = _weigh(scores, fades, gates[None, :], own[None, :], is_own, GATE, DIAGONAL)
+            scores = weigh(scores, fades, gates[None, :], own[None, :], is_own, GATE, DIAGONAL)
             past = tl.dot(queries, state.to(q.dtype.element_ty), input_precision=PRECISION)
             past *= tl.exp2(ages)[:, None]
             result = tl.dot(scores.to(v.dtype.element_ty), values, past, input_precision=PRECISION) * scale
@@ -596,23 +571,23 @@ def _differentiate_q(
     dy += head * dy_head_stride
     is_own = tokens[:, None] == tokens[None, :]
     place = sequence * h + head
-    state = _load_state(initial, place, offsets, within & (segment == 0), STATE, INITIAL and not PACKED)
+    state = load_state(initial, place, offsets, within & (segment == 0), STATE, INITIAL and not PACKED)
     if segment > 0:
-        state = _load_state(boundaries, ((segment - 1) * b + sequence) * h + head, offsets, within, STATE, True)
-    end = tl.minimum((segment + 1) * per_segment, _chunks(table, chunks, PACKED))
+        state = load_state(boundaries, ((segment - 1) * b + sequence) * h + head, offsets, within, STATE, True)
+    end = tl.minimum((segment + 1) * per_segment, count_chunks(table, chunks, PACKED))
     for index in tl.range(segment * per_segment, end, num_stages=STAGES):
-        row, limit, owner, begins, _ = _chunk(table, index, sequence, t, CHUNK, PACKED)
-        pulls = _load_tile(dy + row * dy_stride, dy_stride, tokens, limit, columns, P)
-        values = _load_tile(v + row * v_stride, v_stride, tokens, limit, columns, P)
-        keys = _load_tile(k + row * k_stride, k_stride, tokens, limit, lines, N)
-        ages, whole = _ages(log_decay, row * h + head, h, head, tokens, limit, DECAY)
-        gates = _load_gates(write_gate, row * h + head, h, tokens, limit, GATE)
-        own = _load_gates(diagonal, row * h + head, h, tokens, limit, DIAGONAL)
+        row, limit, owner, begins, _ = find_chunk(table, index, sequence, t, CHUNK, PACKED)
+        pulls = load_tile(dy + row * dy_stride, dy_stride, tokens, limit, columns, P)
+        values = load_tile(v + row * v_stride, v_stride, tokens, limit, columns, P)
+        keys = load_tile(k + row * k_stride, k_stride, tokens, limit, lines, N)
+        ages, whole = ages_of(log_decay, row * h + head, h, head, tokens, limit, DECAY)
+        gates = load_gates(write_gate, row * h + head, h, tokens, limit, GATE)
+        own = load_gates(diagonal, row * h + head, h, tokens, limit, DIAGONAL)
         if PACKED and begins:
-            state = _load_state(initial, owner * h + head, offsets, within, STATE, INITIAL)
-        fades = _fades(ages[:, None], ages[None, :], tokens[:, None], tokens[None, :], DECAY, DIAGONAL)
+            state = load_state(initial, owner * h + head, offsets, within, STATE, INITIAL)
+        fades = fades_between(ages[:, None], ages[None, :], tokens[:, None], tokens[None, :], DECAY, DIAGONAL)
         mixed = tl.dot(pulls, tl.trans(values), input_precision=PRECISION) * scale
-        mixed = _weigh(mixed, fades, gates[None, :], own[None, :], is_own, GATE, DIAGONAL)
+        mixed = weigh(mixed, fades, gates[None, :], own[None, :], is_own, GATE, DIAGONAL)
         past = tl.dot(pulls, state.to(v.dtype.element_ty), input_precision=PRECISION)
         past *= (tl.exp2(ages) * scale)[:, None]
         result = tl.dot(mixed.to(v.dtype.element_ty), keys, past, input_precision=PRECISION)
@@ -621,7 +596,7 @@ def _differentiate_q(
         at = dq + place * N + tokens[:, None] * (h * TILES * N) + lines[None, :]
         tl.store(at, result.to(dq.dtype.element_ty), mask=mask)
         if DECAY > 0:
-            queries = _load_tile(q + row * q_stride, q_stride, tokens, limit, lines, N)
+            queries = load_tile(q + row * q_stride, q_stride, tokens, limit, lines, N)
             sums = tl.sum(queries.to(tl.float32) * result, axis=1)
             tl.store(rows + place + tokens * (h * TILES), sums, mask=tokens < limit)
         writes_left = tl.exp2(whole - ages) * gates
@@ -654,18 +629,18 @@ def _summarise_gradients(
     dy += head * dy_head_stride
     left = 1.0
     last = segment == segments - 1
-    state = _load_state(dfinal, sequence * h + head, offsets, within & last, STATE, FINAL and not PACKED)
+    state = load_state(dfinal, sequence * h + head, offsets, within & last, STATE, FINAL and not PACKED)
     first = segment * per_segment
-    end = tl.minimum((segment + 1) * per_segment, _chunks(table, chunks, PACKED))
+    end = tl.minimum((segment + 1) * per_segment, count_chunks(table, chunks, PACKED))
     for back in tl.range(0, end - first, num_stages=STAGES):
         index = end - 1 - back
-        row, limit, owner, begins, ends = _chunk(table, index, sequence, t, CHUNK, PACKED)
-        queries = _load_tile(q + row * q_stride, q_stride, tokens, limit, lines, N)
-        pulls = _load_tile(dy + row * dy_stride, dy_stride, tokens, limit, columns, P)
-        ages, whole = _ages(log_decay, row * h + head, h, head, tokens, limit, DECAY)
+        row, limit, owner, begins, ends = find_chunk(table, index, sequence, t, CHUNK, PACKED)
+        queries = load_tile(q + row * q_stride, q_stride, tokens, limit, lines, N)
+        pulls = load_tile(dy + row * dy_stride, dy_stride, tokens, limit, columns, P)
+        ages, whole = ages_of(log_decay, row * h + head, h, head, tokens, limit, DECAY)
         if PACKED and ends:
             left = 0.0
-            state = _load_state(dfinal, owner * h + head, offsets, within, STATE, FINAL)
+            state = load_state(dfinal, owner * h + head, offsets, within, STATE, FINAL)
         decay = tl.exp2(whole)
         left *= decay
         pulls = (pulls.to(tl.float32) * (tl.exp2(ages) * scale)[:, None]).to(q.dtype.element_ty)
@@ -710,7 +685,7 @@ def _differentiate_kv(
     dy += head * dy_head_stride
     dv += head * P
     is_own = tokens[:, None] == tokens[None, :]
-    count = _chunks(table, chunks, PACKED)
+    count = count_chunks(table, chunks, PACKED)
     grad = tl.zeros([PAD_N, TILE_P], tl.float32)
     carried = 0.0  # the gradient of the log decay of the token after the current chunk
     for segment_back in range(walked):
@@ -720,37 +695,37 @@ def _differentiate_kv(
         if segment < segments - 1:
             place = (segment * b + sequence) * h + head
             if dboundaries is not None:
-                grad = _load_state(dboundaries, place, offsets, within, STATE, True)
+                grad = load_state(dboundaries, place, offsets, within, STATE, True)
             if DECAY > 0:
-                left = _load_state(boundaries, place, offsets, within, STATE, True)
+                left = load_state(boundaries, place, offsets, within, STATE, True)
                 carried = tl.sum(grad.to(v.dtype.element_ty).to(tl.float32) * left)
         elif FINAL and not PACKED:
-            grad = _load_state(dfinal, sequence * h + head, offsets, within, STATE, FINAL)
+            grad = load_state(dfinal, sequence * h + head, offsets, within, STATE, FINAL)
             if DECAY > 0:
-                left = _load_state(final, sequence * h + head, offsets, within, STATE, True)
+                left = load_state(final, sequence * h + head, offsets, within, STATE, True)
                 carried = tl.sum(grad.to(v.dtype.element_ty).to(tl.float32) * left)
         for back in tl.range(0, end - first, num_stages=STAGES):
             index = end - 1 - back
-            row, limit, owner, begins, ends = _chunk(table, index, sequence, t, CHUNK, PACKED)
-            queries = _load_tile(q + row * q_stride, q_stride, tokens, limit, lines, N)
-            keys = _load_tile(k + row * k_stride, k_stride, tokens, limit, lines, N)
-            values = _load_tile(v + row * v_stride, v_stride, tokens, limit, columns, P)
-            pulls = _load_tile(dy + row * dy_stride, dy_stride, tokens, limit, columns, P)
-            ages, whole = _ages(log_decay, row * h + head, h, head, tokens, limit, DECAY)
-            gates = _load_gates(write_gate, row * h + head, h, tokens, limit, GATE)
-            own = _load_gates(diagonal, row * h + head, h, tokens, limit, DIAGONAL)
+            row, limit, owner, begins, ends = find_chunk(table, index, sequence, t, CHUNK, PACKED)
+            queries = load_tile(q + row * q_stride, q_stride, tokens, limit, lines, N)
+            keys = load_tile(k + row * k_stride, k_stride, tokens, limit, lines, N)
+            values = load_tile(v + row * v_stride, v_stride, tokens, limit, columns, P)
+            pulls = load_tile(dy + row * dy_stride, dy_stride, tokens, limit, columns, P)
+            ages, whole = ages_of(log_decay, row * h + head, h, head, tokens, limit, DECAY)
+            gates = load_gates(write_gate, row * h + head, h, tokens, limit, GATE)
+            own = load_gates(diagonal, row * h + head, h, tokens, limit, DIAGONAL)
             if PACKED and ends:
                 carried = 0.0
-                grad = _load_state(dfinal, owner * h + head, offsets, within, STATE, FINAL)
+                grad = load_state(dfinal, owner * h + head, offsets, within, STATE, FINAL)
                 if FINAL and DECAY > 0:
-                    left = _load_state(final, owner * h + head, offsets, within, STATE, True)
+                    left = load_state(final, owner * h + head, offsets, within, STATE, True)
                     carried = tl.sum(grad.to(v.dtype.element_ty).to(tl.float32) * left)
             rounded = grad.to(v.dtype.element_ty)
             until = tl.exp2(whole - ages)
-            fades = _fades(ages[None, :], ages[:, None], tokens[None, :], tokens[:, None], DECAY, DIAGONAL)
+            fades = fades_between(ages[None, :], ages[:, None], tokens[None, :], tokens[:, None], DECAY, DIAGONAL)
 
             pairs = tl.dot(values, tl.trans(pulls), input_precision=PRECISION) * scale
-            mixed = _weigh(pairs, fades, gates[:, None], own[:, None], is_own, GATE, DIAGONAL)
+            mixed = weigh(pairs, fades, gates[:, None], own[:, None], is_own, GATE, DIAGONAL)
             dkeys = tl.dot(values, tl.trans(rounded), input_precision=PRECISION) * (until * gates)[:, None]
             dkeys = tl.dot(mixed.to(v.dtype.element_ty), queries, dkeys, input_precision=PRECISION)
             place = (row * h + head) * TILES + tile

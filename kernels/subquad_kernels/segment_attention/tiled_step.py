@@ -46,7 +46,7 @@ class Launch:
     """
 
     tile_n: int
-    num_warps: int = 4
+    num_warps: int = 1
     splits: int | None = None
 
 

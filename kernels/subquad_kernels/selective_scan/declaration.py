@@ -129,7 +129,7 @@ def _chunked_launches(workload: Workload) -> int:
 def _fused_steps(workload: Workload) -> int:
     """Tokens of a segment: time is cut where a tile of channels and a sequence are too few programs."""
     shape = workload.shape
-    programs, t = -(-shape["c"] // 32) * shape["b"], shape["t"]
+    programs, t = -(-shape["c"] // 16) * shape["b"], shape["t"]
     walks = 2 if workload.phase == "backward" else 1
     return walks * (t if programs >= 528 else min(t, max(64, t * programs // 2112)))
 

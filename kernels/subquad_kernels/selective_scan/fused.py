@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 _MARKS = 128
 """Tokens that one program of `_mark` marks."""
+_LANES, _NUMBERS_A_LANE = 32, 4
+"""Of a warp, and what one loads at most at once (16 bytes): Triton lays a tile of states out so, row after row."""
 _STEP_STATES = 1024
 """Numbers of the state that a program of `step_one` takes."""
 
@@ -50,35 +52,37 @@ class Launch:
     """How one direction is laid out on a device; changes speed, never results beyond rounding.
 
     `tile_c` channels a program; `group` tokens (a divisor of 16) whose inputs are loaded together and, backward, whose
-    states are held together. Where fewer than `enough` programs would run, time is cut so that `programs` do, into
-    segments of at least `shortest` tokens. The states of a tile are tuples of [`sub`, N], small enough that a row of
-    vectors is loaded in their layout; vectors of a chunk are made `rows` tokens at a time. `evict` is what the caches
-    are told of tensors that pass through ("" or "evict_first").
+    states are held together; `registers` a thread may take, so that more warps share a scheduler (None: what it likes).
+    Where fewer than `enough` programs would run, time is cut so that `programs` do, into segments of at least
+    `shortest` tokens. `evict` is what the caches are told of tensors that pass through ("" or "evict_first").
     """
 
     tile_c: int
     group: int
     num_warps: int = 1
+    registers: int | None = None
     enough: int = 528
     programs: int = 2112
     shortest: int = 64
     segment_len: int | None = None
-    sub: int = 8
-    rows: int = 4
     evict: str = ""
 
 
 @lru_cache(maxsize=256)
 def launch_of(n: int, *, backward: bool) -> Launch:
-    """Sizes for a state size: 16 states a lane forward, 8 backward, so that the states and decays of a group fit.
+    """Sizes for a state size: 8 states a lane, so that the states and decays of a group fit in registers.
 
-    2112 programs are 16 warps on each of an H100's 132 multiprocessors; fewer were slower (README).
+    A row of 16 channels has fewer elements than a warp has lanes: it is loaded in the layout of the states. Forward
+    three warps share a scheduler, so that 1584 programs fill 132 multiprocessors; the backward holds two, and was
+    fastest with twice the 2112 that it could hold at four (README: chosen on an H200 at n = 16).
     """
     padded = power_of_two(n)
+    tile_c = min(16, max(8, 256 // padded))
     if backward:
-        return Launch(tile_c=min(64, max(8, 256 // padded)), group=4)
-    tile_c = min(64, max(16, 512 // padded))
-    return Launch(tile_c=tile_c, group=4, rows=128 // tile_c)
+        return Launch(tile_c=tile_c, group=4, programs=4224)
+    if padded > 32:
+        return Launch(tile_c=tile_c, group=4)
+    return Launch(tile_c=tile_c, group=8, registers=168, programs=1584)
 
 
 def forward(launch: Launch | None = None, **arguments: Argument) -> Outputs:
@@ -133,7 +137,9 @@ class _Call:
         return tiles, ceil_div(self.t, segment_len), segment_len
 
     def _constants(self, launch: Launch) -> dict[str, Any]:
-        return {
+        limited = launch.registers is not None and torch.version.hip is None  # Triton cannot tell AMD's compiler
+        most = {"maxnreg": launch.registers} if limited else {}
+        return most | {
             "N": self.n,
             "PAD_N": power_of_two(self.n),
             "TILE_C": launch.tile_c,
@@ -144,8 +150,7 @@ class _Call:
             "PACKED": self.marks is not None,
             "AHEAD": -1 if self.reversed else 1,
             "EVICT": launch.evict,
-            "SUB": min(launch.sub, launch.tile_c),
-            "ROWS": launch.rows,
+            "SUB": min(launch.tile_c, _NUMBERS_A_LANE * _LANES // power_of_two(self.n)),
             "num_warps": launch.num_warps,
         }
 

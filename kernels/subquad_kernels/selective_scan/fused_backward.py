@@ -10,19 +10,24 @@ import triton.language as tl
 
 from subquad_kernels.selective_scan.tiles import (
     LN_2,
+    by_fours,
+    channels_of_rows,
+    fold,
     load_chunk,
     load_marks,
     load_vector,
-    parts_of_row,
-    parts_of_tile,
     place_of_program,
+    places_of_sums,
     restart,
+    row_for_states,
     row_of,
     sigmoid,
     states_at_edge,
+    states_of_tile,
     step_and_slope,
-    store_sum_over_channels,
     store_sums,
+    sum_of_parts,
+    sums_in_lanes,
     through_segment,
 )
 from subquad_kernels.triton_launch import QuickLaunch
@@ -35,89 +40,79 @@ def summarise_gradients(
     t, c, b, segments, segment_len, dt_stride, C_stride, z_stride, dy_stride,
     N: tl.constexpr, PAD_N: tl.constexpr, TILE_C: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
     SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, AHEAD: tl.constexpr, EVICT: tl.constexpr,
-    FINAL: tl.constexpr, GATE: tl.constexpr, SUB: tl.constexpr, ROWS: tl.constexpr,
+    FINAL: tl.constexpr, GATE: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
     """What a segment does to the gradient of the state it leaves:  g -> decay g + write, for the state that enters it.
 
     Row k of the results is segment k + 1's; final_state's gradient is in the write of the last.
     Shapes:  decays, writes: segments-1 b c n
     """
-    PARTS: tl.constexpr = TILE_C // SUB
     tile, sequence, index = place_of_program(c, b, TILE_C)
     segment = index + 1
-    channels = tile * TILE_C + tl.arange(0, TILE_C)
-    columns = tl.arange(0, PAD_N)
+    channels = tile * TILE_C + by_fours(TILE_C)
+    columns = by_fours(PAD_N)
     in_c, in_n = channels < c, columns < N
     state_size = c * N
     bias = load_vector(dt_bias, channels, in_c, BIAS)
-    rows = tl.arange(0, ROWS)[:, None]
+    at = tl.arange(0, CHUNK)[:, None]  # tokens of a chunk
     local = tl.arange(0, TILE_C)[None, :]
     steps_at = scratch + tl.program_id(0).to(tl.int64) * (CHUNK * (2 * TILE_C + PAD_N))
     pulls_at = steps_at + CHUNK * TILE_C
     C_table = pulls_at + CHUNK * TILE_C
 
-    rates, offsets, within = parts_of_tile(A, tile, c, N, PAD_N, SUB, PARTS)
+    rates, offsets, within = states_of_tile(A, tile, c, N, PAD_N, TILE_C, SUB)
     last = segment == segments - 1
     carried = states_at_edge(dfinal, sequence * state_size, offsets, within, last, FINAL and not PACKED)
     begin = segment * segment_len
     end = tl.minimum(begin + segment_len, t)
-    age = tl.zeros([ROWS, TILE_C], tl.float32)
+    ROWS_A_LANE: tl.constexpr = max(1, CHUNK * TILE_C // 128)
+    age = tl.zeros([CHUNK // ROWS_A_LANE, TILE_C], tl.float32)
     kept = begin >= 0
     chunks = tl.cdiv(end - begin, CHUNK)
     for reverse_chunk in range(chunks):
         chunk_start = begin + (chunks - 1 - reverse_chunk) * CHUNK
         limit = end - chunk_start
-        raws = load_chunk(dt, dt_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, True)
+        raws = load_chunk(dt, dt_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True)
         results = load_chunk(
-            dy, dy_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, True
+            dy, dy_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True
         )
-        gates = load_chunk(z, z_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, GATE)
-        read_rows = load_chunk(C, C_stride, sequence, chunk_start, end, t, columns, in_n, CHUNK, ROWS, AHEAD, "", True)
-        for i in tl.static_range(CHUNK // ROWS):
-            at = rows + i * ROWS
-            step, _ = step_and_slope(raws[i], bias[None, :], (at < limit) & in_c[None, :], SOFTPLUS)
-            age += step
-            pull = results[i].to(tl.float32)
-            if GATE:
-                gate = gates[i].to(tl.float32)
-                pull = pull * gate * sigmoid(gate)
-            tl.store(steps_at + (at * TILE_C + local), step)
-            tl.store(pulls_at + (at * TILE_C + local), pull)
-            tl.store(C_table + (at * PAD_N + columns[None, :]), read_rows[i].to(tl.float32))
+        gates = load_chunk(z, z_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, AHEAD, EVICT, GATE)
+        read_rows = load_chunk(C, C_stride, sequence, chunk_start, end, t, columns, in_n, CHUNK, AHEAD, "", True)
+        step, _ = step_and_slope(raws, bias[None, :], (at < limit) & in_c[None, :], SOFTPLUS)
+        age += sum_of_parts(step, ROWS_A_LANE)
+        pull = results.to(tl.float32)
+        if GATE:
+            gate = gates.to(tl.float32)
+            pull = pull * gate * sigmoid(gate)
+        tl.store(steps_at + (at * TILE_C + local), step)
+        tl.store(pulls_at + (at * TILE_C + local), pull)
+        tl.store(C_table + (at * PAD_N + columns[None, :]), read_rows.to(tl.float32))
         tl.debug_barrier()
         for reverse_group in range(CHUNK // GROUP):
             base = CHUNK - GROUP - reverse_group * GROUP
             tags = load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
             steps, pulls, reads = (), (), ()
             for i in tl.static_range(GROUP):
-                steps += (parts_of_row(steps_at, (base + i) * TILE_C, SUB, PARTS),)
-                pulls += (parts_of_row(pulls_at, (base + i) * TILE_C, SUB, PARTS),)
+                steps += (row_for_states(steps_at, (base + i) * TILE_C, TILE_C, SUB),)
+                pulls += (row_for_states(pulls_at, (base + i) * TILE_C, TILE_C, SUB),)
                 reads += (tl.load(C_table + (base + i) * PAD_N + columns),)
             for i in tl.static_range(GROUP - 1, -1, -1):
-                new = ()
-                for h in tl.static_range(PARTS):
-                    back = carried[h]
-                    if PACKED and FINAL and (tags[i] & 2) != 0:
-                        document_at = (tags[i] >> 2).to(tl.int64) * state_size
-                        back += tl.load(dfinal + document_at + offsets[h], mask=within[h], other=0.0).to(tl.float32)
-                    back = tl.exp2(steps[i][h][:, None] * rates[h]) * (back + pulls[i][h][:, None] * reads[i][None, :])
-                    if PACKED:
-                        back = tl.where((tags[i] & 1) != 0, 0.0, back)
-                    new += (back,)
-                carried = new
+                if PACKED and FINAL and (tags[i] & 2) != 0:
+                    document_at = (tags[i] >> 2).to(tl.int64) * state_size
+                    carried += tl.load(dfinal + document_at + offsets, mask=within, other=0.0).to(tl.float32)
+                carried = tl.exp2(steps[i][:, None] * rates) * (carried + pulls[i][:, None] * reads[i][None, :])
                 if PACKED:
+                    carried = tl.where((tags[i] & 1) != 0, 0.0, carried)
                     kept = kept & ((tags[i] & 1) == 0)
         tl.debug_barrier()
     tl.store(steps_at + tl.arange(0, TILE_C), tl.sum(age, axis=0))
     tl.debug_barrier()
-    ages = parts_of_row(steps_at, 0, SUB, PARTS)
+    decay = tl.exp2(row_for_states(steps_at, 0, TILE_C, SUB)[:, None] * rates)
+    if PACKED:
+        decay = tl.where(kept, decay, 0.0)
     summary = (index * b + sequence) * state_size
-    for h in tl.static_range(PARTS):
-        decay = tl.exp2(ages[h][:, None] * rates[h])
-        if PACKED:
-            decay = tl.where(kept, decay, 0.0)
-        tl.store(decays + summary + offsets[h], decay, mask=within[h])
-        tl.store(writes + summary + offsets[h], carried[h], mask=within[h])
+    tl.store(decays + summary + offsets, decay, mask=within)
+    tl.store(writes + summary + offsets, carried, mask=within)
 
 
 @QuickLaunch
@@ -129,7 +124,6 @@ def differentiate(
     N: tl.constexpr, PAD_N: tl.constexpr, TILE_C: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
     SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, AHEAD: tl.constexpr, EVICT: tl.constexpr,
     FINAL: tl.constexpr, GATE: tl.constexpr, SKIP: tl.constexpr, INITIAL: tl.constexpr, SUB: tl.constexpr,
-    ROWS: tl.constexpr,
     SCRATCH: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one segment: chunks from last to first, in a chunk groups from last to first.
@@ -138,9 +132,14 @@ def differentiate(
     first and left in `scratch`, which only this program touches and the caches hold.
     """
     PARTS: tl.constexpr = TILE_C // SUB
+    SUMS: tl.constexpr = 2 * PARTS  # of a token, over n: for its drives, then for its steps
+    LANES: tl.constexpr = max(1, PAD_N // 4)  # that share a channel
+    STORED: tl.constexpr = max(SUMS, min(LANES, GROUP * SUMS))
+    WIDTH: tl.constexpr = min(LANES, STORED)
+    FOLDED: tl.constexpr = min(GROUP, SUB // 2)  # tokens whose sums over channels are taken together
     tile, sequence, segment = place_of_program(c, b, TILE_C)
-    channels = tile * TILE_C + tl.arange(0, TILE_C)
-    columns = tl.arange(0, PAD_N)
+    channels = tile * TILE_C + by_fours(TILE_C)
+    columns = by_fours(PAD_N)
     in_c, in_n = channels < c, columns < N
     state_size = c * N
     bias = load_vector(dt_bias, channels, in_c, BIAS)
@@ -156,28 +155,29 @@ def differentiate(
     slopes_at = pulls_at + VECTOR
     B_table = slopes_at + VECTOR
     C_table = B_table + MAP
-    drive_grads_at = C_table + MAP
-    step_grads_at = drive_grads_at + VECTOR
-    by_state = tl.arange(0, SUB)[:, None] * (PARTS * PAD_N) + columns[None, :]
+    sums_at = C_table + MAP
+    by_state = channels_of_rows(TILE_C, SUB)[:, None] * PAD_N + columns[None, :]
 
-    rates, offsets, within = parts_of_tile(A, tile, c, N, PAD_N, SUB, PARTS)
+    rates, offsets, within = states_of_tile(A, tile, c, N, PAD_N, TILE_C, SUB)
     last = segment == segments - 1
     carried = states_at_edge(dfinal, sequence * state_size, offsets, within, last, FINAL and not PACKED)
-    rate_grads = ()
-    for _ in tl.static_range(PARTS):
-        rate_grads += (tl.zeros([SUB, PAD_N], tl.float32),)
+    rate_grads = tl.zeros([TILE_C, PAD_N], tl.float32)
     for later in range(segments - 1 - segment):
         summary = ((segments - 2 - later) * b + sequence) * state_size
         carried = through_segment(carried, decays, writes, summary, offsets, within)
 
     begin = segment * segment_len
     end = tl.minimum(begin + segment_len, t)
-    skip_grads = tl.zeros([ROWS, TILE_C], tl.float32)
-    bias_grads = tl.zeros([ROWS, TILE_C], tl.float32)
+    ROWS_A_LANE: tl.constexpr = max(1, CHUNK * TILE_C // 128)
+    skip_grads = tl.zeros([CHUNK // ROWS_A_LANE, TILE_C], tl.float32)
+    bias_grads = tl.zeros([CHUNK // ROWS_A_LANE, TILE_C], tl.float32)
     dB = dmaps + tile.to(tl.int64) * 2 * b * t * N
-    dC = dB + b.to(tl.int64) * t * N
+    # Rows of a tile of sums over channels: tokens of dC, then of dB.
+    map_rows_at = tl.arange(0, 2 * FOLDED)[:, None]
+    map_tokens = map_rows_at % FOLDED
+    map_places = tl.where(map_rows_at < FOLDED, b.to(tl.int64) * t * N, 0) + map_tokens * AHEAD * N + columns[None, :]
     chunks = tl.cdiv(end - begin, CHUNK)
-    rows = tl.arange(0, ROWS)[:, None]
+    at = tl.arange(0, CHUNK)[:, None]  # tokens of a chunk
     local = tl.arange(0, TILE_C)[None, :]
     for reverse_chunk in range(chunks):
         chunk_start = begin + (chunks - 1 - reverse_chunk) * CHUNK
@@ -188,15 +188,15 @@ def differentiate(
             dz_at = dz + row * c
 
         # The vectors of the chunk, and the state that enters it.
-        raws = load_chunk(dt, dt_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, True)
-        values = load_chunk(x, x_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, True)
+        raws = load_chunk(dt, dt_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True)
+        values = load_chunk(x, x_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True)
         results = load_chunk(
-            dy, dy_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, True
+            dy, dy_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True
         )
-        gates = load_chunk(z, z_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, GATE)
-        totals = load_chunk(ungated, c, sequence, chunk_start, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, GATE)
-        map_rows = load_chunk(B, B_stride, sequence, chunk_start, end, t, columns, in_n, CHUNK, ROWS, AHEAD, "", True)
-        read_rows = load_chunk(C, C_stride, sequence, chunk_start, end, t, columns, in_n, CHUNK, ROWS, AHEAD, "", True)
+        gates = load_chunk(z, z_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, AHEAD, EVICT, GATE)
+        totals = load_chunk(ungated, c, sequence, chunk_start, end, t, channels, in_c, CHUNK, AHEAD, EVICT, GATE)
+        map_rows = load_chunk(B, B_stride, sequence, chunk_start, end, t, columns, in_n, CHUNK, AHEAD, "", True)
+        read_rows = load_chunk(C, C_stride, sequence, chunk_start, end, t, columns, in_n, CHUNK, AHEAD, "", True)
         swapped = columns[:, None] * c + channels[None, :]
         place = ((chunk_start // CHUNK - 1) * b + sequence) * state_size
         inside = in_n[:, None] & in_c[None, :] & (chunk_start > 0)
@@ -206,142 +206,110 @@ def differentiate(
             entering = tl.load(initial + sequence * state_size + ordered, mask=in_n[:, None] & in_c[None, :], other=0.0)
             entering = entering.to(tl.float32)
         tl.store(slots + (columns[:, None] + local * PAD_N), entering)
-        for i in tl.static_range(CHUNK // ROWS):
-            at = rows + i * ROWS
-            away = at * AHEAD
-            mask = (at < limit) & in_c[None, :]
-            value, pull = values[i].to(tl.float32), results[i].to(tl.float32)
-            if GATE:
-                gate = gates[i].to(tl.float32)
-                opened = sigmoid(gate)
-                gate_grad = pull * totals[i] * opened * (1.0 + gate * (1.0 - opened))
-                tl.store(dz_at + (away * c + channels[None, :]), gate_grad.to(dz.dtype.element_ty), mask=mask)
-                pull = pull * gate * opened
-            step, slope = step_and_slope(raws[i], bias[None, :], mask, SOFTPLUS)
-            skip_grads += pull * value
-            tl.store(steps_at + (at * TILE_C + local), step)
-            tl.store(drives_at + (at * TILE_C + local), step * value)
-            tl.store(pulls_at + (at * TILE_C + local), pull)
-            tl.store(slopes_at + (at * TILE_C + local), slope)
-            tl.store(B_table + (at * PAD_N + columns[None, :]), map_rows[i].to(tl.float32))
-            tl.store(C_table + (at * PAD_N + columns[None, :]), read_rows[i].to(tl.float32))
+        away = at * AHEAD
+        mask = (at < limit) & in_c[None, :]
+        value, pull = values.to(tl.float32), results.to(tl.float32)
+        if GATE:
+            gate = gates.to(tl.float32)
+            opened = sigmoid(gate)
+            gate_grad = pull * totals * opened * (1.0 + gate * (1.0 - opened))
+            tl.store(dz_at + (away * c + channels[None, :]), gate_grad.to(dz.dtype.element_ty), mask=mask)
+            pull = pull * gate * opened
+        step, slope = step_and_slope(raws, bias[None, :], mask, SOFTPLUS)
+        skip_grads += sum_of_parts(pull * value, ROWS_A_LANE)
+        tl.store(steps_at + (at * TILE_C + local), step)
+        tl.store(drives_at + (at * TILE_C + local), step * value)
+        tl.store(pulls_at + (at * TILE_C + local), pull)
+        tl.store(slopes_at + (at * TILE_C + local), slope)
+        tl.store(B_table + (at * PAD_N + columns[None, :]), map_rows.to(tl.float32))
+        tl.store(C_table + (at * PAD_N + columns[None, :]), read_rows.to(tl.float32))
         tl.debug_barrier()
 
         # The states that enter the groups.
-        states = ()
-        for h in tl.static_range(PARTS):
-            states += (tl.load(slots + h * PAD_N + by_state),)
+        states = tl.load(slots + by_state)
         for group in range(CHUNK // GROUP - 1):
-            base = group * GROUP
-            tags = load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
-            steps, drives, maps = (), (), ()
-            for i in tl.static_range(GROUP):
-                steps += (parts_of_row(steps_at, (base + i) * TILE_C, SUB, PARTS),)
-                drives += (parts_of_row(drives_at, (base + i) * TILE_C, SUB, PARTS),)
-                maps += (tl.load(B_table + (base + i) * PAD_N + columns),)
-            for i in tl.static_range(GROUP):
-                new = ()
-                for h in tl.static_range(PARTS):
-                    state = states[h]
-                    if PACKED:
-                        state = restart(state, tags[i], initial, state_size, offsets[h], within[h], INITIAL)
-                    state = tl.exp2(steps[i][h][:, None] * rates[h]) * state + drives[i][h][:, None] * maps[i][None, :]
-                    new += (state,)
-                states = new
-            for h in tl.static_range(PARTS):
-                tl.store(slots + ((group + 1) * TILE_C + h) * PAD_N + by_state, states[h])
+            for i in range(GROUP):
+                token = group * GROUP + i
+                if PACKED:
+                    tag = tl.load(marks + chunk_start + token, mask=token < limit, other=0)
+                    states = restart(states, tag, initial, state_size, offsets, within, INITIAL)
+                ahead = row_for_states(steps_at, token * TILE_C, TILE_C, SUB)
+                drive = row_for_states(drives_at, token * TILE_C, TILE_C, SUB)
+                write = drive[:, None] * tl.load(B_table + token * PAD_N + columns)[None, :]
+                states = tl.exp2(ahead[:, None] * rates) * states + write
+            tl.store(slots + (group + 1) * (TILE_C * PAD_N) + by_state, states)
 
         for reverse_group in range(CHUNK // GROUP):
             base = CHUNK - GROUP - reverse_group * GROUP
             tags = load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
             steps, drives, pulls, maps, reads = (), (), (), (), ()
             for i in tl.static_range(GROUP):
-                steps += (parts_of_row(steps_at, (base + i) * TILE_C, SUB, PARTS),)
-                drives += (parts_of_row(drives_at, (base + i) * TILE_C, SUB, PARTS),)
-                pulls += (parts_of_row(pulls_at, (base + i) * TILE_C, SUB, PARTS),)
+                steps += (row_for_states(steps_at, (base + i) * TILE_C, TILE_C, SUB),)
+                drives += (row_for_states(drives_at, (base + i) * TILE_C, TILE_C, SUB),)
+                pulls += (row_for_states(pulls_at, (base + i) * TILE_C, TILE_C, SUB),)
                 maps += (tl.load(B_table + (base + i) * PAD_N + columns),)
                 reads += (tl.load(C_table + (base + i) * PAD_N + columns),)
-            states = ()
-            for h in tl.static_range(PARTS):
-                slot = (CHUNK // GROUP - 1 - reverse_group) * TILE_C + h
-                states += (tl.load(slots + slot * PAD_N + by_state),)
+            states = tl.load(slots + (CHUNK // GROUP - 1 - reverse_group) * (TILE_C * PAD_N) + by_state)
 
             # The states before every token of the group and its decays; dC needs the states after.
-            before, factors = (), ()
+            before, factors, read_sums, unfolded = (), (), (), ()
             for i in tl.static_range(GROUP):
-                new, old, decay = (), (), ()
-                read_grad = tl.zeros([SUB, PAD_N], tl.float32)
-                for h in tl.static_range(PARTS):
-                    state = states[h]
-                    if PACKED:
-                        state = restart(state, tags[i], initial, state_size, offsets[h], within[h], INITIAL)
-                    old += (state,)
-                    factor = tl.exp2(steps[i][h][:, None] * rates[h])
-                    decay += (factor,)
-                    state = factor * state + drives[i][h][:, None] * maps[i][None, :]
-                    new += (state,)
-                    if h == 0:
-                        read_grad = pulls[i][h][:, None] * state
-                    else:
-                        read_grad += pulls[i][h][:, None] * state
-                states = new
-                before += (old,)
-                factors += (decay,)
-                store_sum_over_channels(dC + (row + (base + i) * AHEAD) * N, read_grad, in_n & (base + i < limit))
+                if PACKED:
+                    states = restart(states, tags[i], initial, state_size, offsets, within, INITIAL)
+                before += (states,)
+                factors += (tl.exp2(steps[i][:, None] * rates),)
+                states = factors[i] * states + drives[i][:, None] * maps[i][None, :]
+                unfolded += (sum_of_parts(pulls[i][:, None] * states, PARTS),)
+                if len(unfolded) == FOLDED:
+                    read_sums += (fold(unfolded, PAD_N),)
+                    unfolded = ()
 
+            sums = ()
             for i in tl.static_range(GROUP - 1, -1, -1):
-                new, more, drive_sums, step_sums = (), (), (), ()
-                map_grad = tl.zeros([SUB, PAD_N], tl.float32)
-                for h in tl.static_range(PARTS):
-                    back = carried[h]
-                    if PACKED and FINAL and (tags[i] & 2) != 0:
+                if PACKED and FINAL and (tags[i] & 2) != 0:
+                    document_at = (tags[i] >> 2).to(tl.int64) * state_size
+                    carried += tl.load(dfinal + document_at + offsets, mask=within, other=0.0).to(tl.float32)
+                grad = carried + pulls[i][:, None] * reads[i][None, :]
+                unfolded = (sum_of_parts(drives[i][:, None] * grad, PARTS),) + unfolded  # noqa: RUF005
+                drive_sums = sums_in_lanes(grad * maps[i][None, :], PARTS, LANES)
+                carried = grad * factors[i]
+                exponent_grad = carried * before[i]
+                rate_grads += steps[i][:, None] * exponent_grad
+                sums = drive_sums + sums_in_lanes(exponent_grad * rates, PARTS, LANES) + sums
+                if PACKED:
+                    if INITIAL and (tags[i] & 1) != 0:
                         document_at = (tags[i] >> 2).to(tl.int64) * state_size
-                        back += tl.load(dfinal + document_at + offsets[h], mask=within[h], other=0.0).to(tl.float32)
-                    grad = back + pulls[i][h][:, None] * reads[i][None, :]
-                    if h == 0:
-                        map_grad = drives[i][h][:, None] * grad
-                    else:
-                        map_grad += drives[i][h][:, None] * grad
-                    drive_grad = grad * maps[i][None, :]
-                    back = grad * factors[i][h]
-                    exponent_grad = back * before[i][h]
-                    more += (rate_grads[h] + steps[i][h][:, None] * exponent_grad,)
-                    step_grad = exponent_grad * rates[h]
-                    drive_sums += (tl.sum(drive_grad, axis=1),)
-                    step_sums += (tl.sum(step_grad, axis=1),)
-                    if PACKED:
-                        if INITIAL and (tags[i] & 1) != 0:
-                            document_at = (tags[i] >> 2).to(tl.int64) * state_size
-                            tl.store(dinitial + document_at + offsets[h], back, mask=within[h])
-                        back = tl.where((tags[i] & 1) != 0, 0.0, back)
-                    new += (back,)
-                store_sums(drive_grads_at + (base + i) * TILE_C, drive_sums, TILE_C, 1, SUB, PARTS, PAD_N)
-                store_sums(step_grads_at + (base + i) * TILE_C, step_sums, TILE_C, 1, SUB, PARTS, PAD_N)
-                carried = new
-                rate_grads = more
-                store_sum_over_channels(dB + (row + (base + i) * AHEAD) * N, map_grad, in_n & (base + i < limit))
+                        tl.store(dinitial + document_at + offsets, carried, mask=within)
+                    carried = tl.where((tags[i] & 1) != 0, 0.0, carried)
+                if len(sums) == STORED:
+                    store_sums(sums_at + (base + i) * (SUMS * SUB), sums, SUB, LANES, WIDTH)
+                    sums = ()
+                if len(unfolded) == FOLDED:
+                    both = fold((read_sums[i // FOLDED], fold(unfolded, PAD_N)), FOLDED * PAD_N)
+                    if 2 * FOLDED < SUB:
+                        both = tl.sum(tl.reshape(both, [SUB // (2 * FOLDED), 2 * FOLDED, PAD_N]), axis=0)
+                    at_token = dB + (row + (base + i) * AHEAD) * N
+                    tl.store(at_token + map_places, both, mask=in_n[None, :] & (map_tokens < limit - base - i))
+                    unfolded = ()
         tl.debug_barrier()
 
         # The gradients of the chunk's vectors.
-        for i in tl.static_range(CHUNK // ROWS):
-            at = rows + i * ROWS
-            away = at * AHEAD
-            mask = (at < limit) & in_c[None, :]
-            spots = at * TILE_C + local
-            drive_grad = tl.load(drive_grads_at + spots)
-            step_grad = tl.load(step_grads_at + spots)
-            value = tl.load(x_at + (away * x_stride + channels[None, :]), mask=mask, other=0.0).to(tl.float32)
-            raw_grad = (step_grad * LN_2 + drive_grad * value) * tl.load(slopes_at + spots)  # `rates` are A log2 e
-            bias_grads += raw_grad
-            tl.store(ddt_at + (away * c + channels[None, :]), raw_grad.to(ddt.dtype.element_ty), mask=mask)
-            input_grad = drive_grad * tl.load(steps_at + spots) + skip[None, :] * tl.load(pulls_at + spots)
-            tl.store(dx_at + (away * c + channels[None, :]), input_grad.to(dx.dtype.element_ty), mask=mask)
+        away = at * AHEAD
+        mask = (at < limit) & in_c[None, :]
+        spots = at * TILE_C + local
+        drive_grad = tl.load(sums_at + places_of_sums(at * SUMS, local, SUB, PARTS, WIDTH))
+        step_grad = tl.load(sums_at + places_of_sums(at * SUMS + PARTS, local, SUB, PARTS, WIDTH))
+        value = tl.load(x_at + (away * x_stride + channels[None, :]), mask=mask, other=0.0).to(tl.float32)
+        raw_grad = (step_grad * LN_2 + drive_grad * value) * tl.load(slopes_at + spots)  # `rates` are A log2 e
+        bias_grads += sum_of_parts(raw_grad, ROWS_A_LANE)
+        tl.store(ddt_at + (away * c + channels[None, :]), raw_grad.to(ddt.dtype.element_ty), mask=mask)
+        input_grad = drive_grad * tl.load(steps_at + spots) + skip[None, :] * tl.load(pulls_at + spots)
+        tl.store(dx_at + (away * c + channels[None, :]), input_grad.to(dx.dtype.element_ty), mask=mask)
 
     part = sequence * segments + segment
-    for h in tl.static_range(PARTS):
-        if INITIAL and not PACKED and segment == 0:
-            tl.store(dinitial + sequence * state_size + offsets[h], carried[h], mask=within[h])
-        tl.store(drates + part * state_size + offsets[h], rate_grads[h], mask=within[h])
+    if INITIAL and not PACKED and segment == 0:
+        tl.store(dinitial + sequence * state_size + offsets, carried, mask=within)
+    tl.store(drates + part * state_size + offsets, rate_grads, mask=within)
     sums = dchannels + part * c + channels
     tl.store(sums, tl.sum(skip_grads, axis=0), mask=in_c)
     tl.store(sums + b.to(tl.int64) * segments * c, tl.sum(bias_grads, axis=0), mask=in_c)

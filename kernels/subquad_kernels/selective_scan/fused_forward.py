@@ -9,18 +9,23 @@ import triton
 import triton.language as tl
 
 from subquad_kernels.selective_scan.tiles import (
+    by_fours,
+    channels_of_rows,
     load_chunk,
     load_marks,
     load_vector,
-    parts_of_row,
-    parts_of_tile,
     place_of_program,
+    places_of_sums,
     restart,
+    row_for_states,
     row_of,
     sigmoid,
     states_at_edge,
+    states_of_tile,
     step_and_slope,
     store_sums,
+    sum_of_parts,
+    sums_in_lanes,
     through_segment,
 )
 from subquad_kernels.triton_launch import QuickLaunch
@@ -33,20 +38,19 @@ def summarise(
     t, c, b, segment_len, x_stride, dt_stride, B_stride,
     N: tl.constexpr, PAD_N: tl.constexpr, TILE_C: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
     SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, AHEAD: tl.constexpr, EVICT: tl.constexpr,
-    INITIAL: tl.constexpr, SUB: tl.constexpr, ROWS: tl.constexpr,
+    INITIAL: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
     """What a segment does to the state that enters it:  h -> decay h + write.  The first segment's h is in its write.
 
     Shapes:  decays, writes: segments-1 b c n
     """
-    PARTS: tl.constexpr = TILE_C // SUB
     tile, sequence, segment = place_of_program(c, b, TILE_C)
-    channels = tile * TILE_C + tl.arange(0, TILE_C)
-    columns = tl.arange(0, PAD_N)
+    channels = tile * TILE_C + by_fours(TILE_C)
+    columns = by_fours(PAD_N)
     in_c, in_n = channels < c, columns < N
     state_size = c * N
     bias = load_vector(dt_bias, channels, in_c, BIAS)
-    rows = tl.arange(0, ROWS)[:, None]
+    at = tl.arange(0, CHUNK)[:, None]  # tokens of a chunk
     local = tl.arange(0, TILE_C)[None, :]
     steps_at = scratch + tl.program_id(0).to(tl.int64) * (CHUNK * (2 * TILE_C + PAD_N))
     drives_at = steps_at + CHUNK * TILE_C
@@ -54,65 +58,57 @@ def summarise(
     begin = segment * segment_len
     end = tl.minimum(begin + segment_len, t)
 
-    rates, offsets, within = parts_of_tile(A, tile, c, N, PAD_N, SUB, PARTS)
+    rates, offsets, within = states_of_tile(A, tile, c, N, PAD_N, TILE_C, SUB)
     states = states_at_edge(initial, sequence * state_size, offsets, within, segment == 0, INITIAL and not PACKED)
-    age = tl.zeros([ROWS, TILE_C], tl.float32)  # the sum of steps
+    ROWS_A_LANE: tl.constexpr = max(1, CHUNK * TILE_C // 128)
+    age = tl.zeros([CHUNK // ROWS_A_LANE, TILE_C], tl.float32)  # the sum of steps
     kept = begin >= 0  # no document starts in this segment
-    next_raws = load_chunk(dt, dt_stride, sequence, begin, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, True)
-    next_values = load_chunk(x, x_stride, sequence, begin, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, True)
-    next_map_rows = load_chunk(B, B_stride, sequence, begin, end, t, columns, in_n, CHUNK, ROWS, AHEAD, "", True)
+    next_raws = load_chunk(dt, dt_stride, sequence, begin, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True)
+    next_values = load_chunk(x, x_stride, sequence, begin, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True)
+    next_map_rows = load_chunk(B, B_stride, sequence, begin, end, t, columns, in_n, CHUNK, AHEAD, "", True)
     for chunk_start in range(begin, end, CHUNK):
         limit = end - chunk_start
         # The loads of the next chunk are under way while this one is computed.
         raws, values, map_rows = next_raws, next_values, next_map_rows
         next_raws = load_chunk(
-            dt, dt_stride, sequence, chunk_start + CHUNK, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, True
+            dt, dt_stride, sequence, chunk_start + CHUNK, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True
         )
         next_values = load_chunk(
-            x, x_stride, sequence, chunk_start + CHUNK, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, True
+            x, x_stride, sequence, chunk_start + CHUNK, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True
         )
         next_map_rows = load_chunk(
-            B, B_stride, sequence, chunk_start + CHUNK, end, t, columns, in_n, CHUNK, ROWS, AHEAD, "", True
+            B, B_stride, sequence, chunk_start + CHUNK, end, t, columns, in_n, CHUNK, AHEAD, "", True
         )
-        for i in tl.static_range(CHUNK // ROWS):
-            at = rows + i * ROWS
-            step, _ = step_and_slope(raws[i], bias[None, :], (at < limit) & in_c[None, :], SOFTPLUS)
-            age += step
-            tl.store(steps_at + (at * TILE_C + local), step)
-            tl.store(drives_at + (at * TILE_C + local), step * values[i].to(tl.float32))
-            tl.store(B_table + (at * PAD_N + columns[None, :]), map_rows[i].to(tl.float32))
+        step, _ = step_and_slope(raws, bias[None, :], (at < limit) & in_c[None, :], SOFTPLUS)
+        age += sum_of_parts(step, ROWS_A_LANE)
+        tl.store(steps_at + (at * TILE_C + local), step)
+        tl.store(drives_at + (at * TILE_C + local), step * values.to(tl.float32))
+        tl.store(B_table + (at * PAD_N + columns[None, :]), map_rows.to(tl.float32))
         tl.debug_barrier()
         for group in range(CHUNK // GROUP):
             base = group * GROUP
             tags = load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
             steps, drives, maps = (), (), ()
             for i in tl.static_range(GROUP):
-                steps += (parts_of_row(steps_at, (base + i) * TILE_C, SUB, PARTS),)
-                drives += (parts_of_row(drives_at, (base + i) * TILE_C, SUB, PARTS),)
+                steps += (row_for_states(steps_at, (base + i) * TILE_C, TILE_C, SUB),)
+                drives += (row_for_states(drives_at, (base + i) * TILE_C, TILE_C, SUB),)
                 maps += (tl.load(B_table + (base + i) * PAD_N + columns),)
             for i in tl.static_range(GROUP):
-                new = ()
-                for h in tl.static_range(PARTS):
-                    state = states[h]
-                    if PACKED:
-                        state = restart(state, tags[i], initial, state_size, offsets[h], within[h], INITIAL)
-                    factor = tl.exp2(steps[i][h][:, None] * rates[h])
-                    new += (factor * state + drives[i][h][:, None] * maps[i][None, :],)
-                states = new
+                if PACKED:
+                    states = restart(states, tags[i], initial, state_size, offsets, within, INITIAL)
+                states = tl.exp2(steps[i][:, None] * rates) * states + drives[i][:, None] * maps[i][None, :]
                 if PACKED:
                     kept = kept & ((tags[i] & 1) == 0)
         tl.debug_barrier()
     # The sum of the steps changes its layout through the scratch.
     tl.store(steps_at + tl.arange(0, TILE_C), tl.sum(age, axis=0))
     tl.debug_barrier()
-    ages = parts_of_row(steps_at, 0, SUB, PARTS)
+    decay = tl.exp2(row_for_states(steps_at, 0, TILE_C, SUB)[:, None] * rates)
+    if PACKED:
+        decay = tl.where(kept, decay, 0.0)
     summary = (segment * b + sequence) * state_size
-    for h in tl.static_range(PARTS):
-        decay = tl.exp2(ages[h][:, None] * rates[h])
-        if PACKED:
-            decay = tl.where(kept, decay, 0.0)
-        tl.store(decays + summary + offsets[h], decay, mask=within[h])
-        tl.store(writes + summary + offsets[h], states[h], mask=within[h])
+    tl.store(decays + summary + offsets, decay, mask=within)
+    tl.store(writes + summary + offsets, states, mask=within)
 
 
 @QuickLaunch
@@ -122,18 +118,20 @@ def scan(
     t, c, b, segments, segment_len, x_stride, dt_stride, B_stride, C_stride, z_stride,
     N: tl.constexpr, PAD_N: tl.constexpr, TILE_C: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
     SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, AHEAD: tl.constexpr, EVICT: tl.constexpr,
-    INITIAL: tl.constexpr, SKIP: tl.constexpr, GATE: tl.constexpr, SUB: tl.constexpr, ROWS: tl.constexpr,
+    INITIAL: tl.constexpr, SKIP: tl.constexpr, GATE: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
     """The scan of one segment, from the state that the segments before it leave."""
     PARTS: tl.constexpr = TILE_C // SUB
+    LANES: tl.constexpr = max(1, PAD_N // 4)  # that share a channel
+    WIDTH: tl.constexpr = min(LANES, GROUP * PARTS)  # sums of a channel that are stored beside each other
     tile, sequence, segment = place_of_program(c, b, TILE_C)
-    channels = tile * TILE_C + tl.arange(0, TILE_C)
-    columns = tl.arange(0, PAD_N)
+    channels = tile * TILE_C + by_fours(TILE_C)
+    columns = by_fours(PAD_N)
     in_c, in_n = channels < c, columns < N
     state_size = c * N
     bias = load_vector(dt_bias, channels, in_c, BIAS)
     skip = load_vector(D, channels, in_c, SKIP)
-    rows = tl.arange(0, ROWS)[:, None]
+    at = tl.arange(0, CHUNK)[:, None]  # tokens of a chunk
     local = tl.arange(0, TILE_C)[None, :]
     slot = scratch + tl.program_id(0).to(tl.int64) * (CHUNK * (3 * TILE_C + 2 * PAD_N) + TILE_C * PAD_N)
     steps_at = slot + TILE_C * PAD_N
@@ -141,48 +139,45 @@ def scan(
     totals_at = drives_at + CHUNK * TILE_C
     B_table = totals_at + CHUNK * TILE_C
     C_table = B_table + CHUNK * PAD_N
-    by_state = tl.arange(0, SUB)[:, None] * (PARTS * PAD_N) + columns[None, :]
+    by_state = channels_of_rows(TILE_C, SUB)[:, None] * PAD_N + columns[None, :]
 
-    rates, offsets, within = parts_of_tile(A, tile, c, N, PAD_N, SUB, PARTS)
+    rates, offsets, within = states_of_tile(A, tile, c, N, PAD_N, TILE_C, SUB)
     states = states_at_edge(initial, sequence * state_size, offsets, within, segment == 0, INITIAL and not PACKED)
     for earlier in range(segment):
         states = through_segment(states, decays, writes, (earlier * b + sequence) * state_size, offsets, within)
 
     begin = segment * segment_len
     end = tl.minimum(begin + segment_len, t)
-    next_raws = load_chunk(dt, dt_stride, sequence, begin, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, True)
-    next_values = load_chunk(x, x_stride, sequence, begin, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, True)
-    next_map_rows = load_chunk(B, B_stride, sequence, begin, end, t, columns, in_n, CHUNK, ROWS, AHEAD, "", True)
-    next_read_rows = load_chunk(C, C_stride, sequence, begin, end, t, columns, in_n, CHUNK, ROWS, AHEAD, "", True)
+    next_raws = load_chunk(dt, dt_stride, sequence, begin, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True)
+    next_values = load_chunk(x, x_stride, sequence, begin, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True)
+    next_map_rows = load_chunk(B, B_stride, sequence, begin, end, t, columns, in_n, CHUNK, AHEAD, "", True)
+    next_read_rows = load_chunk(C, C_stride, sequence, begin, end, t, columns, in_n, CHUNK, AHEAD, "", True)
     for chunk_start in range(begin, end, CHUNK):
         limit = end - chunk_start
         raws, values, map_rows, read_rows = next_raws, next_values, next_map_rows, next_read_rows
         next_raws = load_chunk(
-            dt, dt_stride, sequence, chunk_start + CHUNK, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, True
+            dt, dt_stride, sequence, chunk_start + CHUNK, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True
         )
         next_values = load_chunk(
-            x, x_stride, sequence, chunk_start + CHUNK, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, True
+            x, x_stride, sequence, chunk_start + CHUNK, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True
         )
         next_map_rows = load_chunk(
-            B, B_stride, sequence, chunk_start + CHUNK, end, t, columns, in_n, CHUNK, ROWS, AHEAD, "", True
+            B, B_stride, sequence, chunk_start + CHUNK, end, t, columns, in_n, CHUNK, AHEAD, "", True
         )
         next_read_rows = load_chunk(
-            C, C_stride, sequence, chunk_start + CHUNK, end, t, columns, in_n, CHUNK, ROWS, AHEAD, "", True
+            C, C_stride, sequence, chunk_start + CHUNK, end, t, columns, in_n, CHUNK, AHEAD, "", True
         )
-        gates = load_chunk(z, z_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, ROWS, AHEAD, EVICT, GATE)
+        gates = load_chunk(z, z_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, AHEAD, EVICT, GATE)
         row = row_of(sequence, chunk_start, t, AHEAD)
         y_at, ungated_at = y + row * c, ungated
         if GATE:
             ungated_at = ungated + row * c
-        for i in tl.static_range(CHUNK // ROWS):
-            at = rows + i * ROWS
-            step, _ = step_and_slope(raws[i], bias[None, :], (at < limit) & in_c[None, :], SOFTPLUS)
-            tl.store(steps_at + (at * TILE_C + local), step)
-            tl.store(drives_at + (at * TILE_C + local), step * values[i].to(tl.float32))
-            tl.store(B_table + (at * PAD_N + columns[None, :]), map_rows[i].to(tl.float32))
-            tl.store(C_table + (at * PAD_N + columns[None, :]), read_rows[i].to(tl.float32))
-        for h in tl.static_range(PARTS):
-            tl.store(slot + h * PAD_N + by_state, states[h])
+        step, _ = step_and_slope(raws, bias[None, :], (at < limit) & in_c[None, :], SOFTPLUS)
+        tl.store(steps_at + (at * TILE_C + local), step)
+        tl.store(drives_at + (at * TILE_C + local), step * values.to(tl.float32))
+        tl.store(B_table + (at * PAD_N + columns[None, :]), map_rows.to(tl.float32))
+        tl.store(C_table + (at * PAD_N + columns[None, :]), read_rows.to(tl.float32))
+        tl.store(slot + by_state, states)
         tl.debug_barrier()
 
         for group in range(CHUNK // GROUP):
@@ -190,36 +185,30 @@ def scan(
             tags = load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
             steps, drives, maps, reads = (), (), (), ()
             for i in tl.static_range(GROUP):
-                steps += (parts_of_row(steps_at, (base + i) * TILE_C, SUB, PARTS),)
-                drives += (parts_of_row(drives_at, (base + i) * TILE_C, SUB, PARTS),)
+                steps += (row_for_states(steps_at, (base + i) * TILE_C, TILE_C, SUB),)
+                drives += (row_for_states(drives_at, (base + i) * TILE_C, TILE_C, SUB),)
                 maps += (tl.load(B_table + (base + i) * PAD_N + columns),)
                 reads += (tl.load(C_table + (base + i) * PAD_N + columns),)
             sums = ()
             for i in tl.static_range(GROUP):
-                new = ()
-                for h in tl.static_range(PARTS):
-                    state = states[h]
-                    if PACKED:
-                        state = restart(state, tags[i], initial, state_size, offsets[h], within[h], INITIAL)
-                    state = tl.exp2(steps[i][h][:, None] * rates[h]) * state + drives[i][h][:, None] * maps[i][None, :]
-                    new += (state,)
-                    sums += (tl.sum(state * reads[i][None, :], axis=1),)
-                    if PACKED and (tags[i] & 2) != 0:
-                        tl.store(final + (tags[i] >> 2).to(tl.int64) * state_size + offsets[h], state, mask=within[h])
-                states = new
-            store_sums(totals_at + base * TILE_C, sums, TILE_C, GROUP, SUB, PARTS, PAD_N)
+                if PACKED:
+                    states = restart(states, tags[i], initial, state_size, offsets, within, INITIAL)
+                states = tl.exp2(steps[i][:, None] * rates) * states + drives[i][:, None] * maps[i][None, :]
+                sums += sums_in_lanes(states * reads[i][None, :], PARTS, LANES)
+                if PACKED and (tags[i] & 2) != 0:
+                    tl.store(final + (tags[i] >> 2).to(tl.int64) * state_size + offsets, states, mask=within)
+            store_sums(totals_at + base * TILE_C, sums, SUB, LANES, WIDTH)
         tl.debug_barrier()
 
-        for i in tl.static_range(CHUNK // ROWS):
-            at = rows + i * ROWS
-            away = at * AHEAD
-            mask = (at < limit) & in_c[None, :]
-            total = tl.load(totals_at + (at * TILE_C + local)) + skip[None, :] * values[i].to(tl.float32)
-            if GATE:
-                tl.store(ungated_at + (away * c + channels[None, :]), total, mask=mask)
-                gate = gates[i].to(tl.float32)
-                total = total * gate * sigmoid(gate)
-            tl.store(y_at + (away * c + channels[None, :]), total.to(y.dtype.element_ty), mask=mask)
+        away = at * AHEAD
+        mask = (at < limit) & in_c[None, :]
+        total = tl.load(totals_at + places_of_sums(at * PARTS, local, SUB, PARTS, WIDTH))
+        total += skip[None, :] * values.to(tl.float32)
+        if GATE:
+            tl.store(ungated_at + (away * c + channels[None, :]), total, mask=mask)
+            gate = gates.to(tl.float32)
+            total = total * gate * sigmoid(gate)
+        tl.store(y_at + (away * c + channels[None, :]), total.to(y.dtype.element_ty), mask=mask)
         if chunk_start > 0:  # the state that entered, as boundaries lie: n c
             boundary = tl.load(slot + (columns[:, None] + local * PAD_N))
             if PACKED:
@@ -232,5 +221,4 @@ def scan(
             )
         tl.debug_barrier()
     if not PACKED and segment == segments - 1:
-        for h in tl.static_range(PARTS):
-            tl.store(final + sequence * state_size + offsets[h], states[h], mask=within[h])
+        tl.store(final + sequence * state_size + offsets, states, mask=within)

@@ -40,58 +40,62 @@ def load_vector(vector, columns, within, GIVEN: tl.constexpr):
 
 
 @triton.jit
-def load_chunk(
-    table, stride, sequence, start, end, t, columns, within,
-    CHUNK: tl.constexpr, ROWS: tl.constexpr, AHEAD: tl.constexpr, EVICT: tl.constexpr, GIVEN: tl.constexpr,
-):  # fmt: skip
-    """The rows of a chunk of tokens as tiles of ROWS, in their own type; zeros from token `end` on; () if not given."""
-    tiles = ()
-    if GIVEN:
-        near = table + row_of(sequence, start, t, AHEAD) * stride  # offsets from here fit 32 bits
-        for i in tl.static_range(CHUNK // ROWS):
-            at = tl.arange(0, ROWS)[:, None] + i * ROWS
-            mask = (start + at < end) & within[None, :]
-            offsets = at * AHEAD * stride + columns[None, :]
-            tiles += (tl.load(near + offsets, mask=mask, other=0.0, eviction_policy=EVICT),)
-    return tiles
+def by_fours(COUNT: tl.constexpr):
+    """The numbers below COUNT, written so that Triton knows but four of them to be neighbours.
+
+    A lane then holds four elements of a row of tokens in any type, as many as it stores of fp32. Of bfloat16 it would
+    load eight, and Triton gives all tiles of a shape, states among them, the layout of the widest.
+    """
+    place = tl.arange(0, COUNT)
+    return place // 4 * 4 + place % 4
 
 
 @triton.jit
-def parts_of_tile(A, tile, c, N: tl.constexpr, PAD_N: tl.constexpr, SUB: tl.constexpr, PARTS: tl.constexpr):
-    """A log2(e) of each part of a tile, where its states lie in a table of c by N, and which there are.  [SUB, PAD_N]
+def load_chunk(
+    table, stride, sequence, start, end, t, columns, within,
+    CHUNK: tl.constexpr, AHEAD: tl.constexpr, EVICT: tl.constexpr, GIVEN: tl.constexpr,
+):  # fmt: skip
+    """The rows of a chunk of tokens, in their own type; zeros from token `end` on; () if not given."""
+    tile = ()
+    if GIVEN:
+        near = table + row_of(sequence, start, t, AHEAD) * stride  # offsets from here fit 32 bits
+        at = tl.arange(0, CHUNK)[:, None]
+        mask = (start + at < end) & within[None, :]
+        tile = tl.load(near + (at * AHEAD * stride + columns[None, :]), mask=mask, other=0.0, eviction_policy=EVICT)
+    return tile
 
-    Part i holds the channels i, PARTS + i, ... of the tile.
-    """
-    rates, offsets, within = (), (), ()
+
+@triton.jit
+def channels_of_rows(TILE_C: tl.constexpr, SUB: tl.constexpr):
+    """Which channel of a tile each row of its states is: SUB rows lie on lanes, and a lane holds neighbours."""
+    row = tl.arange(0, TILE_C)
+    return row % SUB * (TILE_C // SUB) + row // SUB
+
+
+@triton.jit
+def states_of_tile(A, tile, c, N: tl.constexpr, PAD_N: tl.constexpr, TILE_C: tl.constexpr, SUB: tl.constexpr):
+    """A log2(e) of a tile, where its states lie in a table of c by N, and which there are.  [TILE_C, PAD_N]"""
     columns = tl.arange(0, PAD_N)[None, :]
-    for i in tl.static_range(PARTS):
-        channels = (tile * (SUB * PARTS) + i + tl.arange(0, SUB) * PARTS)[:, None]
-        offsets += (channels * N + columns,)
-        within += ((channels < c) & (columns < N),)
-        rates += (tl.load(A + offsets[i], mask=within[i], other=0.0).to(tl.float32) * LOG2_E,)
-    return rates, offsets, within
+    channels = (tile * TILE_C + channels_of_rows(TILE_C, SUB))[:, None]
+    offsets = channels * N + columns
+    within = (channels < c) & (columns < N)
+    return tl.load(A + offsets, mask=within, other=0.0).to(tl.float32) * LOG2_E, offsets, within
 
 
 @triton.jit
 def states_at_edge(states, place, offsets, within, here, GIVEN: tl.constexpr):
     """What a sequence begins (or, backward, ends) with: the given states where its edge is `here`, else zeros."""
-    found = ()
-    for i in tl.static_range(len(offsets)):
-        state = tl.zeros(offsets[i].shape, tl.float32)
-        if GIVEN and here:
-            state = tl.load(states + place + offsets[i], mask=within[i], other=0.0).to(tl.float32)
-        found += (state,)
+    found = tl.zeros(offsets.shape, tl.float32)
+    if GIVEN and here:
+        found = tl.load(states + place + offsets, mask=within, other=0.0).to(tl.float32)
     return found
 
 
 @triton.jit
 def through_segment(states, decays, writes, place, offsets, within):
     """What a segment does to states that enter it:  h -> decay h + write."""
-    found = ()
-    for i in tl.static_range(len(offsets)):
-        decay = tl.load(decays + place + offsets[i], mask=within[i], other=0.0)
-        found += (decay * states[i] + tl.load(writes + place + offsets[i], mask=within[i], other=0.0),)
-    return found
+    decay = tl.load(decays + place + offsets, mask=within, other=0.0)
+    return decay * states + tl.load(writes + place + offsets, mask=within, other=0.0)
 
 
 @triton.jit
@@ -148,40 +152,89 @@ def restart(state, tag, initial, state_size, offsets, within, INITIAL: tl.conste
 
 
 @triton.jit
-def parts_of_row(table, place, SUB: tl.constexpr, PARTS: tl.constexpr):
-    """A row of the scratch as vectors of SUB channels: fewer elements than lanes load in the layout of their use.
+def row_for_states(table, place, TILE_C: tl.constexpr, SUB: tl.constexpr):
+    """A row of the scratch in the order of a tile's states: fewer elements than lanes load in the layout of their use.
 
-    Part i holds the channels i, PARTS + i, ...: what a lane has of the parts lies together, and is stored together.
+    What a lane has of it lies together, and is loaded at once.
     """
-    found = ()
-    for i in tl.static_range(PARTS):
-        found += (tl.load(table + place + i + tl.arange(0, SUB) * PARTS),)
-    return found
+    at = tl.arange(0, SUB)[:, None] * (TILE_C // SUB) + tl.arange(0, TILE_C // SUB)[None, :]
+    return tl.reshape(tl.trans(tl.load(table + place + at)), [TILE_C])
 
 
 @triton.jit
-def store_sums(table, sums, stride, COUNT: tl.constexpr, SUB: tl.constexpr, PARTS: tl.constexpr, PAD_N: tl.constexpr):
-    """Sums over n of COUNT tokens, `sums` holding the parts of a token one after the other, into rows `stride` apart.
-
-    Up to four are laid side by side, and stored at once. Where they are neighbours in memory, they are laid in a tile
-    of states, of which the first columns are stored: a lane has all four, and none moves to another lane before.
-    """
-    WIDTH: tl.constexpr = min(4, PAD_N, COUNT * PARTS)
-    COLUMNS: tl.constexpr = PAD_N if PARTS >= WIDTH else WIDTH
-    column = tl.arange(0, COLUMNS)[None, :]
-    for k in tl.static_range(0, COUNT * PARTS, WIDTH):
-        tile = tl.broadcast_to(sums[k][:, None], [SUB, COLUMNS])
-        for j in tl.static_range(1, WIDTH):
-            tile = tl.where(column % WIDTH == j, sums[k + j][:, None], tile)
-        token, part = (k + column) // PARTS, (k + column) % PARTS
-        place = token * stride + part + tl.arange(0, SUB)[:, None] * PARTS
-        tl.store(table + place, tile, mask=tl.broadcast_to(column < WIDTH, [SUB, COLUMNS]))
+def parts_of_tile(tile, PARTS: tl.constexpr):
+    """The rows of a tile in as many tuples, of rows that lie on different lanes."""
+    parts = (tile,)
+    for _ in tl.static_range(6):
+        if len(parts) < PARTS:
+            halves = ()
+            for i in tl.static_range(len(parts)):
+                part = parts[i]
+                upper, lower = tl.split(tl.permute(tl.reshape(part, [2, part.shape[0] // 2, part.shape[1]]), (1, 2, 0)))
+                halves += (upper, lower)
+            parts = halves
+    return parts
 
 
 @triton.jit
-def store_sum_over_channels(place, tile, within):
-    """The sum of a tile over its channels, stored from the tile's layout.  Shapes:  tile: SUB N    within: N"""
-    total = tl.sum(tile, axis=0, keep_dims=True)
-    first = tl.arange(0, tile.shape[0])[:, None]
-    columns = tl.arange(0, tile.shape[1])[None, :]
-    tl.store(place + (first * 0 + columns), tl.broadcast_to(total, tile.shape), mask=(first == 0) & within[None, :])
+def _fold(one, other, STEP: tl.constexpr):
+    """Half of a sum of both: elements whose place has the bit STEP get what `one` holds with and without it, the rest
+    what `other` does. Each lane sends what it will not go on with: one exchange, where two sums would take two.
+
+    A sum of integers less one's own is what the partner sent; compilers leave the exchange alone.
+    """
+    HALVES: tl.constexpr = one.numel // (2 * STEP)
+    second = (tl.arange(0, 2) == 1)[None, :, None]
+    first_tile, second_tile = tl.reshape(one, [HALVES, 2, STEP]), tl.reshape(other, [HALVES, 2, STEP])
+    sent = tl.where(second, first_tile, second_tile).to(tl.int32, bitcast=True)
+    received = (tl.sum(sent, axis=1, keep_dims=True) - sent).to(tl.float32, bitcast=True)
+    return tl.reshape(tl.where(second, second_tile, first_tile) + received, one.shape)
+
+
+@triton.jit
+def fold(tiles, STEP: tl.constexpr):
+    """One tile of a power of two of them: place p holds what tile (p // STEP) % count sums to over the places that
+    differ from p in those bits. Eight tiles of eight rows exchange seven times, where eight sums would 24 times.
+    """
+    for level in tl.static_range(5):
+        if len(tiles) > 1:
+            folded = ()
+            for i in tl.static_range(0, len(tiles), 2):
+                folded += (_fold(tiles[i], tiles[i + 1], STEP * 2**level),)
+            tiles = folded
+    return tiles[0]
+
+
+@triton.jit
+def sums_in_lanes(tile, PARTS: tl.constexpr, LANES: tl.constexpr):
+    """What each lane holds of a tile's sums over n, one part after the other.  [TILE_C, PAD_N] -> [SUB, LANES]"""
+    return parts_of_tile(tl.sum(tl.reshape(tile, [tile.shape[0], LANES, tile.shape[1] // LANES]), axis=2), PARTS)
+
+
+@triton.jit
+def sum_of_parts(tile, PARTS: tl.constexpr):
+    """What the lanes hold of a tile's sums over its channels, each of its own.  [TILE_C, PAD_N] -> [SUB, PAD_N]"""
+    return tl.sum(tl.reshape(tile, [PARTS, tile.shape[0] // PARTS, tile.shape[1]]), axis=0)
+
+
+@triton.jit
+def store_sums(table, sums, SUB: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """Sums over n of what lanes summed, WIDTH of one channel beside each other: `places_of_sums` says where."""
+    for k in tl.static_range(0, len(sums), WIDTH):
+        some = ()
+        for j in tl.static_range(WIDTH):
+            some += (sums[k + j],)
+        tile = fold(some, 1)
+        if WIDTH < LANES:
+            tile = tl.sum(tl.reshape(tile, [SUB, LANES // WIDTH, WIDTH]), axis=1)
+        tl.store(table + (k * SUB + tl.arange(0, SUB)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]), tile)
+
+
+@triton.jit
+def places_of_sums(sums, local, SUB: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr):
+    """Where `store_sums` left the sums of channels `local` of a tile, `sums` counting those of their first part."""
+    if PARTS > WIDTH:
+        sums += local % PARTS
+        return (sums // WIDTH) * (SUB * WIDTH) + local // PARTS * WIDTH + sums % WIDTH
+    # `sums` is a multiple of PARTS: said apart, Triton sees that parts are neighbours.
+    return (sums // WIDTH) * (SUB * WIDTH) + sums % WIDTH + (local // PARTS * WIDTH + local % PARTS)
