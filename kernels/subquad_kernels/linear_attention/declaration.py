@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from subquad_kernels.catalogue import Kernel, Operator, Tolerance
 from subquad_kernels.optional_packages import FLA, MAMBA, MAMBA_EXTENSIONS, gated_backward_defect, half_only
+from subquad_kernels.tile_sizes import ceil_div, padded
 from subquad_kernels.workload import DeviceLimits, DType, Option, Phase, Work, Workload
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ CHUNK = 64
 
 _PROGRAMS = 512
 """About four programs for each of an H100's 132 multiprocessors."""
+CUT_BELOW = 256
+"""Time is cut into segments that run beside each other where fewer programs would run."""
 
 
 def segment_len(b: int, t: int, h: int) -> int:
@@ -30,6 +33,15 @@ def segment_len(b: int, t: int, h: int) -> int:
     """
     tokens = b * t * h
     return 1024 if tokens >= 1024 * _PROGRAMS else 512 if tokens >= 512 * _PROGRAMS else 256
+
+
+def value_tile(n: int, p: int, *, half: bool, backward: bool) -> int:
+    """Columns of values that a program of the fused kernel holds, beside a state of n rows: see its `launch_of`."""
+    rows, columns = padded(n), padded(p)
+    if not half:  # products in three parts need room
+        return min(columns, 32 if rows > 64 else 64)
+    tile = min(columns, 128 if backward and rows <= 128 else 64)
+    return max(tile, min(rows, 64)) if backward else tile
 
 
 def chunk_slots(t: int, documents: int, chunk: int = CHUNK) -> int:
@@ -200,10 +212,28 @@ def _fused_steps(workload: Workload) -> int:
     b, t, h, documents = shape["b"], shape["t"], shape["h"], shape.get("documents", 0)
     walks = 2 if workload.phase == "backward" else 1
     chunks = chunk_slots(t, documents)
-    if -(-shape["p"] // 64) * h * b >= 256:
+    if -(-shape["p"] // 64) * h * b >= CUT_BELOW:
         return walks * chunks
     # States pass from segment to segment in a small kernel of its own, a tenth of a walk's step each.
     return walks * (min(chunks, segment_len(b, t, h) // CHUNK) + segments(b, t, h, documents) // 10)
+
+
+def _fused_scratch(workload: Workload) -> int:
+    """Backward: dq and dk of every head and tile of values where several share one, and the gates' sums by tile.
+
+    Time that is cut adds a gradient of the state between any two segments.
+    """
+    if workload.phase != "backward":
+        return 0
+    shape, options = workload.shape, workload.options
+    b, t, h, h_k, n, p = (shape[axis] for axis in ("b", "t", "h", "h_k", "n", "p"))
+    tiles = ceil_div(p, value_tile(n, p, half=workload.element_bytes == 2, backward=True))
+    by_tile = b * t * h * tiles
+    gates = (options["decay"] == "token") + bool(options["write_gate"]) + bool(options["diagonal"])
+    parts = 2 * by_tile * n * workload.element_bytes if h * tiles > h_k else 0
+    sums = (options["decay"] != "none") + (options["decay"] == "head") + (gates if tiles > 1 else 0)
+    cuts = segments(b, t, h, shape.get("documents", 0)) - 1 if tiles * h * b < CUT_BELOW else 0
+    return parts + 4 * by_tile * sums + 4 * cuts * b * h * (n * p + 1)
 
 
 _BOTH = frozenset({"cpu", "cuda"})
@@ -233,6 +263,7 @@ KERNELS = (
         requires=("triton>=3.6",),
         serial_steps=_fused_steps,
         replayable=True,
+        scratch_bytes=_fused_scratch,
     ),
     Kernel(
         operator="linear_attention",

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from subquad_kernels.linear_attention.declaration import CHUNK, chunk_slots, segment_len
+from subquad_kernels.linear_attention.declaration import CHUNK, CUT_BELOW, chunk_slots, segment_len, value_tile
 from subquad_kernels.tile_sizes import ceil_div, padded
 from subquad_kernels.triton_chunks import chunk_at, lay_out, taken
 from subquad_kernels.triton_launch import QuickLaunch
@@ -54,7 +54,7 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 2
     registers: int | None = None
-    enough: int = 256
+    enough: int = CUT_BELOW
     chunk: int = CHUNK
     segment_len: int | None = None
 
@@ -68,12 +68,10 @@ def launch_of(n: int, p: int, dtype: torch.dtype, *, backward: bool) -> Launch:
     values of few columns in tiles as wide as those of keys, up to 64, from where on rows in shared memory have one
     layout: ptxas 12.8 may read an operand with rows of 64 bytes from nowhere where others are of 128 (README).
     """
-    rows, columns = padded(n), padded(p)
-    if dtype == torch.float32:  # products in three parts need room
-        return Launch(tile_p=min(columns, 32 if rows > 64 else 64), num_stages=1)
-    tile_p = min(columns, 128 if backward and rows <= 128 else 64)
-    if backward:
-        tile_p = max(tile_p, min(rows, 64))
+    rows, half = padded(n), dtype != torch.float32
+    tile_p = value_tile(n, p, half=half, backward=backward)
+    if not half:
+        return Launch(tile_p=tile_p, num_stages=1)
     return Launch(tile_p=tile_p, num_warps=4 if rows * tile_p <= 8192 else 8, num_stages=2 if rows <= 128 else 1)
 
 
