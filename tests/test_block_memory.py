@@ -227,7 +227,7 @@ def test_declared_scratch_is_what_was_measured_on_gpus(name: str, kernel: str) -
     ],
 )
 def test_a_step_with_checkpointing_takes_what_a_gpu_was_seen_to_take(model: str, measured_bytes: int) -> None:
-    """`python tools/longest_context.py`, NVIDIA H200, 2026-11-29: the peak of a step of 131,072 tokens."""
+    """Peaks of steps of 131,072 tokens: tools/results/longest_context_h200_2026-11-29.json."""
     config = load_config([
         f"model={model}", "target=h200", "trainer.precision=bfloat16", "trainer.seq_len=131072", "trainer.batch_size=1",
         "trainer.activation_checkpointing=true", "trainer.loss=chunked", "compiler.measure=false",

@@ -79,9 +79,7 @@ def _layer_costs(
         carries = [_carry_bytes(block, example) for block in _blocks(built)]
     # Outside of the fake world: choosing runs kernels to check them.
     plan = make_plan(built, capture_model(built), example, target, chooser)
-    works = work_of_blocks(
-        candidates, example, kind=target.kind, checkpointing=checkpointing, choices=plan.choices
-    )
+    works = work_of_blocks(candidates, example, kind=target.kind, checkpointing=checkpointing, choices=plan.choices)
     timed: dict[str, Estimate] = {}
     declined: dict[str, str] = {}
     if budget_s is not None and target.local is not None:

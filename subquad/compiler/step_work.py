@@ -128,9 +128,7 @@ def work_of_blocks(
         built = build_model(model)
         if kind == "cuda":
             _fuse_norms(built)
-        return [
-            _work_of(block, layer, example, checkpointing, choices) for layer, block in enumerate(_blocks(built))
-        ]
+        return [_work_of(block, layer, example, checkpointing, choices) for layer, block in enumerate(_blocks(built))]
 
 
 def _work_of(
