@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from saved_tensors import saved_bytes
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
@@ -17,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 from conftest import TinyRun
 from subquad.compiler.assign_mixers import assign_mixers, assigned, outside_bytes, with_mixers
 from subquad.compiler.assignment import Assignment
-from subquad.compiler.block_memory import saved_bytes
 from subquad.compiler.example import Example
 from subquad.compiler.explain import explain, explained_plan
 from subquad.compiler.plan import Plan
@@ -164,13 +164,15 @@ def test_a_model_is_not_built_while_layers_are_open() -> None:
 
 @pytest.mark.parametrize("key", list(MIXERS))
 @pytest.mark.parametrize("t", [24, 37])
-def test_memory_and_carry_counted_on_shapes_are_those_of_tensors(key: str, t: int, absent: Target) -> None:
+def test_memory_and_carry_counted_on_shapes_are_those_of_tensors(key: str, t: int, cpu: Target) -> None:
     config = run_config("auto", candidates=[key], budget={"seq_len": t, "batch_size": 3})
     config.trainer.precision = "float32"
-    cost = chosen(config, absent)[1].candidates[key]
+    cost = chosen(config, cpu)[1].candidates[key]
     (block,) = build_model(replace(sized_model(config), schedule=[key], context_len=64)).blocks
-    x = torch.randn(3, t, 32, requires_grad=True)
-    kept = saved_bytes(block, lambda: block(x))
+    x = torch.randn(1, 3 * t, 32, requires_grad=True)  # documents bound the rows of a batch
+    bounds = torch.arange(0, 3 * t + 1, t, dtype=torch.int32)
+    kept = saved_bytes(block, lambda: block(x, bounds), held=(bounds,))
+    x = x.view(3, t, 32)
     parameters = sum(parameter.numel() for parameter in block.parameters())
     _, carry = block.mixer.prefill(x.detach(), block.mixer.empty_carry(3))
     assert cost.carry_bytes == sum(leaf.nbytes for leaf in tree_leaves(carry) if isinstance(leaf, Tensor))
@@ -185,7 +187,8 @@ def test_with_activation_checkpointing_a_block_keeps_its_input_and_takes_longer(
     (block,) = build_model(replace(sized_model(config), schedule=["window"])).blocks
     parameters = sum(parameter.numel() for parameter in block.parameters())
     assert again.memory_bytes == 16 * parameters + 4 * 2 * 24 * 32
-    assert again.memory_bytes + again.workspace_bytes == plain.memory_bytes + plain.workspace_bytes + 4 * 2 * 24 * 32
+    assert again.memory_bytes + again.workspace_bytes <= plain.memory_bytes + plain.workspace_bytes
+    assert again.workspace_bytes > plain.memory_bytes - again.memory_bytes  # what is computed again comes and goes
     # Launches count here as well, which are no more in a second forward than in the first.
     assert 1.2 < again.latency_s / plain.latency_s < 1.5
 

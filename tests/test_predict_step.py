@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -9,17 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from saved_tensors import saved_bytes
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from subquad.compiler import predict_step as module
-from subquad.compiler.block_memory import saved_bytes
 from subquad.compiler.example import Example
 from subquad.compiler.explain import explained_plan
 from subquad.compiler.plan import Plan
 from subquad.compiler.predict_step import predict_step
 from subquad.compiler.report import format_plan
-from subquad.compiler.step_work import step_work
+from subquad.compiler.step_work import StepWork, step_work
 from subquad.compiler.target import resolve_target
 from subquad.model.build import build_model
 from subquad.schema import BudgetConfig, ChannelMixerConfig, CompilerConfig, ModelConfig, RunConfig, TrainerConfig
@@ -51,6 +52,11 @@ def run_config(*schedule: str, target: str = "cpu", **changes: Any) -> RunConfig
         target=target,
         **changes,
     )
+
+
+def work_of(config: RunConfig) -> StepWork:
+    example = Example(tokens_shape=(2, 24), training=True)
+    return step_work(config.model, example, kind="cpu", checkpointing=config.trainer.activation_checkpointing)
 
 
 def predicted(config: RunConfig) -> tuple[Any, Plan]:
@@ -129,7 +135,8 @@ def test_checkpointing_computes_the_forward_twice_and_keeps_the_input_alone() ->
     last = 2 * 48 * 48 * 32  # the block's last product, of which nothing is kept, is not computed again
     assert 3 * (products(again) + last) == 4 * products(plain)
     assert again.kept_bytes == 4 * 2 * 24 * 32
-    assert again.passing_bytes == plain.kept_bytes
+    (whole,), (parts,) = plain.memory, again.memory
+    assert parts.kept_bytes + parts.passing_bytes <= whole.kept_bytes + whole.passing_bytes  # no second copy beside it
     assert 2 * again.operator_calls == 3 * plain.operator_calls
 
 
@@ -176,22 +183,32 @@ def test_micro_batches_repeat_everything_but_the_optimizer() -> None:
     for part, seconds in one.parts.items():
         assert four.parts[part] == pytest.approx(seconds * (1 if part == "optimizer" else 4))
     assert four.calls == 4 * one.calls
-    assert four.peak_bytes - one.peak_bytes == one.memory["gradients"]
+    assert four.peak_bytes - one.peak_bytes == one.memory["gradients"] - 4 * 40 * 32  # the head's stands in one as well
 
 
-def test_the_peak_is_the_sum_of_what_stands_when_the_backward_begins() -> None:
-    config = run_config("segment_attention")
+def test_the_peak_stands_at_the_loss_or_in_the_backward_of_a_block() -> None:
+    config = run_config("segment_attention", "mamba", "segment_attention")
     step, _ = predicted(config)
     model = build_model(config.model)
-    block: Any = model.blocks[0]
+    blocks: Any = model.blocks
     x = torch.randn(2, 24, 32, requires_grad=True)
-    kept = saved_bytes(block, lambda: block(x))
+    kept = [saved_bytes(block, lambda: block(x)) for block in blocks]  # noqa: B023
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert step.memory["weights and moments"] == 12 * parameters
     assert step.memory["gradients"] == 4 * parameters
-    assert step.memory["kept for the backward"] == kept
+    assert step.memory["kept for the backward"] == sum(kept)
     assert step.memory["loss"] == 12 * 2 * 24 * 40
-    assert step.peak_bytes == 12 * parameters + kept + max(step.memory["loss"], step.memory["passing with a block"])
+    assert step.peak_bytes > 12 * parameters + sum(kept) + step.memory["loss"]  # so small a vocabulary is not it
+    passing = [block.passing_bytes for block in work_of(config).memory]
+    behind = [0, *itertools.accumulate(4 * sum(map(torch.numel, block.parameters())) for block in reversed(blocks))]
+    found = [
+        sum(kept[: layer + 1]) + passing[layer] + behind[2 - layer] + 4 * 40 * 32  # the head's is there from the start
+        for layer in range(3)
+    ]
+    assert step.peak_bytes == 12 * parameters + max(found)
+    large, _ = predicted(run_config("segment_attention", sizes={"vocab_size": 5000}))
+    parts = ("weights and moments", "kept for the backward", "loss")
+    assert large.peak_bytes == sum(large.memory[part] for part in parts)
 
 
 def test_a_loss_in_chunks_is_predicted_to_take_the_same_products_and_less_memory() -> None:

@@ -16,10 +16,12 @@ from test_linear_attention_fused import (
     sample,
     workload,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from subquad_kernels.catalogue import CATALOGUE
 from subquad_kernels.device_limits import device_limits
 from subquad_kernels.linear_attention import fused
+from subquad_kernels.linear_attention.declaration import heads_of
 from subquad_kernels.linear_attention.shared_keys import Shared
 from subquad_kernels.self_check import judge, kernel_errors
 from subquad_kernels.triton_launch import QuickLaunch
@@ -159,6 +161,37 @@ def test_a_missing_gradient_is_zero() -> None:
     state_alone = fused.backward(arguments, outputs, (None, torch.ones_like(outputs[1])), PAIRS)
     assert state_alone["k"].any()
     assert not state_alone["q"].any()
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes that are asked for."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ("empty", "new_empty", "empty_like"):
+            self.bytes += result.nbytes
+        return result
+
+
+@pytest.mark.parametrize("h", [8, 16])
+def test_declared_scratch_is_what_a_backward_allocates(h: int) -> None:
+    """Beside what it returns, one program a chunk and two."""
+    case = workload(70, h=h, h_k=1, n=64, p=64, full=False, dtype="float16")
+    arguments = sample(case)
+    outputs = fused.forward(**arguments)
+    with Allocations() as asked:
+        found = fused.backward(arguments, outputs, (torch.ones_like(outputs[0]), None))
+    returned = sum(gradient.nbytes for gradient in found.values() if gradient is not None)
+    declared = CATALOGUE.kernel("linear_attention", "fused").scratch_bytes
+    assert declared is not None
+    assert asked.bytes - returned == declared(replace(case, phase="backward"))
+
+
+@pytest.mark.parametrize(("group", "pairs", "heads"), [(32, 2**14, 32), (32, 2**12, 16), (32, 64, 8), (24, 2**14, 8)])
+def test_a_program_takes_as_many_heads_as_leave_the_device_full(group: int, pairs: int, heads: int) -> None:
+    assert heads_of(group, pairs) == heads
 
 
 def test_a_planted_error_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 
 from subquad.compiler.assignment import Alternative, Assignment, LayerCost
-from subquad.compiler.block_memory import BYTES_PER_PARAMETER
 from subquad.compiler.choose import Chooser
 from subquad.compiler.example import Example
-from subquad.compiler.layer_costs import layer_costs
+from subquad.compiler.layer_costs import BYTES_PER_PARAMETER, layer_costs
 from subquad.compiler.loss_memory import loss_bytes
 from subquad.compiler.options import CompileOptions
 from subquad.compiler.plan import Plan

@@ -13,7 +13,8 @@ class LayerCost:
     `latency_s` is that of forward and backward (or of the forward alone), `latency_high_s` the pessimistic end that
     the budget is charged where it was measured; `source` is measured, model or bound. `memory_bytes` is what stays
     while a step is under way: weights, gradients and optimizer state, and what the forward keeps; `workspace_bytes`
-    what its largest operator needs while it runs. `carry_bytes` is what generation keeps after that many tokens.
+    the most that comes and goes with it while it is at work. `carry_bytes` is what generation keeps after that many
+    tokens.
     """
 
     latency_s: float

@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from subquad.compiler.assignment import LayerCost
-from subquad.compiler.block_memory import block_memory_bytes
 from subquad.compiler.call_seconds import FORWARD_AGAIN, Span, scaled, seconds_of, total
 from subquad.compiler.choose import Chooser
 from subquad.compiler.example import Example
@@ -25,13 +24,18 @@ from subquad.compiler.one_block import run_block, stand_ins
 from subquad.compiler.pipeline import capture_model, compile_model, make_plan
 from subquad.compiler.plan import Plan
 from subquad.compiler.run_shapes import model_of
-from subquad.compiler.step_work import Call, calls_of_blocks
+from subquad.compiler.step_work import Call, work_of_blocks
 from subquad.compiler.target import Target
 from subquad.compiler.workload import autocast
 from subquad.model.block import Block
 from subquad.model.build import build_model
 from subquad.schema import ModelConfig
 from subquad_cost_model import Estimate, time_rivals
+
+BYTES_PER_PARAMETER = 16
+"""Weight, gradient and the two moments of AdamW, all float32."""
+WEIGHT_BYTES = 4
+"""Of a parameter where nothing is trained."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +76,10 @@ def _layer_costs(
 ) -> Costs:
     with FakeTensorMode():
         built = build_model(candidates)
-        counted = [
-            (*block_memory_bytes(block, example, checkpointing), _carry_bytes(block, example))
-            for block in _blocks(built)
-        ]
+        carries = [_carry_bytes(block, example) for block in _blocks(built)]
     # Outside of the fake world: choosing runs kernels to check them.
     plan = make_plan(built, capture_model(built), example, target, chooser)
-    around = calls_of_blocks(candidates, example, kind=target.kind, checkpointing=checkpointing)
+    works = work_of_blocks(candidates, example, kind=target.kind, checkpointing=checkpointing, choices=plan.choices)
     timed: dict[str, Estimate] = {}
     declined: dict[str, str] = {}
     if budget_s is not None and target.local is not None:
@@ -87,14 +88,15 @@ def _layer_costs(
     for layer, key in enumerate(keys):
         if key in declined:
             continue
-        latency = timed.get(key) or _estimated(plan, layer, _span(around[layer], example, target), checkpointing)
-        memory_bytes, transient_bytes, carry_bytes = counted[layer]
+        latency = timed.get(key) or _estimated(plan, layer, _span(works[layer].calls, example, target), checkpointing)
+        memory = works[layer].memory
+        state_bytes = BYTES_PER_PARAMETER if example.training else WEIGHT_BYTES
         costs[key] = LayerCost(
             latency_s=latency.seconds,
             latency_high_s=latency.high_s,
-            memory_bytes=memory_bytes,
-            workspace_bytes=transient_bytes + _workspace_bytes(plan, layer),
-            carry_bytes=carry_bytes,
+            memory_bytes=state_bytes * memory.parameters + memory.kept_bytes,
+            workspace_bytes=memory.passing_bytes,
+            carry_bytes=carries[layer],
             source=latency.source,
         )
     return Costs(costs, declined)
@@ -165,11 +167,6 @@ def _estimated(plan: Plan, layer: int, rest: Span, checkpointing: bool) -> Estim
 
 def _span(calls: Counter[Call], example: Example, target: Target) -> Span:
     return total(seconds_of(calls, example, target, products=products) for products in (True, False))
-
-
-def _workspace_bytes(plan: Plan, layer: int) -> int:
-    figures = [choice.figure for choice in plan.choices if choice.layer == layer and choice.used and choice.figure]
-    return max((figure.peak_bytes for figure in figures), default=0)
 
 
 def _carry_bytes(block: Block, example: Example) -> int:

@@ -2,7 +2,7 @@
 
 seconds = max(operators + products + elementwise + embedding, head and loss, host) * micro-batches + optimizer
 host    = calls * tau_host             without a GPU's graph a small model waits for the host
-peak    = weights + moments + kept + max(loss, what passes with a block)
+peak    = weights + moments + max(kept + loss, max_i (kept of blocks <= i + passing with i + gradients behind i))
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ def predict_step(config: RunConfig, target: Target, plan: Plan) -> StepPredictio
                 checkpointing=checkpointing,
                 chunked_loss=trainer.loss == CHUNKED,
                 tensor_parallel=trainer.tensor_parallel,
+                choices=plan.choices,
             )
     except Exception as error:  # a stranger's mixer may do anything on shapes
         return _unknown(f"{type(error).__name__}: {error}".splitlines()[0])
@@ -80,7 +81,7 @@ def predict_step(config: RunConfig, target: Target, plan: Plan) -> StepPredictio
     parts["optimizer"] = _optimizer(work, target)
     seconds, low_s, high_s = total(parts.values())
     host_s = trainer.accumulate * _host_s(work, target)
-    memory = _memory(config, work, plan, example)
+    memory = _memory(config, work, example)
     return StepPrediction(
         seconds=max(seconds, host_s),
         low_s=low_s,
@@ -132,27 +133,34 @@ def _host_s(work: StepWork, target: Target) -> float:
     return HOST_CALL_S * work.calls + HOST_OPERATOR_S * work.operator_calls
 
 
-def _memory(config: RunConfig, work: StepWork, plan: Plan, example: Example) -> Mapping[str, int]:
-    """The peak stands where the backward begins: all is kept, and either the loss or the last block is at work.
+def _memory(config: RunConfig, work: StepWork, example: Example) -> Mapping[str, int]:
+    """The peak stands at the loss, where all is kept, or where a block is at work, mostly in its backward: what it and
+    those before it keep is there, and the gradients of what lies behind it.
 
     With several micro-batches the gradients of earlier ones stand beside it.
     """
     model = sized_model(config)
-    vocab = model.vocab_size
     sharing = config.trainer.tensor_parallel  # of parameters a rank counts its share, and holds its rows of that
     ranks = config.trainer.devices // sharing if config.trainer.strategy == "fsdp" or sharing > 1 else 1
-    operators = max((choice.figure.peak_bytes for choice in plan.choices if choice.used and choice.figure), default=0)
+    matrix = model.vocab_size * model.d_model
+    gradients = GRADIENT_BYTES * work.parameters // ranks
+    before = config.trainer.accumulate > 1
+    earlier, behind, at_work, passing = work.kept_bytes, matrix, 0, 0
+    for block in reversed(work.memory):
+        found = earlier + block.passing_bytes + (0 if before else GRADIENT_BYTES * behind // ranks)
+        if found > at_work:
+            at_work, passing = found, block.passing_bytes
+        earlier -= block.kept_bytes
+        behind += block.parameters
     memory = {
         "weights and moments": STATE_BYTES * work.parameters // ranks,
         "kept for the backward": work.kept_bytes,
         "loss": loss_bytes(model, example, chunked=config.trainer.loss == CHUNKED),
-        "passing with a block": work.passing_bytes + operators,
+        "passing with a block": passing,
     }
-    gradients = GRADIENT_BYTES * work.parameters // ranks
     if ranks > 1:  # what lies outside of blocks stays whole; of blocks one computes and the next arrives
-        outside = vocab * model.d_model * (1 if model.tie_embeddings else 2)
+        outside = matrix * (1 if model.tie_embeddings else 2)
         memory["gathered"] = GRADIENT_BYTES * (outside + 2 * (work.parameters - outside) // model.num_layers)
-    held = memory["weights and moments"] + memory.get("gathered", 0) + work.kept_bytes
-    held += gradients if config.trainer.accumulate > 1 else 0
-    at_backward = held + max(memory["loss"], memory["passing with a block"])
+    held = memory["weights and moments"] + memory.get("gathered", 0) + (gradients if before else 0)
+    at_backward = held + max(work.kept_bytes + memory["loss"], at_work)
     return {**memory, "gradients": gradients, "peak": max(at_backward, memory["weights and moments"] + gradients)}

@@ -6,7 +6,7 @@ A block of each kind is counted once, forward and backward, and so are embedding
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from subquad.compiler.block_memory import block_memory_bytes
+from subquad.compiler.block_memory import BlockMemory, block_memory
 from subquad.compiler.example import Example
-from subquad.compiler.one_block import run_block, stand_ins
+from subquad.compiler.plan import Figure, NodeChoice
 from subquad.compiler.run_shapes import model_of
 from subquad.compiler.workload import autocast
 from subquad.model.block import Block
@@ -45,21 +45,24 @@ class Call:
 class StepWork:
     """One micro-batch: calls inside all blocks and outside of them, how often operators run, and memory.
 
-    `state_bytes` are weights, gradients and optimizer state; `kept_bytes` what the forward keeps for the backward;
-    `passing_bytes` the most that comes and goes with one block.
+    `memory` is that of each block, from the first to the last.
     """
 
     blocks: Counter[Call]
     outside: Counter[Call]
     operator_calls: int
     parameters: int
-    kept_bytes: int
-    passing_bytes: int
+    memory: tuple[BlockMemory, ...]
 
     @property
     def calls(self) -> int:
         """Calls of aten that launch something."""
         return self.blocks.total() + self.outside.total()
+
+    @property
+    def kept_bytes(self) -> int:
+        """What the forward of all blocks keeps for the backward."""
+        return sum(memory.kept_bytes for memory in self.memory)
 
 
 def step_work(
@@ -70,62 +73,75 @@ def step_work(
     checkpointing: bool,
     chunked_loss: bool = False,
     tensor_parallel: int = 1,
+    choices: Sequence[NodeChoice] = (),
 ) -> StepWork:
     """Count a step of a model whose sizes are filled in, on a `kind` of device (`cpu` or `cuda`).
 
-    Of projections that `tensor_parallel` ranks share it is one rank's part.
+    Of projections that `tensor_parallel` ranks share it is one rank's part. `choices` say what the kernels of the
+    model's operators need; without them an operator needs its tensors alone.
 
     Raises: whatever a mixer raises that cannot run on shapes.
     """
     shared = (str(sharing) for _, sharing in places_of(model, check_mixers(model)))
-    kinds = list(zip(full_schedule(model), shared))
-    times = Counter(kinds)
-    # As far as the first of the last kind: a layer that reads of earlier ones is not built without them.
-    kinds = kinds[: 1 + max(map(kinds.index, times))]
+    schedule = list(zip(full_schedule(model), shared))
+    first = {kind: schedule.index(kind) for kind in schedule}
     with FakeTensorMode():
-        built = build_model(model_of(model, [key for key, _ in kinds]))
+        # As far as the first of the last kind: a layer that reads of earlier ones is not built without them.
+        built = build_model(model_of(model, [key for key, _ in schedule[: 1 + max(first.values())]]))
         keep_share(_blocks(built), tensor_parallel)
         if kind == "cuda":
             _fuse_norms(built)
-        blocks: Counter[Call] = Counter()
-        operator_calls = kept = passing = parameters = 0
-        for layer, block in enumerate(_blocks(built)):
-            if layer != kinds.index(kinds[layer]):
-                continue
-            counted = _counted(lambda: _run_block(block, model.d_model, example, checkpointing))  # noqa: B023
-            stays, comes = block_memory_bytes(block, example, checkpointing, state=False)
-            own = sum(parameter.numel() for parameter in block.parameters())
-            alike = times[kinds[layer]]
-            for call, often in counted.calls.items():
-                blocks[call] += alike * often
-            operator_calls += alike * counted.operator_calls
-            kept += alike * stays
-            passing = max(passing, comes)
-            parameters += alike * own
+        works = {
+            layer: _work_of(_blocks(built)[layer], layer, example, checkpointing, choices) for layer in first.values()
+        }
         shell = built
         shell.blocks = nn.ModuleList()
-        parameters += sum(parameter.numel() for parameter in shell.parameters())
         outside = _counted(lambda: _run_outside(shell, example, chunked_loss))
+        parameters = sum(parameter.numel() for parameter in shell.parameters())
+    layers = [works[first[kind]] for kind in schedule]
+    blocks: Counter[Call] = Counter()
+    for work in layers:
+        blocks.update(work.calls)
     return StepWork(
         blocks=blocks,
         outside=outside.calls,
-        operator_calls=operator_calls,
-        parameters=parameters,
-        kept_bytes=kept,
-        passing_bytes=passing,
+        operator_calls=sum(work.operator_calls for work in layers),
+        parameters=parameters + sum(work.memory.parameters for work in layers),
+        memory=tuple(work.memory for work in layers),
     )
 
 
-def calls_of_blocks(model: ModelConfig, example: Example, *, kind: str, checkpointing: bool) -> list[Counter[Call]]:
-    """What each block of a model computes beside its operators, forward and backward."""
+@dataclass(frozen=True)
+class BlockWork:
+    """What a block computes beside its operators, how often these run, and what it holds; forward and backward."""
+
+    calls: Counter[Call]
+    operator_calls: int
+    memory: BlockMemory
+
+
+def work_of_blocks(
+    model: ModelConfig, example: Example, *, kind: str, checkpointing: bool, choices: Sequence[NodeChoice]
+) -> list[BlockWork]:
+    """The work of each block of a model."""
     with FakeTensorMode():
         built = build_model(model)
         if kind == "cuda":
             _fuse_norms(built)
-        return [
-            _counted(lambda: _run_block(block, model.d_model, example, checkpointing)).calls  # noqa: B023
-            for block in _blocks(built)
-        ]
+        return [_work_of(block, layer, example, checkpointing, choices) for layer, block in enumerate(_blocks(built))]
+
+
+def _work_of(
+    block: Block, layer: int, example: Example, checkpointing: bool, choices: Sequence[NodeChoice]
+) -> BlockWork:
+    figures: dict[str, Figure] = {}
+    for choice in choices:
+        if choice.layer == layer and choice.used and choice.figure:
+            before = figures.get(choice.operator, choice.figure)
+            figures[choice.operator] = max(before, choice.figure, key=lambda figure: figure.peak_bytes)
+    with _Counter() as counter:
+        memory = block_memory(block, example, checkpointing=checkpointing, figures=figures)
+    return BlockWork(counter.calls, counter.operator_calls, memory)
 
 
 class _Counter(TorchDispatchMode):
@@ -172,17 +188,6 @@ def _fuse_norms(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.RMSNorm):
             module.forward = lambda x, of=module: F.layer_norm(x, of.normalized_shape, of.weight)  # type: ignore[method-assign, assignment, misc]
-
-
-def _run_block(block: Block, d_model: int, example: Example, checkpointing: bool) -> None:
-    b, t = example.tokens_shape
-    x = torch.empty((1, b * t, d_model) if example.packed else (b, t, d_model), requires_grad=example.training)
-    bounds = torch.empty((example.documents or b) + 1, dtype=torch.int32) if example.packed else None
-    shared = stand_ins(block, x)
-    with torch.set_grad_enabled(example.training), autocast(torch.device("cpu"), example.dtype):
-        y = run_block(block, x, bounds, shared, checkpointing=checkpointing)
-    if example.training:
-        torch.autograd.backward(y, torch.empty_like(y))
 
 
 def _run_outside(shell: LanguageModel, example: Example, chunked_loss: bool) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from subquad_kernels.catalogue import Kernel, Operator, Tolerance
 from subquad_kernels.optional_packages import FLA, MAMBA, MAMBA_EXTENSIONS, gated_backward_defect, half_only
+from subquad_kernels.tile_sizes import ceil_div, padded
 from subquad_kernels.workload import DeviceLimits, DType, Option, Phase, Work, Workload
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ CHUNK = 64
 
 _PROGRAMS = 512
 """About four programs for each of an H100's 132 multiprocessors."""
+CUT_BELOW = 256
+"""Programs that fill a device, two a multiprocessor: where fewer would run, time is cut into segments."""
 
 
 def segment_len(b: int, t: int, h: int) -> int:
@@ -30,6 +33,28 @@ def segment_len(b: int, t: int, h: int) -> int:
     """
     tokens = b * t * h
     return 1024 if tokens >= 1024 * _PROGRAMS else 512 if tokens >= 512 * _PROGRAMS else 256
+
+
+def value_tile(n: int, p: int, *, half: bool, backward: bool) -> int:
+    """Columns of values that a program of the fused kernel holds, beside a state of n rows: see its `launch_of`."""
+    rows, columns = padded(n), padded(p)
+    if not half:  # products in three parts need room
+        return min(columns, 32 if rows > 64 else 64)
+    tile = min(columns, 128 if backward and rows <= 128 else 64)
+    return max(tile, min(rows, 64)) if backward else tile
+
+
+def takes_several_heads(n: int, p: int, *, half: bool, group: int) -> bool:
+    """Whether programs of the fused kernel take several heads of a group that shares keys, where shared memory is."""
+    return half and padded(n) in (64, 128) and padded(p) == 64 and group % 8 == 0
+
+
+def heads_of(group: int, pairs: int) -> int:
+    """Heads of a group that a program takes, of so many pairs of a chunk and a head: all if the device stays full.
+
+    32 are then faster than 8, by an eighth (README).
+    """
+    return next((heads for heads in (32, 16) if group % heads == 0 and pairs // heads >= CUT_BELOW), 8)
 
 
 def chunk_slots(t: int, documents: int, chunk: int = CHUNK) -> int:
@@ -194,16 +219,61 @@ def _chunked_launches(workload: Workload) -> int:
     return (45 + 2 * slots + documents) if workload.phase == "forward" else (75 + 4 * slots + documents)
 
 
+def several_heads(workload: Workload) -> bool:
+    """Of a device with the shared memory for it."""
+    shape = workload.shape
+    return takes_several_heads(
+        shape["n"], shape["p"], half=workload.element_bytes == 2, group=shape["h"] // shape["h_k"]
+    )  # fmt: skip
+
+
 def _fused_steps(workload: Workload) -> int:
-    """Chunks that a program walks: all of its sequence where heads are enough, else those of a segment."""
     shape = workload.shape
     b, t, h, documents = shape["b"], shape["t"], shape["h"], shape.get("documents", 0)
-    walks = 2 if workload.phase == "backward" else 1
-    chunks = chunk_slots(t, documents)
-    if -(-shape["p"] // 64) * h * b >= 256:
-        return walks * chunks
+    backward = workload.phase == "backward"
     # States pass from segment to segment in a small kernel of its own, a tenth of a walk's step each.
-    return walks * (min(chunks, segment_len(b, t, h) // CHUNK) + segments(b, t, h, documents) // 10)
+    passes = segments(b, t, h, documents) // 10
+
+    def walk(chunk: int) -> int:
+        return min(chunk_slots(t, documents, chunk), segment_len(b, t, h) // chunk) + passes
+
+    if several_heads(workload):
+        return walk(CHUNK if documents else 2 * CHUNK) + (3 * walk(CHUNK) if backward else 0)
+    walks = 2 if backward else 1
+    if -(-shape["p"] // 64) * h * b >= CUT_BELOW:
+        return walks * chunk_slots(t, documents)
+    return walks * walk(CHUNK)
+
+
+def _fused_scratch(workload: Workload) -> int:
+    """Backward: dq and dk of every head and tile of values where several share one, and the gates' sums by tile.
+
+    Time that is cut adds a gradient of the state between any two segments.
+    """
+    if workload.phase != "backward":
+        return 0
+    shape, options = workload.shape, workload.options
+    b, t, h, h_k, n, p = (shape[axis] for axis in ("b", "t", "h", "h_k", "n", "p"))
+    if several_heads(workload):
+        return _scratch_of_several_heads(b, t, h, h // h_k, n, p, shape.get("documents", 0))
+    tiles = ceil_div(p, value_tile(n, p, half=workload.element_bytes == 2, backward=True))
+    by_tile = b * t * h * tiles
+    gates = (options["decay"] == "token") + bool(options["write_gate"]) + bool(options["diagonal"])
+    parts = 2 * by_tile * n * workload.element_bytes if h * tiles > h_k else 0
+    sums = (options["decay"] != "none") + (options["decay"] == "head") + (gates if tiles > 1 else 0)
+    cuts = segments(b, t, h, shape.get("documents", 0)) - 1 if tiles * h * b < CUT_BELOW else 0
+    return parts + 4 * by_tile * sums + 4 * cuts * b * h * (n * p + 1)
+
+
+def _scratch_of_several_heads(b: int, t: int, h: int, group: int, n: int, p: int, documents: int) -> int:
+    """Backward: both kinds of states of every chunk, sums over a program's heads, gates and the decay's by head."""
+    slots = b * chunk_slots(t, documents)
+    parts = h // heads_of(group, slots * h)
+    states = 2 * slots * h * padded(n) * padded(p) * 2
+    sums = 4 * slots * parts * CHUNK * (2 * padded(n) + CHUNK)
+    gates = 4 * slots * h * CHUNK * 4
+    borders = 4 * (segments(b, t, h, documents) - 1) * b * h * (n * p + 1)
+    return states + sums + gates + borders
 
 
 _BOTH = frozenset({"cpu", "cuda"})
@@ -233,6 +303,7 @@ KERNELS = (
         requires=("triton>=3.6",),
         serial_steps=_fused_steps,
         replayable=True,
+        scratch_bytes=_fused_scratch,
     ),
     Kernel(
         operator="linear_attention",

@@ -38,7 +38,14 @@ from subquad_kernels.linear_attention.chunk_tiles import (
     load_tile,
     weigh,
 )
-from subquad_kernels.linear_attention.declaration import CHUNK, chunk_slots, segment_len
+from subquad_kernels.linear_attention.declaration import (
+    CHUNK,
+    CUT_BELOW,
+    chunk_slots,
+    segment_len,
+    takes_several_heads,
+    value_tile,
+)
 from subquad_kernels.linear_attention.shared_keys import Shared, Size
 from subquad_kernels.tile_sizes import ceil_div, padded
 from subquad_kernels.triton_chunks import lay_out
@@ -64,7 +71,7 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 2
     registers: int | None = None
-    enough: int = 256
+    enough: int = CUT_BELOW
     chunk: int = CHUNK
     segment_len: int | None = None
     shared: Shared | None = None
@@ -80,14 +87,12 @@ def launch_of(n: int, p: int, dtype: torch.dtype, *, backward: bool, group: int 
     layout: ptxas 12.8 may read an operand with rows of 64 bytes from nowhere where others are of 128 (README).
     Where `group` heads share keys of 64 columns or 128, and their values have 64, a program takes several heads.
     """
-    rows, columns = padded(n), padded(p)
-    if dtype != torch.float32 and rows in (64, 128) and columns == 64 and group % 8 == 0:
+    rows, half = padded(n), dtype != torch.float32
+    if takes_several_heads(n, p, half=half, group=group):
         return shared_launch(backward=backward, packed=packed)
-    if dtype == torch.float32:  # products in three parts need room
-        return Launch(tile_p=min(columns, 32 if rows > 64 else 64), num_stages=1)
-    tile_p = min(columns, 128 if backward and rows <= 128 else 64)
-    if backward:
-        tile_p = max(tile_p, min(rows, 64))
+    tile_p = value_tile(n, p, half=half, backward=backward)
+    if not half:
+        return Launch(tile_p=tile_p, num_stages=1)
     return Launch(tile_p=tile_p, num_warps=4 if rows * tile_p <= 8192 else 8, num_stages=2 if rows <= 128 else 1)
 
 

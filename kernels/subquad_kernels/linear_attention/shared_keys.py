@@ -39,6 +39,7 @@ from subquad_kernels.linear_attention.chunk_tiles import (
     load_tile,
     weigh,
 )
+from subquad_kernels.linear_attention.declaration import heads_of
 from subquad_kernels.tile_sizes import padded
 from subquad_kernels.triton_launch import QuickLaunch
 from subquad_kernels.triton_precision import fp32_products
@@ -46,10 +47,6 @@ from subquad_kernels.triton_precision import fp32_products
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Outputs
     from subquad_kernels.linear_attention.fused import Call, Launch
-
-
-_PROGRAMS = 256
-"""About two for each of 132 processors: 32 heads a program are then faster than 8, by an eighth (README)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,11 +135,6 @@ class _Chunks:
             **self.constants, **size.options(),
         )  # fmt: skip
         return states
-
-
-def heads_of(group: int, pairs: int) -> int:
-    """Heads of a group that a program takes, of so many pairs of a chunk and a head: all if the device stays full."""
-    return next((heads for heads in (32, 16) if group % heads == 0 and pairs // heads >= _PROGRAMS), 8)
 
 
 def forward(call: Call, launch: Launch, shared: Shared) -> Outputs:
