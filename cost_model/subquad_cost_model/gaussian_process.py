@@ -29,8 +29,9 @@ MOST_ROWS = 4000
 """A system of so many takes seconds to solve and megabytes to keep; above, trees answer as well."""
 OPERATOR, KERNEL = 0.2, 0.3
 """Amplitudes, as logarithms of seconds."""
-LENGTH, WIDTH, REACH, PARALLEL, SIZE, DEVICE = 16.0, 2.0, 2.0, 8.0, 12.0, 2.0
-"""Octaves of lengths, of widths, of windows and segments, of waves of programs, of seconds and launches, of bandwidth.
+LENGTH, WIDTH, REACH, PARALLEL, SIZE, DEVICE, GROUP, CHOICE = 16.0, 2.0, 2.0, 8.0, 12.0, 2.0, 4.0, 4.0
+"""Octaves of lengths, of widths, of windows and segments, of waves of programs, of seconds and launches, of bandwidth,
+of heads that share a key head; and options that differ (two make a word that is another).
 
 These and the amplitudes began where the marginal likelihood of half of the rows that S0 does not hold out is largest,
 and were rounded by errors out of fold on the others, which hardly change if one of them is halved or doubled."""
@@ -40,14 +41,19 @@ TAIL, LEAST_WEIGHT = 4.0, 1 / 30
 """Degrees of freedom of the noise, and how little an outlier counts at least."""
 DIGITS = 4
 """Of coordinates: what is kept in a file answers as what was fitted."""
-SCALES = (OPERATOR, KERNEL, LENGTH, WIDTH, REACH, PARALLEL, SIZE, DEVICE)
+SCALES = (OPERATOR, KERNEL, LENGTH, WIDTH, REACH, PARALLEL, SIZE, DEVICE, GROUP, CHOICE)
 """What a fit in a file must agree with."""
 LENGTHS, WIDTHS = ("b", "t", "s", "m", "documents"), ("k", "v", "n", "p", "w")
 
 
-def coordinates(rows: Sequence[CostRow], devices: Sequence[Device], sums: Floats) -> Floats:
-    """Where each row lies, one line each; `sums` are what the physics head says of them."""
-    found = [_place(row, device) for row, device in zip(rows, devices, strict=True)]
+def coordinates(
+    rows: Sequence[CostRow], devices: Sequence[Device], sums: Floats, choices: Sequence[str] = ()
+) -> Floats:
+    """Where each row lies, one line each; `sums` are what the physics head says of them.
+
+    `choices` are the words and truth values of options that matter (`name=value`).
+    """
+    found = [[*_place(row, device), *_chosen(row, choices)] for row, device in zip(rows, devices, strict=True)]
     sized = np.log2(sums) / SIZE
     return np.round(np.column_stack([np.array(found).reshape(len(rows), -1), sized]), DIGITS)
 
@@ -59,9 +65,8 @@ def _place(row: CostRow, device: Device) -> list[float]:
     reaches = (window or 1, segment or 1, max(1.0, t / window) if window else 1, 1 + t / segment if segment else 1)
     said = (
         row.dtype in ("float32", "float64"),
-        0.25 * (row.dtype == "float16"),
+        0.5 * (row.dtype == "float16"),
         "documents" in shape,
-        0.5 * bool(options.get("causal")),
     )
     return [
         *(math.log2(shape.get(axis) or 1) / LENGTH for axis in LENGTHS),
@@ -71,14 +76,25 @@ def _place(row: CostRow, device: Device) -> list[float]:
         math.log2(programs(row) / multiprocessors(device)) / PARALLEL,
         math.log2(row.launches) / SIZE,
         math.log2(device.bytes_per_s) / DEVICE,
+        math.log2(shape.get("h", 1) / (shape.get("h_kv") or shape.get("h_k") or shape.get("h", 1))) / GROUP,
     ]
+
+
+def _options(row: CostRow) -> set[str]:
+    return {f"{name}={value}" for name, value in row.options.items() if isinstance(value, bool | str)}
+
+
+def _chosen(row: CostRow, choices: Sequence[str]) -> list[float]:
+    given = _options(row)
+    return [(choice in given) / CHOICE for choice in choices]
 
 
 @dataclass(frozen=True, kw_only=True)
 class GaussianProcess:
-    """Weights of the rows that it was fitted to, where these lie, and their operators and kernels."""
+    """Weights of the rows that it was fitted to, where these lie, their operators and kernels, and options chosen."""
 
     places: Floats
+    choices: tuple[str, ...]
     operators: tuple[str, ...]
     kernels: tuple[str, ...]
     weights: Floats
@@ -94,18 +110,20 @@ class GaussianProcess:
         r_i is the error of the others about row i (leave one out), over what they expect it to be.
         """
         operators, kernels = _names(rows)
-        places = coordinates(rows, devices, sums)
+        choices = tuple(sorted(set().union(*map(_options, rows))))
+        places = coordinates(rows, devices, sums, choices)
         weights = np.zeros(len(rows))
         for operator in dict.fromkeys(operators):
             here = np.array([index for index, name in enumerate(operators) if name == operator])
             of_kernel = [kernels[index] for index in here]
             covariance = _covariance(places[here], of_kernel, places[here], of_kernel)
             weights[here] = _solved(covariance, target[here], doubts[here])
-        return cls(places=places, operators=operators, kernels=kernels, weights=weights)
+        return cls(places=places, choices=choices, operators=operators, kernels=kernels, weights=weights)
 
     def predict(self, rows: Sequence[CostRow], devices: Sequence[Device], sums: Floats) -> Floats:
         """The mean at each row: beyond all rows what it is at their edge, 0 for operators that were not among them."""
-        places = np.clip(coordinates(rows, devices, sums), self.places.min(axis=0), self.places.max(axis=0))
+        places = coordinates(rows, devices, sums, self.choices)
+        places = np.clip(places, self.places.min(axis=0), self.places.max(axis=0))
         operators, kernels = _names(rows)
         known = np.array(self.operators)
         found = np.zeros(len(rows))
