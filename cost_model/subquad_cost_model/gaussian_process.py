@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve, cholesky
@@ -21,7 +22,7 @@ from scipy.linalg.lapack import dtrtri
 from scipy.spatial.distance import cdist
 
 from subquad_cost_model.device import Device
-from subquad_cost_model.features import Floats, words
+from subquad_cost_model.features import Floats
 from subquad_cost_model.physics import multiprocessors, programs
 from subquad_cost_model.rows import CostRow
 
@@ -47,13 +48,16 @@ LENGTHS, WIDTHS = ("b", "t", "s", "m", "documents"), ("k", "v", "n", "p", "w")
 
 
 def coordinates(
-    rows: Sequence[CostRow], devices: Sequence[Device], sums: Floats, choices: Sequence[str] = ()
+    rows: Sequence[CostRow], devices: Sequence[Device], sums: Floats, choices: tuple[str, ...] = ()
 ) -> Floats:
     """Where each row lies, one line each; `sums` are what the physics head says of them.
 
     `choices` are the words and truth values of options that matter (`name=value`).
     """
-    found = [[*_place(row, device), *_chosen(row, choices)] for row, device in zip(rows, devices, strict=True)]
+    found = [
+        [*_place(row, device), *_chosen(tuple(row.options.items()), choices)]
+        for row, device in zip(rows, devices, strict=True)
+    ]
     sized = np.log2(sums) / SIZE
     return np.round(np.column_stack([np.array(found).reshape(len(rows), -1), sized]), DIGITS)
 
@@ -80,13 +84,18 @@ def _place(row: CostRow, device: Device) -> list[float]:
     ]
 
 
-def _options(row: CostRow) -> set[str]:
-    return {f"{name}={value}" for name, value in row.options.items() if isinstance(value, bool | str)}
+Options = tuple[tuple[str, bool | int | float | str], ...]
 
 
-def _chosen(row: CostRow, choices: Sequence[str]) -> list[float]:
-    given = _options(row)
-    return [(choice in given) / CHOICE for choice in choices]
+def _said(options: Options) -> frozenset[str]:
+    return frozenset(f"{name}={value}" for name, value in options if isinstance(value, bool | str))
+
+
+@lru_cache(maxsize=4096)
+def _chosen(options: Options, choices: tuple[str, ...]) -> list[float]:
+    """Thousands of rows share a few variants."""
+    said = _said(options)
+    return [(choice in said) / CHOICE for choice in choices]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,13 +119,15 @@ class GaussianProcess:
         r_i is the error of the others about row i (leave one out), over what they expect it to be.
         """
         operators, kernels = _names(rows)
-        choices = tuple(sorted(set().union(*map(_options, rows))))
+        variants = {tuple(row.options.items()) for row in rows}
+        choices = tuple(sorted({choice for options in variants for choice in _said(options)}))
         places = coordinates(rows, devices, sums, choices)
         weights = np.zeros(len(rows))
         for operator in dict.fromkeys(operators):
             here = np.array([index for index, name in enumerate(operators) if name == operator])
             of_kernel = [kernels[index] for index in here]
-            covariance = _covariance(places[here], of_kernel, places[here], of_kernel)
+            differing = places[here][:, np.ptp(places[here], axis=0) > 0]
+            covariance = _covariance(differing, of_kernel, differing, of_kernel)
             weights[here] = _solved(covariance, target[here], doubts[here])
         return cls(places=places, choices=choices, operators=operators, kernels=kernels, weights=weights)
 
@@ -156,8 +167,7 @@ def _covariance(places: Floats, kernels: Sequence[str], others: Floats, of_other
 
 
 def _names(rows: Sequence[CostRow]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    found = [words(row)[:2] for row in rows]
-    return tuple(operator for operator, _ in found), tuple(kernel for _, kernel in found)
+    return tuple(row.operator for row in rows), tuple(f"{row.operator}/{row.kernel}" for row in rows)
 
 
 def _same(some: Sequence[str], others: Sequence[str]) -> Floats:

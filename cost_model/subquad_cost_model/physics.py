@@ -99,9 +99,9 @@ class Physics:
             return _factors(values[here], own, quantity[here], weights[here], near, pull, most)
 
         everywhere = range(len(rows))
-        of_kernel = _by(lambda row: words(row)[1], rows, everywhere)
+        of_kernel = _by(_name, rows, everywhere)
         kinds = {name: _kind(max(rows[index].launches for index in here)) for name, here in of_kernel.items()}
-        of_kind = _by(lambda row: kinds[words(row)[1]], rows, everywhere)
+        of_kind = _by(lambda row: kinds[_name(row)], rows, everywhere)
         begins, hosts = np.isin(terms, STARTS), np.isin(terms, HOST)
         pooled = {kind: factors(here, hosts.astype(np.float64), 0.05) for kind, here in of_kind.items()}
         for kind, here in of_kind.items():
@@ -141,8 +141,7 @@ class Physics:
         def of(factors: Sequence[float]) -> float:
             return float(_longer(values, _own(self.terms), np.array(factors)))
 
-        kernel = words(row)[1]
-        for name in (_of_width(row), _of_dtypes(row), kernel):
+        for name in (_of_width(row), _of_dtypes(row), _name(row)):
             if name in self.kernels:
                 return of(self.kernels[name])
         kind, operator = _kind(row.launches), f"{row.operator}/"
@@ -159,8 +158,12 @@ def _kind(launches: int) -> str:
     return "fused" if launches <= MOST_FUSED else "composed"
 
 
+def _name(row: CostRow) -> str:
+    return f"{row.operator}/{row.kernel}"
+
+
 def _of_dtypes(row: CostRow) -> str:
-    return f"{words(row)[1]}, {'wide' if row.dtype in ELEMENT_BYTES else 'half'}"
+    return f"{_name(row)}, {'wide' if row.dtype in ELEMENT_BYTES else 'half'}"
 
 
 def _of_width(row: CostRow) -> str:
@@ -196,23 +199,22 @@ def _factors(
 ) -> Floats:
     """Near `near` and at most `most`; weights of any scale. The first `own` values are not the host's."""
     weights = weights / weights.mean()
-    found, current = near, weights
-    for count in range(8):
-        device, host = _sides(values, own, found)
-        # Where nothing is known of the device yet, rows wait that took no longer than the host is expected to need.
-        waits = host > (device if count or near[:own].any() else quantity)
-        ratios = values / quantity[:, None]
-        ratios[waits, :own] = 0
-        ratios[~waits, own:] = 0
+    relative, current = values / quantity[:, None], weights
+    device, host = _sides(relative, own, near)
+    # Where nothing is known of the device yet, rows wait that took no longer than the host is expected to need.
+    waits = host > (device if near[:own].any() else 1.0)
+    found = near
+    for _ in range(8):
+        ratios = np.where(waits[:, None] == (np.arange(len(near)) >= own), relative, 0.0)
         sizes = np.sqrt((ratios**2).mean(axis=0)) + 1e-12
         system = np.vstack([ratios / sizes * current[:, None], pull * np.eye(len(sizes))])
         solved, _ = nnls(system, np.concatenate([current, pull * sizes * near]), maxiter=2000)
         found = np.minimum(solved / sizes, most)
-        predicted = _longer(values, own, found)
-        errors = np.abs(np.log(predicted / quantity))
+        device, host = _sides(relative, own, found)
+        waits, predicted = host > device, np.maximum(np.maximum(device, host), 1e-9)
         # Twice too much is a relative error of 1, half of it one of 1/2: the square root makes them alike.
-        damped = np.minimum(1, OUTLIER / np.maximum(errors, 1e-3)) * np.minimum(1, quantity / predicted)
-        current = weights * np.sqrt(damped)
+        errors = np.abs(np.log(predicted))
+        current = weights * np.sqrt(np.minimum(1, OUTLIER / np.maximum(errors, 1e-3)) * np.minimum(1, 1 / predicted))
     return np.asarray(found, dtype=np.float64)
 
 
