@@ -1,8 +1,9 @@
 """Count the work of recorded rows anew, as the declarations of today count it:
-recount_rows.py [--without OPERATOR/KERNEL,...] ROWS.parquet ...
+recount_rows.py [--without OPERATOR/KERNEL,...] [--as-timed OPERATOR/KERNEL,...] ROWS.parquet ...
 
 Seconds, bytes and versions stay as they were measured. Rows of kernels that are no longer declared stay whole, and
-those of the kernels named by `--without` are left out: what was timed of code that computes otherwise today.
+those of the kernels named by `--without` are left out: what was timed of code that computes otherwise today. Those
+named by `--as-timed` stay whole as well: their code has since come to walk fewer steps, and what was timed is theirs.
 Tables of versions that did not keep the lengths of packed documents are given them: `measure` draws them from seed 0.
 """
 
@@ -48,13 +49,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="+", type=Path)
     parser.add_argument("--without", default="", help="kernels whose rows are left out, with commas between")
+    parser.add_argument("--as-timed", default="", help="kernels whose rows stay as they are")
     given = parser.parse_args()
     for path in given.tables:
         held = read_timed_rows(path)
         rows = [row for row in held if f"{row.row.operator}/{row.row.kernel}" not in given.without.split(",")]
-        counted = [replace(timed_row, row=recounted(timed_row.row)) for timed_row in rows]
+        kept = given.as_timed.split(",")
+        counted = [
+            row if f"{row.row.operator}/{row.row.kernel}" in kept else replace(row, row=recounted(row.row))
+            for row in rows
+        ]
         names = ("matmul_flops", "vector_flops", "transcendental_ops", "bytes_moved", "serial_steps", "saved_bytes",
-                 "launches")  # fmt: skip
+                 "launches", "padding")  # fmt: skip
         changed = Counter(
             f"{before.row.operator} {name}"
             for before, after in zip(rows, counted, strict=True)

@@ -155,9 +155,10 @@ def _booster(lightgbm: Any, text: str) -> lightgbm.Booster:
 def _point_text(point: lightgbm.Booster | GaussianProcess) -> str:
     if not isinstance(point, GaussianProcess):
         return str(point.model_to_string())
-    lines = zip(point.operators, point.kernels, point.weights.tolist(), point.places.tolist(), strict=True)
+    places = [[place if place % 1 else int(place) for place in row] for row in point.places.tolist()]  # 0, not 0.0
+    lines = zip(point.operators, point.kernels, point.weights.tolist(), places, strict=True)
     rows = ",\n".join(json.dumps(line, separators=(",", ":")) for line in lines)
-    return f'{{"scales": {json.dumps(SCALES)}, "rows": [\n{rows}\n]}}\n'
+    return f'{{"scales": {json.dumps(SCALES)}, "choices": {json.dumps(point.choices)}, "rows": [\n{rows}\n]}}\n'
 
 
 def _point(lightgbm: Any, text: str) -> lightgbm.Booster | GaussianProcess:
@@ -168,7 +169,11 @@ def _point(lightgbm: Any, text: str) -> lightgbm.Booster | GaussianProcess:
         raise ValueError("its Gaussian process has other scales than this package's: fit it again")
     operators, kernels, weights, places = zip(*record["rows"], strict=True)
     return GaussianProcess(
-        places=np.array(places), operators=operators, kernels=kernels, weights=np.array(weights, dtype=np.float64)
+        places=np.array(places, dtype=np.float64),
+        choices=tuple(record["choices"]),
+        operators=operators,
+        kernels=kernels,
+        weights=np.array(weights, dtype=np.float64),
     )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve, cholesky
@@ -21,7 +22,7 @@ from scipy.linalg.lapack import dtrtri
 from scipy.spatial.distance import cdist
 
 from subquad_cost_model.device import Device
-from subquad_cost_model.features import Floats, words
+from subquad_cost_model.features import Floats
 from subquad_cost_model.physics import multiprocessors, programs
 from subquad_cost_model.rows import CostRow
 
@@ -29,8 +30,9 @@ MOST_ROWS = 4000
 """A system of so many takes seconds to solve and megabytes to keep; above, trees answer as well."""
 OPERATOR, KERNEL = 0.2, 0.3
 """Amplitudes, as logarithms of seconds."""
-LENGTH, WIDTH, REACH, PARALLEL, SIZE, DEVICE = 16.0, 2.0, 2.0, 8.0, 12.0, 2.0
-"""Octaves of lengths, of widths, of windows and segments, of waves of programs, of seconds and launches, of bandwidth.
+LENGTH, WIDTH, REACH, PARALLEL, SIZE, DEVICE, GROUP, CHOICE = 16.0, 2.0, 2.0, 8.0, 12.0, 2.0, 4.0, 4.0
+"""Octaves of lengths, of widths, of windows and segments, of waves of programs, of seconds and launches, of bandwidth,
+of heads that share a key head; and options that differ (two make a word that is another).
 
 These and the amplitudes began where the marginal likelihood of half of the rows that S0 does not hold out is largest,
 and were rounded by errors out of fold on the others, which hardly change if one of them is halved or doubled."""
@@ -40,14 +42,22 @@ TAIL, LEAST_WEIGHT = 4.0, 1 / 30
 """Degrees of freedom of the noise, and how little an outlier counts at least."""
 DIGITS = 4
 """Of coordinates: what is kept in a file answers as what was fitted."""
-SCALES = (OPERATOR, KERNEL, LENGTH, WIDTH, REACH, PARALLEL, SIZE, DEVICE)
+SCALES = (OPERATOR, KERNEL, LENGTH, WIDTH, REACH, PARALLEL, SIZE, DEVICE, GROUP, CHOICE)
 """What a fit in a file must agree with."""
 LENGTHS, WIDTHS = ("b", "t", "s", "m", "documents"), ("k", "v", "n", "p", "w")
 
 
-def coordinates(rows: Sequence[CostRow], devices: Sequence[Device], sums: Floats) -> Floats:
-    """Where each row lies, one line each; `sums` are what the physics head says of them."""
-    found = [_place(row, device) for row, device in zip(rows, devices, strict=True)]
+def coordinates(
+    rows: Sequence[CostRow], devices: Sequence[Device], sums: Floats, choices: tuple[str, ...] = ()
+) -> Floats:
+    """Where each row lies, one line each; `sums` are what the physics head says of them.
+
+    `choices` are the words and truth values of options that matter (`name=value`).
+    """
+    found = [
+        [*_place(row, device), *_chosen(tuple(row.options.items()), choices)]
+        for row, device in zip(rows, devices, strict=True)
+    ]
     sized = np.log2(sums) / SIZE
     return np.round(np.column_stack([np.array(found).reshape(len(rows), -1), sized]), DIGITS)
 
@@ -59,9 +69,8 @@ def _place(row: CostRow, device: Device) -> list[float]:
     reaches = (window or 1, segment or 1, max(1.0, t / window) if window else 1, 1 + t / segment if segment else 1)
     said = (
         row.dtype in ("float32", "float64"),
-        0.25 * (row.dtype == "float16"),
+        0.5 * (row.dtype == "float16"),
         "documents" in shape,
-        0.5 * bool(options.get("causal")),
     )
     return [
         *(math.log2(shape.get(axis) or 1) / LENGTH for axis in LENGTHS),
@@ -71,14 +80,30 @@ def _place(row: CostRow, device: Device) -> list[float]:
         math.log2(programs(row) / multiprocessors(device)) / PARALLEL,
         math.log2(row.launches) / SIZE,
         math.log2(device.bytes_per_s) / DEVICE,
+        math.log2(shape.get("h", 1) / (shape.get("h_kv") or shape.get("h_k") or shape.get("h", 1))) / GROUP,
     ]
+
+
+Options = tuple[tuple[str, bool | int | float | str], ...]
+
+
+def _said(options: Options) -> frozenset[str]:
+    return frozenset(f"{name}={value}" for name, value in options if isinstance(value, bool | str))
+
+
+@lru_cache(maxsize=4096)
+def _chosen(options: Options, choices: tuple[str, ...]) -> list[float]:
+    """Thousands of rows share a few variants."""
+    said = _said(options)
+    return [(choice in said) / CHOICE for choice in choices]
 
 
 @dataclass(frozen=True, kw_only=True)
 class GaussianProcess:
-    """Weights of the rows that it was fitted to, where these lie, and their operators and kernels."""
+    """Weights of the rows that it was fitted to, where these lie, their operators and kernels, and options chosen."""
 
     places: Floats
+    choices: tuple[str, ...]
     operators: tuple[str, ...]
     kernels: tuple[str, ...]
     weights: Floats
@@ -94,18 +119,22 @@ class GaussianProcess:
         r_i is the error of the others about row i (leave one out), over what they expect it to be.
         """
         operators, kernels = _names(rows)
-        places = coordinates(rows, devices, sums)
+        variants = {tuple(row.options.items()) for row in rows}
+        choices = tuple(sorted({choice for options in variants for choice in _said(options)}))
+        places = coordinates(rows, devices, sums, choices)
         weights = np.zeros(len(rows))
         for operator in dict.fromkeys(operators):
             here = np.array([index for index, name in enumerate(operators) if name == operator])
             of_kernel = [kernels[index] for index in here]
-            covariance = _covariance(places[here], of_kernel, places[here], of_kernel)
+            differing = places[here][:, np.ptp(places[here], axis=0) > 0]
+            covariance = _covariance(differing, of_kernel, differing, of_kernel)
             weights[here] = _solved(covariance, target[here], doubts[here])
-        return cls(places=places, operators=operators, kernels=kernels, weights=weights)
+        return cls(places=places, choices=choices, operators=operators, kernels=kernels, weights=weights)
 
     def predict(self, rows: Sequence[CostRow], devices: Sequence[Device], sums: Floats) -> Floats:
         """The mean at each row: beyond all rows what it is at their edge, 0 for operators that were not among them."""
-        places = np.clip(coordinates(rows, devices, sums), self.places.min(axis=0), self.places.max(axis=0))
+        places = coordinates(rows, devices, sums, self.choices)
+        places = np.clip(places, self.places.min(axis=0), self.places.max(axis=0))
         operators, kernels = _names(rows)
         known = np.array(self.operators)
         found = np.zeros(len(rows))
@@ -138,8 +167,7 @@ def _covariance(places: Floats, kernels: Sequence[str], others: Floats, of_other
 
 
 def _names(rows: Sequence[CostRow]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    found = [words(row)[:2] for row in rows]
-    return tuple(operator for operator, _ in found), tuple(kernel for _, kernel in found)
+    return tuple(row.operator for row in rows), tuple(f"{row.operator}/{row.kernel}" for row in rows)
 
 
 def _same(some: Sequence[str], others: Sequence[str]) -> Floats:

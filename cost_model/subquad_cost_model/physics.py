@@ -1,40 +1,43 @@
 """The physics head: a quantity as a sum of what the row asks of a device, each part times a factor of the kernel.
 
-    seconds = sum over j of  c_kj x_j(row, device),    c >= 0
+    seconds = max(sum over j of  c_kj x_j(row, device),  what the host needs beyond its head start),    c >= 0
 
 x_j are seconds that the units work, launches, steps that wait for each other, waves of programs; k is the kernel. Such
-a sum goes on beyond what was measured: twice the tokens of a linear operator take twice the time. What widths, dtypes
-and options cost a kernel beyond it is left to `gaussian_process`. Bytes at the peak are a sum alike, of other terms.
+a sum goes on beyond what was measured: twice the tokens of a linear operator take twice the time. What options cost a
+kernel beyond it is left to `gaussian_process`. Bytes at the peak are a sum alike, of other terms.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from scipy.optimize import nnls
 
-from subquad_cost_model.bound import bound_terms, launches_s
+from subquad_cost_model.bound import bound_terms, launches_s, matmul_ceiling
 from subquad_cost_model.device import Device
 from subquad_cost_model.features import EXP_PER_SM_AND_STEP, TILE, Floats, words
 from subquad_cost_model.rows import CostRow
 from subquad_cost_model.splits import LENGTHS, fold
 
 SECONDS = (
-    "start", "launches", "host", "packed", "matmul", "exact matmul", "vector", "exponentials", "memory",
-    "memory in fp32", "kept", "steps", "keys", "documents", "idle", "waves", "bound",
+    "start", "launches", "packed", "matmul", "exact matmul", "vector", "exponentials", "memory",
+    "memory in fp32", "kept", "steps", "keys", "documents", "idle", "waves", "bound", "host", "head start",
 )  # fmt: skip
-STARTS = ("start", "launches", "host", "packed", "documents", "blocks")
+STARTS = ("start", "launches", "packed", "documents", "blocks")
 """Terms of what a call costs before its size matters: small rows say nothing of the others."""
+HOST = ("host", "head start")
+"""The last terms: a kernel takes as long as they do where that is longer than all others together."""
 BYTES = ("blocks", "moved", "kept", "row of scores", "scalars", "states", "states of chunks", "cache", "scores")
 STEP = 500
 """Dependent instructions of a walk's step, which loads a tile, multiplies it and waits: a microsecond on an H100."""
-HOST_LAUNCH_S, HEAD_START_S = 8e-6, 4e-3
-"""What the host needs to start a kernel, and how far ahead of the device `measure` lets it run."""
+HOST_LAUNCH_S, CLEARED = 2e-5, 64
+"""What the host needs to start one of torch's kernels; caches that the device overwrites before a timed call, at most,
+so that the host runs ahead of it."""
 ELEMENT_BYTES = {"float64": 8, "float32": 4}
 """Kernels composed of torch's own compute in fp32 whatever the dtype."""
 PULL = 1.0
@@ -43,6 +46,11 @@ LEAST = 1e-12
 """A sum is a little more than nothing."""
 LEAST_ROWS = 6
 """Of a kernel with fewer rows only the level is its own, and so it is for the wide dtypes of a kernel."""
+MOST = 100.0
+"""No unit is slower than its ceiling by more: a term that hardly shows in the rows would take any factor."""
+LEAST_WIDTH, WIDTH_PULL = 20, 4.0
+"""So many rows of one width give a fused kernel factors of its own for it: tiles, warps and registers are others. They
+are held near those of its dtypes as if by 16 rows, for they are asked of other lengths."""
 MOST_FUSED = 8
 """Launches of a kernel that is written as one: a few more before and after."""
 OUTLIER = 0.15
@@ -55,7 +63,8 @@ FINEST_DOUBT = 0.05
 class Physics:
     """Factors by kernel (with its operator), and those pooled over a kind of kernels for one that was never measured.
 
-    A kernel has factors of its own for half precision, or for float32 and wider, where either has rows enough.
+    A kernel has factors of its own for half precision, or for float32 and wider, where either has rows enough, and a
+    fused one for each width (padded to a power of two) of these that has.
     Kinds are `fused` (a few launches a call) and `composed`, and `kinds` says which a kernel is.
     `terms` says of what the sum is made: `SECONDS` or `BYTES`.
     """
@@ -78,45 +87,46 @@ class Physics:
 
             min over c >= 0:  sum_i w_i (c x_i / y_i - 1)^2  +  PULL^2 sum_j (s_j (c_j - c0_j))^2
 
-        s_j is the size of the term in these rows, c0 the factors of its kind at two levels of this kernel: one for what
-        a call costs to begin with, one for what grows. Those of a kernel's dtypes are held near the kernel's in turn.
+        x_i are the terms of the host or the others, whichever say more so far. s_j is the size of the term in these
+        rows, c0 the factors of its kind at levels of this kernel: one for what a call costs to begin with, one for what
+        grows, one for each of the host's. Those of a kernel's dtypes and widths are held near the kernel's in turn.
         """
-        values = _values(terms, rows, devices)
+        values, own = _values(terms, rows, devices), _own(terms)
         weights = 1 / np.maximum(doubts, FINEST_DOUBT)
-        weights = _mean_one(weights)
-        of_kernel: dict[str, list[int]] = defaultdict(list)
-        of_kind: dict[str, list[int]] = defaultdict(list)
-        for index, row in enumerate(rows):
-            of_kernel[words(row)[1]].append(index)
+        most = np.array([math.inf if t in (*STARTS, "host") else 1.0 if t == "head start" else MOST for t in terms])
+
+        def factors(here: Sequence[int], near: Floats, pull: float) -> Floats:
+            return _factors(values[here], own, quantity[here], weights[here], near, pull, most)
+
+        everywhere = range(len(rows))
+        of_kernel = _by(_name, rows, everywhere)
         kinds = {name: _kind(max(rows[index].launches for index in here)) for name, here in of_kernel.items()}
-        for index, row in enumerate(rows):
-            of_kind[kinds[words(row)[1]]].append(index)
-        pooled = {
-            kind: _factors(values[here], quantity[here], weights[here], np.zeros(len(terms)), 0.05)
-            for kind, here in of_kind.items()
-        }
-        kernels = {}
+        of_kind = _by(lambda row: kinds[_name(row)], rows, everywhere)
+        begins, hosts = np.isin(terms, STARTS), np.isin(terms, HOST)
+        pooled = {kind: factors(here, hosts.astype(np.float64), 0.05) for kind, here in of_kind.items()}
+        for kind, here in of_kind.items():
+            device, host = _sides(values[here], own, pooled[kind])
+            if not (host > device).any():
+                pooled[kind][own:] = 0  # nothing says that the host ever matters
+        groups = np.array([begins, ~begins & ~hosts, *np.eye(len(terms), dtype=bool)[own:]])
+        kernels: dict[str, Floats] = {}
         for kernel, here in of_kernel.items():
             near = pooled[kinds[kernel]]
             if len(here) < LEAST_ROWS:
-                level = np.median(quantity[here] / np.maximum(values[here] @ near, 1e-15))
-                kernels[kernel] = tuple((near * level).tolist())
+                kernels[kernel] = near * np.median(quantity[here] / _longer(values[here], own, near))
                 continue
-            begins = np.isin(terms, STARTS)
-            parts = np.column_stack([values[here] @ (near * begins), values[here] @ (near * ~begins)])
-            begin, grow = _factors(parts, quantity[here], _mean_one(weights[here]), np.ones(2), PULL)
-            near = near * np.where(begins, begin, grow)
-            near = _factors(values[here], quantity[here], _mean_one(weights[here]), near, PULL)
-            kernels[kernel] = tuple(near.tolist())
-            of_dtypes: dict[str, list[int]] = defaultdict(list)
-            for index in here:
-                of_dtypes[_by_dtype(rows[index])].append(index)
-            for name, those in of_dtypes.items():
-                if len(those) >= LEAST_ROWS:
-                    own = _factors(values[those], quantity[those], _mean_one(weights[those]), near, PULL)
-                    kernels[name] = tuple(own.tolist())
-        of_kinds = {kind: tuple(factors.tolist()) for kind, factors in pooled.items()}
-        return cls(terms=terms, kernels=kernels, pooled=of_kinds, kinds=kinds)
+            parts, ones = values[here] @ (near * groups).T, np.ones(len(groups))
+            levels = _factors(parts, 2, quantity[here], weights[here], ones, PULL, math.inf * ones)
+            kernels[kernel] = factors(here, near * (levels @ groups), PULL)
+            for dtypes, those in _by(_of_dtypes, rows, here).items():
+                if len(those) < LEAST_ROWS:
+                    continue
+                kernels[dtypes] = factors(those, kernels[kernel], PULL)
+                for width, them in _by(_of_width, rows, those).items():
+                    if len(them) >= LEAST_WIDTH and kinds[kernel] == "fused":
+                        kernels[width] = factors(them, kernels[dtypes], WIDTH_PULL)
+        found, of_kinds = ({name: tuple(f.tolist()) for name, f in of.items()} for of in (kernels, pooled))
+        return cls(terms=terms, kernels=found, pooled=of_kinds, kinds=kinds)
 
     def predict(self, rows: Sequence[CostRow], devices: Sequence[Device]) -> Floats:
         """The sum of each row on its device.
@@ -128,29 +138,49 @@ class Physics:
         return np.array([self._sum(row, value) for row, value in zip(rows, values, strict=True)], dtype=np.float64)
 
     def _sum(self, row: CostRow, values: Floats) -> float:
-        kernel = words(row)[1]
-        if kernel in self.kernels:
-            return float(values @ np.array(self.kernels.get(_by_dtype(row), self.kernels[kernel]))) + LEAST
+        def of(factors: Sequence[float]) -> float:
+            return float(_longer(values, _own(self.terms), np.array(factors)))
+
+        for name in (_of_width(row), _of_dtypes(row), _name(row)):
+            if name in self.kernels:
+                return of(self.kernels[name])
         kind, operator = _kind(row.launches), f"{row.operator}/"
-        usual = float(values @ np.array(self.pooled.get(kind, next(iter(self.pooled.values())))))
+        usual = of(self.pooled.get(kind, next(iter(self.pooled.values()))))
         rivals = [
-            float(values @ np.array(factors))
+            of(factors)
             for name, factors in self.kernels.items()
             if name.startswith(operator) and self.kinds.get(name) == kind
         ]
-        return max(usual, min(rivals, default=usual)) + LEAST
+        return max(usual, min(rivals, default=usual))
 
 
 def _kind(launches: int) -> str:
     return "fused" if launches <= MOST_FUSED else "composed"
 
 
-def _by_dtype(row: CostRow) -> str:
-    return f"{words(row)[1]}, {'wide' if row.dtype in ELEMENT_BYTES else 'half'}"
+def _name(row: CostRow) -> str:
+    return f"{row.operator}/{row.kernel}"
 
 
-def _mean_one(weights: Floats) -> Floats:
-    return np.asarray(weights / weights.mean(), dtype=np.float64)
+def _of_dtypes(row: CostRow) -> str:
+    return f"{_name(row)}, {'wide' if row.dtype in ELEMENT_BYTES else 'half'}"
+
+
+def _of_width(row: CostRow) -> str:
+    width = max(row.shape.get(axis, 1) for axis in ("k", "v", "n", "p"))
+    return f"{_of_dtypes(row)}, {1 << (width - 1).bit_length()}"
+
+
+def _by(name: Callable[[CostRow], str], rows: Sequence[CostRow], here: Sequence[int]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = defaultdict(list)
+    for index in here:
+        found[name(rows[index])].append(index)
+    return found
+
+
+def _own(terms: tuple[str, ...]) -> int:
+    """How many terms are not the host's."""
+    return len(terms) - sum(term in HOST for term in terms)
 
 
 def layout(row: CostRow) -> str:
@@ -164,20 +194,36 @@ def _short_name(what: tuple[object, ...]) -> str:
     return format(fold(repr(what), 1 << 40), "x")
 
 
-def _factors(values: Floats, quantity: Floats, weights: Floats, near: Floats, pull: float) -> Floats:
-    ratios = values / quantity[:, None]
-    sizes = np.sqrt((ratios**2).mean(axis=0)) + 1e-12
-    found, current = near, weights
-    for _ in range(12):
+def _factors(
+    values: Floats, own: int, quantity: Floats, weights: Floats, near: Floats, pull: float, most: Floats
+) -> Floats:
+    """Near `near` and at most `most`; weights of any scale. The first `own` values are not the host's."""
+    weights = weights / weights.mean()
+    relative, current = values / quantity[:, None], weights
+    device, host = _sides(relative, own, near)
+    # Where nothing is known of the device yet, rows wait that took no longer than the host is expected to need.
+    waits = host > (device if near[:own].any() else 1.0)
+    found = near
+    for _ in range(8):
+        ratios = np.where(waits[:, None] == (np.arange(len(near)) >= own), relative, 0.0)
+        sizes = np.sqrt((ratios**2).mean(axis=0)) + 1e-12
         system = np.vstack([ratios / sizes * current[:, None], pull * np.eye(len(sizes))])
         solved, _ = nnls(system, np.concatenate([current, pull * sizes * near]), maxiter=2000)
-        found = solved / sizes
-        predicted = np.maximum(values @ found, 1e-15)
-        errors = np.abs(np.log(predicted / quantity))
+        found = np.minimum(solved / sizes, most)
+        device, host = _sides(relative, own, found)
+        waits, predicted = host > device, np.maximum(np.maximum(device, host), 1e-9)
         # Twice too much is a relative error of 1, half of it one of 1/2: the square root makes them alike.
-        damped = np.minimum(1, OUTLIER / np.maximum(errors, 1e-3)) * np.minimum(1, quantity / predicted)
-        current = weights * np.sqrt(damped)
+        errors = np.abs(np.log(predicted))
+        current = weights * np.sqrt(np.minimum(1, OUTLIER / np.maximum(errors, 1e-3)) * np.minimum(1, 1 / predicted))
     return np.asarray(found, dtype=np.float64)
+
+
+def _sides(values: Floats, own: int, factors: Floats) -> tuple[Floats, Floats]:
+    return values[..., :own] @ factors[:own], values[..., own:] @ factors[own:]
+
+
+def _longer(values: Floats, own: int, factors: Floats) -> Floats:
+    return np.maximum(np.maximum(*_sides(values, own, factors)), LEAST)
 
 
 def _values(terms: tuple[str, ...], rows: Sequence[CostRow], devices: Sequence[Device]) -> Floats:
@@ -198,27 +244,41 @@ def _seconds(row: CostRow, device: Device) -> list[float]:
     step_s = STEP * device.serial_step_s
     # Packed attention in one launch starts as many programs for each document as for the longest that there could be.
     started = documents * programs(row) if "s" in shape and row.launches == 1 else 0
-    exact = row.dtype in ("float32", "float64")
+    exact, composed = row.dtype in ELEMENT_BYTES, row.launches > MOST_FUSED
+    matmul_s = terms.matmul_s * uneven
+    if not composed and row.padding == 1.0 and shape.get("t", 1) > 1:
+        matmul_s *= max(1.0, TILE * tiles(row) / (shape.get("b", 1) * shape["t"]))
+    exact_s = matmul_s if exact else row.matmul_flops * uneven / matmul_ceiling("float32", device) if composed else 0.0
     wide_s = 4 * row.bytes_moved / ELEMENT_BYTES.get(row.dtype, 2) / device.bytes_per_s
     return [
         device.launch_s,
         launches_s(row, device),
-        max(0.0, row.launches * HOST_LAUNCH_S - HEAD_START_S),
         device.launch_s if documents else 0.0,
-        0.0 if exact else terms.matmul_s * uneven,
-        terms.matmul_s * uneven if exact else 0.0,
+        0.0 if exact else matmul_s,
+        exact_s,
         terms.vector_s * uneven,
         terms.transcendental_s * uneven,
         terms.memory_s,
         wide_s,
         row.saved_bytes / device.bytes_per_s,
-        row.serial_steps * longest * step_s,
+        row.serial_steps * (longest if composed or not row.matmul_flops else 1.0) * step_s,
         math.ceil(keys * longest / TILE) * step_s,
         documents * device.launch_s,
         started / multiprocessors(device) * device.launch_s,
         math.ceil(programs(row) / multiprocessors(device)) * step_s,
-        max(terms.memory_s, uneven * max(terms.matmul_s, terms.vector_s, terms.transcendental_s)),
+        max(terms.memory_s, matmul_s, uneven * max(terms.vector_s, terms.transcendental_s)),
+        row.launches * HOST_LAUNCH_S if composed else 0.0,
+        # Where documents are packed, kernels of torch's own wait for the device to hear how long they are.
+        0.0 if documents else -CLEARED * device.cache_bytes / device.bytes_per_s,
     ]
+
+
+def tiles(row: CostRow) -> float:
+    """Tiles of tokens of one head in all sequences or documents; those of unknown lengths end in the middle of one."""
+    shape = row.shape
+    if row.document_lengths:
+        return sum(-(-length // TILE) for length in row.document_lengths)
+    return shape.get("b", 1) * -(-shape.get("t", 1) // TILE) + shape.get("documents", 0) / 2
 
 
 def programs(row: CostRow) -> int:

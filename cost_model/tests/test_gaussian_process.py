@@ -52,6 +52,19 @@ def test_kernels_of_an_operator_share_what_they_leave_and_other_operators_do_not
     assert answers(process, [replace(row, operator="other") for row in alike]) == pytest.approx(0)
 
 
+def test_an_option_and_heads_that_share_a_key_head_matter_where_rows_say_so() -> None:
+    def chosen(row: CostRow, place: int) -> CostRow:
+        shared = {"h_kv": 8 if place % 4 < 2 else 1}
+        return replace(row, options={"decay": ("none", "token")[place % 2]}, shape={**row.shape, **shared})
+
+    def truth(row: CostRow) -> float:
+        return 0.3 * (row.options["decay"] == "token") - 0.2 * (row.shape["h_kv"] == 1)
+
+    rows, new = ([chosen(row, place) for place, row in enumerate(drawn(seed, 60))] for seed in (7, 8))
+    errors = answers(fitted(rows, [truth(row) for row in rows]), new) - [truth(row) for row in new]
+    assert np.abs(errors).max() < 0.1
+
+
 def test_rows_in_doubt_and_outliers_count_less() -> None:
     rows = drawn(4, 60)
     wrong = [left(row) + (1.5 if place % 10 == 0 else 0) for place, row in enumerate(rows)]

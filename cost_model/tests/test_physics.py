@@ -11,7 +11,7 @@ import pytest
 
 from subquad_cost_model import CostRow
 from subquad_cost_model.bound import bound_terms
-from subquad_cost_model.physics import BYTES, SECONDS, Physics
+from subquad_cost_model.physics import BYTES, CLEARED, SECONDS, Physics
 
 DEVICE = planted.DEVICES[1]
 LAUNCH_S, SHARE = 4e-6, 0.25
@@ -57,6 +57,36 @@ def test_launches_tell_kernels_of_equal_work_apart() -> None:
     assert other_s - one_s == pytest.approx(128 * LAUNCH_S, rel=0.1)
 
 
+def test_the_host_matters_where_it_needs_longer_than_the_device_and_its_head_start() -> None:
+    head_s, host_s = CLEARED * DEVICE.cache_bytes / DEVICE.bytes_per_s, 30e-6
+
+    def slow(row: CostRow) -> float:
+        return max(truth_s(row), host_s * row.launches - head_s)
+
+    rows = drawn(16, most_t=8192, count=80)
+    waiting = [slow(row) > truth_s(row) for row in rows]
+    assert 0.2 < np.mean(waiting) < 0.9
+    physics = fitted(rows, [*map(slow, rows)])
+    new = [*drawn(17, most_t=8192), *(composed("wide", t, b=1) for t in (16_384, 32_768))]
+    assert max(errors(physics, new, [*map(slow, new)])) < 0.1
+
+
+def test_a_fused_kernel_pays_for_whole_tiles_and_may_cost_more_at_one_width() -> None:
+    def fused(row: CostRow, k: int) -> CostRow:
+        scaled = {name: getattr(row, name) * k // 64 for name in ("matmul_flops", "bytes_moved", "saved_bytes")}
+        return replace(row, launches=1, shape={**row.shape, "k": k}, **scaled)
+
+    def tiled_s(row: CostRow) -> float:
+        t = row.shape["t"]
+        whole_s = bound_terms(row, DEVICE).matmul_s * -(-t // 64) * 64 / t
+        return LAUNCH_S + (12 if row.shape["k"] == 256 else 3) * whole_s
+
+    rows = [fused(row, k) for k in (64, 128, 256) for row in drawn(18 + k, count=30)]
+    physics = fitted(rows, [*map(tiled_s, rows)])
+    new = [fused(row, k) for k in (64, 256) for row in drawn(19 + k)]
+    assert np.mean(errors(physics, new, [*map(tiled_s, new)])) < 0.1, "one factor for all widths is off by half"
+
+
 def test_rows_in_doubt_and_outliers_count_less() -> None:
     rows = drawn(3)
     seconds = [truth_s(row) * (3 if place % 4 == 0 else 1) for place, row in enumerate(rows)]
@@ -70,7 +100,7 @@ def test_rows_in_doubt_and_outliers_count_less() -> None:
 
 def test_known_documents_take_the_place_of_expected_ones() -> None:
     shape = {"b": 1, "t": 4096, "s": 4096, "h": 8, "documents": 4}
-    unknown = replace(composed("wide", 4096), shape=shape)
+    unknown = replace(composed("wide", 4096), shape=shape, launches=1)
 
     def known(*lengths: int) -> CostRow:
         pairs = sum(length**2 for length in lengths)
@@ -80,7 +110,7 @@ def test_known_documents_take_the_place_of_expected_ones() -> None:
 
     equal, uneven = known(1024, 1024, 1024, 1024), known(4000, 32, 32, 32)
     rows = drawn(5)
-    physics = fitted([replace(row, shape={**row.shape, "s": row.shape["t"]}) for row in rows],
+    physics = fitted([replace(row, shape={**row.shape, "s": row.shape["t"]}, launches=1) for row in rows],
                      [20 * bound_terms(row, DEVICE).matmul_s for row in rows])  # fmt: skip
     short_s, expected_s, long_s = physics.predict([equal, unknown, uneven], [DEVICE] * 3)
     assert expected_s / short_s == pytest.approx(2 * 4 / 5, rel=0.1), "parts of a broken stick"

@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from subquad_kernels.catalogue import CATALOGUE
 from subquad_kernels.operators import segment_attention
-from subquad_kernels.segment_attention import tiled
+from subquad_kernels.segment_attention import tiled, tilings
 from subquad_kernels.segment_attention.definition import sample_inputs
 from subquad_kernels.workload import Workload
 
@@ -150,14 +150,14 @@ def tune(record: Record, limit: Limit) -> None:
         keep(stage, best)
     by_programs = {}
     for programs in PROGRAMS:
-        tiled.PROGRAMS = programs
+        tilings.PROGRAMS = programs
         found = times("summary_gradients")
         by_programs[programs] = found
         record.add("tuning", {"stage": "summary_gradients", "programs": programs, "ms": found})
         print(f"{'PROGRAMS':18} {programs!s:20}", *(f"{value:8.3f}" for value in found), flush=True)
     base = by_programs[PROGRAMS[0]]
     try_compact_copies(record, times)
-    tiled.PROGRAMS = min(by_programs, key=lambda p: sum(a / b for a, b in zip(by_programs[p], base)))
+    tilings.PROGRAMS = min(by_programs, key=lambda p: sum(a / b for a, b in zip(by_programs[p], base)))
 
 
 def keep(stage: tiled.Stage, best: tuple[float, tiled.Tiling] | None) -> None:
@@ -243,7 +243,7 @@ def main() -> None:
 
     def save() -> None:
         tilings = {stage: asdict(value) for stage, value in tiled.TILINGS.items()}
-        record.rows["tilings"] = [tilings | {"programs": tiled.PROGRAMS}]
+        record.rows["tilings"] = [tilings | {"programs": tilings.PROGRAMS}]
         record.save(options.out)
 
     def check(rows: Iterable[dict[str, Any]]) -> None:
@@ -260,7 +260,7 @@ def main() -> None:
         with surviving(failed):
             tune(record, limit)
         save()
-        print("kept:", tiled.TILINGS, "PROGRAMS", tiled.PROGRAMS, failed.get("failure", ""))
+        print("kept:", tiled.TILINGS, "PROGRAMS", tilings.PROGRAMS, failed.get("failure", ""))
         if tiled.TILINGS:
             check(check_against_rival("sdpa_merge"))
     jobs: list[Callable[[], dict[str, Any]]] = [

@@ -16,7 +16,8 @@ from subquad_kernels.segment_attention import compacted, sdpa_merge
 from subquad_kernels.segment_attention.declaration import OPERATOR, visible_pairs
 from subquad_kernels.segment_attention.operator import OP
 from subquad_kernels.segment_attention.summaries import Summaries
-from subquad_kernels.workload import Workload
+from subquad_kernels.segment_attention.tilings import tiling, walks
+from subquad_kernels.workload import Phase, Workload
 
 KERNELS = ("compacted", "sdpa_merge")
 
@@ -177,7 +178,33 @@ def test_known_documents_are_counted_one_by_one_and_padding_to_powers_of_two() -
     padding = {kernel.name: kernel.padding(workload) for kernel in CATALOGUE.kernels("segment_attention")}
     assert padding["sdpa_merge"] * visible_pairs(workload) == pytest.approx(16 * (1 + 3) + 1 + 32 * (1 + 7))
     assert padding["compacted"] == padding["sdpa_merge"], "one tile holds each"
-    assert padding["tiled"] == padding["reference"] == 1
+    assert padding["reference"] == 1
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+@pytest.mark.parametrize(("t", "lengths"), [(700, ()), (600, (250, 0, 1, 349)), (90, ())])
+def test_tiled_computes_the_tiles_that_its_walks_count(phase: Phase, t: int, lengths: tuple[int, ...]) -> None:
+    shape = {"b": 1, "t": t, "h": 4, "h_kv": 2, "k": 64, "v": 64, "m": 0} | ({"documents": 4} if lengths else {})
+    workload = Workload(
+        operator="segment_attention", shape=shape, dtype="bfloat16", phase=phase, options={"segment_len": 10},
+        document_lengths=lengths,
+    )  # fmt: skip
+    tiles = tiling("forward" if phase == "forward" else "query_gradients", False, 64, t)
+    steps = [
+        -(-((min(begin + tiles.tile_t, length) - 1) // 10) // tiles.tile_n)
+        for length in lengths or (t,)
+        for begin in range(0, length, tiles.tile_t)
+    ]
+    queries = walks(workload)[0]
+    products = 2 * 64 if phase == "forward" else 3 * 64
+    assert queries.flops == 4 * sum(steps) * 2 * tiles.tile_t * tiles.tile_n * products
+    assert queries.longest == max(steps)
+    if phase == "backward":
+        # One tile holds all summaries; of documents, the queries from its first to the end of its last one.
+        assert walks(workload)[1].longest == 2 * -(-t // 64)
+    kernel = CATALOGUE.kernel("segment_attention", "tiled")
+    assert kernel.serial_steps and kernel.serial_steps(workload) == 1 + sum(walk.longest for walk in walks(workload))
+    assert kernel.padding(workload) >= 1
 
 
 def test_a_kernel_computes_the_pairs_that_its_padding_says() -> None:

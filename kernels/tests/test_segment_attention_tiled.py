@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 
 from subquad_kernels.builtin import KERNELS
 from subquad_kernels.device_limits import device_limits
-from subquad_kernels.segment_attention import tiled
+from subquad_kernels.segment_attention import tiled, tilings
 from subquad_kernels.segment_attention.declaration import OPERATOR
 from subquad_kernels.segment_attention.definition import sample_inputs
 from subquad_kernels.self_check import kernel_errors
@@ -126,7 +126,7 @@ def test_known_summaries_are_seen_and_receive_gradients(t: int, m: int, into: in
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("lengths", [None, [30, 3, 20]])
 def test_splitting_the_queries_changes_nothing(lengths: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiled, "SPLIT_T", 20)
+    monkeypatch.setattr(tilings, "SPLIT_T", 20)
     assert_equals_reference(inputs(workload(2, t=53, h=2), lengths))
 
 

@@ -144,7 +144,7 @@ def _chunked_launches(workload: Workload) -> int:
 def _fused_steps(workload: Workload) -> int:
     """Chunks of a stretch, states that pass from stretch to stretch, a tenth of a step each, and a program a chunk."""
     shape = workload.shape
-    stretch, t = stretch_len(shape["n"], shape["p"]), shape["t"]
+    stretch, t = stretch_len(shape["n"], shape["p"]), longest_document(workload)
     walks = 2 if workload.phase == "backward" else 1
     return walks * (-(-min(t, stretch) // _CHUNK) + t // stretch // 10 + 1)
 

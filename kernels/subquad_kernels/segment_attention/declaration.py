@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from subquad_kernels.catalogue import Kernel, Operator, Tolerance
+from subquad_kernels.segment_attention.tilings import walks
 from subquad_kernels.workload import (
     DeviceLimits,
     DType,
@@ -120,15 +121,17 @@ def _tiled_launches(workload: Workload) -> int:
 
 
 def _tiled_steps(workload: Workload) -> int:
-    """Tiles of 64 that the longest programs walk: summaries of a query; backward queries of a summary, in parts."""
-    shape, segment_len = workload.shape, int(workload.options["segment_len"])
-    longest, heads = longest_document(workload), shape["h"] // shape["h_kv"]
-    keys = 1 + (shape["m"] + longest // segment_len) // 64
-    if workload.phase != "backward" or shape["t"] <= segment_len:
-        return keys
-    programs = -(-shape["t"] // (128 * segment_len)) * shape["b"] * shape["h_kv"]
-    parts = max(1, min(-(-1024 // programs), shape["t"] // 1024))
-    return keys + heads * min(-(-shape["t"] // (64 * parts)), -(-longest // 64))
+    """Tiles that the longest programs walk: summaries of a query; backward queries of a summary, in parts."""
+    if workload.phase == "decode":
+        return 1 + workload.shape["m"] // 64
+    return 1 + sum(walk.longest for walk in walks(workload))
+
+
+def _tiled_padding(workload: Workload) -> float:
+    """Products of whole tiles, and backward scores twice: from a tile of queries, and from one of summaries."""
+    if workload.phase == "decode":
+        return 1.0
+    return max(1.0, sum(walk.flops for walk in walks(workload)) / work(workload).matmul_flops)
 
 
 def _compacted_launches(workload: Workload) -> int:
@@ -136,9 +139,9 @@ def _compacted_launches(workload: Workload) -> int:
     if workload.phase == "decode" and workload.shape["m"]:
         return 24
     forward, sizes = workload.phase != "backward", document_sizes(workload)
-    if workload.shape["t"] <= int(workload.options["segment_len"]):
-        return 8 if forward else 24
     laid_out = (20 if forward else 30) * sizes if "documents" in workload.shape else 0
+    if longest_document(workload) <= int(workload.options["segment_len"]):
+        return laid_out + (8 if forward else 24) * sizes
     tiles = -(-longest_document(workload) // 256) + sizes - 1
     return laid_out + 7 * sizes + 24 * tiles if forward else laid_out + 26 * sizes + 30 * tiles
 
@@ -169,10 +172,10 @@ def _merge_launches(workload: Workload) -> int:
     """Two calls of attention and their merge, once more for each size of documents, which are laid out before."""
     if workload.phase == "decode" and workload.shape["m"]:
         return 29
-    forward, packed = workload.phase != "backward", "documents" in workload.shape
-    if workload.shape["t"] <= int(workload.options["segment_len"]):
-        return 6 if forward else 19
-    return ((29 if forward else 42) + (20 if packed else 0)) * document_sizes(workload)
+    forward, laid_out = workload.phase != "backward", 20 if "documents" in workload.shape else 0
+    if longest_document(workload) <= int(workload.options["segment_len"]):
+        return (laid_out + (6 if forward else 19)) * document_sizes(workload)
+    return (laid_out + (29 if forward else 42)) * document_sizes(workload)
 
 
 _BOTH = frozenset({"cpu", "cuda"})
@@ -212,5 +215,6 @@ KERNELS = (
         replayable=True,
         launches=_tiled_launches,
         serial_steps=_tiled_steps,
+        padding=_tiled_padding,
     ),
 )

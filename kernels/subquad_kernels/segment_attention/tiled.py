@@ -13,7 +13,7 @@ Tiles:  queries: TILE_T rows of one head    summaries: TILE_N rows of its key he
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -24,6 +24,7 @@ from subquad_kernels.segment_attention import tiled_step
 from subquad_kernels.segment_attention.definition import scale_of
 from subquad_kernels.segment_attention.summaries import Summaries
 from subquad_kernels.segment_attention.tiles import LN2, LOG2E, load, put, rows
+from subquad_kernels.segment_attention.tilings import Stage, Tiling, parts_of, tiling
 from subquad_kernels.tile_sizes import ceil_div, padded
 from subquad_kernels.triton_documents import find_documents, halvings
 from subquad_kernels.triton_launch import QuickLaunch
@@ -31,16 +32,8 @@ from subquad_kernels.triton_launch import QuickLaunch
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Arguments, Outputs
 
-Stage = Literal["forward", "query_gradients", "summary_gradients"]
-
 ROOM: tl.constexpr = tl.constexpr(256)
 """Row terms of the backward are padded to this many rows: any tile of queries reads them whole, 16 bytes at a time."""
-
-PROGRAMS = 1024
-"""Programs that fill a large GPU with room to even out unequal ones: about four for each place on 132 processors."""
-
-SPLIT_T = 1024
-"""Queries that one program of the summaries' gradients takes at least, when they are split to fill the device."""
 
 MARKED_T = 128
 """Tokens of one program that finds documents."""
@@ -49,41 +42,12 @@ ADD_ROWS = 32
 """Summaries of one program that adds gradients to tokens, or copies rows: bound by memory, hardly by this."""
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """How one kernel is launched: tile lengths in queries and in summaries, warps, and stages of its pipeline."""
-
-    tile_t: int
-    tile_n: int
-    num_warps: int
-    num_stages: int
-
-
 TILINGS: dict[Stage, Tiling] = {}
 """Overrides of `tiling`, for benchmarks and for tests of edges, which call this module: a replayed call has its own."""
 
 
-def tiling(stage: Stage, dtype: torch.dtype, width: int, t: int) -> Tiling:
-    """The tiles of a kernel for the wider of the two head widths, padded to a power of two.
-
-    Chosen so that on compute capability 9.0 no loop spills registers.
-    """
-    if stage in TILINGS:
-        return TILINGS[stage]
-    if dtype == torch.float32:  # products without tensor cores: operands live in registers
-        return Tiling(32, 32, 8, 1) if width <= 64 else Tiling(16, 16, 8, 1)
-    pipeline = 3 if width <= 128 else 2
-    if stage == "summary_gradients":
-        if width <= 128:
-            return Tiling(64, 128, 8, 3 if width <= 64 else 2)
-        return Tiling(16, 64, 8, 2)
-    if t <= 16:  # decoding: the least that a product takes
-        return Tiling(16, 64 if width <= 128 else 32, 4, pipeline)
-    if stage == "forward":
-        return Tiling(128, 64 if width <= 128 else 32, 8, pipeline)
-    if width <= 64:
-        return Tiling(64, 64, 4, 2)
-    return Tiling(128 if width <= 128 else 64, 64 if width <= 128 else 32, 8, 2)
+def _tiling(stage: Stage, q: Tensor, width: int) -> Tiling:
+    return TILINGS.get(stage) or tiling(stage, q.dtype == torch.float32, width, q.shape[1])
 
 
 def forward(
@@ -127,7 +91,7 @@ def by_tiles(
     out = q.new_empty(b, t, h, value_width)
     lse = q.new_empty(b, h, t, dtype=torch.float32)
     block_k, block_v = padded(key_width), padded(value_width)
-    tiles = tiling("forward", q.dtype, max(block_k, block_v), t)
+    tiles = _tiling("forward", q, max(block_k, block_v))
     _forward_kernel[(ceil_div(t, tiles.tile_t) * b * h,)](
         q, k, v, seen.keys, seen.values, out, lse, seen.low, seen.high,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *seen.keys.stride()[:3], *seen.values.stride()[:3],
@@ -162,7 +126,7 @@ def _backward(arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | 
     packed, wide = cu_seqlens is not None, max(block_k, block_v)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     summary_strides = (*seen.keys.stride()[:3], *seen.values.stride()[:3])
-    tiles = tiling("query_gradients", q.dtype, wide, t)
+    tiles = _tiling("query_gradients", q, wide)
     _query_gradients_kernel[(ceil_div(t, tiles.tile_t) * b * h,)](
         q, k, v, seen.keys, seen.values, out, d_out, lse, row_terms, dq, dk, dv, seen.low, seen.high,
         *strides, *summary_strides, t, h, start, segment_len, factor,
@@ -174,9 +138,9 @@ def _backward(arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | 
     if seen.count == 0:
         return found
 
-    tiles = tiling("summary_gradients", q.dtype, wide, t)
+    tiles = _tiling("summary_gradients", q, wide)
     programs = ceil_div(seen.count, tiles.tile_n) * b * h_kv
-    splits = max(1, min(ceil_div(PROGRAMS, programs), t // SPLIT_T))
+    splits = parts_of(programs, t)
     # Splits begin and end between tiles.
     split_t = ceil_div(t, splits * tiles.tile_t) * tiles.tile_t
     part_k = lse.new_empty(splits, b, h_kv, seen.count, key_width)

@@ -1,0 +1,97 @@
+"""The tiles of `tiled`, and how many of them its launches compute, in plain integers: no torch, no triton."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
+
+from subquad_kernels.tile_sizes import ceil_div, padded
+from subquad_kernels.workload import Workload, counted_documents
+
+Stage = Literal["forward", "query_gradients", "summary_gradients"]
+
+PROGRAMS = 1024
+"""Programs that fill a large GPU with room to even out unequal ones: about four for each place on 132 processors."""
+
+SPLIT_T = 1024
+"""Queries that one program of the summaries' gradients takes at least, when they are split to fill the device."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How one kernel is launched: tile lengths in queries and in summaries, warps, and stages of its pipeline."""
+
+    tile_t: int
+    tile_n: int
+    num_warps: int
+    num_stages: int
+
+
+def tiling(stage: Stage, exact: bool, width: int, t: int) -> Tiling:
+    """The tiles of a kernel for the wider of the two head widths, padded to a power of two; `exact` is float32.
+
+    Chosen so that on compute capability 9.0 no loop spills registers.
+    """
+    if exact:  # products without tensor cores: operands live in registers
+        return Tiling(32, 32, 8, 1) if width <= 64 else Tiling(16, 16, 8, 1)
+    pipeline = 3 if width <= 128 else 2
+    if stage == "summary_gradients":
+        if width <= 128:
+            return Tiling(64, 128, 8, 3 if width <= 64 else 2)
+        return Tiling(16, 64, 8, 2)
+    if t <= 16:  # decoding: the least that a product takes
+        return Tiling(16, 64 if width <= 128 else 32, 4, pipeline)
+    if stage == "forward":
+        return Tiling(128, 64 if width <= 128 else 32, 8, pipeline)
+    if width <= 64:
+        return Tiling(64, 64, 4, 2)
+    return Tiling(128 if width <= 128 else 64, 64 if width <= 128 else 32, 8, 2)
+
+
+def parts_of(programs: int, t: int) -> int:
+    """Parts of time for which summaries' gradients are computed apart, so that programs fill the device."""
+    return max(1, min(ceil_div(PROGRAMS, programs), t // SPLIT_T))
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What programs of one launch compute: matrix products' FLOPs of all, and tiles that the longest one walks."""
+
+    flops: int
+    longest: int
+
+
+def walks(workload: Workload) -> tuple[Walk, ...]:
+    """Of queries over their summaries, and backward of summaries over their queries as well. (One token has a kernel
+    of its own, `tiled_step`.)
+    """
+    shape, segment_len = workload.shape, int(workload.options["segment_len"])
+    b, t, h, h_kv, m = (shape[axis] for axis in ("b", "t", "h", "h_kv", "m"))
+    k, v = padded(shape["k"]), padded(shape["v"])
+    exact, backward = workload.dtype == "float32", workload.phase == "backward"
+    packed, lengths = "documents" in shape, counted_documents(workload)
+    tiles = tiling("query_gradients" if backward else "forward", exact, max(k, v), t)
+    most = [ceil_div(m + max(0, length - 1) // segment_len, tiles.tile_n) for length in lengths]
+    met = 0
+    for length, steps in zip(lengths, most):
+        for step in range(steps):  # which tiles of queries walk so far: those that end behind the step's first summary
+            begin = max(0, (step * tiles.tile_n - m + 1) * segment_len)
+            met += ceil_div(length, tiles.tile_t) - begin // tiles.tile_t
+    products = 2 * k + v if backward else k + v
+    found = [Walk(2 * tiles.tile_t * tiles.tile_n * products * met * b * h, max(most))]
+    count = ceil_div(t, segment_len) if packed else m + (t - 1) // segment_len
+    if not backward or not count:
+        return tuple(found)
+    tiles = tiling("summary_gradients", exact, max(k, v), t)
+    parts = parts_of(ceil_div(count, tiles.tile_n) * b * h_kv, t)
+    part = ceil_div(t, parts * tiles.tile_t)
+    ends, walked = list(accumulate(lengths)), []
+    for first in range(0, count, tiles.tile_n):
+        # From the first query that may see one of the tile to the end of the last one's document.
+        last = min((first + tiles.tile_n) * segment_len, t) - 1
+        end = ends[min(bisect_right(ends, last), len(ends) - 1)]
+        walked.append(ceil_div(end - min(end, first * segment_len), tiles.tile_t))
+    flops = 2 * tiles.tile_t * tiles.tile_n * 2 * (k + v) * sum(walked) * b * h
+    return (*found, Walk(flops, h // h_kv * min(part, max(walked))))
