@@ -58,7 +58,7 @@ def errors(ranks: int, folder: Path, device: str) -> dict[str, float]:
     return {case: max(of_rank[case] for of_rank in found) for case in found[0]}
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_operators_and_mixers_on_parts_are_those_on_whole_sequences(ranks: int, tmp_path: Path) -> None:
     """Outputs and all gradients, with and without packed documents; one test, since ranks take seconds to start."""
     found = errors(ranks, tmp_path, "cpu")
