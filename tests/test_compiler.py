@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from subquad.compiler.capture import capture, kernel_of, operator_nodes
 from subquad.compiler.example import Example
 from subquad.compiler.explain import explain, explained_plan
+from subquad.compiler.layer_numbers import layer_numbers
 from subquad.compiler.measure_kernels import Measurer
 from subquad.compiler.options import CompileOptions
 from subquad.compiler.passes.select_kernels import select_kernels
@@ -507,3 +509,20 @@ def test_an_unknown_target_is_named_with_those_that_are_known(tmp_path: Path) ->
 )
 def test_a_device_file_is_known_by_the_devices_own_name(file_name: str, device_name: str, same: bool) -> None:
     assert is_same_model(file_name, device_name) is same
+
+
+@pytest.mark.parametrize(
+    ("layers", "text"),
+    [
+        ([], ""),
+        ([3], "3"),
+        ([0, 1, 2, 3], "0,1,2,3"),
+        (range(48), "0,1,..,47"),
+        (range(0, 28, 2), "0,2,..,26"),
+        ([0, 0, 2, 2], "0,2"),
+        ([0, 1, 2, 4, 5, 6], "0,1,2,4,5,6"),
+    ],
+    ids=str,
+)
+def test_a_long_series_of_layers_is_written_by_its_ends(layers: Sequence[int], text: str) -> None:
+    assert layer_numbers(layers) == text

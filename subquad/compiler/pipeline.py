@@ -11,6 +11,7 @@ from torch import fx, nn
 from subquad.compiler.capture import Captured, Graphs, capture, install, installed_graphs, kernel_of, operator_nodes
 from subquad.compiler.choose import Choice, Chooser
 from subquad.compiler.example import METHODS, Example, Method
+from subquad.compiler.layer_numbers import layer_numbers
 from subquad.compiler.options import CompileOptions
 from subquad.compiler.passes.select_kernels import select_kernels
 from subquad.compiler.passes.split_sequence import split_sequence
@@ -127,11 +128,11 @@ def make_plan(
         for method, reason in of_block.declined.items()
     )
     notes = [f"measured for {chooser.measured_s:.1f} s"] if chooser.measured_s else []
-    done: dict[str, list[str]] = {}
+    done: dict[str, list[int]] = {}
     for block, of_block in zip(_blocks(model), captured):
         for line in of_block.reports:
-            done.setdefault(f"{block.mixer_name}, {line}", []).append(str(block.layer_index))
-    notes += [f"{line} (layer {','.join(layers)})" for line, layers in done.items()]
+            done.setdefault(f"{block.mixer_name}, {line}", []).append(block.layer_index)
+    notes += [f"{line} (layer {layer_numbers(layers)})" for line, layers in done.items()]
     return Plan(
         target=target.device.name,
         origin=target.device.origin,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from subquad.compiler.assignment import Assignment
+from subquad.compiler.layer_numbers import layer_numbers
 from subquad.compiler.plan import Figure, NodeChoice, Plan, StepPrediction
 
 
@@ -48,7 +49,7 @@ def assignment_lines(assignment: Assignment) -> list[str]:
         figures = f"{seconds_text(cost.charged_s):>10} {cost.source:<9} {bytes_text(cost.memory_bytes):>11} memory"
         lines.append(
             f"         {'*' if layers else ' '} {key:<18} {figures} {bytes_text(cost.carry_bytes):>11} carry"
-            + (f"   layer {','.join(map(str, layers))}" if layers else "")
+            + (f"   layer {layer_numbers(layers)}" if layers else "")
         )
     for name, total in assignment.totals.items():
         shown = seconds_text if name.endswith("_s") else bytes_text
@@ -59,7 +60,7 @@ def assignment_lines(assignment: Assignment) -> list[str]:
     reasons: dict[str, list[int]] = {}
     for layer in assignment.auto:
         reasons.setdefault(f"{assignment.schedule[layer]}: {assignment.reasons[layer]}", []).append(layer)
-    lines += [f"  why      layer {','.join(map(str, layers))} {reason}" for reason, layers in reasons.items()]
+    lines += [f"  why      layer {layer_numbers(layers)} {reason}" for reason, layers in reasons.items()]
     for other in assignment.alternatives:
         changes = [
             f"{layer} {key}" for layer, (key, chosen) in enumerate(zip(other.schedule, assignment.schedule))
@@ -194,7 +195,7 @@ def bytes_text(size: float) -> str:
 
 
 def _layers(equal: Iterable[NodeChoice]) -> str:
-    return ",".join(str(choice.layer) for choice in equal)
+    return layer_numbers(choice.layer for choice in equal)
 
 
 def _pairs(values: Mapping[str, object]) -> str:

@@ -18,6 +18,7 @@ from subquad.compiler.foreign.capture import Call
 from subquad.compiler.foreign.faster import time_both_ways
 from subquad.compiler.foreign.rewrite import adapt_owners
 from subquad.compiler.foreign.same_outputs import difference, outputs_in_eval
+from subquad.compiler.layer_numbers import layer_numbers
 from subquad.compiler.options import CompileOptions
 from subquad.compiler.pipeline import plan_versions
 from subquad.compiler.plan import NodeChoice, Plan, Uncaptured
@@ -204,7 +205,7 @@ def _notes(owners: list[Owner], adapted: Mapping[str, str]) -> Iterable[str]:
             groups.setdefault(key, []).append(layer)
     for layers in groups.values():
         owner = owners[layers[0]]
-        first, numbers = owner.first, ",".join(map(str, layers))
+        first, numbers = owner.first, layer_numbers(layers)
         text = f"layer {numbers} {owner.class_name} ({owner.path}, ...)" if len(layers) > 1 else (
             f"layer {numbers} {owner.class_name} ({owner.path})"
         )  # fmt: skip
