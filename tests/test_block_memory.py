@@ -89,6 +89,22 @@ def test_a_storage_counts_from_the_call_that_makes_it_until_nobody_holds_it() ->
         assert (timeline.live_bytes, timeline.peak_bytes) == (0, 800)
 
 
+def test_gradients_that_meet_are_added_in_place() -> None:
+    """Two of a tensor of 4,000 bytes stand before they are added, and no third beside them; an addition forward has."""
+    with FakeTensorMode():
+        x = torch.empty(1000, requires_grad=True)
+        timeline = MemoryTimeline([x], {}, "backward")
+        with timeline:
+            loss = (2 * x).sum() + (3 * x).sum()
+            loss.backward()
+        assert 8000 <= timeline.peak_bytes < 8100
+        forward = MemoryTimeline([x], {}, "forward")
+        with forward:
+            a, b = 2 * x, 3 * x
+            a + b
+        assert forward.peak_bytes == 12_000
+
+
 def test_a_block_of_two_maps_is_counted_by_hand() -> None:
     memory = memory_of(lambda: planted_block(TwoMaps()))
     assert memory.parameters == 2 * D * D

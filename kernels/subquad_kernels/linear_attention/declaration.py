@@ -220,7 +220,7 @@ def _chunked_launches(workload: Workload) -> int:
 
 
 def several_heads(workload: Workload) -> bool:
-    """Of a device with the shared memory for it."""
+    """Whether the fused kernel takes several heads of this workload a program, on a device with the shared memory."""
     shape = workload.shape
     return takes_several_heads(
         shape["n"], shape["p"], half=workload.element_bytes == 2, group=shape["h"] // shape["h_k"]
