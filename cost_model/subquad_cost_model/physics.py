@@ -240,7 +240,9 @@ def _seconds(row: CostRow, device: Device) -> list[float]:
     summaries = shape.get("t", 1) // int(row.options.get("segment_len", 1)) + shape.get("m", 0) if "m" in shape else 0
     keys = shape.get("s", summaries) / max(1, documents)
     window = int(row.options.get("window", 0))
-    keys = min(keys, window) if window else keys
+    if window:
+        # A window that looks ahead as well holds its tokens to either side.
+        keys = min(keys, window if row.options.get("causal", True) else 2 * window - 1)
     step_s = STEP * device.serial_step_s
     # Packed attention in one launch starts as many programs for each document as for the longest that there could be.
     started = documents * programs(row) if "s" in shape and row.launches == 1 else 0

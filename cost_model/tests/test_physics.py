@@ -11,7 +11,7 @@ import pytest
 
 from subquad_cost_model import CostRow
 from subquad_cost_model.bound import bound_terms
-from subquad_cost_model.physics import BYTES, CLEARED, SECONDS, Physics
+from subquad_cost_model.physics import BYTES, CLEARED, SECONDS, Physics, _seconds
 
 DEVICE = planted.DEVICES[1]
 LAUNCH_S, SHARE = 4e-6, 0.25
@@ -85,6 +85,14 @@ def test_a_fused_kernel_pays_for_whole_tiles_and_may_cost_more_at_one_width() ->
     physics = fitted(rows, [*map(tiled_s, rows)])
     new = [fused(row, k) for k in (64, 256) for row in drawn(19 + k)]
     assert np.mean(errors(physics, new, [*map(tiled_s, new)])) < 0.1, "one factor for all widths is off by half"
+
+
+def test_a_program_walks_both_sides_of_a_window_that_looks_ahead() -> None:
+    causal = replace(planted.row("wide", 1, 8192, 8), shape={"b": 1, "t": 8192, "s": 8192, "h": 8, "k": 64})
+    behind = replace(causal, options={"causal": True, "window": 512})
+    around = replace(causal, options={"causal": False, "window": 512})
+    tiles = [_seconds(row, DEVICE)[SECONDS.index("keys")] for row in (behind, around)]
+    assert tiles[1] == pytest.approx(2 * tiles[0])
 
 
 def test_rows_in_doubt_and_outliers_count_less() -> None:
