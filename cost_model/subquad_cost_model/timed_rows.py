@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -84,6 +84,11 @@ class TimedRow:
     def seconds(self) -> float:
         """The median; NaN where it was not timed."""
         return math.nan if self.median_s is None else self.median_s
+
+    @property
+    def paced_device(self) -> Device:
+        """The device with the host's pace of this timing; as it was probed where the row does not know it."""
+        return self.device if self.host_s is None else replace(self.device, host_s=self.host_s)
 
     @property
     def doubt(self) -> float:

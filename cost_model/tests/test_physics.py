@@ -71,6 +71,28 @@ def test_the_host_matters_where_it_needs_longer_than_the_device_and_its_head_sta
     assert max(errors(physics, new, [*map(slow, new)])) < 0.1
 
 
+def test_a_hosts_pace_is_recovered_where_rows_know_it_and_is_the_usual_one_elsewhere() -> None:
+    rows, new = planted.hosted(seed=20, shapes=120), planted.hosted(seed=21, shapes=60)
+
+    def fit(paced: bool) -> Physics:
+        devices = [row.paced_device if paced else row.device for row in rows]
+        seconds = np.array([row.seconds for row in rows])
+        return Physics.fit(SECONDS, [row.row for row in rows], devices, seconds, np.full(len(rows), 0.01))
+
+    def off(physics: Physics, paced: bool) -> float:
+        found = physics.predict([row.row for row in new], [row.paced_device if paced else row.device for row in new])
+        return float(np.mean([abs(one / row.seconds - 1) for one, row in zip(found, new, strict=True)]))
+
+    told = fit(paced=True)
+    assert off(told, paced=True) < 0.05
+    assert off(fit(paced=False), paced=True) > 0.2, "no row knew a pace: that of the device says nothing"
+    assert off(told, paced=False) > 0.2
+    assert told.host_s == pytest.approx(np.median([row.host_s for row in rows]))
+    one = [new[0].row]
+    usual = replace(DEVICE, host_s=told.host_s)
+    assert told.predict(one, [DEVICE]) == pytest.approx(told.predict(one, [usual]))
+
+
 def test_a_fused_kernel_pays_for_whole_tiles_and_may_cost_more_at_one_width() -> None:
     def fused(row: CostRow, k: int) -> CostRow:
         scaled = {name: getattr(row, name) * k // 64 for name in ("matmul_flops", "bytes_moved", "saved_bytes")}

@@ -146,6 +146,13 @@ def test_a_table_from_before_the_pace_of_the_host_is_read_without_one(table: lis
         read_timed_rows(path)
 
 
+def test_a_rows_pace_stands_before_that_of_the_probe(table: list[TimedRow]) -> None:
+    probed = replace(table[0], device=replace(table[0].device, host_s=9e-6))
+    assert probed.paced_device == replace(probed.device, host_s=5e-6)
+    assert replace(probed, host_s=None).paced_device.host_s == 9e-6
+    assert replace(table[0], host_s=None).paced_device.host_s is None
+
+
 def test_doubt_is_half_the_range_of_the_repeats(table: list[TimedRow]) -> None:
     assert table[0].doubt == pytest.approx(0.5)
     assert table[1].doubt == 0
