@@ -211,17 +211,22 @@ def test_what_is_not_steady_is_timed_again_with_more_calls(
     """Here every second loop of one call takes longer; medians of several calls do not."""
     made: list[int] = []
 
-    def clock(_: Callable[[], object], calls: int) -> float:
-        made.append(calls)
-        late = spread if calls == 1 and len(made) % 2 else 0.0
-        return 0.01 * calls * (1 + late)
+    class Jumpy:
+        def __call__(self, run: Callable[[], object], calls: int) -> float:
+            made.append(calls)
+            late = spread if calls == 1 and len(made) % 2 else 0.0
+            return 0.01 * calls * (1 + late)
 
-    monkeypatch.setattr(time_cells, "device_clock", lambda *_, **__: clock)
+        def queued_s(self, run: Callable[[], object]) -> float:
+            return 1e-3 * len(made)
+
+    monkeypatch.setattr(time_cells, "device_clock", lambda *_, **__: Jumpy())
     (row,) = timer(target).rows(ROTARY, [CATALOGUE.kernel("rotary", "tables")], decode())
     sizing = 2
     rounds = made[sizing:5] + made[5 + sizing :]
     assert rounds == loops
     assert row.repeats == 3
+    assert row.queued_s == pytest.approx(1e-3 * len(made)), "of the loops that count"
     assert (row.doubt < 1e-9) == (spread == 0.2)
 
 

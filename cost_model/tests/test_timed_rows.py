@@ -25,7 +25,8 @@ def table(make_row: Rows, make_device: Devices) -> list[TimedRow]:
     slow = make_row(shape={"b": 2, "t": 7}, options={"causal": True, "decay": "scalar", "scale": 0.5}, saved_bytes=9)
     return [
         TimedRow(row=slow, device=device, status="ok", low_s=1e-3, median_s=2e-3, high_s=3e-3, peak_bytes=5,
-                 clock_median_mhz=1980.0, cold_cache=True, host_s=5e-6, repeats=50, date="2026-11-24", source="here"),
+                 clock_median_mhz=1980.0, cold_cache=True, host_s=5e-6, queued_s=3e-4, repeats=50,
+                 date="2026-11-24", source="here"),
         TimedRow(row=make_row(), device=device, status="oom", throttle="power"),
         TimedRow(row=make_row(), device=make_device(name="other"), status="wrong", max_abs_error=0.5),
     ]  # fmt: skip
@@ -105,7 +106,7 @@ def test_an_impossible_row_is_named_by_its_number(table: list[TimedRow], tmp_pat
     "bad",
     [
         {"status": "slow"}, {"low_s": 3e-3}, {"high_s": None}, {"median_s": float("nan")}, {"status": "oom"},
-        {"host_s": 0.0}, {"host_s": float("nan")},
+        {"host_s": 0.0}, {"host_s": float("nan")}, {"queued_s": -1.0},
     ],
     ids=str,
 )
@@ -138,9 +139,10 @@ def test_a_table_from_before_the_pace_of_the_host_is_read_without_one(table: lis
     path = tmp_path / "rows.parquet"
     write_timed_rows(path, table)
     whole = parquet.read_table(path)
-    old = whole.drop_columns(["host_s"]).replace_schema_metadata({b"subquad_cost_model.timed_rows": b"4"})
-    parquet.write_table(old, path)
-    assert read_timed_rows(path) == [replace(row, host_s=None) for row in table]
+    for version, lacking in ((b"4", ("host_s", "queued_s")), (b"5", ("queued_s",))):
+        old = whole.drop_columns(list(lacking)).replace_schema_metadata({b"subquad_cost_model.timed_rows": version})
+        parquet.write_table(old, path)
+        assert read_timed_rows(path) == [replace(row, **dict.fromkeys(lacking)) for row in table]
     parquet.write_table(whole.drop_columns(["host_s"]), path)
     with pytest.raises(TimedRowsError, match="host_s is missing"):
         read_timed_rows(path)

@@ -220,24 +220,28 @@ class CellTimer:
         runs = {rival.kernel.name: rival.run for rival in rivals if rival.run is not None}
         started = time.perf_counter()
         self._state.start()
-        timings, host_s = self._timings(runs)
+        timings, host = self._timings(runs)
         state = self._state.stop()
         for rival in rivals:
             assert rival.call is not None
             name = rival.kernel.name
             peak = rival.call.held_bytes + added_bytes(rival.call.run, self._device) if self._cuda else None
             timing = _each(timings[name], rival.calls)
-            rival.timed = self._ok(rival, timing, peak, {**state, "host_s": host_s[name]})
+            if rival.calls > 1:
+                host[name].pop("queued_s", None)  # a graph's, whose calls the host never queued
+            rival.timed = self._ok(rival, timing, peak, {**state, **host[name]})
         spent = time.perf_counter() - started
         total = sum(timings[rival.kernel.name].median_s for rival in rivals)
         for rival in rivals:
             share = timings[rival.kernel.name].median_s / total
             self.seconds[rival.kernel.key] += spent * (0.5 / len(rivals) + 0.5 * share)
 
-    def _timings(self, runs: Mapping[str, Callable[[], object]]) -> tuple[dict[str, Timing], dict[str, float]]:
-        """Of each run, and the host's pace beside it. What is not steady is timed once more, with more calls."""
+    def _timings(
+        self, runs: Mapping[str, Callable[[], object]]
+    ) -> tuple[dict[str, Timing], dict[str, dict[str, float]]]:
+        """Of each run, and what its row says of the host. What is not steady is timed once more, with more calls."""
         timings: dict[str, Timing] = {}
-        host_s: dict[str, float] = {}
+        host: dict[str, dict[str, float]] = {}
 
         def time_them(names: Sequence[str], min_s: float) -> None:
             device = device_clock(self._device, most_clears=MOST_CLEARS, most_calls=MOST_CALLS)
@@ -253,14 +257,17 @@ class CellTimer:
                     budget_s=CELL_BUDGET_S,
                 )
             )
-            host_s.update({name: clock.host_s(runs[name]) for name in names})
+            for name in names:
+                host[name] = {"host_s": clock.host_s(runs[name])}
+                if device is not None:
+                    host[name]["queued_s"] = device.queued_s(runs[name])
 
         time_them(list(runs), self._effort.min_s)
         for name, first in list(timings.items()):
             several_s = SEVERAL * first.median_s
             if first.high_s - first.low_s > STEADY * first.median_s and self._effort.repeats * several_s < AGAIN_S:
                 time_them([name], max(several_s, self._effort.min_s))
-        return timings, host_s
+        return timings, host
 
     def _too_slow(self, rival: _Rival) -> bool:
         """By the measured row whose bound is nearest, of the same type where there is one: both scale alike."""
