@@ -302,6 +302,7 @@ def test_the_devices_clock_leaves_out_gaps_that_the_host_makes(monkeypatch: pyte
         device.launch(4e-5, 1e-5)
 
     assert clock(run, 10) == pytest.approx(10 * 2e-5)
+    assert clock.queued_s(run) == pytest.approx(8e-5)
     before = device.clears
     assert clock(run, 10) == pytest.approx(10 * 2e-5)
     assert device.clears - before == 10 * 4, "80 us to queue, half as long again, in clears of 50 us, and one"

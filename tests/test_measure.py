@@ -22,7 +22,7 @@ from subquad.compiler.prepare_kernels import Job, prepare
 from subquad.compiler.sample_kernels import Plan, SampleRun, by_kernel
 from subquad.compiler.shape_pool import RANGES, layouts, shapes
 from subquad.compiler.target import Target, resolve_target
-from subquad.compiler.time_cells import CellTimer, DeviceLostError
+from subquad.compiler.time_cells import CellTimer, DeviceLostError, PacedClock
 from subquad.compiler.workload import cost_row
 from subquad.errors import ConfigError, NotFoundError
 from subquad_cost_model import TimedRow, lower_bound_s, read_timed_rows, timed
@@ -31,7 +31,7 @@ from subquad_kernels.catalogue import Kernel, Operator
 from subquad_kernels.self_check import shape_class
 from subquad_kernels.workload import Workload
 
-ROTARY, DELTA, SEGMENTS = (CATALOGUE.operator(name) for name in ("rotary", "delta_rule", "segment_attention"))
+ROTARY, DELTA, ATTENTION = (CATALOGUE.operator(name) for name in ("rotary", "delta_rule", "softmax_attention"))
 
 
 @pytest.fixture(scope="session")
@@ -98,6 +98,12 @@ def test_every_set_of_options_that_examples_declare_is_in_the_pool() -> None:
     assert drawn == {"none", "scalar", "vector"}
 
 
+def test_windows_that_look_ahead_are_in_the_pool_as_those_that_do_not() -> None:
+    options = [layout.options for layout in layouts(ATTENTION, "cuda", 40)]
+    kinds = {(layout["causal"], bool(layout["window"])) for layout in options}
+    assert kinds == {(True, True), (True, False), (False, True), (False, False)}
+
+
 # --- the loop -----------------------------------------------------------------------
 
 
@@ -117,6 +123,8 @@ def test_rows_are_timed_and_read_back(target: Target, tmp_path: Path) -> None:
         assert row.run_id
         assert row.repeats
         assert row.cold_cache is False
+        assert row.host_s is not None
+        assert 1e-7 < row.host_s < 1e-3
     assert [path.name for path in tmp_path.iterdir()] == [f"run-{rows[0].run_id}.parquet"]
 
 
@@ -172,6 +180,67 @@ def test_a_kernel_that_raises_is_a_row_and_its_rivals_are_timed(target: Target) 
 
     rows = timer(target).rows(ROTARY, [planted(raising), CATALOGUE.kernel("rotary", "tables")], decode())
     assert [(row.row.kernel, row.status) for row in rows] == [("planted", "unsupported"), ("tables", "ok")]
+
+
+def test_the_hosts_pace_is_asked_right_before_and_after_each_loop() -> None:
+    events: list[str] = []
+    paces = iter([1e-6, 3e-6, 5e-6, 9e-6])
+
+    def pace() -> float:
+        events.append("pace")
+        return next(paces)
+
+    def run() -> None:
+        events.append("run")
+
+    def other() -> None:
+        events.append("other")
+
+    clock = PacedClock(lambda run, calls: [run() for _ in range(calls)] and 1.0, pace)
+    assert clock(run, 2) == 1.0
+    clock(other, 1)
+    assert events == ["pace", "run", "run", "pace", "pace", "other", "pace"]
+    assert clock.host_s(run) == pytest.approx(2e-6)
+    assert clock.host_s(other) == pytest.approx(7e-6)
+
+
+@pytest.mark.parametrize(("spread", "loops"), [(0.01, [1, 1, 1]), (0.2, [1, 1, 1, 5, 5, 5])])
+def test_what_is_not_steady_is_timed_again_with_more_calls(
+    target: Target, monkeypatch: pytest.MonkeyPatch, spread: float, loops: list[int]
+) -> None:
+    """Here every second loop of one call takes longer; medians of several calls do not."""
+    made: list[int] = []
+
+    class Jumpy:
+        def __call__(self, run: Callable[[], object], calls: int) -> float:
+            made.append(calls)
+            late = spread if calls == 1 and len(made) % 2 else 0.0
+            return 0.01 * calls * (1 + late)
+
+        def queued_s(self, run: Callable[[], object]) -> float:
+            return 1e-3 * len(made)
+
+    monkeypatch.setattr(time_cells, "device_clock", lambda *_, **__: Jumpy())
+    (row,) = timer(target).rows(ROTARY, [CATALOGUE.kernel("rotary", "tables")], decode())
+    sizing = 2
+    rounds = made[sizing:5] + made[5 + sizing :]
+    assert rounds == loops
+    assert row.repeats == 3
+    assert row.queued_s == pytest.approx(1e-3 * len(made)), "of the loops that count"
+    assert (row.doubt < 1e-9) == (spread == 0.2)
+
+
+def test_cached_memory_is_handed_back_before_it_fills_the_device(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emptied: list[int] = []
+    timing = timer(target)
+    monkeypatch.setattr(timing, "_cuda", True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+    for share, times in ((0.4, 0), (0.6, 1)):
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda share=share: share * target.device.memory_bytes)
+        timing._make_room()
+        assert len(emptied) == times
 
 
 def test_a_kernel_without_memory_is_a_row(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:

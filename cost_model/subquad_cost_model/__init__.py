@@ -15,6 +15,7 @@ from subquad_cost_model.fit_files import (
     shipped_fit,
 )
 from subquad_cost_model.head import Trees
+from subquad_cost_model.host_pace import HostPace
 from subquad_cost_model.learned import LearnedEstimator
 from subquad_cost_model.measure import Clock, Timing, time_callable, time_rivals
 from subquad_cost_model.measured import MeasuredEstimator
@@ -38,6 +39,7 @@ __all__ = [
     "Estimate",
     "Estimator",
     "FitError",
+    "HostPace",
     "LearnedEstimator",
     "MeasuredEstimator",
     "Measurement",

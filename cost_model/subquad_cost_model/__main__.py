@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 
 from subquad_cost_model.evaluate import (
     HEADER,
@@ -117,6 +118,7 @@ def _card(rows: Sequence[TimedRow], learned: LearnedEstimator, given: argparse.N
         "| operator | phase | family | device | rows |",
         "|---|---|---|---|---|",
         *(f"| {' | '.join(key)} | {count} |" for key, count in sorted(counts.items())),
+        *_paces(rows),
         "",
         f"Heads: {', '.join(sorted(learned.heads))}; peak memory: {', '.join(sorted(learned.peaks)) or 'none'}. "
         "Kernels and words beyond those of the rows are left to the roofline, and sizes far beyond them.",
@@ -126,6 +128,19 @@ def _card(rows: Sequence[TimedRow], learned: LearnedEstimator, given: argparse.N
         figures,
     ]
     return "\n".join(lines)
+
+
+def _paces(rows: Sequence[TimedRow]) -> list[str]:
+    """What the host needed for a launch beside the timings of each device, where rows know."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for row in timed(rows):
+        if row.host_s is not None:
+            found[row.device.name].append(1e6 * row.host_s)
+    return [
+        f"\nThe host's pace on {name}: {median(of_it):.1f} us a launch in the median of {len(of_it)} rows, "
+        f"{min(of_it):.1f} to {max(of_it):.1f}."
+        for name, of_it in sorted(found.items())
+    ]
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ class Device:
     `transcendental_per_s` exponentials; `bytes_per_s` main memory, read and write counted; `launch_s` the cost of one
     kernel launch or operator call; `serial_step_s` of one dependent step; `memory_bytes` the main memory.
     `cache_bytes` is the last-level cache that may hold a kernel's inputs before it starts, `cache_bytes_per_s` its
-    speed (0: unknown, its traffic then counts as free). `notes` say where the figures come from.
+    speed (0: unknown, its traffic then counts as free). `host_s` is what the host needs to start a small torch
+    operation (`host_pace`; None: unknown, then that of a typical host). `notes` say where the figures come from.
 
     Raises: ValueError when a figure cannot be one.
     """
@@ -51,6 +52,7 @@ class Device:
     versions: Mapping[str, str] = field(default_factory=dict)
     cache_bytes: int = 0
     cache_bytes_per_s: float = 0.0
+    host_s: float | None = None
     notes: str = ""
 
     def __post_init__(self) -> None:
@@ -67,6 +69,8 @@ class Device:
             "cache_bytes": self.cache_bytes,
             "cache_bytes_per_s": self.cache_bytes_per_s,
         }
+        if self.host_s is not None:
+            ceilings["host_s"] = self.host_s
         wrong = [f"{name} = {value}" for name, value in ceilings.items() if not 0 < value < math.inf]
         wrong += [f"{name} = {value}" for name, value in costs.items() if not 0 <= value < math.inf]
         if not self.matmul_flops_per_s:

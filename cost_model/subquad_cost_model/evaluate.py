@@ -11,6 +11,7 @@ from operator import itemgetter
 
 from subquad_cost_model.calibration import CalibratedEstimator
 from subquad_cost_model.constant import ConstantEstimator
+from subquad_cost_model.device import Device
 from subquad_cost_model.estimator import Estimate, Estimator
 from subquad_cost_model.head import USUAL, Trees
 from subquad_cost_model.learned import LearnedEstimator
@@ -26,6 +27,7 @@ from subquad_cost_model.metrics import (
     relative_errors,
 )
 from subquad_cost_model.roofline import RooflineEstimator
+from subquad_cost_model.rows import CostRow
 from subquad_cost_model.splits import Split, shape_group, splits
 from subquad_cost_model.timed_rows import TimedRow, timed
 
@@ -131,7 +133,8 @@ def evaluate(
 
     `learned` abstains where it would in use (the roofline answers); `learned, always` says what it would have said;
     `calibrated` is fitted without the rows that were given back, and corrected by them; `physics` has no
-    trees, and the intervals of those that have.
+    trees, and the intervals of those that have. Where rows know the host's pace, `learned, usual host` is told none and
+    `learned, own pace` that of the very timing; `learned` has what the probe found.
     """
 
     def fit(seen: Sequence[TimedRow], given: Sequence[TimedRow]) -> dict[str, Estimator]:
@@ -143,6 +146,9 @@ def evaluate(
             "roofline": RooflineEstimator(),
             "constant": _constant(seen),
         }
+        if paces_s:
+            found["learned, usual host"] = _Paced(learned, {})
+            found["learned, own pace"] = _Paced(learned, paces_s)
         if given and len({row.device.name for row in given}) == 1:
             theirs = {id(row) for row in given}
             before = LearnedEstimator.fit([row for row in seen if id(row) not in theirs], trees=trees)
@@ -151,9 +157,32 @@ def evaluate(
         return found
 
     able = timed(rows)
+    paces_s = {(row.device.name, row.row.key): row.host_s for row in able if row.host_s is not None}
     for protocol in protocols:
         for split in splits(able, protocol, salt=salt):
             yield from judge(able, split, fit)
+
+
+@dataclass(frozen=True)
+class _Paced:
+    """An estimator that is told the host's pace of each row on a device; of others that nobody knows it."""
+
+    source: Estimator
+    paces_s: Mapping[tuple[str, str], float]
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    def predict(self, rows: Sequence[CostRow], device: Device) -> list[Estimate]:
+        by_pace: dict[float | None, list[int]] = defaultdict(list)
+        for index, row in enumerate(rows):
+            by_pace[self.paces_s.get((device.name, row.key))].append(index)
+        found: dict[int, Estimate] = {}
+        for host_s, here in by_pace.items():
+            estimates = self.source.predict([rows[i] for i in here], replace(device, host_s=host_s))
+            found |= dict(zip(here, estimates, strict=True))
+        return [found[index] for index in range(len(rows))]
 
 
 @dataclass(frozen=True, kw_only=True)

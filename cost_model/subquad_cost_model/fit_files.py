@@ -228,6 +228,7 @@ def _physics(record: Mapping[str, Any] | None) -> Physics | None:
         kernels={name: tuple(factors) for name, factors in record["kernels"].items()},
         pooled={kind: tuple(factors) for kind, factors in record["pooled"].items()},
         kinds=dict(record["kinds"]),
+        host_s=record.get("host_s"),
     )
 
 

@@ -97,13 +97,15 @@ class Head:
         doubts: Floats | None = None,
         terms: tuple[str, ...] = (),
         bounds: Floats | None = None,
+        asked: Sequence[Device] | None = None,
         far: bool = True,
     ) -> Head:
         """Fit to rows, their devices and their z.
 
         `doubts` are relative errors of the rows' timings: a row counts the less the larger they are. With `terms` a
         physics head of these stands first, and what it leaves is a Gaussian process, or trees beyond its `MOST_ROWS`;
-        `bounds` are what z is relative to, 1 where none are given.
+        `bounds` are what z is relative to, 1 where none are given. `asked` are the devices as whoever asks knows them,
+        where `devices` know the host's pace of the very timing: residuals are of answers for these.
 
         Residuals are out of fold, and folds are of whole shapes: for the spread's trees, and for the widths. Those for
         new devices come from models that never saw the device's family, those for new layouts and for lengths beyond
@@ -119,7 +121,8 @@ class Head:
         vocabulary = Vocabulary.of(rows)
         doubts = np.zeros(len(rows)) if doubts is None else doubts
         bounds = np.ones(len(rows)) if bounds is None else bounds
-        table = _Table(rows, devices, feature_matrix(rows, devices, vocabulary), z, doubts, bounds)
+        features = feature_matrix(rows, devices, vocabulary)
+        table = _Table(rows, devices, devices if asked is None else asked, features, z, doubts, bounds)
         folds = np.array([fold(group, FOLDS) for group in groups])
         residual = np.abs(z - table.out_of_group(folds, trees, terms))
         spreads = replace(table, z=np.log(residual + SPREAD_FLOOR))
@@ -251,6 +254,7 @@ class _Table:
 
     rows: Sequence[CostRow]
     devices: Sequence[Device]
+    asked: Sequence[Device]
     features: Floats
     z: Floats
     doubts: Floats
@@ -282,7 +286,7 @@ class _Table:
             if group == -1 or out.all():
                 continue
             point, here = self.trained(~out, trees, terms, spread=spread), np.flatnonzero(out).tolist()
-            rows, devices = [self.rows[i] for i in here], [self.devices[i] for i in here]
+            rows, devices = [self.rows[i] for i in here], [self.asked[i] for i in here]
             found[here] = point.answer(rows, devices, self.features[here], self.bounds[here])
         return found
 

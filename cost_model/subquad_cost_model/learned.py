@@ -165,8 +165,8 @@ def _latency_head(rows: Sequence[TimedRow], level: float, trees: Trees, terms: t
     z = np.log(np.array([row.seconds for row in rows]) / bounds)
     doubts = np.array([row.doubt for row in rows])
     return Head.fit(
-        [row.row for row in rows], [row.device for row in rows], z,
-        level=level, trees=trees, doubts=doubts, terms=terms, bounds=bounds,
+        [row.row for row in rows], [row.paced_device for row in rows], z,
+        level=level, trees=trees, doubts=doubts, terms=terms, bounds=bounds, asked=[row.device for row in rows],
     )  # fmt: skip
 
 

@@ -6,11 +6,13 @@ Callables are opaque: pass `synchronize=torch.cuda.synchronize` when they return
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -67,9 +69,11 @@ def time_rivals(
     Each rival is called twice to warm it up, and on until `warm_up_s` have passed (the last call sizes its loop), then
     once per round in a loop of at least `min_s`. Rounds end after `repeats`, or once `budget_s` is spent, but not
     before the first: slow callables take three calls each, however small the budget. Loops are timed by `clock`; where
-    there is none, by the wall, and `synchronize` waits for the device before and after.
+    there is none, by the wall, and `synchronize` waits for the device before and after. Python collects no garbage
+    meanwhile: with torch loaded that takes as long as thousands of launches.
     """
-    samples = _samples_s(rivals, clock or wall_clock(synchronize), min_s, repeats, budget_s, seed, warm_up_s)
+    with _no_collections():
+        samples = _samples_s(rivals, clock or wall_clock(synchronize), min_s, repeats, budget_s, seed, warm_up_s)
     return {name: _timing(of_it) for name, of_it in samples.items()}
 
 
@@ -142,6 +146,17 @@ def _timing(seconds: list[float]) -> Timing:
         high_s=max(seconds) * widening,
         repeats=len(seconds),
     )
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _nothing() -> None:

@@ -2,7 +2,8 @@
 
     seconds = max(sum over j of  c_kj x_j(row, device),  what the host needs beyond its head start),    c >= 0
 
-x_j are seconds that the units work, launches, steps that wait for each other, waves of programs; k is the kernel. Such
+x_j are seconds that the units work, launches, steps that wait for each other, waves of programs; k is the kernel. What
+the host needs is by its pace, where a device knows it: over the usual one of the rows of the fit. Such
 a sum goes on beyond what was measured: twice the tokens of a linear operator take twice the time. What options cost a
 kernel beyond it is left to `gaussian_process`. Bytes at the peak are a sum alike, of other terms.
 """
@@ -10,6 +11,7 @@ kernel beyond it is left to `gaussian_process`. Bytes at the peak are a sum alik
 from __future__ import annotations
 
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,13 +68,15 @@ class Physics:
     A kernel has factors of its own for half precision, or for float32 and wider, where either has rows enough, and a
     fused one for each width (padded to a power of two) of these that has.
     Kinds are `fused` (a few launches a call) and `composed`, and `kinds` says which a kernel is.
-    `terms` says of what the sum is made: `SECONDS` or `BYTES`.
+    `terms` says of what the sum is made: `SECONDS` or `BYTES`; `host_s` is the usual pace of the host, None if no row
+    knew one.
     """
 
     terms: tuple[str, ...]
     kernels: Mapping[str, tuple[float, ...]]
     pooled: Mapping[str, tuple[float, ...]]
     kinds: Mapping[str, str]
+    host_s: float | None = None
 
     @classmethod
     def fit(
@@ -91,7 +95,9 @@ class Physics:
         rows, c0 the factors of its kind at levels of this kernel: one for what a call costs to begin with, one for what
         grows, one for each of the host's. Those of a kernel's dtypes and widths are held near the kernel's in turn.
         """
-        values, own = _values(terms, rows, devices), _own(terms)
+        paces_s = [device.host_s for device in devices if device.host_s is not None]
+        host_s = statistics.median(paces_s) if paces_s else None
+        values, own = _values(terms, rows, devices, host_s), _own(terms)
         weights = 1 / np.maximum(doubts, FINEST_DOUBT)
         most = np.array([math.inf if t in (*STARTS, "host") else 1.0 if t == "head start" else MOST for t in terms])
 
@@ -126,7 +132,7 @@ class Physics:
                     if len(them) >= LEAST_WIDTH and kinds[kernel] == "fused":
                         kernels[width] = factors(them, kernels[dtypes], WIDTH_PULL)
         found, of_kinds = ({name: tuple(f.tolist()) for name, f in of.items()} for of in (kernels, pooled))
-        return cls(terms=terms, kernels=found, pooled=of_kinds, kinds=kinds)
+        return cls(terms=terms, kernels=found, pooled=of_kinds, kinds=kinds, host_s=host_s)
 
     def predict(self, rows: Sequence[CostRow], devices: Sequence[Device]) -> Floats:
         """The sum of each row on its device.
@@ -134,7 +140,7 @@ class Physics:
         A kernel that was never measured is taken to be like the fastest of its operator and kind, unless the factors
         of that kind say more.
         """
-        values = _values(self.terms, rows, devices)
+        values = _values(self.terms, rows, devices, self.host_s)
         return np.array([self._sum(row, value) for row, value in zip(rows, values, strict=True)], dtype=np.float64)
 
     def _sum(self, row: CostRow, values: Floats) -> float:
@@ -226,9 +232,14 @@ def _longer(values: Floats, own: int, factors: Floats) -> Floats:
     return np.maximum(np.maximum(*_sides(values, own, factors)), LEAST)
 
 
-def _values(terms: tuple[str, ...], rows: Sequence[CostRow], devices: Sequence[Device]) -> Floats:
+def _values(
+    terms: tuple[str, ...], rows: Sequence[CostRow], devices: Sequence[Device], host_s: float | None
+) -> Floats:
     of_row = _seconds if terms == SECONDS else _bytes
-    return np.array([of_row(row, device) for row, device in zip(rows, devices, strict=True)]).reshape(-1, len(terms))
+    found = np.array([of_row(row, device) for row, device in zip(rows, devices, strict=True)]).reshape(-1, len(terms))
+    if "host" in terms and host_s is not None:
+        found[:, terms.index("host")] *= [(device.host_s or host_s) / host_s for device in devices]
+    return found
 
 
 def _seconds(row: CostRow, device: Device) -> list[float]:
@@ -240,7 +251,9 @@ def _seconds(row: CostRow, device: Device) -> list[float]:
     summaries = shape.get("t", 1) // int(row.options.get("segment_len", 1)) + shape.get("m", 0) if "m" in shape else 0
     keys = shape.get("s", summaries) / max(1, documents)
     window = int(row.options.get("window", 0))
-    keys = min(keys, window) if window else keys
+    if window:
+        # A window that looks ahead as well holds its tokens to either side.
+        keys = min(keys, window if row.options.get("causal", True) else 2 * window - 1)
     step_s = STEP * device.serial_step_s
     # Packed attention in one launch starts as many programs for each document as for the longest that there could be.
     started = documents * programs(row) if "s" in shape and row.launches == 1 else 0

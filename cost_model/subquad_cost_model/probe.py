@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from subquad_cost_model.device import Device
+from subquad_cost_model.host_pace import HostPace
 from subquad_cost_model.measure import fastest_s
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ EXP_ELEMENTS = (1 << 14, 1 << 18)
 STEPS = 1 << 17
 COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
 GRAPH_LAUNCHES = 1000
+PACES = 20
+"""A millisecond each; their median is the pace of the host, which no ceiling is: kernels meet the usual one."""
 # NVIDIA GPUs since Volta, per SM and clock: results of the special-function units, bytes that an SM takes in; and the
 # clocks of a dependent fused multiply-add. No torch operation reaches these ceilings, so they are not measured.
 EXP_PER_SM_CLOCK = 16
@@ -42,10 +46,11 @@ def probe_device(*, kind: Kind = "cpu", budget_s: float = 2.0) -> Device:
     Measured on a CPU: exponentials and copies within the cache, the call of an operator on one element, and a step of
     a cumulative sum. Its arithmetic and cache are measured on one thread and multiplied by their number: a ceiling,
     and one that stands when other programs run (threads that wait for each other then wait milliseconds).
+    Everywhere as well: the host's pace, of which the median is taken.
     On a GPU: the gap between launches in a CUDA graph; its exponentials, cache and serial step are what its SMs do
     per clock, at its highest clock.
 
-    Figures are the fastest repeat, because a ceiling is asked for. `budget_s` is shared out among about twenty
+    Other figures are the fastest repeat, because a ceiling is asked for. `budget_s` is shared out among about twenty
     timings, each of which takes three calls at least. The name holds a CPU's number of threads, and `versions` those
     of torch, triton and the driver: other figures hold under others.
 
@@ -77,6 +82,7 @@ def probe_device(*, kind: Kind = "cpu", budget_s: float = 2.0) -> Device:
             cache_bytes_per_s=(
                 bench.cache_bytes_per_s(cache_bytes) if kind == "cpu" else CACHE_BYTES_PER_SM_CLOCK * _sm_clocks_per_s()
             ),
+            host_s=_host_s(kind),
             notes=f"probed with {torch.get_num_threads()} threads in a budget of {budget_s:g} s",
         )
 
@@ -170,6 +176,11 @@ class _Bench:
 
         synchronize = torch.cuda.synchronize if self.kind == "cuda" else None
         return fastest_s(run, synchronize=synchronize, budget_s=self.share_s)
+
+
+def _host_s(kind: Kind) -> float:
+    ask = HostPace(kind)
+    return statistics.median(ask() for _ in range(PACES))
 
 
 @contextmanager

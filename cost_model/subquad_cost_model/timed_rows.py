@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,12 +16,14 @@ from typing import Any, Literal, get_args
 from subquad_cost_model.device import Device
 from subquad_cost_model.rows import CostRow
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 6
 READABLE = {
-    "1": ("launches", "document_lengths", "padding"),
-    "2": ("document_lengths", "padding"),
-    "3": ("padding",),
-    "4": (),
+    "1": ("launches", "document_lengths", "padding", "host_s", "queued_s"),
+    "2": ("document_lengths", "padding", "host_s", "queued_s"),
+    "3": ("padding", "host_s", "queued_s"),
+    "4": ("host_s", "queued_s"),
+    "5": ("queued_s",),
+    "6": (),
 }
 """Versions that are read, each with the columns that it lacks: these have their defaults."""
 _FORMAT_KEY = b"subquad_cost_model.timed_rows"
@@ -40,6 +42,8 @@ class TimedRow:
 
     `status` is `ok` (timed), `oom`, `unsupported`, or `wrong` (its result was: never timed). Failures are rows too, so
     that what cannot run is known. Seconds are of the repeats (`low_s <= median_s <= high_s`). None: not observed.
+    `host_s` is what the host needed to start a small torch operation beside the timed calls (`host_pace`), `queued_s`
+    what it needed to queue one of these calls, behind work that keeps the device busy.
     `run_id` and `source` say which session measured it and where the figures come from; `date` is ISO 8601.
     """
 
@@ -55,6 +59,8 @@ class TimedRow:
     repeats: int | None = None
     cold_cache: bool | None = None
     cuda_graph: bool | None = None
+    host_s: float | None = None
+    queued_s: float | None = None
     clock_median_mhz: float | None = None
     clock_min_mhz: float | None = None
     power_w: float | None = None
@@ -67,6 +73,10 @@ class TimedRow:
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
             raise TimedRowsError(f"status is {self.status!r}, none of {', '.join(STATUSES)}")
+        for name in ("host_s", "queued_s"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise TimedRowsError(f"{name} is {value}, no seconds of a host ({self.row.key})")
         seconds = (self.low_s, self.median_s, self.high_s)
         if self.status == "ok":
             known = [math.nan if value is None else value for value in seconds]
@@ -79,6 +89,11 @@ class TimedRow:
     def seconds(self) -> float:
         """The median; NaN where it was not timed."""
         return math.nan if self.median_s is None else self.median_s
+
+    @property
+    def paced_device(self) -> Device:
+        """The device with the host's pace of this timing; as it was probed where the row does not know it."""
+        return self.device if self.host_s is None else replace(self.device, host_s=self.host_s)
 
     @property
     def doubt(self) -> float:
@@ -169,7 +184,7 @@ def _parsed(record: dict[str, Any]) -> TimedRow:
     return TimedRow(
         row=CostRow(**row),
         device=_device(record["device"]),
-        **{name: record[name] for name in _PLAIN},
+        **{name: record[name] for name in _PLAIN if name in record},
     )
 
 

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from subquad_cost_model import CostRow, Device, TimedRow, lower_bound_s
+from subquad_cost_model.bound import bound_terms
+from subquad_cost_model.physics import CLEARED
 
 KERNELS = ("wide", "narrow")
 
@@ -108,6 +110,23 @@ def timed_row(of: CostRow, on: Device, log_noise: float = 0.0) -> TimedRow:
     return TimedRow(
         row=of, device=on, status="ok", low_s=seconds / 1.01, median_s=seconds, high_s=seconds * 1.01, peak_bytes=peak
     )
+
+
+def hosted(*, seed: int, shapes: int, on: Device = DEVICES[1]) -> list[TimedRow]:
+    """Rows of a kernel of many launches, which mostly wait for a host whose pace is another for each.
+
+    seconds = max(device, 4 pace launches - what the device overwrites before)
+    """
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(shapes):
+        t, pace_s = draw.randint(64, 8192), 5e-6 * 2 ** draw.uniform(-1, 1)
+        composed = replace(row("wide", draw.randint(1, 64), t, 8), launches=1 + 2 * -(-t // 64))
+        terms = bound_terms(composed, on)
+        head_s = CLEARED * on.cache_bytes / on.bytes_per_s
+        seconds = max(4e-6 * composed.launches + 4 * terms.memory_s, 4 * pace_s * composed.launches - head_s)
+        rows.append(replace(timed_row(composed, on), low_s=seconds, median_s=seconds, high_s=seconds, host_s=pace_s))
+    return rows
 
 
 def failed(of: TimedRow) -> TimedRow:

@@ -50,10 +50,18 @@ def test_h200_is_h100_with_more_and_faster_memory() -> None:
 
 def test_names_are_found_in_any_case_and_files_by_their_path(make_device: Devices, tmp_path: Path) -> None:
     assert load_device("H100") == load_device("h100")
-    mine = make_device(capability=(9, 0), cache_bytes=10, notes="mine")
+    mine = make_device(capability=(9, 0), cache_bytes=10, host_s=5e-6, notes="mine")
     mine.save(tmp_path / "mine.json")
     assert load_device(tmp_path / "mine.json") == mine
     assert load_device(str(tmp_path / "mine.json")) == mine
+
+
+def test_a_device_file_from_before_the_hosts_pace_knows_none(make_device: Devices) -> None:
+    old = json.loads(make_device(host_s=5e-6).to_json())
+    del old["host_s"]
+    assert Device.from_json(json.dumps(old)) == make_device()
+    with pytest.raises(ValueError, match=r"host_s = 0\.0"):
+        make_device(host_s=0.0)
 
 
 def test_an_unknown_device_is_named_with_the_known_ones() -> None:

@@ -109,6 +109,16 @@ def test_learned_beats_roofline_and_constant_on_every_split(rows: list[TimedRow]
             assert learned.regret.mean <= min(roofline.regret.mean, constant.regret.mean), held_out
 
 
+def test_a_model_is_judged_with_and_without_the_hosts_pace_where_rows_know_it() -> None:
+    found = by_selector(list(evaluate(planted.hosted(seed=4, shapes=150), ["S0"], trees=SMALL)))
+    own, usual, as_probed = (found[name] for name in ("learned, own pace", "learned, usual host", "learned"))
+    assert own.error and usual.error and as_probed.error
+    assert own.error.mean < 0.5 * usual.error.mean
+    assert usual.error == as_probed.error, "this device's probe knows no pace"
+    assert usual.covered is not None
+    assert usual.covered > 0.75, "intervals hold for whoever does not know the pace"
+
+
 def test_an_abstaining_model_says_what_share_it_answered(rows: list[TimedRow]) -> None:
     found = by_selector(list(evaluate(rows, ["S2"], trees=SMALL)))
     assert found["learned, always"].answered == 1
@@ -120,7 +130,9 @@ def test_an_abstaining_model_says_what_share_it_answered(rows: list[TimedRow]) -
 
 
 def test_verdicts_print_as_a_table_and_as_json(rows: list[TimedRow]) -> None:
-    verdict = by_selector(list(evaluate(rows, ["S0"], trees=SMALL)))["learned"]
+    found = by_selector(list(evaluate(rows, ["S0"], trees=SMALL)))
+    assert "learned, own pace" not in found, "no row knows one"
+    verdict = found["learned"]
     line = as_markdown(verdict)
     assert line.count("|") == HEADER.splitlines()[0].count("|")
     assert "S0 | one shape in five" in line
@@ -132,7 +144,7 @@ def test_the_commands_fit_judge_and_keep(
     rows: list[TimedRow], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table, fit = tmp_path / "rows.parquet", tmp_path / "fit"
-    write_timed_rows(table, rows)
+    write_timed_rows(table, [*rows[:-1], replace(rows[0], host_s=7e-6), rows[-1]])
     small = ["--rounds", "40", "--leaves", "7"]
     assert main(["evaluate", str(table), "--splits", "S0", *small]) == 0
     printed = capsys.readouterr().out
@@ -142,10 +154,11 @@ def test_the_commands_fit_judge_and_keep(
     assert "| mix/wide | forward |" in by_kernel and "| mix/narrow | forward |" in by_kernel
     (tmp_path / "figures.md").write_text(printed)
     assert main(["fit", str(table), str(fit), "--figures", str(tmp_path / "figures.md"), *small]) == 0
-    assert f"heads forward; {len(rows) - 1} timed rows and 1 others" in capsys.readouterr().out
+    assert f"heads forward; {len(rows)} timed rows and 1 others" in capsys.readouterr().out
     assert set(load_fit(fit).heads) == {"forward"}
     card = (fit / "card.md").read_text()
     assert "| mix | forward | Hopper | two |" in card and "one shape in five" in card
+    assert "pace on one: 7.0 us a launch in the median of 1 rows" in card
 
 
 def test_a_command_on_a_wrong_file_says_so_without_a_traceback(

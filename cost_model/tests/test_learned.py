@@ -229,9 +229,14 @@ def test_the_same_rows_give_the_same_model_whatever_their_batch(learned: Learned
 
 
 def test_a_saved_fit_answers_the_same(learned: LearnedEstimator, tmp_path: Path) -> None:
+    head = learned.heads["forward"]
+    assert head.physics is not None
+    paced = replace(head.physics, host_s=5e-6)
+    learned = replace(learned, heads={"forward": replace(head, physics=paced)})
     save_fit(learned, tmp_path / "fit", card="# Planted\n")
     rows = [row.row for row in planted.table(seed=15, shapes=10)]
     loaded = load_fit(tmp_path / "fit")
+    assert loaded.heads["forward"].physics == paced
     for device in (*planted.DEVICES, planted.device("four", (8, 9))):
         assert loaded.predict(rows, device) == learned.predict(rows, device)
     assert (tmp_path / "fit" / "card.md").read_text() == "# Planted\n"

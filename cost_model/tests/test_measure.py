@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 
 import pytest
+import torch
 
-from subquad_cost_model import Timing, time_callable, time_rivals
+from subquad_cost_model import HostPace, Timing, time_callable, time_rivals
+from subquad_cost_model import host_pace as pace
 from subquad_cost_model.measure import ENOUGH_REPEATS, FEW_REPEATS_FACTOR
 
 
@@ -71,6 +74,36 @@ def test_a_rival_is_warmed_up_for_as_long_as_is_asked(warm_up_s: float, calls: i
     made: list[float] = []
     time_rivals({"": lambda: made.append(clock.now_s) or run()}, warm_up_s=warm_up_s, repeats=1, budget_s=100)
     assert len(made) == calls + 1
+
+
+def test_python_collects_no_garbage_while_it_times_and_does_afterwards(clock: Clock) -> None:
+    seen: list[bool] = []
+
+    def run() -> None:
+        seen.append(gc.isenabled())
+        clock.now_s += 0.1
+        if len(seen) == 9:
+            raise ZeroDivisionError
+
+    time_rivals({"": run}, repeats=3)
+    assert gc.isenabled()
+    with pytest.raises(ZeroDivisionError):
+        time_rivals({"": run}, repeats=9)
+    assert gc.isenabled()
+    assert seen == [False] * 9
+
+
+def test_the_hosts_pace_is_the_median_window_by_its_launches(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask, calls = HostPace("cpu"), []
+
+    def counted(self: torch.Tensor, factor: float) -> torch.Tensor:
+        calls.append(factor)
+        clock.now_s += 0.3 if len(calls) <= pace.ROUNDS else 0.006  # the first window is disturbed
+        return self * factor
+
+    monkeypatch.setattr(torch.Tensor, "mul", counted)
+    assert ask() == pytest.approx(0.002)
+    assert len(calls) == pace.WINDOWS * pace.ROUNDS
 
 
 def test_times_are_per_call_whatever_the_loop(clock: Clock) -> None:

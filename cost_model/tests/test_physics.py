@@ -11,7 +11,7 @@ import pytest
 
 from subquad_cost_model import CostRow
 from subquad_cost_model.bound import bound_terms
-from subquad_cost_model.physics import BYTES, CLEARED, SECONDS, Physics
+from subquad_cost_model.physics import BYTES, CLEARED, SECONDS, Physics, _seconds
 
 DEVICE = planted.DEVICES[1]
 LAUNCH_S, SHARE = 4e-6, 0.25
@@ -71,6 +71,28 @@ def test_the_host_matters_where_it_needs_longer_than_the_device_and_its_head_sta
     assert max(errors(physics, new, [*map(slow, new)])) < 0.1
 
 
+def test_a_hosts_pace_is_recovered_where_rows_know_it_and_is_the_usual_one_elsewhere() -> None:
+    rows, new = planted.hosted(seed=20, shapes=120), planted.hosted(seed=21, shapes=60)
+
+    def fit(paced: bool) -> Physics:
+        devices = [row.paced_device if paced else row.device for row in rows]
+        seconds = np.array([row.seconds for row in rows])
+        return Physics.fit(SECONDS, [row.row for row in rows], devices, seconds, np.full(len(rows), 0.01))
+
+    def off(physics: Physics, paced: bool) -> float:
+        found = physics.predict([row.row for row in new], [row.paced_device if paced else row.device for row in new])
+        return float(np.mean([abs(one / row.seconds - 1) for one, row in zip(found, new, strict=True)]))
+
+    told = fit(paced=True)
+    assert off(told, paced=True) < 0.05
+    assert off(fit(paced=False), paced=True) > 0.2, "no row knew a pace: that of the device says nothing"
+    assert off(told, paced=False) > 0.2
+    assert told.host_s == pytest.approx(np.median([row.host_s for row in rows]))
+    one = [new[0].row]
+    usual = replace(DEVICE, host_s=told.host_s)
+    assert told.predict(one, [DEVICE]) == pytest.approx(told.predict(one, [usual]))
+
+
 def test_a_fused_kernel_pays_for_whole_tiles_and_may_cost_more_at_one_width() -> None:
     def fused(row: CostRow, k: int) -> CostRow:
         scaled = {name: getattr(row, name) * k // 64 for name in ("matmul_flops", "bytes_moved", "saved_bytes")}
@@ -85,6 +107,14 @@ def test_a_fused_kernel_pays_for_whole_tiles_and_may_cost_more_at_one_width() ->
     physics = fitted(rows, [*map(tiled_s, rows)])
     new = [fused(row, k) for k in (64, 256) for row in drawn(19 + k)]
     assert np.mean(errors(physics, new, [*map(tiled_s, new)])) < 0.1, "one factor for all widths is off by half"
+
+
+def test_a_program_walks_both_sides_of_a_window_that_looks_ahead() -> None:
+    causal = replace(planted.row("wide", 1, 8192, 8), shape={"b": 1, "t": 8192, "s": 8192, "h": 8, "k": 64})
+    behind = replace(causal, options={"causal": True, "window": 512})
+    around = replace(causal, options={"causal": False, "window": 512})
+    tiles = [_seconds(row, DEVICE)[SECONDS.index("keys")] for row in (behind, around)]
+    assert tiles[1] == pytest.approx(2 * tiles[0])
 
 
 def test_rows_in_doubt_and_outliers_count_less() -> None:

@@ -44,6 +44,8 @@ def test_figures_are_of_a_size_that_computers_have(probed: Device) -> None:
     assert 1e8 < probed.bytes_per_s < 1e13
     assert 1e-8 < probed.launch_s < 1e-3
     assert 1e-10 < probed.serial_step_s < 1e-6
+    assert probed.host_s is not None
+    assert 1e-7 < probed.host_s < 1e-3
     assert probed.memory_bytes > 1 << 28
 
 

@@ -25,7 +25,8 @@ def table(make_row: Rows, make_device: Devices) -> list[TimedRow]:
     slow = make_row(shape={"b": 2, "t": 7}, options={"causal": True, "decay": "scalar", "scale": 0.5}, saved_bytes=9)
     return [
         TimedRow(row=slow, device=device, status="ok", low_s=1e-3, median_s=2e-3, high_s=3e-3, peak_bytes=5,
-                 clock_median_mhz=1980.0, cold_cache=True, repeats=50, date="2026-11-24", source="here"),
+                 clock_median_mhz=1980.0, cold_cache=True, host_s=5e-6, queued_s=3e-4, repeats=50,
+                 date="2026-11-24", source="here"),
         TimedRow(row=make_row(), device=device, status="oom", throttle="power"),
         TimedRow(row=make_row(), device=make_device(name="other"), status="wrong", max_abs_error=0.5),
     ]  # fmt: skip
@@ -103,7 +104,10 @@ def test_an_impossible_row_is_named_by_its_number(table: list[TimedRow], tmp_pat
 
 @pytest.mark.parametrize(
     "bad",
-    [{"status": "slow"}, {"low_s": 3e-3}, {"high_s": None}, {"median_s": float("nan")}, {"status": "oom"}],
+    [
+        {"status": "slow"}, {"low_s": 3e-3}, {"high_s": None}, {"median_s": float("nan")}, {"status": "oom"},
+        {"host_s": 0.0}, {"host_s": float("nan")}, {"queued_s": -1.0},
+    ],
     ids=str,
 )
 def test_a_row_cannot_say_what_cannot_be(table: list[TimedRow], bad: dict[str, Any]) -> None:
@@ -129,6 +133,26 @@ def test_a_table_of_the_first_version_is_read_with_one_launch_a_row(table: list[
     parquet.write_table(whole.drop_columns(["launches"]), path)
     with pytest.raises(TimedRowsError, match="launches is missing"):
         read_timed_rows(path)
+
+
+def test_a_table_from_before_the_pace_of_the_host_is_read_without_one(table: list[TimedRow], tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    write_timed_rows(path, table)
+    whole = parquet.read_table(path)
+    for version, lacking in ((b"4", ("host_s", "queued_s")), (b"5", ("queued_s",))):
+        old = whole.drop_columns(list(lacking)).replace_schema_metadata({b"subquad_cost_model.timed_rows": version})
+        parquet.write_table(old, path)
+        assert read_timed_rows(path) == [replace(row, **dict.fromkeys(lacking)) for row in table]
+    parquet.write_table(whole.drop_columns(["host_s"]), path)
+    with pytest.raises(TimedRowsError, match="host_s is missing"):
+        read_timed_rows(path)
+
+
+def test_a_rows_pace_stands_before_that_of_the_probe(table: list[TimedRow]) -> None:
+    probed = replace(table[0], device=replace(table[0].device, host_s=9e-6))
+    assert probed.paced_device == replace(probed.device, host_s=5e-6)
+    assert replace(probed, host_s=None).paced_device.host_s == 9e-6
+    assert replace(table[0], host_s=None).paced_device.host_s is None
 
 
 def test_doubt_is_half_the_range_of_the_repeats(table: list[TimedRow]) -> None:

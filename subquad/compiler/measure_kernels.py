@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from torch import Tensor
 from subquad.compiler.estimators import measurement_record
 from subquad.compiler.target import Target
 from subquad.compiler.workload import cost_row
-from subquad_cost_model import Clock, Measurement, time_rivals
+from subquad_cost_model import Measurement, time_rivals
 from subquad_kernels.catalogue import Kernel, Operator
 from subquad_kernels.workload import Workload
 
@@ -153,7 +154,7 @@ def added_bytes(run: Callable[[], object], device: str) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def device_clock(device: str, *, most_clears: int = 32, most_calls: int = 100) -> Clock | None:
+def device_clock(device: str, *, most_clears: int = 32, most_calls: int = 100) -> CudaClock | None:
     """How kernels on a device are timed: by a CUDA device's own events, or by the wall (None)."""
     if not device.startswith("cuda"):
         return None
@@ -171,16 +172,20 @@ class CudaClock:
 
     def __init__(self, device: str, *, most_clears: int = 32, most_calls: int = 100) -> None:
         self._most_clears, self._most_calls = most_clears, most_calls
-        self._queued_s: dict[Callable[[], object], float] = {}  # the shortest so far
+        self._queued_s: dict[Callable[[], object], list[float]] = defaultdict(list)
         self._buffer = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8,
                                    device=device)  # fmt: skip
         self._clear_s = min(self._elapsed_s(self._buffer.zero_, 5, clears=0))
 
     def __call__(self, run: Callable[[], object], calls: int) -> float:
         # Half as long again: the host is not always as quick.
-        queued_s = 1.5 * self._queued_s.get(run, math.inf)
+        queued_s = 1.5 * min(self._queued_s[run], default=math.inf)
         clears = 1 + math.ceil(min(queued_s / self._clear_s, self._most_clears - 1))
         return statistics.median(self._elapsed_s(run, min(calls, self._most_calls), clears)) * calls
+
+    def queued_s(self, run: Callable[[], object]) -> float:
+        """What the host needed to queue a call of a loop: the median."""
+        return statistics.median(self._queued_s[run])
 
     def _elapsed_s(self, run: Callable[[], object], calls: int, clears: int) -> list[float]:
         pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
@@ -190,7 +195,7 @@ class CudaClock:
             begin.record()
             started = time.perf_counter()
             run()
-            self._queued_s[run] = min(time.perf_counter() - started, self._queued_s.get(run, math.inf))
+            self._queued_s[run].append(time.perf_counter() - started)
             end.record()
         torch.cuda.synchronize()
         # An event ticks every half microsecond.

@@ -128,10 +128,8 @@ def _options(variant: Mapping[str, Option], ranges: Ranges, draw: random.Random)
     for name in options:
         if name in ranges.lengths:
             options[name] = draw.choice(ranges.lengths[name])
-        elif name in SWITCHES and not options.get("window"):
+        elif name in SWITCHES:
             options[name] = draw.choice(SWITCHES[name])
-    if options.get("causal") is False and "window" in options:
-        options["window"] = 0
     return options
 
 

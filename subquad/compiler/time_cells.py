@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,8 @@ from subquad.compiler.measure_kernels import Call, Effort, added_bytes, device_c
 from subquad.compiler.target import Target
 from subquad.compiler.workload import cost_row, phases
 from subquad.errors import SubquadError
-from subquad_cost_model import CostRow, TimedRow, Timing, lower_bound_s, time_rivals
+from subquad_cost_model import Clock, CostRow, HostPace, TimedRow, Timing, lower_bound_s, time_rivals
+from subquad_cost_model.measure import wall_clock
 from subquad_kernels.catalogue import Kernel, Operator
 from subquad_kernels.workload import Workload
 
@@ -30,6 +32,11 @@ is timed by that call alone."""
 CELL_BUDGET_S = 1.0
 MOST_CLEARS, MOST_CALLS = 96, 16
 """Of the clock: the host has four milliseconds to queue a call of many launches, and few calls need that long."""
+STEADY, SEVERAL, AGAIN_S = 0.03, 5, 0.35
+"""Repeats further apart than this share are timed again in loops of several calls, where all take less than that."""
+MOST_CACHED = 1 / 2
+"""Of the device's memory, what torch may hold back before it is handed back: where it fills the device, a call that
+needs a larger block waits for others to be freed, while it is timed."""
 FEW_REPEATS = 1.5
 """How far one call says where others lie, either way, as in `time_rivals`."""
 DECODES = 20
@@ -60,6 +67,24 @@ class _Rival:
     timed: TimedRow | None = None
 
 
+class PacedClock:
+    """A clock that asks the host's pace right before and after each loop that it times."""
+
+    def __init__(self, clock: Clock, pace: Callable[[], float]) -> None:
+        self._clock, self._pace = clock, pace
+        self._found: dict[Callable[[], object], list[float]] = defaultdict(list)
+
+    def __call__(self, run: Callable[[], object], calls: int) -> float:
+        before_s = self._pace()
+        seconds = self._clock(run, calls)
+        self._found[run] += (before_s, self._pace())
+        return seconds
+
+    def host_s(self, run: Callable[[], object]) -> float:
+        """The median beside all loops of this call."""
+        return statistics.median(self._found[run])
+
+
 class CellTimer:
     """Times the kernels of one workload after another on a target, for one run."""
 
@@ -71,6 +96,7 @@ class CellTimer:
         self._cuda = self._device.startswith("cuda")
         self._run_id, self._source = run_id, source
         self._state = DeviceState(self._device)
+        self._host = HostPace("cuda" if self._cuda else "cpu")
         self._pace: dict[tuple[str, str, str], list[tuple[float, float]]] = defaultdict(list)
 
     def rows(self, operator: Operator, kernels: Sequence[Kernel], workload: Workload) -> list[TimedRow]:
@@ -79,6 +105,7 @@ class CellTimer:
         Raises: DeviceLostError when nothing more can run in this process.
         """
         found: list[TimedRow] = []
+        self._make_room()
         with torch.no_grad():
             try:
                 arguments = operator.torch_half.sample_inputs(workload, seed=0, device=self._device)
@@ -135,7 +162,7 @@ class CellTimer:
             if self._once_s(call) > LONGEST_CALL_S and (once_s := self._once_s(call)) > LONGEST_CALL_S:
                 peak = call.held_bytes + added_bytes(call.run, self._device) if self._cuda else None
                 once = Timing(low_s=once_s / FEW_REPEATS, median_s=once_s, high_s=once_s * FEW_REPEATS, repeats=1)
-                rival.timed = self._ok(rival, once, peak, {})
+                rival.timed = self._ok(rival, once, peak, {"host_s": self._host()})
             elif copies:
                 self._capture(
                     rival, [Call.of(operator, rival.kernel, part, self._device, copied).run for copied in copies]
@@ -193,25 +220,54 @@ class CellTimer:
         runs = {rival.kernel.name: rival.run for rival in rivals if rival.run is not None}
         started = time.perf_counter()
         self._state.start()
-        timings = time_rivals(
-            runs,
-            clock=device_clock(self._device, most_clears=MOST_CLEARS, most_calls=MOST_CALLS),
-            min_s=self._effort.min_s,
-            repeats=self._effort.repeats,
-            warm_up_s=self._effort.warm_up_s,
-            budget_s=CELL_BUDGET_S,
-        )
+        timings, host = self._timings(runs)
         state = self._state.stop()
         for rival in rivals:
             assert rival.call is not None
-            timing = _each(timings[rival.kernel.name], rival.calls)
+            name = rival.kernel.name
             peak = rival.call.held_bytes + added_bytes(rival.call.run, self._device) if self._cuda else None
-            rival.timed = self._ok(rival, timing, peak, state)
+            timing = _each(timings[name], rival.calls)
+            if rival.calls > 1:
+                host[name].pop("queued_s", None)  # a graph's, whose calls the host never queued
+            rival.timed = self._ok(rival, timing, peak, {**state, **host[name]})
         spent = time.perf_counter() - started
         total = sum(timings[rival.kernel.name].median_s for rival in rivals)
         for rival in rivals:
             share = timings[rival.kernel.name].median_s / total
             self.seconds[rival.kernel.key] += spent * (0.5 / len(rivals) + 0.5 * share)
+
+    def _timings(
+        self, runs: Mapping[str, Callable[[], object]]
+    ) -> tuple[dict[str, Timing], dict[str, dict[str, float]]]:
+        """Of each run, and what its row says of the host. What is not steady is timed once more, with more calls."""
+        timings: dict[str, Timing] = {}
+        host: dict[str, dict[str, float]] = {}
+
+        def time_them(names: Sequence[str], min_s: float) -> None:
+            device = device_clock(self._device, most_clears=MOST_CLEARS, most_calls=MOST_CALLS)
+            clock = PacedClock(device or wall_clock(), self._host)
+            effort = self._effort
+            timings.update(
+                time_rivals(
+                    {name: runs[name] for name in names},
+                    clock=clock,
+                    min_s=min_s,
+                    repeats=effort.repeats,
+                    warm_up_s=effort.warm_up_s,
+                    budget_s=CELL_BUDGET_S,
+                )
+            )
+            for name in names:
+                host[name] = {"host_s": clock.host_s(runs[name])}
+                if device is not None:
+                    host[name]["queued_s"] = device.queued_s(runs[name])
+
+        time_them(list(runs), self._effort.min_s)
+        for name, first in list(timings.items()):
+            several_s = SEVERAL * first.median_s
+            if first.high_s - first.low_s > STEADY * first.median_s and self._effort.repeats * several_s < AGAIN_S:
+                time_them([name], max(several_s, self._effort.min_s))
+        return timings, host
 
     def _too_slow(self, rival: _Rival) -> bool:
         """By the measured row whose bound is nearest, of the same type where there is one: both scale alike."""
@@ -260,6 +316,10 @@ class CellTimer:
         return TimedRow(
             row=row, device=self._target.device, status=status, date=date, run_id=self._run_id, source=self._source
         )
+
+    def _make_room(self) -> None:
+        if self._cuda and torch.cuda.memory_reserved() > MOST_CACHED * self._target.device.memory_bytes:
+            torch.cuda.empty_cache()
 
     @contextmanager
     def _charged(self, kernel: Kernel) -> Iterator[None]:
