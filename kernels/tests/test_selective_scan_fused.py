@@ -12,7 +12,7 @@ from torch import Tensor
 import subquad_kernels.builtin  # noqa: F401  (fills the catalogue)
 from subquad_kernels.catalogue import CATALOGUE
 from subquad_kernels.device_limits import device_limits
-from subquad_kernels.selective_scan import chunked, declaration, definition, fused
+from subquad_kernels.selective_scan import chunked, declaration, definition, fused, fused_forward
 from subquad_kernels.self_check import judge, kernel_errors
 from subquad_kernels.workload import DeviceLimits, Option, Workload
 
@@ -74,7 +74,7 @@ def assert_exact(arguments: dict[str, Any], launch: fused.Launch | None = None) 
         assert error <= (tolerance.gradient if name.startswith("d_") else tolerance.output), f"{name}: {error:.1e}"
 
 
-SMALL = fused.Launch(tile_c=4, group=4)
+SMALL = fused.Launch(tile_c=4, group=4, first=1.0)
 
 
 @pytest.mark.parametrize("t", [1, 15, 16, 17])
@@ -112,6 +112,36 @@ def test_state_sizes_that_are_not_powers_of_two_are_masked(n: int) -> None:
 def test_cutting_time_changes_nothing() -> None:
     """Three segments, the last of them short: states and gradients cross two cuts."""
     assert_exact(sample(workload(37)), fused.with_segments(SMALL, 16))
+
+
+@pytest.mark.parametrize("first", [0.0, 0.5, 1.5])
+def test_the_first_segment_may_have_a_length_of_its_own(first: float) -> None:
+    """None, shorter and longer than the others, of which one or two are summarised."""
+    arguments = sample(workload(85, c=2))
+    found = fused.forward(replace(SMALL, segment_len=32, first=first), **arguments)
+    for mine, theirs in zip(found, chunked.forward(**arguments), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("segment_len", "expected"),
+    [(None, [(4, 0)]), (32, [(4, 0), (4, 1)]), (16, [(12, 0), (12, 1)])],
+    ids=["one segment", "two", "four"],
+)
+def test_first_and_last_segments_are_not_summarised(
+    segment_len: int | None, expected: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs of each launch, four a segment, and how many segments were scanned before it."""
+    launches = []
+
+    class Counted:
+        def __getitem__(self, programs: tuple[int, ...]) -> Any:
+            return lambda *values, **_: launches.append((*programs, values[scanned]))
+
+    scanned = fused_forward.scan.jitted.arg_names.index("scanned")
+    monkeypatch.setattr(fused, "scan", Counted())
+    fused.forward(fused.with_segments(SMALL, segment_len), **sample(workload(50, b=2, c=5)))
+    assert launches == expected
 
 
 @pytest.mark.parametrize("full", [True, False], ids=["all tensors", "required tensors"])
@@ -173,7 +203,8 @@ def test_slices_of_wider_tensors_are_taken_as_they_are() -> None:
 
 def test_the_same_call_gives_the_same_bits() -> None:
     arguments = sample(workload(300, b=2, c=96) if ON_GPU else workload(2))
-    outputs = fused.forward(**arguments)
+    outputs, again = (fused.forward(**arguments) for _ in range(2))
+    assert all(map(torch.equal, outputs, again))
     first, second = (fused.backward(arguments, outputs, outputs[:2]) for _ in range(2))
     assert all(torch.equal(gradient, second[name]) for name, gradient in first.items() if gradient is not None)
 
@@ -257,7 +288,7 @@ def test_on_a_gpu_it_is_within_the_operators_tolerance(
     case = workload(full=full, dtype=dtype, **shape)
     kernel = CATALOGUE.kernel("selective_scan", "fused")
     assert kernel.refusal(case, device_limits("cuda")) is None
-    for launch in (None, fused.with_segments(fused.launch_of(shape["n"], backward=True), 64)):
+    for launch in (None, replace(fused.launch_of(shape["n"], backward=True), segment_len=64, first=0.6)):
         errors = kernel_errors(OPERATOR, launched(launch), sample(case, "cuda", reversed=reversed), gradients=True)
         verdict = judge(OPERATOR, kernel, case, errors)
         assert verdict.passed, verdict.reason

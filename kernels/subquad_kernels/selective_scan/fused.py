@@ -4,11 +4,12 @@ A program is one warp. It holds the states [TILE_C, N] of a tile of channels and
 of one sequence; four lanes share a channel (at n = 16), so that sums over n are short, and loads of x, dt and z are
 contiguous in channels. What is a vector over channels is made for 16 tokens at once, in a layout of its own, and
 passed through scratch memory that only the program touches. Where sequences times tiles are too few for the device,
-time is cut into segments: a first kernel finds what each segment does to a state (a decay and a write), every program
-of the second kernel starts by composing the segments before its own. The backward walks chunks of 16 tokens from last
-to first, computes the states inside a chunk again from the saved one, and cuts time in the same way. Sums over
-channels and over sequences are written as one partial sum a program, and added afterwards: no atomics, the same bits
-every time.
+time is cut into segments: while the first is scanned, the same launch finds what each of the others but the last does
+to a state (a decay and a write); every program of a second launch starts where the first ended and composes what lies
+between. The backward walks chunks of 16 tokens from last to first, computes the states inside a chunk again from the
+saved one, and cuts time too: one kernel finds what every segment but the first does to a gradient, another begins with
+composing. Sums over channels and over sequences are written as one partial sum a program, and added afterwards: no
+atomics, the same bits every time.
 One token has a kernel of its own. README.md has the equations and the reasons for the sizes.
 """
 
@@ -17,6 +18,7 @@ One token has a kernel of its own. README.md has the equations and the reasons f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -29,7 +31,7 @@ from torch import Tensor
 
 from subquad_kernels.selective_scan.declaration import CHUNK
 from subquad_kernels.selective_scan.fused_backward import differentiate, summarise_gradients
-from subquad_kernels.selective_scan.fused_forward import scan, summarise
+from subquad_kernels.selective_scan.fused_forward import scan
 from subquad_kernels.selective_scan.fused_step import step_one
 from subquad_kernels.selective_scan.tiles import row_of
 from subquad_kernels.tile_sizes import ceil_div, power_of_two
@@ -54,7 +56,9 @@ class Launch:
     `tile_c` channels a program; `group` tokens (a divisor of 16) whose inputs are loaded together and, backward, whose
     states are held together; `registers` a thread may take, so that more warps share a scheduler (None: what it likes).
     Where fewer than `enough` programs would run, time is cut so that `programs` do, into segments of at least
-    `shortest` tokens. `evict` is what the caches are told of tensors that pass through ("" or "evict_first").
+    `shortest` tokens. Forward, a segment that is `first` times as long as the others comes before them, for it is
+    scanned while they are summarised. `evict` is what the caches are told of tensors that pass through ("" or
+    "evict_first").
     """
 
     tile_c: int
@@ -64,6 +68,7 @@ class Launch:
     enough: int = 528
     programs: int = 2112
     shortest: int = 64
+    first: float = 0.0
     segment_len: int | None = None
     evict: str = ""
 
@@ -74,15 +79,16 @@ def launch_of(n: int, *, backward: bool) -> Launch:
 
     A row of 16 channels has fewer elements than a warp has lanes: it is loaded in the layout of the states. Forward
     three warps share a scheduler, so that 1584 programs fill 132 multiprocessors; the backward holds two, and was
-    fastest with twice the 2112 that it could hold at four (README: chosen on an H200 at n = 16).
+    fastest with twice the 2112 that it could hold at four (README: chosen on an H200 at n = 16). A token is summarised
+    in 0.6 of the time in which it is scanned: a first segment of 0.6 of the others' length ends when they do.
     """
     padded = power_of_two(n)
     tile_c = min(16, max(8, 256 // padded))
     if backward:
         return Launch(tile_c=tile_c, group=4, programs=4224)
     if padded > 32:
-        return Launch(tile_c=tile_c, group=4)
-    return Launch(tile_c=tile_c, group=8, registers=168, programs=1584)
+        return Launch(tile_c=tile_c, group=4, first=0.6)
+    return Launch(tile_c=tile_c, group=8, registers=168, programs=1584, first=0.6)
 
 
 def forward(launch: Launch | None = None, **arguments: Argument) -> Outputs:
@@ -131,8 +137,8 @@ class _Call:
         if launch.segment_len is not None:
             wanted = launch.segment_len
         else:
-            segments = max(1, launch.programs // (tiles * self.b)) if tiles * self.b < launch.enough else 1
-            wanted = max(launch.shortest, ceil_div(self.t, segments))
+            at_once = launch.programs // (tiles * self.b) if tiles * self.b < launch.enough else 1
+            wanted = self.t if at_once <= 1 else max(launch.shortest, math.ceil(self.t / (at_once + launch.first)))
         segment_len = ceil_div(wanted, CHUNK) * CHUNK
         return tiles, ceil_div(self.t, segment_len), segment_len
 
@@ -168,28 +174,25 @@ class _Call:
     def forward(self, launch: Launch) -> Outputs:
         """y: b t c    final_state: q c n    boundaries: (t-1)//16 b n c    ungated: b t c or 0"""
         tiles, segments, segment_len = self._cut(launch)
+        first_len = segment_len if segments == 1 else ceil_div(math.ceil(launch.first * segment_len), CHUNK) * CHUNK
+        others = ceil_div(max(self.t - first_len, 0), segment_len)
         y = torch.empty(self.b, self.t, self.c, dtype=self.x.dtype, device=self.x.device)
         ungated = self._new(0) if self.z is None else self._new(self.b, self.t, self.c)
         boundaries = self._new((self.t - 1) // CHUNK, self.b, self.n, self.c)
         final = self._states(self.initial)
-        decays, writes = (self._new(segments - 1, self.b, self.c, self.n) for _ in range(2))
+        decays, writes = (self._new(others, self.b, self.c, self.n) for _ in range(2))
         constants = self._constants(launch) | {"INITIAL": self.initial is not None}
         pad = constants["PAD_N"]
-        held = CHUNK * (3 * launch.tile_c + 2 * pad) + launch.tile_c * pad
-        scratch = self._new(tiles * self.b * segments, held)
-        if segments > 1:
-            summarise[(tiles * self.b * (segments - 1),)](
-                self.x, self.dt, self.A, self.B, self.dt_bias, self.initial, self.marks, decays, writes, scratch,
-                self.t, self.c, self.b, segment_len, self.x.stride(0), self.dt.stride(0), self.B.stride(0),
-                **constants,
+        programs = tiles * self.b * max(others, 1)
+        scratch = self._new(programs, CHUNK * (3 * launch.tile_c + 2 * pad) + launch.tile_c * pad)
+        for scanned in range(min(others, 1) + 1):
+            scan[(programs,)](
+                self.x, self.dt, self.A, self.B, self.C, self.D, self.z, self.dt_bias, self.initial, self.marks,
+                decays, writes, y, final, boundaries, ungated, scratch,
+                self.t, self.c, self.b, first_len, segment_len, scanned,
+                self.x.stride(0), self.dt.stride(0), self.B.stride(0), self.C.stride(0), _stride(self.z),
+                SKIP=self.D is not None, GATE=self.z is not None, **constants,
             )  # fmt: skip
-        scan[(tiles * self.b * segments,)](
-            self.x, self.dt, self.A, self.B, self.C, self.D, self.z, self.dt_bias, self.initial, self.marks,
-            decays, writes, y, final, boundaries, ungated, scratch,
-            self.t, self.c, self.b, segments, segment_len,
-            self.x.stride(0), self.dt.stride(0), self.B.stride(0), self.C.stride(0), _stride(self.z),
-            SKIP=self.D is not None, GATE=self.z is not None, **constants,
-        )  # fmt: skip
         return y, final, boundaries, ungated
 
     def step(self) -> Outputs:

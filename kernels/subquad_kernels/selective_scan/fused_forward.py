@@ -31,20 +31,15 @@ from subquad_kernels.selective_scan.tiles import (
 from subquad_kernels.triton_launch import QuickLaunch
 
 
-@QuickLaunch
-@triton.jit(do_not_specialize=["t", "b", "segment_len"])
+@triton.jit
 def summarise(
-    x, dt, A, B, dt_bias, initial, marks, decays, writes, scratch,
-    t, c, b, segment_len, x_stride, dt_stride, B_stride,
+    x, dt, A, B, dt_bias, initial, marks, decays, writes, slot, tile, sequence, segment, begin, end,
+    t, c, b, x_stride, dt_stride, B_stride,
     N: tl.constexpr, PAD_N: tl.constexpr, TILE_C: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
     SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, AHEAD: tl.constexpr, EVICT: tl.constexpr,
     INITIAL: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
-    """What a segment does to the state that enters it:  h -> decay h + write.  The first segment's h is in its write.
-
-    Shapes:  decays, writes: segments-1 b c n
-    """
-    tile, sequence, segment = place_of_program(c, b, TILE_C)
+    """What a segment does to the state that enters it:  h -> decay h + write."""
     channels = tile * TILE_C + by_fours(TILE_C)
     columns = by_fours(PAD_N)
     in_c, in_n = channels < c, columns < N
@@ -52,14 +47,12 @@ def summarise(
     bias = load_vector(dt_bias, channels, in_c, BIAS)
     at = tl.arange(0, CHUNK)[:, None]  # tokens of a chunk
     local = tl.arange(0, TILE_C)[None, :]
-    steps_at = scratch + tl.program_id(0).to(tl.int64) * (CHUNK * (2 * TILE_C + PAD_N))
+    steps_at = slot
     drives_at = steps_at + CHUNK * TILE_C
     B_table = drives_at + CHUNK * TILE_C
-    begin = segment * segment_len
-    end = tl.minimum(begin + segment_len, t)
 
     rates, offsets, within = states_of_tile(A, tile, c, N, PAD_N, TILE_C, SUB)
-    states = states_at_edge(initial, sequence * state_size, offsets, within, segment == 0, INITIAL and not PACKED)
+    states = tl.zeros([TILE_C, PAD_N], tl.float32)
     ROWS_A_LANE: tl.constexpr = max(1, CHUNK * TILE_C // 128)
     age = tl.zeros([CHUNK // ROWS_A_LANE, TILE_C], tl.float32)  # the sum of steps
     kept = begin >= 0  # no document starts in this segment
@@ -111,20 +104,18 @@ def summarise(
     tl.store(writes + summary + offsets, states, mask=within)
 
 
-@QuickLaunch
-@triton.jit(do_not_specialize=["t", "b", "segments", "segment_len"])
-def scan(
-    x, dt, A, B, C, D, z, dt_bias, initial, marks, decays, writes, y, final, boundaries, ungated, scratch,
-    t, c, b, segments, segment_len, x_stride, dt_stride, B_stride, C_stride, z_stride,
+@triton.jit
+def walk(
+    x, dt, A, B, C, D, z, dt_bias, initial, marks, decays, writes, y, final, boundaries, ungated, slot,
+    tile, sequence, segment, begin, end, t, c, b, x_stride, dt_stride, B_stride, C_stride, z_stride,
     N: tl.constexpr, PAD_N: tl.constexpr, TILE_C: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
     SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, AHEAD: tl.constexpr, EVICT: tl.constexpr,
     INITIAL: tl.constexpr, SKIP: tl.constexpr, GATE: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
-    """The scan of one segment, from the state that the segments before it leave."""
+    """The scan of one segment, from the state that the segments before it leave; its own last state is kept."""
     PARTS: tl.constexpr = TILE_C // SUB
     LANES: tl.constexpr = max(1, PAD_N // 4)  # that share a channel
     WIDTH: tl.constexpr = min(LANES, GROUP * PARTS)  # sums of a channel that are stored beside each other
-    tile, sequence, segment = place_of_program(c, b, TILE_C)
     channels = tile * TILE_C + by_fours(TILE_C)
     columns = by_fours(PAD_N)
     in_c, in_n = channels < c, columns < N
@@ -133,7 +124,6 @@ def scan(
     skip = load_vector(D, channels, in_c, SKIP)
     at = tl.arange(0, CHUNK)[:, None]  # tokens of a chunk
     local = tl.arange(0, TILE_C)[None, :]
-    slot = scratch + tl.program_id(0).to(tl.int64) * (CHUNK * (3 * TILE_C + 2 * PAD_N) + TILE_C * PAD_N)
     steps_at = slot + TILE_C * PAD_N
     drives_at = steps_at + CHUNK * TILE_C
     totals_at = drives_at + CHUNK * TILE_C
@@ -143,11 +133,11 @@ def scan(
 
     rates, offsets, within = states_of_tile(A, tile, c, N, PAD_N, TILE_C, SUB)
     states = states_at_edge(initial, sequence * state_size, offsets, within, segment == 0, INITIAL and not PACKED)
-    for earlier in range(segment):
-        states = through_segment(states, decays, writes, (earlier * b + sequence) * state_size, offsets, within)
+    if segment > 0:
+        states = tl.load(writes + sequence * state_size + offsets, mask=within, other=0.0)  # where the first ended
+        for between in range(1, segment):
+            states = through_segment(states, decays, writes, (between * b + sequence) * state_size, offsets, within)
 
-    begin = segment * segment_len
-    end = tl.minimum(begin + segment_len, t)
     next_raws = load_chunk(dt, dt_stride, sequence, begin, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True)
     next_values = load_chunk(x, x_stride, sequence, begin, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True)
     next_map_rows = load_chunk(B, B_stride, sequence, begin, end, t, columns, in_n, CHUNK, AHEAD, "", True)
@@ -220,5 +210,42 @@ def scan(
                 mask=in_n[:, None] & in_c[None, :],
             )
         tl.debug_barrier()
-    if not PACKED and segment == segments - 1:
+    if segment == 0 and end < t:
+        tl.store(writes + sequence * state_size + offsets, states, mask=within)
+    if not PACKED and end == t:
         tl.store(final + sequence * state_size + offsets, states, mask=within)
+
+
+@QuickLaunch
+@triton.jit(do_not_specialize=["t", "b", "first_len", "segment_len", "scanned"])
+def scan(
+    x, dt, A, B, C, D, z, dt_bias, initial, marks, decays, writes, y, final, boundaries, ungated, scratch,
+    t, c, b, first_len, segment_len, scanned, x_stride, dt_stride, B_stride, C_stride, z_stride,
+    N: tl.constexpr, PAD_N: tl.constexpr, TILE_C: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
+    SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, AHEAD: tl.constexpr, EVICT: tl.constexpr,
+    INITIAL: tl.constexpr, SKIP: tl.constexpr, GATE: tl.constexpr, SUB: tl.constexpr,
+):  # fmt: skip
+    """One segment, scanned if nothing is missing of the state that enters it, else summarised for a later launch.
+
+    `scanned` segments were scanned before this launch: 0 or 1. What the first leaves is row 0 of `writes`; row k of
+    both tables is segment k's summary. The last has none.
+    Shapes:  decays, writes: segments-1 b c n
+    """
+    tile, sequence, index = place_of_program(c, b, TILE_C)
+    segment = scanned + index
+    begin = tl.where(segment > 0, first_len + (segment - 1) * segment_len, 0)
+    end = tl.minimum(first_len + segment * segment_len, t)
+    slot = scratch + tl.program_id(0).to(tl.int64) * (CHUNK * (3 * TILE_C + 2 * PAD_N) + TILE_C * PAD_N)
+    if segment > 0 and scanned == 0:
+        # In groups of four: no slower than eight, and Triton's time to compile grows faster than operations.
+        summarise(
+            x, dt, A, B, dt_bias, initial, marks, decays, writes, slot, tile, sequence, segment, begin, end,
+            t, c, b, x_stride, dt_stride, B_stride,
+            N, PAD_N, TILE_C, CHUNK, min(GROUP, 4), SOFTPLUS, BIAS, PACKED, AHEAD, EVICT, INITIAL, SUB,
+        )  # fmt: skip
+    else:
+        walk(
+            x, dt, A, B, C, D, z, dt_bias, initial, marks, decays, writes, y, final, boundaries, ungated, slot,
+            tile, sequence, segment, begin, end, t, c, b, x_stride, dt_stride, B_stride, C_stride, z_stride,
+            N, PAD_N, TILE_C, CHUNK, GROUP, SOFTPLUS, BIAS, PACKED, AHEAD, EVICT, INITIAL, SKIP, GATE, SUB,
+        )  # fmt: skip
