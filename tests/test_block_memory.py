@@ -23,7 +23,7 @@ from subquad.model.build import build_model
 from subquad.schema import ChannelMixerConfig, ModelConfig
 from subquad_cost_model.timed_rows import read_timed_rows
 from subquad_kernels.catalogue import CATALOGUE
-from subquad_kernels.linear_attention.declaration import several_heads
+from subquad_kernels.linear_attention.declaration import several_heads, states_kept
 from subquad_kernels.workload import Workload
 
 ROOT = Path(__file__).parents[1]
@@ -208,7 +208,7 @@ def test_a_kernel_that_declares_its_scratch_needs_no_estimate() -> None:
 def test_declared_scratch_is_what_was_measured_on_gpus(name: str, kernel: str) -> None:
     """Of rows of an H100 and an H200 that ship with the cost model; torch rounds what it allocates.
 
-    Heads that share keys were timed one by one, before a program took several.
+    Heads that share keys were timed one by one, before a program took several, and wide ones before states were kept.
     """
     pytest.importorskip("pyarrow")
     rows = [
@@ -227,7 +227,7 @@ def test_declared_scratch_is_what_was_measured_on_gpus(name: str, kernel: str) -
             operator=name, shape=dict(row.shape), dtype=row.dtype, phase="backward",  # type: ignore[arg-type]
             options=dict(row.options), document_lengths=row.document_lengths,
         )  # fmt: skip
-        if several_heads(workload):
+        if several_heads(workload) or states_kept(workload):
             continue
         with FakeTensorMode():
             arguments = operator.torch_half.sample_inputs(workload, seed=0, device="cpu")
@@ -237,7 +237,7 @@ def test_declared_scratch_is_what_was_measured_on_gpus(name: str, kernel: str) -
         tensors = sum(tensor.nbytes for tensor in (*given, *found, *results, *results[: len(operator.outputs)]))
         assert tensors + declared(workload) == pytest.approx(timed.peak_bytes, rel=0.05), row
         compared += 1
-    assert compared > 50
+    assert compared > 40
 
 
 # --- whole steps ----------------------------------------------------------------------

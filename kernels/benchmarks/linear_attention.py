@@ -6,8 +6,9 @@ bfloat16. `device_ms` is the sum of the times of all kernels that one call start
 `called_ms` is what a caller waits for: through the torch op, with autograd where gradients are wanted (median of
 `triton.testing.do_bench`, L2 cleared between calls); `host_us` is what a call of a tiny shape takes before it returns.
 `error` is the largest of outputs and gradients of the same widths at 2 x 299 tokens, against float64.
-With --tune, launches are tried for each case, forward then backward then the length of a segment, and the best are
-printed and kept for the timings; the package itself keeps what `fused.launch_of` says.
+With --tune, launches are tried for each case, backward then forward then the length of a segment, and the best are
+printed and kept for the timings; the package itself keeps what `fused.launch_of` says. A launch counts only where the
+kernels that are timed are within tolerance of float64 first. OUT.json is written at every row.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor
 import subquad_kernels.builtin  # noqa: F401  (fills the catalogue)
 from subquad_kernels.catalogue import CATALOGUE
 from subquad_kernels.linear_attention import fused
+from subquad_kernels.linear_attention.chunk_states import Size
 from subquad_kernels.linear_attention.definition import sample_inputs
 from subquad_kernels.operators import linear_attention
 from subquad_kernels.self_check import judge, kernel_errors
@@ -75,6 +77,9 @@ CASES = (
     Case(name="D64 L8k token", b=4, t=8_192, decay="token"),
     Case(name="D64 L8k packed", b=1, t=32_768, decay="token", documents=24),
     Case(name="D128 L8k", b=4, t=8_192, n=128, p=128),
+    Case(name="D128 L32k", b=1, t=32_768, n=128, p=128),
+    Case(name="D128 L8k gated", b=4, t=8_192, n=128, p=128, decay="token", write_gate=True),
+    Case(name="D128 L8k packed", b=1, t=32_768, n=128, p=128, decay="token", documents=24),
     Case(name="SSD L8k", b=4, t=8_192, h=32, h_k=1, n=128, p=64, decay="token", write_gate=True),
     Case(name="SSD L32k", b=1, t=32_768, h=32, h_k=1, n=128, p=64, decay="token", write_gate=True),
     Case(name="Mamba-3 L8k", b=4, t=8_192, h=32, h_k=32, n=128, p=64, decay="token", write_gate=True, diagonal=True),
@@ -115,11 +120,16 @@ def default_launches(case: Case) -> dict[str, fused.Launch]:
     }  # fmt: skip
 
 
-def check(case: Case, launches: dict[str, fused.Launch]) -> tuple[float, str, bool]:
-    """The largest error at the case's widths and a small size, its name, and whether all are within tolerance."""
-    h_k = min(case.h_k, 4)
-    heads = 4 if launches["forward"].shared is None else launches["forward"].shared.heads * h_k
-    arguments = case.inputs(state=True, b=1 if case.documents else 2, t=299, h=min(case.h, heads), h_k=h_k)
+def check(case: Case, launches: dict[str, fused.Launch], *, as_timed: bool = False) -> tuple[float, str, bool]:
+    """The largest error at the case's widths and a small size, its name, and whether all are within tolerance.
+
+    With states and fewer heads; `as_timed` with those of the case, so that what is timed later is what is compiled.
+    """
+    heads = {"h": case.h, "h_k": case.h_k}
+    if not as_timed:
+        h_k, shared = min(case.h_k, 4), launches["forward"].shared
+        heads = {"h": min(case.h, 4 if shared is None else (shared.heads or 8) * h_k), "h_k": h_k}
+    arguments = case.inputs(state=not as_timed, b=1 if case.documents else 2, t=299, **heads)
     arguments["log_decay"] = None if case.decay == "none" else arguments["log_decay"]
     if case.decay == "head":
         arguments["log_decay"] = arguments["log_decay"][: arguments["v"].shape[2]].contiguous()
@@ -234,6 +244,9 @@ def time_rivals(record: Record, cases: tuple[Case, ...], over: Callable[[], bool
 
 def candidates(base: fused.Launch, case: Case) -> Iterator[fused.Launch]:
     """Tiles of values, warps, stages of loads, and a cap on registers; the one that stands comes first."""
+    if base.kept is not None:
+        yield from kept_candidates(base, case)
+        return
     own = base.tile_p
     tried = (
         (own, base.num_warps, base.num_stages, None), (own, 4, 2, None), (own, 4, 3, None), (own, 4, 1, None),
@@ -242,6 +255,32 @@ def candidates(base: fused.Launch, case: Case) -> Iterator[fused.Launch]:
     for tile, warps, stages, registers in dict.fromkeys(tried):
         if tile <= max(16, case.p):
             yield replace(base, tile_p=tile, num_warps=warps, num_stages=stages, registers=registers)
+
+
+def kept_candidates(base: fused.Launch, case: Case) -> Iterator[fused.Launch]:
+    """Sizes of the walks and of what takes a chunk, in chunks of 64 and 128; then no states kept, as it was before."""
+    assert base.kept is not None
+    yield base
+    yield replace(base, kept=None, num_warps=8)
+    for warps, stages, registers in ((8, 3, 128), (8, 1, 128), (8, 2, None), (8, 3, None), (4, 2, None)):
+        walk = Size(num_warps=warps, num_stages=stages, registers=registers)
+        yield replace(base, kept=replace(base.kept, borders=walk, states=walk))
+    yield replace(base, kept=replace(base.kept, chunks=Size(num_warps=8)))
+    if not case.documents:  # the residual of packed documents lies by the forward's chunks
+        for walk in (Size(num_warps=8, num_stages=2), Size(num_warps=8, num_stages=1, registers=128)):
+            kept = replace(base.kept, borders=walk, states=walk, chunks=Size(num_warps=8))
+            yield replace(base, chunk=128, kept=kept)
+
+
+def shown(launch: fused.Launch) -> str:
+    """What is tried of a launch, in a line."""
+    where = f"chunk {launch.chunk} segment {launch.segment_len} enough {launch.enough}"
+    if launch.kept is not None:
+        walk = launch.kept.states
+        sizes = f"warps {walk.num_warps} stages {walk.num_stages} registers {walk.registers}"
+        return f"kept: walk {sizes} chunk's warps {launch.kept.chunks.num_warps} {where}"
+    sizes = f"warps {launch.num_warps} stages {launch.num_stages} registers {launch.registers}"
+    return f"tile {launch.tile_p} {sizes} {where}"
 
 
 def tune(record: Record, case: Case, over: Callable[[], bool]) -> dict[str, fused.Launch]:
@@ -256,6 +295,7 @@ def tune(record: Record, case: Case, over: Callable[[], bool]) -> dict[str, fuse
         row: dict[str, Any] = {"case": case.name, "direction": direction}
         row["launches"] = {name: asdict(launch) for name, launch in trial.items()}
         with surviving(row):
+            row["error"], row["error_of"], row["passed"] = check(case, trial, as_timed=True)
             outputs = fused.forward(trial["forward"], **inputs)
             apart = distance(outputs[0], expected)
             functions: dict[str, Callable[[], object]] = {
@@ -267,11 +307,13 @@ def tune(record: Record, case: Case, over: Callable[[], bool]) -> dict[str, fuse
             }
             row |= {"distance": apart, "parts": times, "ms": sum(sum(parts.values()) for parts in times.values())}
         record.add("tuning", row)
-        shown = trial["forward" if direction == "forward" else "backward"]
-        label = f"tile {shown.tile_p} warps {shown.num_warps} stages {shown.num_stages} registers {shown.registers}"
-        label += f" chunk {shown.chunk} segment {shown.segment_len} enough {shown.enough}"
-        print(f"  {direction:8} {label:80} {row.get('ms', 0):.3f} {row.get('failure', '')[:80]}", flush=True)
-        return float(row["ms"]) if row.get("distance", 1.0) < 0.05 else float("inf")
+        label = shown(trial["forward" if direction == "forward" else "backward"])
+        state = "ok  " if row.get("passed") else "FAIL"
+        found = f"{row.get('ms', 0):.3f} error {row.get('error', 0):.1e} {row.get('failure', '')[:80]}"
+        print(f"  {state} {direction:8} {label:84} {found}", flush=True)
+        if direction != "forward" and row.get("ms"):
+            show_parts(row["parts"]["backward"])
+        return float(row["ms"]) if row.get("passed") and row.get("distance", 1.0) < 0.05 else float("inf")
 
     def best_of(trials: Iterator[dict[str, fused.Launch]], direction: str) -> dict[str, fused.Launch]:
         best, least = launches, float("inf")
@@ -284,7 +326,7 @@ def tune(record: Record, case: Case, over: Callable[[], bool]) -> dict[str, fuse
                 best, least = trial, milliseconds
         return best
 
-    for direction in ("forward", "backward"):
+    for direction in ("backward", "forward"):
         tried = candidates(launches[direction], case)
         launches = best_of((launches | {direction: launch} for launch in tried), direction)
 
@@ -301,37 +343,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--only", nargs="*", default=None, help="names of cases; all unless given")
+    parser.add_argument(
+        "--only", nargs="*", default=None, help="names of cases; all, and the host's time, unless given"
+    )
     parser.add_argument("--limit-s", type=float, default=240.0)
     options = parser.parse_args()
     over = partial(Limit(options.limit_s).over, 15.0)
     cases = tuple(case for case in CASES if options.only is None or case.name in options.only)
-    record = Record.of("cuda")
-    try:
+    record = Record.of("cuda", options.out)
+    for case in cases:
+        if over():
+            print("time is up: not timed:", case.name)
+            continue
+        time_case(record, case)
+        torch.cuda.empty_cache()
+    if options.only is None and not over():
+        time_host(record)
+    if options.tune:
         for case in cases:
             if over():
-                print("time is up: not timed:", case.name)
+                break
+            if default_launches(case)["forward"].shared is not None:
+                print("shared_keys.py tunes", case.name)
                 continue
-            time_case(record, case)
-            torch.cuda.empty_cache()
-        if not over():
-            time_host(record)
-        if options.tune:
-            for case in cases:
-                if over():
-                    break
-                if default_launches(case)["forward"].shared is not None:
-                    print("shared_keys.py tunes", case.name)
-                    continue
-                print("tuning", case.name)
-                launches = tune(record, case, over)
-                found = {name: asdict(launch) for name, launch in launches.items()}
-                record.add("launches", {"case": case.name} | found)
-                print("best", *(f"{name}: {launch}" for name, launch in launches.items()), sep="\n  ")
-                time_case(record, case, launches)
-        time_rivals(record, cases, over)
-    finally:
-        record.save(options.out)
+            print("tuning", case.name)
+            launches = tune(record, case, over)
+            found = {name: asdict(launch) for name, launch in launches.items()}
+            record.add("launches", {"case": case.name} | found)
+            print("best", *(f"{name}: {launch}" for name, launch in launches.items()), sep="\n  ")
+            time_case(record, case, launches)
+    time_rivals(record, cases, over)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,11 @@ def takes_several_heads(n: int, p: int, *, half: bool, group: int) -> bool:
     return half and padded(n) in (64, 128) and padded(p) == 64 and group % 8 == 0
 
 
+def keeps_states(n: int, p: int, *, half: bool) -> bool:
+    """Whether the backward of the fused kernel keeps the states of all chunks in memory, where shared memory is."""
+    return half and padded(n) == padded(p) == 128
+
+
 def heads_of(group: int, pairs: int) -> int:
     """Heads of a group that a program takes, of so many pairs of a chunk and a head: all if the device stays full.
 
@@ -227,6 +232,12 @@ def several_heads(workload: Workload) -> bool:
     )  # fmt: skip
 
 
+def states_kept(workload: Workload) -> bool:
+    """Whether the backward of the fused kernel keeps this workload's states, on a device with the shared memory."""
+    shape = workload.shape
+    return workload.phase == "backward" and keeps_states(shape["n"], shape["p"], half=workload.element_bytes == 2)
+
+
 def _fused_steps(workload: Workload) -> int:
     shape = workload.shape
     b, t, h, documents = shape["b"], shape["t"], shape["h"], shape.get("documents", 0)
@@ -239,6 +250,8 @@ def _fused_steps(workload: Workload) -> int:
 
     if several_heads(workload):
         return walk(CHUNK if documents else 2 * CHUNK) + (3 * walk(CHUNK) if backward else 0)
+    if states_kept(workload):
+        return 4 * walk(CHUNK)
     walks = 2 if backward else 1
     if -(-shape["p"] // 64) * h * b >= CUT_BELOW:
         return walks * chunk_slots(t, documents)
@@ -256,6 +269,8 @@ def _fused_scratch(workload: Workload) -> int:
     b, t, h, h_k, n, p = (shape[axis] for axis in ("b", "t", "h", "h_k", "n", "p"))
     if several_heads(workload):
         return _scratch_of_several_heads(b, t, h, h // h_k, n, p, shape.get("documents", 0))
+    if states_kept(workload):
+        return _scratch_of_kept_states(workload)
     tiles = ceil_div(p, value_tile(n, p, half=workload.element_bytes == 2, backward=True))
     by_tile = b * t * h * tiles
     gates = (options["decay"] == "token") + bool(options["write_gate"]) + bool(options["diagonal"])
@@ -274,6 +289,18 @@ def _scratch_of_several_heads(b: int, t: int, h: int, group: int, n: int, p: int
     gates = 4 * slots * h * CHUNK * 4
     borders = 4 * (segments(b, t, h, documents) - 1) * b * h * (n * p + 1)
     return states + sums + gates + borders
+
+
+def _scratch_of_kept_states(workload: Workload) -> int:
+    """Backward: both kinds of states of every chunk, gates and what flows by head, dq and dk of heads that share."""
+    shape, decay, documents = workload.shape, workload.options["decay"], workload.shape.get("documents", 0)
+    b, t, h, h_k, n, p = (shape[axis] for axis in ("b", "t", "h", "h_k", "n", "p"))
+    chunks = b * chunk_slots(t, documents) * h
+    states = 2 * chunks * padded(n) * padded(p) * 2
+    gates = 4 * chunks * CHUNK * (3 if decay == "none" else 4)
+    borders = 4 * (segments(b, t, h, documents) - 1) * b * h * (n * p + 1)
+    parts = 2 * b * t * h * n * workload.element_bytes if h > h_k else 0
+    return states + gates + borders + parts + (4 * b * t * h if decay == "head" else 0)
 
 
 _BOTH = frozenset({"cpu", "cuda"})

@@ -27,7 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad_kernels.device_limits import device_limits
-from subquad_kernels.linear_attention import shared_keys
+from subquad_kernels.linear_attention import kept_states, shared_keys
+from subquad_kernels.linear_attention.chunk_states import Size
 from subquad_kernels.linear_attention.chunk_tiles import (
     ages_of,
     count_chunks,
@@ -42,11 +43,13 @@ from subquad_kernels.linear_attention.declaration import (
     CHUNK,
     CUT_BELOW,
     chunk_slots,
+    keeps_states,
     segment_len,
     takes_several_heads,
     value_tile,
 )
-from subquad_kernels.linear_attention.shared_keys import Shared, Size
+from subquad_kernels.linear_attention.kept_states import Kept
+from subquad_kernels.linear_attention.shared_keys import Shared
 from subquad_kernels.tile_sizes import ceil_div, padded
 from subquad_kernels.triton_chunks import lay_out
 from subquad_kernels.triton_launch import QuickLaunch
@@ -63,8 +66,8 @@ class Launch:
     `tile_p` columns of values a program; `registers` caps those of a lane. Time is cut where fewer than `enough`
     programs would run. `chunk` tokens a step and `segment_len` tokens a segment (None: what the declaration says)
     decide the shape of the residual: forward and backward must agree, and calls through the torch op keep both.
-    With `shared`, programs take several heads of q and k that these share (`shared_keys`), and of the rest of this
-    `chunk` and `segment_len` count.
+    With `shared`, programs take several heads of q and k that these share (`shared_keys`); with `kept`, those of a
+    backward take a chunk each (`kept_states`). Of the rest of this `chunk` and `segment_len` count then.
     """
 
     tile_p: int
@@ -75,25 +78,40 @@ class Launch:
     chunk: int = CHUNK
     segment_len: int | None = None
     shared: Shared | None = None
+    kept: Kept | None = None
 
 
 @lru_cache
-def launch_of(n: int, p: int, dtype: torch.dtype, *, backward: bool, group: int = 1, packed: bool = False) -> Launch:
+def launch_of(
+    n: int, p: int, dtype: torch.dtype, *, backward: bool, group: int = 1, packed: bool = False, room: bool = True
+) -> Launch:
     """Sizes for a state of n rows and p columns: at most 64 registers a lane for it.
 
     Four warps hold one 64-row tile a product; eight would repeat products of 64 rows, and serve larger states alone.
     The backward holds whole values up to 128 columns: narrower tiles would each write a part of dq and dk. It takes
     values of few columns in tiles as wide as those of keys, up to 64, from where on rows in shared memory have one
     layout: ptxas 12.8 may read an operand with rows of 64 bytes from nowhere where others are of 128 (README).
-    Where `group` heads share keys of 64 columns or 128, and their values have 64, a program takes several heads.
+    Where `group` heads share keys of 64 columns or 128, and their values have 64, a program takes several heads. Where
+    both have 128, a walk of the backward would spill, and states go to memory. Either needs `room` in shared memory.
     """
     rows, half = padded(n), dtype != torch.float32
-    if takes_several_heads(n, p, half=half, group=group):
+    if room and takes_several_heads(n, p, half=half, group=group):
         return shared_launch(backward=backward, packed=packed)
     tile_p = value_tile(n, p, half=half, backward=backward)
+    if room and backward and keeps_states(n, p, half=half):
+        return kept_launch(tile_p)
     if not half:
         return Launch(tile_p=tile_p, num_stages=1)
     return Launch(tile_p=tile_p, num_warps=4 if rows * tile_p <= 8192 else 8, num_stages=2 if rows <= 128 else 1)
+
+
+def kept_launch(tile_p: int) -> Launch:
+    """Sizes where states are kept: two programs a multiprocessor by registers and shared memory, walks and chunks.
+
+    Three stages of loads would leave a walk that keeps states no room beside another.
+    """
+    walk = Size(num_warps=8, num_stages=2, registers=128)
+    return Launch(tile_p=tile_p, kept=Kept(borders=walk, states=walk, chunks=Size(num_warps=4)))
 
 
 def shared_launch(*, backward: bool, packed: bool) -> Launch:
@@ -115,7 +133,10 @@ def shared_launch(*, backward: bool, packed: bool) -> Launch:
 
 @lru_cache
 def _has_room(device: torch.device) -> bool:
-    """Whether a program may have the shared memory that several heads' tiles take; what only compiles may."""
+    """Whether a program may have the shared memory that several heads' tiles take, or a chunk's with its states.
+
+    What only compiles may.
+    """
     return device.type != "cuda" or device_limits(str(device)).shared_memory_bytes >= 200 * 1024
 
 
@@ -160,9 +181,10 @@ class Call:
 
     def launch(self, *, backward: bool) -> Launch:
         """The sizes of a direction, unless others are asked for."""
-        group = self.h // self.h_k if _has_room(self.v.device) else 1
-        packed = self.cu_seqlens is not None
-        return launch_of(self.n, self.p, self.v.dtype, backward=backward, group=group, packed=packed)
+        return launch_of(
+            self.n, self.p, self.v.dtype, backward=backward, group=self.h // self.h_k,
+            packed=self.cu_seqlens is not None, room=_has_room(self.v.device),
+        )  # fmt: skip
 
     def new(self, *shape: int) -> Tensor:
         return self.v.new_empty(shape, dtype=torch.float32)
@@ -250,12 +272,13 @@ class Call:
         """Gradients in the types of their tensors; parts of heads that share q and k are added at the end."""
         dy, dy_strides = (self.v.new_zeros(self.p), (0, 0)) if dy is None else _rows(dy)
         dfinal = None if dfinal is None else dfinal.contiguous()
+        given = (final, boundaries, dy, dy_strides, dfinal)
         if launch.shared is not None:
-            found = shared_keys.backward(
-                self, launch, launch.shared, final, boundaries, dy, dy_strides, dfinal
-            )  # fmt: skip
+            found = shared_keys.backward(self, launch, launch.shared, *given)
+        elif launch.kept is not None:
+            found = kept_states.backward(self, launch, launch.kept, *given)
         else:
-            found = self._walk_back(launch, final, boundaries, dy, dy_strides, dfinal)
+            found = self._walk_back(launch, *given)
         if self.decay == 2 and found["log_decay"] is not None:
             found["log_decay"] = found["log_decay"].sum((0, 1))
         return found
