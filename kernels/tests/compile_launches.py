@@ -4,12 +4,13 @@
 
 Run as a script and not in the interpreter of Triton: forward and backward are called on CPU tensors, and in place of
 each launch its kernel is compiled with the types, constants and alignments of the arguments. One JSON line a launch:
-registers a thread, bytes of memory a thread that registers spilled to, bytes of shared memory a program, and for Hopper
-the instructions that read a register which was never set (`unset_registers`). The calls are
-those of a training step in bfloat16, for every example of the operator; with --sample for one that is packed and one of
-a single token, with --all every case, in float32 as well. With --widths they are those of a step in that type, packed
-and not, at every pair of widths of keys and values (--pairs N,P ...: of these). --heads H,H_K stand for the examples'
-numbers of heads of values and of keys. --packed leaves out steps that are not, --launch NAME all other launches.
+registers a thread, bytes of memory a thread that registers spilled to, bytes of shared memory a program, for Hopper the
+instructions that read a register which was never set (`unset_registers`), for Blackwell columns of tensor memory a
+program (more than the 512 there are: a trap was compiled instead). The calls are those of a training step in bfloat16,
+for every example of the operator; with --sample for one that is packed and one of a single token, with --all every
+case, in float32 as well. With --widths they are those of a step in that type, packed and not, at every pair of widths
+of keys and values (--pairs N,P ...: of these). --heads H,H_K stand for the examples' numbers of heads of values and of
+keys. --packed leaves out steps that are not, --launch NAME all other launches.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from unset_registers import unset_registers
 
@@ -126,6 +129,8 @@ class Compiled:
             if key not in self._seen:
                 self._seen.add(key)
                 source = ASTSource(jitted, signature, constants, attributes)
+                # What a kernel asks of the device that it is compiled for.
+                driver.set_active(SimpleNamespace(get_current_target=lambda target=target: TARGETS[target]))
                 found = {"kernel": name, "target": target, "case": self.case}
                 try:
                     compiled = triton.compile(source, target=TARGETS[target], options=options)
@@ -135,7 +140,7 @@ class Compiled:
 
 
 def resources(compiled: Any, target: str) -> dict[str, Any]:
-    """Registers, spilled bytes and shared memory of a compiled kernel, and its instructions for matrix products."""
+    """Registers, spilled bytes and memory on chip of a compiled kernel, and its instructions for matrix products."""
     shared = compiled.metadata.shared
     if target.startswith("gfx"):
         text = compiled.asm["amdgcn"]
@@ -152,7 +157,11 @@ def resources(compiled: Any, target: str) -> dict[str, Any]:
     products = len(re.findall(r"mma\.sync|mma_async|tcgen05\.mma", compiled.asm["ptx"]))
     registers, spilled = (_number(name, usage) for name in ("REG:", "STACK:"))
     found: dict[str, Any] = {"registers": registers, "spilled": spilled, "shared": shared, "products": products}
-    return found | ({"unset": unset_registers(sass)} if target == "sm_90" else {})
+    if target == "sm_90":
+        found["unset"] = unset_registers(sass)
+    elif target == "sm_100":
+        found["tensor_memory"] = compiled.metadata.tmem_size
+    return found
 
 
 def _number(before: str, text: str) -> int:

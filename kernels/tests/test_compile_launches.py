@@ -151,6 +151,23 @@ def test_a_chunk_of_wide_heads_compiles_for_hopper_and_leaves_room_for_another(k
     assert max(launch["shared"] for launch in chunks + walks) <= 113 * 1024
 
 
+LOADS_STATES = {
+    "_differentiate_q": ("--sample",),
+    "_differentiate_kv": ("--widths", "bfloat16", "--pairs", "64,64", "--packed"),
+    "_walk": (*HEADS_TOGETHER, "--pairs", "128,64", "--packed"),
+}
+"""Packed calls in whose loops a branch loads a state: that of a document, or the gradient of its last."""
+
+
+@pytest.mark.parametrize("launch", LOADS_STATES)
+@pytest.mark.parametrize("kernel", named("linear_attention/fused"))
+def test_a_branch_that_loads_a_state_compiles_for_tensor_memory(kernel: Kernel, launch: str) -> None:
+    """What Triton 3.7.1 cannot do in a loop with stages."""
+    launches = compiled(kernel, "sm_100", *LOADS_STATES[launch], "--launch", launch)
+    assert launches
+    assert not [launch for launch in launches if "failure" in launch]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("kernel", named("linear_attention/fused"))

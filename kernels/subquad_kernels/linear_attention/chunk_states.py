@@ -26,6 +26,7 @@ from subquad_kernels.linear_attention.chunk_tiles import (
     load_gates,
     load_state,
     load_tile,
+    walk_stages,
 )
 from subquad_kernels.tile_sizes import padded
 from subquad_kernels.triton_launch import QuickLaunch
@@ -205,7 +206,7 @@ def _walk(
         state = load_state(borders, (before * b + sequence) * h + head, offsets, within, STATE, True)
     first = segment * per_segment
     end = tl.minimum(first + per_segment, count_chunks(table, chunks, PACKED))
-    for step in tl.range(0, end - first, num_stages=STAGES):
+    for step in tl.range(0, end - first, num_stages=walk_stages(STAGES, PACKED and GIVEN)):
         index = end - 1 - step if REVERSE else first + step
         row, limit, owner, begins, ends = find_chunk(table, index, sequence, t, CHUNK, PACKED)
         at = (sequence * chunks + index) * h + head

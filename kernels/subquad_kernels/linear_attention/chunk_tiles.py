@@ -9,12 +9,24 @@ import math
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 from subquad_kernels.triton_chunks import chunk_at, taken
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
 _LEAST = tl.constexpr(-128.0)
 """exp of it is 0 in fp32: a smaller log decay does nothing more, and would take digits from the sums it enters."""
+
+
+@triton.constexpr_function
+def walk_stages(stages, loads_states):
+    """Stages of a walk, in a branch of which a state may be loaded in place of the one that is carried.
+
+    Capabilities 10 and 11 carry it in tensor memory. With stages, Triton 3.7.1 reads it there inside the branch, and
+    its pipeliner then fails an assertion of its own.
+    """
+    in_tensor_memory = cuda_capability_geq(10) and not cuda_capability_geq(12)
+    return 1 if loads_states and in_tensor_memory else stages
 
 
 @triton.jit

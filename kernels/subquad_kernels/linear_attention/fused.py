@@ -37,6 +37,7 @@ from subquad_kernels.linear_attention.chunk_tiles import (
     load_gates,
     load_state,
     load_tile,
+    walk_stages,
     weigh,
 )
 from subquad_kernels.linear_attention.declaration import (
@@ -416,7 +417,7 @@ def _summarise(
     place = sequence * h + head
     state = load_state(initial, place, offsets, within & (segment == 0), STATE, INITIAL and not PACKED)
     end = tl.minimum((segment + 1) * per_segment, count_chunks(table, chunks, PACKED))
-    for index in tl.range(segment * per_segment, end, num_stages=STAGES):
+    for index in tl.range(segment * per_segment, end, num_stages=walk_stages(STAGES, PACKED and INITIAL)):
         row, limit, owner, begins, _ = find_chunk(table, index, sequence, t, CHUNK, PACKED)
         keys = load_tile(k + row * k_stride, k_stride, tokens, limit, lines, N)
         values = load_tile(v + row * v_stride, v_stride, tokens, limit, columns, P)
@@ -603,7 +604,7 @@ def _differentiate_q(
     if segment > 0:
         state = load_state(boundaries, ((segment - 1) * b + sequence) * h + head, offsets, within, STATE, True)
     end = tl.minimum((segment + 1) * per_segment, count_chunks(table, chunks, PACKED))
-    for index in tl.range(segment * per_segment, end, num_stages=STAGES):
+    for index in tl.range(segment * per_segment, end, num_stages=walk_stages(STAGES, PACKED and INITIAL)):
         row, limit, owner, begins, _ = find_chunk(table, index, sequence, t, CHUNK, PACKED)
         pulls = load_tile(dy + row * dy_stride, dy_stride, tokens, limit, columns, P)
         values = load_tile(v + row * v_stride, v_stride, tokens, limit, columns, P)
@@ -732,7 +733,7 @@ def _differentiate_kv(
             if DECAY > 0:
                 left = load_state(final, sequence * h + head, offsets, within, STATE, True)
                 carried = tl.sum(grad.to(v.dtype.element_ty).to(tl.float32) * left)
-        for back in tl.range(0, end - first, num_stages=STAGES):
+        for back in tl.range(0, end - first, num_stages=walk_stages(STAGES, PACKED and FINAL)):
             index = end - 1 - back
             row, limit, owner, begins, ends = find_chunk(table, index, sequence, t, CHUNK, PACKED)
             queries = load_tile(q + row * q_stride, q_stride, tokens, limit, lines, N)
