@@ -218,6 +218,8 @@ def test_a_cell_trains_and_is_judged(tools: Any, tmp_path: Path, monkeypatch: py
     request = {"cell": asdict(cell), "run_dir": str(tmp_path / "run"), "max_seconds": 60.0, "accelerator": "cpu"}
     found = quality_cell.answered(request)
     assert found["made_steps"] == 2
+    assert found["kernels"]["called"]["softmax_attention"] in ("sdpa_flash", "sdpa_efficient", "windowed")
+    assert found["kernels"]["failed"] == {}
     assert set(found["accuracy"]) == set(found["row_guess"]) == {"1", "2"}
     assert found["carry_bytes"] > 0
     assert found["command"].startswith("python -m subquad train ")

@@ -13,6 +13,7 @@ import os
 import shlex
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,6 +82,7 @@ def answered(request: Record) -> Record:
     config.run_dir, config.trainer.max_seconds = request["run_dir"], request["max_seconds"]
     result = train(config)
     record = common | {
+        "kernels": kernels_of(request["run_dir"]),
         "made_steps": result.step,
         "validation_loss": result.validation_loss,
         "bits_per_byte": result.validation_bits_per_byte,
@@ -104,6 +106,20 @@ def judged(cell: Cell, run_dir: str) -> Record:
         lengths: Any = found["by_length"]
         return {"bits_per_byte_at": {str(row["length"]): row["bits_per_byte"] for row in lengths}}
     return {}
+
+
+def kernels_of(run_dir: str) -> dict[str, dict[str, str]]:
+    """The kernels that a run called, and why what failed on this device was left out: what its speed is read with."""
+    choices = [choice for choice in json.loads((Path(run_dir) / "plan.json").read_text())["choices"] if choice["used"]]
+    return {
+        "called": {choice["operator"]: choice["chosen"] for choice in choices},
+        "failed": {
+            f"{choice['operator']}/{name}": reason
+            for choice in choices
+            for name, reason in choice["declined"].items()
+            if "failed" in reason
+        },
+    }
 
 
 def lengths_of(cell: Cell) -> list[int]:

@@ -27,7 +27,7 @@ from subquad_cost_model.physics import multiprocessors, programs
 from subquad_cost_model.rows import CostRow
 
 MOST_ROWS = 4000
-"""A system of so many takes seconds to solve and megabytes to keep; above, trees answer as well."""
+"""Of one operator: a system of so many takes seconds to solve and megabytes to keep; above, trees answer as well."""
 OPERATOR, KERNEL = 0.2, 0.3
 """Amplitudes, as logarithms of seconds."""
 LENGTH, WIDTH, REACH, PARALLEL, SIZE, DEVICE, GROUP, CHOICE = 16.0, 2.0, 2.0, 8.0, 12.0, 2.0, 4.0, 4.0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -103,9 +104,10 @@ class Head:
         """Fit to rows, their devices and their z.
 
         `doubts` are relative errors of the rows' timings: a row counts the less the larger they are. With `terms` a
-        physics head of these stands first, and what it leaves is a Gaussian process, or trees beyond its `MOST_ROWS`;
-        `bounds` are what z is relative to, 1 where none are given. `asked` are the devices as whoever asks knows them,
-        where `devices` know the host's pace of the very timing: residuals are of answers for these.
+        physics head of these stands first, and what it leaves is a Gaussian process, or trees where one operator has
+        more than its `MOST_ROWS`; `bounds` are what z is relative to, 1 where none are given. `asked` are the devices
+        as whoever asks knows them, where `devices` know the host's pace of the very timing: residuals are of answers
+        for these.
 
         Residuals are out of fold, and folds are of whole shapes: for the spread's trees, and for the widths. Those for
         new devices come from models that never saw the device's family, those for new layouts and for lengths beyond
@@ -271,7 +273,7 @@ class _Table:
             physics = Physics.fit(terms, rows, devices, self.bounds[here] * np.exp(target), self.doubts[here])
             sums = physics.predict(rows, devices)
             target = target - np.log(sums / self.bounds[here])
-            if len(self.rows) <= MOST_ROWS:
+            if max(Counter(row.operator for row in self.rows).values()) <= MOST_ROWS:  # each has a system of its own
                 return _Point(GaussianProcess.fit(rows, devices, sums, target, self.doubts[here]), physics)
         weights = 1 / np.maximum(self.doubts[here], FINEST_DOUBT)
         return _Point(_grow(self.features[here], target, trees, spread=spread, weights=weights), physics)

@@ -28,6 +28,7 @@ from subquad_cost_model import (
     Trees,
     coverage,
     error_factor,
+    head,
     learned_or_roofline,
     load_device,
     load_fit,
@@ -36,6 +37,7 @@ from subquad_cost_model import (
     save_fit,
     shipped_fit,
 )
+from subquad_cost_model.gaussian_process import GaussianProcess
 
 SMALL = Trees(rounds=120, leaves=15, spread_rounds=30, spread_leaves=7)
 
@@ -43,6 +45,17 @@ SMALL = Trees(rounds=120, leaves=15, spread_rounds=30, spread_leaves=7)
 @pytest.fixture(scope="module")
 def learned() -> LearnedEstimator:
     return LearnedEstimator.fit(planted.table(seed=0, shapes=120), trees=SMALL)
+
+
+def test_trees_answer_where_one_operator_has_more_rows_than_a_system_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = planted.table(seed=0, shapes=30, devices=planted.DEVICES[:1])
+    both = one + [replace(row, row=replace(row.row, operator="other")) for row in one]
+    monkeypatch.setattr(head, "MOST_ROWS", len(one))
+    held = LearnedEstimator.fit(both, trees=SMALL).heads["forward"]
+    assert isinstance(held.point, GaussianProcess)
+    monkeypatch.setattr(head, "MOST_ROWS", len(one) - 1)
+    grown = LearnedEstimator.fit(both, trees=SMALL).heads["forward"]
+    assert not isinstance(grown.point, GaussianProcess)
 
 
 def judge(estimator: Estimator, rows: Sequence[TimedRow]) -> tuple[list[Estimate], list[float]]:
