@@ -132,6 +132,13 @@ def test_a_carry_is_told_by_shapes_alone(tools: Any) -> None:
     assert quality_cell.carry_after(config, 64) == sum(carry_bytes(model, carry).values())
 
 
+def test_a_carry_of_a_mixer_that_sets_out_from_values_is_told_as_well(tools: Any) -> None:
+    import quality_cell
+
+    cell = tools[0].Cell(study="mixers", task="text", model="rwkv_channel_mix", learning_rate=1e-3, seed=0, steps=1)
+    assert quality_cell.carry_after(load_config(tools[0].overrides(cell, 8)), 4) > 0
+
+
 def test_what_is_recorded_is_not_made_again(run: Any, tmp_path: Path) -> None:
     asked = run()
     assert [entry[4] for entry in asked[:2]] == [1, 1], "one step of each task warms the caches"
@@ -185,6 +192,17 @@ def test_a_whole_run_is_not_replaced_by_a_later_one_that_failed(tools: Any) -> N
     failed = {"key": cell.key, **asdict(cell), "failed": "x"}
     assert tools[2].newest([good, failed]) == [good]
     assert tools[2].newest([failed, good]) == [good]
+
+
+def test_a_process_that_ends_after_a_failure_is_not_asked_again(
+    tools: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "quality_cell.py"
+    script.write_text("import json, time\ninput()\nprint(json.dumps({'failed': 'x'}), flush=True)\ntime.sleep(0.3)")
+    monkeypatch.setattr(tools[1], "__file__", str(tmp_path / "quality_run.py"))
+    worker = tools[1].Worker(tmp_path / "log")
+    assert [worker.ask({}, 60.0) for _ in range(2)] == [{"failed": "x"}] * 2
+    worker.close()
 
 
 def test_a_process_that_dies_is_named_and_replaced(tools: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

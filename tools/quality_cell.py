@@ -155,8 +155,9 @@ def sized(config: RunConfig) -> RunConfig:
 @torch.no_grad()
 def carry_after(config: RunConfig, tokens: int) -> int:
     """Bytes that one sequence leaves behind after so many tokens, in float32."""
-    # Shapes alone, unless a token shift asks for values.
-    with torch.device("cpu" if "shift" in config.model.mixers else "meta"):
+    # Shapes alone, unless a mixer sets out from values.
+    asks_for_values = any(entry["mixer"] == "rwkv_channel_mix" for entry in config.model.mixers.values())
+    with torch.device("cpu" if asks_for_values else "meta"):
         model = build_model(sized(config).model)
         _, carry = model.prefill(torch.zeros(1, tokens, dtype=torch.int64), model.empty_carry(1))
     return sum(carry_bytes(model, carry).values())

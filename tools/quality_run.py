@@ -221,7 +221,10 @@ class Worker:
         finally:
             late.cancel()
         if line:
-            return dict(json.loads(line))
+            answer = dict(json.loads(line))
+            if "failed" in answer:  # it ends then: the next request is another process's
+                self._process.wait()
+            return answer
         code = self._process.wait()
         return {"failed": f"the process ended with code {code}: {self._last_words()}"}
 
