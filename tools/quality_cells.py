@@ -27,7 +27,7 @@ from zlib import crc32
 
 RATES = (3e-3, 1e-3, 1e-2)
 """Around the default of AdamW here; the order in which they are tried."""
-LARGE_RATES = (1e-3, 3e-3)
+LARGE_RATES = (3e-3, 1e-3)
 SEEDS = (0, 1)
 SIZES = (4, 16, 64)
 """Key-value pairs of multi-query associative recall."""
@@ -154,7 +154,7 @@ def models_of(study: str) -> tuple[str, ...] | None:
 def _passes(study: str) -> Iterator[tuple[str, float, int, Callable[[str], bool]]]:
     """Task, rate, seed and whose turn it is: what is alone on the device, tasks at each rate, then the next seed.
 
-    Of a study of large models text comes first, at the lower rate, and segment lengths after all models.
+    Of a study of large models text comes first, and segment lengths after all models.
     """
     if study == "scout_30m":
         yield "speed", 0.0, 0, SCHEDULES.__contains__
