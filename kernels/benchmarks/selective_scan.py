@@ -8,7 +8,7 @@ First the first calls of a training step are made in a process and a cache of th
 and timed. Checks run side by side in processes of their own. With --tune, so do the compilations of the launches in
 GRID, each of which is checked against the chunked kernel; those that pass are timed at every batch, cut as CUTS says,
 for as long as the limit allows. Each batch's fastest are printed, the best over all batches is timed with its parts,
-and what to write in `fused.launch_of` is printed last.
+and what to write in `fused.launch_of` is printed. Last, mamba-ssm's CUDA scan where it is installed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -91,6 +93,7 @@ class Record:
     checks: list[dict[str, Any]] = field(default_factory=list)
     tuning: list[dict[str, Any]] = field(default_factory=list)
     timings: list[dict[str, Any]] = field(default_factory=list)
+    rivals: list[dict[str, Any]] = field(default_factory=list)
     launches: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
@@ -324,7 +327,7 @@ def described(launch: fused.Launch) -> str:
 
 def time_all(record: Record, launches: dict[str, fused.Launch]) -> None:
     for b in BATCHES:
-        row: dict[str, Any] = {"b": b, "t": TOKENS // b}
+        row: dict[str, Any] = {"name": name_of(b), "b": b, "t": TOKENS // b}
         try:
             case = Directions(b)
             row["forward_ms"] = case.time("forward", launches["forward"])
@@ -338,6 +341,31 @@ def time_all(record: Record, launches: dict[str, fused.Launch]) -> None:
             row["failure"] = f"{type(error).__name__}: {error}"[:400]
             print(row, flush=True)
         record.timings.append(row)
+
+
+def time_rivals(record: Record) -> None:
+    """mamba-ssm's CUDA scan where it is installed, as it likes it: channels first, and nothing copied."""
+    for b in BATCHES:
+        row: dict[str, Any] = {"rival": "mamba_ssm selective_scan_fn", "case": name_of(b)}
+        try:
+            call = import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
+            given = {key: value for key, value in inputs(workload(b, TOKENS // b)).items() if isinstance(value, Tensor)}
+            for key in ("x", "dt", "B", "C", "z"):
+                given[key] = given[key].mT.contiguous()
+            wanted = [given[key].requires_grad_() for key in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")]
+            forward = partial(call, *wanted, delta_softplus=True)
+            pull = torch.randn_like(given["x"])
+            with torch.no_grad():
+                row["forward_device_ms"] = milliseconds(forward)
+            row["both_device_ms"] = milliseconds(lambda: torch.autograd.grad(forward(), wanted, pull))  # noqa: B023
+        except Exception as error:
+            row["failure"] = f"{type(error).__name__}: {error}"[:200]
+        print(row, flush=True)
+        record.rivals.append(row)
+
+
+def name_of(b: int) -> str:
+    return f"b={b} t={TOKENS // b}"
 
 
 def main() -> None:
@@ -366,6 +394,7 @@ def main() -> None:
             print("fused.launch_of at 16 states:")
             for name, launch in launches.items():
                 print(f"  {name}: Launch({described(launch).replace(' ', ', ')})")
+        time_rivals(record)
     finally:
         record.launches = {name: asdict(launch) for name, launch in launches.items()}
         record.save(options.out)
