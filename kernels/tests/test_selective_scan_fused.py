@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -265,6 +266,15 @@ def test_time_is_cut_only_where_programs_are_few() -> None:
     assert segments(1, 32768, 2048) >= 16
     assert segments(1, 1, 2048) == 1
     assert segments(1, 65, 32) == 1 + 1  # no segment is shorter than 64 tokens but the last
+
+
+def test_a_short_first_segment_leaves_the_others_as_few_programs_and_no_short_one() -> None:
+    """Three segments and 0.8 of one: 4 sequences of 128 tiles fill 1,584 programs three times, whole chunks each."""
+    call = fused._Call.__new__(fused._Call)
+    call.b, call.t, call.c = 4, 8192, 2048
+    tiles, segments, segment_len = call._cut(fused.launch_of(16, backward=False))
+    assert (tiles, segments) == (128, 4)
+    assert segment_len == math.ceil(8192 / 3.8 / 16) * 16
 
 
 @pytest.mark.gpu
