@@ -98,6 +98,7 @@ def test_cells_are_configurations_and_models_are_of_one_size(tools: Any) -> None
     for study, task, model in (
         ("mixers", "mqar", "rwkv6"), ("mixers", "text", "rwkv_channel_mix"), ("scout", "mqar", "mamba"),
         ("scout_30m", "text", "scout_swa"), ("scout_30m", "mqar", "scout_mamba_segment4"),
+        ("scout_30m_long", "text", "transformer_window"),
     ):  # fmt: skip
         cell = tools[0].Cell(study=study, task=task, model=model, learning_rate=1e-3, seed=1, steps=7)
         config = load_config(tools[0].overrides(cell, quality_cell.fitting_width(cell)))
@@ -120,6 +121,19 @@ def test_the_large_study_begins_with_speed_and_text_and_tries_segment_lengths_la
         if cell.task == "text" and "scout" in cell.model
     ]
     assert lengths == [10, 10, 4, 32, 128]
+
+
+def test_the_long_study_trains_each_model_at_its_own_rate_and_recall_at_both(tools: Any) -> None:
+    cells = tools[0]
+    found = [cell for cell in cells.cells("scout_30m_long", cells.models_of("scout_30m_long")) if cell.seed == 0]
+    assert sorted((cell.model, cell.learning_rate) for cell in found if cell.task == "text") == sorted(
+        cells.LONG_RATES.items()
+    )
+    recall = [(cell.model, cell.learning_rate) for cell in found if cell.task == "mqar"]
+    assert recall == [(name, rate) for rate in cells.LARGE_RATES for name in cells.SCHEDULES]
+    config = load_config(cells.overrides(next(cell for cell in found if cell.model == "scout_swa"), 8))
+    assert config.model.mixers["window"]["window"] == 512
+    assert config.model.mixers["segment_attention"]["segment_len"] == 10
 
 
 def test_a_carry_is_told_by_shapes_alone(tools: Any) -> None:
@@ -148,6 +162,11 @@ def test_what_is_recorded_is_not_made_again(run: Any, tmp_path: Path) -> None:
     lines = record.read_text().splitlines()
     record.write_text("\n".join([*lines[:5], lines[5][:40]]))  # killed while it wrote the sixth
     assert set(run()[2:]) == set(asked[7:])
+
+
+def test_a_task_can_be_asked_for_alone(run: Any) -> None:
+    assert {entry[0] for entry in run("tasks=[text]")} == {"text"}
+    assert {entry[0] for entry in run()} == {"mqar"}
 
 
 def test_a_cell_that_was_cut_short_is_made_again_and_a_failed_one_if_asked(run: Any) -> None:

@@ -6,7 +6,8 @@ Cells that the record holds are passed over: the command goes on where it stoppe
 within the budget by what its like took before; one that the budget cuts short is kept with the steps that it made, and
 made again next time. A cell that fails is kept as such, and tried again with failed=again. Models are small, so that a
 device is shared by as many processes as there are cores; what is timed (`speed`) comes first and has it alone.
-Further keys: models=[gla,retnet], steps=3, accelerator=cpu, and runs=FOLDER for what training leaves (else removed).
+Further keys: models=[gla,retnet], tasks=[text], steps=3, accelerator=cpu, and runs=FOLDER for what training leaves
+(else removed).
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Settings:
     budget_s: float = 540.0
     workers: int = field(default_factory=lambda: max(1, len(os.sched_getaffinity(0)) - 2))
     models: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
     steps: int | None = None
     accelerator: str = "auto"
     failed: str = "kept"
@@ -58,7 +60,11 @@ def main(arguments: Sequence[str]) -> int:
     started = time.monotonic()
     settings = parsed(arguments)
     done = {record["key"] for record in read(settings.record) if is_done(record, settings.failed == "again")}
-    wanted = [cell for cell in cells(settings.study, models_of(settings), settings.steps) if cell.key not in done]
+    wanted = [
+        cell
+        for cell in cells(settings.study, models_of(settings), settings.steps)
+        if cell.key not in done and (not settings.tasks or cell.task in settings.tasks)
+    ]
     print(f"{len(wanted)} cells to make, {len(done)} in the record", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         crew = Crew(settings, wanted, started + settings.budget_s, settings.runs or Path(temporary))
@@ -76,7 +82,7 @@ def parsed(arguments: Sequence[str]) -> Settings:
     settings = Settings(record=Path(paths[0]).absolute())
     readers: dict[str, Any] = {
         "study": str, "budget_s": float, "workers": int, "steps": int, "accelerator": str, "failed": str,
-        "models": lambda text: tuple(text.strip("[]").split(",")), "runs": lambda text: Path(text).absolute(),
+        "models": _names, "tasks": _names, "runs": lambda text: Path(text).absolute(),
     }  # fmt: skip
     for key, equals, value in words:
         if equals and key not in readers:
@@ -86,6 +92,10 @@ def parsed(arguments: Sequence[str]) -> Settings:
     if settings.study not in STUDIES:
         raise SystemExit(f"no study is called '{settings.study}': they are {', '.join(STUDIES)}")
     return settings
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.strip("[]").split(","))
 
 
 def models_of(settings: Settings) -> tuple[str, ...]:
