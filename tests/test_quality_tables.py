@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -98,7 +99,7 @@ def test_cells_are_configurations_and_models_are_of_one_size(tools: Any) -> None
     for study, task, model in (
         ("mixers", "mqar", "rwkv6"), ("mixers", "text", "rwkv_channel_mix"), ("scout", "mqar", "mamba"),
         ("scout_30m", "text", "scout_swa"), ("scout_30m", "mqar", "scout_mamba_segment4"),
-        ("scout_30m_long", "text", "transformer_window"),
+        ("scout_30m_long", "text", "transformer_window"), ("scout_recall", "mqar", "scout_mamba_segment32"),
     ):  # fmt: skip
         cell = tools[0].Cell(study=study, task=task, model=model, learning_rate=1e-3, seed=1, steps=7)
         config = load_config(tools[0].overrides(cell, quality_cell.fitting_width(cell)))
@@ -123,17 +124,30 @@ def test_the_large_study_begins_with_speed_and_text_and_tries_segment_lengths_la
     assert lengths == [10, 10, 4, 32, 128]
 
 
-def test_the_long_study_trains_each_model_at_its_own_rate_and_recall_at_both(tools: Any) -> None:
+def test_the_long_study_begins_with_each_models_own_rate(tools: Any) -> None:
     cells = tools[0]
     found = [cell for cell in cells.cells("scout_30m_long", cells.models_of("scout_30m_long")) if cell.seed == 0]
-    assert sorted((cell.model, cell.learning_rate) for cell in found if cell.task == "text") == sorted(
-        cells.LONG_RATES.items()
-    )
+    text = [(cell.model, cell.learning_rate) for cell in found if cell.task == "text"]
+    assert dict(text[: len(cells.SCHEDULES)]) == cells.LONG_RATES
+    assert set(text) == set(product(cells.SCHEDULES, cells.LARGE_RATES))
+    assert len(text) == 2 * len(cells.SCHEDULES)
     recall = [(cell.model, cell.learning_rate) for cell in found if cell.task == "mqar"]
     assert recall == [(name, rate) for rate in cells.LARGE_RATES for name in cells.SCHEDULES]
     config = load_config(cells.overrides(next(cell for cell in found if cell.model == "scout_swa"), 8))
     assert config.model.mixers["window"]["window"] == 512
     assert config.model.mixers["segment_attention"]["segment_len"] == 10
+
+
+@pytest.mark.parametrize(
+    ("model", "own"),
+    [("scout_mamba_segment32", ("mamba", "segment_attention")), ("transformer", ("softmax_attention",) * 2)],
+)
+def test_recall_is_asked_of_two_blocks_behind_a_token_shift(tools: Any, model: str, own: tuple[str, ...]) -> None:
+    cells = tools[0]
+    cell = next(cell for cell in cells.cells("scout_recall", cells.models_of("scout_recall")) if cell.model == model)
+    config = load_config(cells.overrides(cell, 8)).model
+    assert (tuple(config.schedule), config.num_layers, config.channel_mixer) == (("shift", *own), 6, None)
+    assert config.mixers.get("segment_attention", {"segment_len": 32})["segment_len"] == 32
 
 
 def test_a_carry_is_told_by_shapes_alone(tools: Any) -> None:

@@ -15,9 +15,11 @@ Study `scout_30m`: the same five at thirty million parameters, and SCOUT with ot
     text   eight blocks, 512 wide, rows of 16,384 tokens, judged by context from 1,024 on; windows of 512 tokens
     mqar   four blocks, 128 wide; 4,000 steps: without a token shift to begin with, a thousand taught no model to recall
     speed  as above
-Study `scout_30m_long`: the five again, each at the rate that served it better in `scout_30m`, trained for longer.
+Study `scout_30m_long`: the five again, trained for longer; each first at the rate that served it better in `scout_30m`.
     text   as in `scout_30m`, four times as many tokens
     mqar   as in `scout_30m`, four times as many rows a step: with 32 a step hardly any model learned to recall
+Study `scout_recall`: what the models of `scout_30m` remember where nobody need learn to look a token back.
+    mqar   six blocks, 64 wide: before every two of the model's own a token shift, as in study `mixers`
 """
 
 from __future__ import annotations
@@ -113,8 +115,11 @@ SETTINGS: Mapping[tuple[str, str], Setting] = {
     ("scout_30m_long", "mqar"): Setting(
         d_model=128, seq_len=256, batch_size=128, steps=4000, parameters=1_000_000, data=MQAR
     ),
+    ("scout_recall", "mqar"): Setting(
+        d_model=64, seq_len=256, batch_size=32, steps=1000, parameters=300_000, data=(*MQAR, "model.num_layers=6")
+    ),
 }  # fmt: skip
-STUDIES = ("mixers", "scout", "scout_30m", "scout_30m_long")
+STUDIES = ("mixers", "scout", "scout_30m", "scout_30m_long", "scout_recall")
 LARGE = ("scout_30m", "scout_30m_long")
 
 
@@ -160,7 +165,7 @@ def models_of(study: str) -> tuple[str, ...] | None:
     """The models of a study; None: every installed mixer."""
     if study == "mixers":
         return None
-    return (*SCHEDULES, *SWEEP) if study == "scout_30m" else tuple(SCHEDULES)
+    return (*SCHEDULES, *SWEEP) if study in ("scout_30m", "scout_recall") else tuple(SCHEDULES)
 
 
 def _passes(study: str) -> Iterator[tuple[str, float, int, Callable[[str], bool]]]:
@@ -176,10 +181,14 @@ def _passes(study: str) -> Iterator[tuple[str, float, int, Callable[[str], bool]
         return
     if study == "scout_30m_long":
         for seed in SEEDS:
-            for rate in LARGE_RATES:
-                yield "text", rate, seed, lambda name, rate=rate: LONG_RATES.get(name) == rate
+            for better, rate in product((True, False), LARGE_RATES):
+                yield "text", rate, seed, lambda name, rate=rate, better=better: (LONG_RATES[name] == rate) == better
             for rate in LARGE_RATES:
                 yield "mqar", rate, seed, bool
+        return
+    if study == "scout_recall":
+        for seed, rate in product(SEEDS, RATES):
+            yield "mqar", rate, seed, bool
         return
     if study == "scout":
         yield "speed", 0.0, 0, bool
@@ -194,8 +203,10 @@ def overrides(cell: Cell, width: int) -> list[str]:
         schedule = ("shift", cell.model) if cell.task == "mqar" else (cell.model,)
     else:
         schedule = SCHEDULES["scout_mamba" if cell.model in SWEEP else cell.model]
+        if cell.study == "scout_recall":
+            schedule = ("shift", *(schedule * 2)[:2])
     entries = {name: _entry(name, setting.d_model, width) for name in schedule}
-    if cell.study in LARGE:
+    if cell.study in LARGE or cell.model in SWEEP:
         for name in {"window", "segment_attention"} & entries.keys():
             entries[name] |= WIDE if name == "window" else {"segment_len": SWEEP.get(cell.model, SEGMENT_LEN)}
     return [
