@@ -9,8 +9,9 @@ throughput  model=scout_mamba_430m, 32,768 tokens per device and step, of 2,048 
             efficiency (tokens/s of two devices over twice that of one), peak of allocated memory of rank 0.
 faults      rank 1 is killed in mid-run: seconds until rank 0 has ended, and with which words.
 
-Further arguments are those of `subquad train`, for all runs; with trainer.accelerator=cpu everything runs over gloo on
-tiny models. Every figure is written as soon as it is there; a run that fails does not stop the others.
+Further arguments are those of `subquad train`, for all runs. With trainer.precision=float32 or bfloat16 losses are of
+that one alone; with trainer.accelerator=cpu everything runs over gloo on tiny models. Every figure is written as soon
+as it is there; a run that fails does not stop the others.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ WAYS = {
     "fsdp": ["trainer.devices=2", "trainer.strategy=fsdp"],
 }
 SHARED = ["trainer.devices=2", "trainer.context_parallel=2"]
+PRECISION = "trainer.precision"
 TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-2}
 """Relative, of a step's loss: gradients are summed in another order, in bfloat16 after rounding to 8 bits."""
 COMMON = [
@@ -92,11 +94,13 @@ def check_losses(record: Record, overrides: Overrides) -> None:
         *(SMALL if on_cpu(overrides) else ["model=scout_mamba"]), "trainer.seq_len=320", "trainer.max_steps=20",
         "trainer.log_every_n_steps=1", "trainer.validate_every_n_steps=0", *EVERY_ROW_PREDICTS_EQUALLY,
     ]  # fmt: skip
-    for precision, tolerance in TOLERANCES.items():
+    asked_precisions = [value for key, _, value in (text.partition("=") for text in overrides) if key == PRECISION]
+    for precision in asked_precisions or TOLERANCES:
+        tolerance = TOLERANCES[precision]
         alone: list[dict[str, float]] = []
-        for way, asked in {**WAYS, "context parallel": SHARED}.items():
+        for way, asked in {"one device": [], "context parallel": SHARED, **WAYS}.items():
             rows = "trainer.batch_size=4" if way in ("ddp", "fsdp") else "trainer.batch_size=8"
-            run = [*settings, f"trainer.precision={precision}", rows, *asked, *overrides]
+            run = [*settings, f"{PRECISION}={precision}", rows, *asked, *overrides]
             name = f"losses/{precision}, {way}"
             try:
                 with finished_run(run) as folder:
