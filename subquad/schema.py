@@ -272,6 +272,7 @@ class GenerateConfig:
     stop: list[str] = field(default_factory=list)  # texts before which a continuation ends
     stop_ids: list[int] = field(default_factory=list)  # tokens before which it ends
     seed: int = 0
+    cuda_graph: bool = True  # on CUDA, replay the work of blocks whose carry does not grow
 
 
 @dataclass(kw_only=True)
@@ -342,6 +343,8 @@ class DecodingBenchConfig:
     contexts: list[int] = field(default_factory=lambda: [1024, 4096, 16384])  # tokens, the decoded ones included
     batch_sizes: list[int] = field(default_factory=lambda: [1])  # sequences that are decoded together
     tokens: int = 32  # decoded and timed at the end of each context
+    dtype: str = "float32"  # of the weights: float32, as generate computes, or bfloat16
+    cuda_graph: bool = True  # as generate has it; false: every kernel is launched from Python
     overrides: list[str] = field(default_factory=list)  # of `train`, for all models, such as trainer.accelerator=cpu
     budget_s: float = 600.0  # rows that would begin later are left out
     out: str = "bench-decoding.json"  # the record, written again after each row

@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from decoding_models import taped
 
 from subquad.__main__ import main
+from subquad.commands.bench import decoding_line
 from subquad.compose import load_config
 from subquad.errors import ConfigError
 from subquad.model.build import build_model
 from subquad.model.model_carry import carry_bytes
+from subquad.model.narrow import narrow
+from subquad.registry import load_registry
 from subquad.schema import DecodingBenchConfig
 from subquad.training import bench_decoding as module
 from subquad.training.bench_decoding import DecodingRow, bench_decoding
@@ -73,6 +77,40 @@ def test_a_carry_is_that_of_a_prefill_of_the_whole_context(rows: list[DecodingRo
         model = build_model(config.model)
         _, carry = model.prefill(torch.zeros(1, row.context, dtype=torch.int64), model.empty_carry(1))
         assert carry_bytes(model, carry) == row.carry
+
+
+def test_rows_say_which_blocks_were_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "cuda_graphs", lambda device, wanted: taped if wanted else None)
+    names, record = ["transformer", "mamba", "scout_mamba"], tmp_path / "decoding.json"
+    configs = [load_config([f"model={name}", *TINY]) for name in names]
+    request = DecodingBenchConfig(models=names, contexts=[64, 96], tokens=4, out=str(record))
+    rows = list(bench_decoding(configs, request))
+    assert [(row.graphs, row.graph_blocks, row.why_no_graph) for row in rows] == 2 * [
+        (0, {}, {"softmax_attention": "its carry grows"}),
+        (1, {"mamba": 4}, {}),
+        (2, {"mamba": 2}, {"segment_attention": "its carry counts tokens"}),
+    ]
+    assert decoding_line(rows[2]).endswith(", 2 blocks in 2 graphs")
+    written = json.loads(record.read_text())
+    assert (written["format_version"], written["rows"][1]["graph_blocks"]) == (2, {"mamba": 4})
+    request = DecodingBenchConfig(models=names, contexts=[64], tokens=4, cuda_graph=False, out=str(record))
+    assert [row.graphs for row in bench_decoding(configs, request)] == [0, 0, 0]
+
+
+def test_weights_in_bfloat16_halve_a_cache_and_leave_what_is_pinned(tmp_path: Path) -> None:
+    record = tmp_path / "decoding.json"
+    request = DecodingBenchConfig(models=["transformer"], contexts=[64], tokens=4, dtype="bfloat16", out=str(record))
+    (row,) = bench_decoding([load_config(["model=transformer", *TINY])], request)
+    assert row.carry_bytes == 4 * 2 * 64 * 64 * 2
+    assert json.loads(record.read_text())["dtype"] == "bfloat16"
+    config = load_config(["model=mamba", *TINY, "model.vocab_size=256", "model.context_len=64"])
+    model = narrow(build_model(config.model), torch.bfloat16)
+    pinned = {name for name in load_registry().mixer("mamba").float32_parameters if not name.startswith("back.")}
+    types = {name.removeprefix("blocks.0.mixer."): value.dtype for name, value in model.named_parameters()}
+    assert pinned
+    assert pinned == {name for name, dtype in types.items() if dtype == torch.float32 and "blocks" not in name}
+    with pytest.raises(ConfigError, match="dtype is float16"):
+        next(bench_decoding([config], DecodingBenchConfig(models=["mamba"], dtype="float16")))
 
 
 def test_what_does_not_fit_is_left_out_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

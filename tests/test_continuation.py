@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from decoding_models import taped
 from torch import Tensor
 
 from subquad.model.build import build_model
+from subquad.model.decoder import Capture, Decoder
 from subquad.model.language_model import LanguageModel, ModelCarry
 from subquad.model.model_carry import carry_bytes, joinable, joined, selected
 from subquad.registry import load_registry
@@ -48,10 +51,12 @@ def model_of(*mixers: str) -> LanguageModel:
     return build_model(config).double().eval()
 
 
-def tokens_of(model: LanguageModel, prompts: list[list[int]], **settings: object) -> list[Continuation]:
+def tokens_of(
+    model: LanguageModel, prompts: list[list[int]], capture: Capture | None = None, **settings: object
+) -> list[Continuation]:
     config = GenerateConfig(**({"max_tokens": 7, "temperature": 1.0} | settings))  # type: ignore[arg-type]
     sequences = [Continuation(i, prompt, SymbolTokenizer(16), config) for i, prompt in enumerate(prompts)]
-    for _ in continued(model, sequences, torch.device("cpu")):
+    for _ in continued(model, sequences, torch.device("cpu"), capture=capture):
         pass
     return sequences
 
@@ -68,6 +73,35 @@ def test_prompts_of_unequal_length_are_continued_as_each_alone(mixers: tuple[str
         (alone,) = tokens_of(model, [prompt], stop=[f" {stop}"], seed=index)
         assert (together[index].text, together[index].ending) == (alone.text, alone.ending)
         assert together[index].carry_bytes == alone.carry_bytes
+
+
+@pytest.mark.parametrize("mixers", [("mamba", "mamba2"), ("mamba", "segment_attention"), ("window",)], ids="-".join)
+def test_replayed_steps_give_the_same_texts_as_sequences_end(
+    mixers: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, decoders = model_of(*mixers), list[Decoder]()
+    expected = tokens_of(model, PROMPTS, max_tokens=12)
+    stop = expected[0].text.split()[5]
+    expected = tokens_of(model, PROMPTS, max_tokens=12, stop=[f" {stop}"])
+
+    def decoder_of(*arguments: Any, **named: Any) -> Decoder:
+        decoders.append(Decoder(*arguments, **named))
+        return decoders[-1]
+
+    monkeypatch.setattr(continuation, "Decoder", decoder_of)
+    monkeypatch.setattr(continuation, "WORTH_A_GRAPH", 4)
+    found = tokens_of(model, PROMPTS, capture=taped, max_tokens=12, stop=[f" {stop}"])
+    assert [(one.text, one.ending, one.carry_bytes) for one in found] == [
+        (one.text, one.ending, one.carry_bytes) for one in expected
+    ]
+    assert any(one.ending == "stop" for one in found)
+    replayed = [decoder.graphs for decoder in decoders]
+    assert any(replayed) == ("mamba" in mixers)
+    assert len(decoders) > 1, "no batch shrank"
+    decoders.clear()
+    monkeypatch.setattr(continuation, "WORTH_A_GRAPH", 12)
+    tokens_of(model, PROMPTS, capture=taped, max_tokens=12)
+    assert not any(decoder.graphs for decoder in decoders), "twelve tokens are not worth it"
 
 
 @pytest.mark.parametrize("name", MIXERS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from typing import Any
 
@@ -297,3 +298,53 @@ def test_keys_that_no_query_sees_are_not_counted_as_moved(t: int, s: int, window
     queries, outputs, lse = t * 4 * 16, t * 4 * 8, t * 4
     keys = int(seen.any(0).sum()) * 2 * (16 + 8)
     assert OPERATOR.work(workload).bytes_moved == 2 * 4 * (queries + keys + outputs + lse)
+
+
+@pytest.mark.parametrize("h_kv", [1, 2, 4])
+def test_one_query_reads_a_cache_where_it_lies(h_kv: int) -> None:
+    """Of memory with room behind it, without a copy of the keys."""
+    q, k, v = (x.detach() for x in draw(1, 40, h_kv=h_kv))
+    room = [torch.full((2, 64, *x.shape[2:]), float("nan"), dtype=x.dtype) for x in (k, v)]
+    for memory, x in zip(room, (k, v)):
+        memory[:, :40] = x
+    written = []
+
+    class Written(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            results = func(*args, **(kwargs or {}))
+            for result in results if isinstance(results, tuple) else [results]:
+                if isinstance(result, Tensor) and not func.is_view:
+                    written.append(result.numel())
+            return results
+
+    expected = softmax_attention(q, k, v, kernel="reference")
+    for name in ("sdpa_flash", "sdpa_efficient", "sdpa_cudnn"):
+        with pytest.MonkeyPatch.context() as patch:
+            if name != "sdpa_flash":
+                patch.setattr(f"subquad_kernels.softmax_attention.{name}._aten", _StandIn())
+            module = importlib.import_module(f"subquad_kernels.softmax_attention.{name}")
+            written.clear()
+            with Written():
+                out, lse = module.forward(q, room[0][:, :40], room[1][:, :40], None, True, 0, None)
+        close([out], [expected])
+        assert lse.shape == (2, 4, 1)
+        assert max(written) <= max(out.numel(), lse.numel() * 32), name
+
+
+class _StandIn:
+    """Torch's fused operators of CUDA, by the one of the CPU; log-sum-exps have the layout of theirs."""
+
+    def _scaled_dot_product_efficient_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: None, lse: bool, dropout: float, causal: bool, *, scale: float
+    ) -> tuple[Any, ...]:
+        assert q.shape[:2] == k.shape[:2] == v.shape[:2]
+        out, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+        return out, torch.nn.functional.pad(sums, (0, -q.shape[2] % 32)), None, None
+
+    def _scaled_dot_product_cudnn_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: None, lse: bool, dropout: float, causal: bool, debug: bool, *,
+        scale: float,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        assert q.shape[:2] == k.shape[:2] == v.shape[:2]
+        out, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+        return out, sums.unsqueeze(-1)

@@ -98,7 +98,7 @@ def run_decoding(request: DecodingBenchConfig) -> int:
     from subquad.training.compilation import device_of
 
     device = device_of(configs[0])
-    print(f"decoding on {device} in float32, batch after batch, contexts growing", flush=True)
+    print(f"decoding on {device} in {request.dtype}, batch after batch, contexts growing", flush=True)
     rows = []
     for row in bench_decoding(configs, request):
         rows.append(row)
@@ -109,7 +109,7 @@ def run_decoding(request: DecodingBenchConfig) -> int:
         from subquad.training.decoding_plot import draw_decoding
 
         picture = path.with_suffix(".png")
-        draw_decoding(rows, str(device), picture)
+        draw_decoding(rows, f"{request.dtype}, {device}", picture)
         print(f"plot: {picture}")
     return 0
 
@@ -121,7 +121,8 @@ def decoding_line(row: DecodingRow) -> str:
         return f"{head}  left out: {row.why_not}"
     peak = "" if row.peak_bytes is None else f", peak {row.peak_bytes / 2**30:.2f} GiB"
     rate = f"{row.tokens_per_s:>10,.1f} tokens/s ({row.spread:.0%})"
-    return f"{head}  {rate}, carry {row.carry_bytes / 2**20:,.2f} MiB a sequence{peak}"
+    graphs = f", {sum(row.graph_blocks.values())} blocks in {row.graphs} graphs" if row.graphs else ""
+    return f"{head}  {rate}, carry {row.carry_bytes / 2**20:,.2f} MiB a sequence{peak}{graphs}"
 
 
 def _values(config_class: type, arguments: list[str]) -> dict[str, object]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from subquad.contracts import MixerContext, ProjectionSplit
 from subquad.mixers.configs import SoftmaxAttentionConfig, share_keys
+from subquad_kernels.growing_cache import appended
 from subquad_kernels.operators import rotary, softmax_attention
 
 
@@ -92,7 +92,7 @@ class SoftmaxAttention(nn.Module):
     def _attend(self, x: Tensor, keys: Tensor, values: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self._project(x)
         q, k = rotary(q, k, start=start, theta=self.rope_theta)
-        keys, values = torch.cat([keys, k], dim=1), torch.cat([values, v], dim=1)
+        keys, values = appended(keys, k), appended(values, v)
         out = softmax_attention(q, keys, values, window=self.window)
         return self.o_proj(out.flatten(2)), keys, values
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from subquad.contracts import MixerContext
 from subquad.mixers.configs import WindowConfig
 from subquad.mixers.softmax_attention import SoftmaxAttention
+from subquad_kernels.growing_cache import latest
 
 
 class WindowCarry(NamedTuple):
@@ -42,5 +43,7 @@ class Window(SoftmaxAttention):
     ) -> tuple[Any, ...]:
         """Mix the next t tokens.  Shapes:  x: b t d  ->  b t d"""
         y, keys, values = self._attend(x, carry.keys, carry.values, carry.position)
-        after = WindowCarry(keys[:, -self.window :], values[:, -self.window :], carry.position + x.shape[1])
+        after = WindowCarry(
+            latest(keys, self.window), latest(values, self.window), carry.position + x.shape[1]
+        )  # fmt: skip
         return (y, after) if shared is None else (y, after, dict(zip(self.published, (keys, values))))

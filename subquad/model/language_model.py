@@ -84,7 +84,7 @@ class LanguageModel(nn.Module):
                 x = run(x, cu_seqlens)
         x = x.view(*tokens.shape, -1)
         if targets is None:
-            return self._logits(x)
+            return self.logits(x)
         head, hidden = self._head(), self.norm(x)
         return chunked_cross_entropy(hidden, head, targets, logit_cap=self.logit_cap)  # type: ignore[no-any-return]
 
@@ -99,6 +99,13 @@ class LanguageModel(nn.Module):
     def decode(self, token: Tensor, carry: ModelCarry) -> tuple[Tensor, ModelCarry]:
         """Logits after the next token of each sequence.  Shapes:  token: b  ->  b vocab"""
         return self._advance(self.embedding(token), carry, lambda block: block.decode)
+
+    def decode_block(
+        self, layer: int, x_t: Tensor, carry: Carry, published: dict[str, Tensor]
+    ) -> tuple[Tensor, Carry]:
+        """One block's part of `decode`; what it publishes to later ones goes into `published`.  Shapes:  b d -> b d"""
+        block: Block = self.blocks[layer]  # type: ignore[assignment]
+        return _advanced(block.decode, block, x_t, carry, published)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Two groups for an optimizer: what decays; vectors, norms, biases and what mixers declare, which do not."""
@@ -123,15 +130,12 @@ class LanguageModel(nn.Module):
         carries = []
         published: dict[str, Tensor] = {}
         for block, before in zip(self._blocks(), carry):
-            if block.sharing:
-                x, after, new = method(block)(x, before, _read(block, published))
-                published.update(new)
-            else:
-                x, after = method(block)(x, before)
+            x, after = _advanced(method(block), block, x, before, published)
             carries.append(after)
-        return self._logits(x), tuple(carries)
+        return self.logits(x), tuple(carries)
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor) -> Tensor:
+        """What the last block's output predicts.  Shapes:  x: ... d  ->  ... vocab"""
         logits = linear(self.norm(x), self._head())
         return self.logit_cap * torch.tanh(logits / self.logit_cap) if self.logit_cap else logits
 
@@ -140,6 +144,18 @@ class LanguageModel(nn.Module):
 
     def _blocks(self) -> Iterable[Block]:
         return self.blocks  # type: ignore[return-value]
+
+
+def _advanced(
+    method: Callable[..., tuple[Any, ...]], block: Block, x: Tensor, carry: Carry, published: dict[str, Tensor]
+) -> tuple[Tensor, Carry]:
+    """`prefill` or `decode` of a block, with what it reads of those before it and publishes to those behind it."""
+    if not block.sharing:
+        x, after = method(x, carry)
+        return x, after
+    x, after, new = method(x, carry, _read(block, published))
+    published.update(new)
+    return x, after
 
 
 def _read(block: Block, published: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """How fast models decode as their context grows, and what they keep of it: a row for each model, batch and context.
 
-The last tokens of a context are decoded and timed, those before them prefilled in pieces, as `generate` does; the next
-context goes on from there, so that no token is prefilled twice. Weights are as they are drawn: what decoding costs does
-not depend on them.
+The last tokens of a context are decoded and timed, those before them prefilled in pieces, both as `generate` does; the
+next context goes on from there, so that no token is prefilled twice. Weights are as they are drawn: what decoding costs
+does not depend on them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,18 +20,22 @@ import torch
 
 from subquad.errors import ConfigError
 from subquad.model.build import build_model
+from subquad.model.cuda_graph import cuda_graphs
+from subquad.model.decoder import Decoder
 from subquad.model.language_model import LanguageModel, ModelCarry
 from subquad.model.model_carry import carry_bytes
+from subquad.model.narrow import narrow
 from subquad.schema import DecodingBenchConfig, RunConfig
 from subquad.training.compilation import compile_for_generation, device_of
 from subquad.training.continuation import PREFILL_TOKENS
 from subquad.training.run_folder import write_text
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ROUNDS = 4
 """Of equally many tokens; the rate is that of the median one."""
 WARM_UP = 8
-"""Tokens that are decoded before the timed ones."""
+"""Tokens that are decoded before the timed ones; in the second of them graphs are taken down."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BYTES = 256
 """Vocabulary of a recipe that leaves it to the tokenizer."""
 
@@ -40,8 +45,9 @@ class DecodingRow:
     """What was measured, or why not.
 
     `tokens_per_s` counts all sequences; `carry_bytes` is one sequence's after `context` tokens, by mixer in `carry`;
-    `peak_bytes` is weights, carries and what a step needs beyond them (CUDA); `spread` half of slowest minus fastest
-    round, over the median.
+    `peak_bytes` is weights, carries and what a step needs beyond them (CUDA), but for what graphs need inside; `spread`
+    half of slowest minus fastest round, over the median. `graphs` CUDA graphs replayed `graph_blocks`, by mixer, and
+    `why_no_graph` says for other mixers why they did not.
     """
 
     model: str
@@ -54,6 +60,9 @@ class DecodingRow:
     carry: dict[str, int] = field(default_factory=dict)
     peak_bytes: int | None = None
     prefill_s: float = 0.0
+    graphs: int = 0
+    graph_blocks: dict[str, int] = field(default_factory=dict)
+    why_no_graph: dict[str, str] = field(default_factory=dict)
     why_not: str | None = None
 
 
@@ -86,11 +95,13 @@ class _Contestant:
         config.model.vocab_size = config.model.vocab_size or BYTES
         config.model.context_len = max(request.contexts)
         torch.manual_seed(config.seed)
-        self._model: LanguageModel = build_model(config.model, device=device).eval()
+        model = build_model(config.model, device=device).eval()
+        self._model: LanguageModel = narrow(model, DTYPES[request.dtype])
         self._parameters = sum(parameter.numel() for parameter in self._model.parameters())
         compile_for_generation(self._model, config, batch_size)
         self._name, self._vocab_size = config.model.name, config.model.vocab_size
         self._batch_size, self._tokens, self._device = batch_size, request.tokens, device
+        self._capture = cuda_graphs(device, request.cuda_graph)
         self._carry: ModelCarry | None = self._model.empty_carry(batch_size)
         self._read = 0
 
@@ -104,37 +115,41 @@ class _Contestant:
             why_not=why_not,
         )
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def at(self, context: int) -> DecodingRow:
         """Prefill up to the last tokens of the context, and decode those."""
         if self._carry is None:
             return self.refused(context, "a shorter context took more memory than there is")
         try:
-            return self._measured(context, self._carry)
+            return self._measured(context)
         except torch.OutOfMemoryError:
             self._carry = None
             return self.refused(context, "more memory than there is")
 
-    def _measured(self, context: int, carry: ModelCarry) -> DecodingRow:
+    def _measured(self, context: int) -> DecodingRow:
+        carry = self._carry
+        assert carry is not None, "at() has looked"
         timed = self._tokens // ROUNDS
         prefill_s = time.monotonic()
         for piece in self._drawn(context - WARM_UP - ROUNDS * timed - self._read).split(PREFILL_TOKENS, dim=1):
             _, carry = self._model.prefill(piece, carry)
         token = self._drawn(1)[:, 0]
+        decoder = Decoder(self._model, carry, capture=self._capture)
+        del carry
+        self._carry = None  # held by the decoder alone, as `generate` holds it
         for _ in range(WARM_UP):
-            _, carry = self._model.decode(token, carry)
-        self._carry = None  # held here alone, as `generate` holds it
+            decoder.step(token)
         held = self._memory()
         prefill_s = time.monotonic() - prefill_s
         seconds = []
         for _ in range(ROUNDS):
             begun = time.perf_counter()
             for _ in range(timed):
-                _, carry = self._model.decode(token, carry)
+                decoder.step(token)
             self._wait()
             seconds.append((time.perf_counter() - begun) / timed)
-        self._carry, self._read = carry, context
-        sizes = {name: size // self._batch_size for name, size in carry_bytes(self._model, carry).items()}
+        self._carry, self._read = decoder.carry, context
+        sizes = {name: size // self._batch_size for name, size in carry_bytes(self._model, self._carry).items()}
         return DecodingRow(
             model=self._name,
             parameters=self._parameters,
@@ -146,7 +161,13 @@ class _Contestant:
             carry=sizes,
             peak_bytes=self._peak(held, sum(sizes.values()) * self._batch_size),
             prefill_s=prefill_s,
+            graphs=len(decoder.graphs),
+            graph_blocks=dict(Counter(self._mixer(layer) for layers in decoder.graphs for layer in layers)),
+            why_no_graph={self._mixer(layer): reason for layer, reason in decoder.why_not.items()},
         )
+
+    def _mixer(self, layer: int) -> str:
+        return str(self._model.blocks[layer].mixer_name)
 
     def _drawn(self, tokens: int) -> torch.Tensor:
         return torch.randint(self._vocab_size, (self._batch_size, tokens), device=self._device)
@@ -184,6 +205,8 @@ def _check(request: DecodingBenchConfig) -> None:
                 where=f"bench.{name}",
                 mend=f"use {minimum} or more",
             )
+    if request.dtype not in DTYPES:
+        raise ConfigError(what=f"dtype is {request.dtype}", where="bench.dtype", mend=f"use {' or '.join(DTYPES)}")
 
 
 def _write(rows: Sequence[DecodingRow], request: DecodingBenchConfig, device: torch.device) -> None:
@@ -193,7 +216,7 @@ def _write(rows: Sequence[DecodingRow], request: DecodingBenchConfig, device: to
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
-        "dtype": "float32",
+        "dtype": request.dtype,
         "request": asdict(request),
         "rows": [asdict(row) for row in rows],
     }

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from subquad.model.decoder import Capture, Decoder
 from subquad.model.language_model import LanguageModel, ModelCarry
 from subquad.model.model_carry import carry_bytes, joinable, joined, selected
 from subquad.schema import GenerateConfig
@@ -19,6 +20,9 @@ from subquad.training.tokenizer import Tokenizer
 PREFILL_TOKENS = 2048
 """Tokens of a prompt that are taken at once, so that memory does not grow with it, but for caches. The result is the
 same up to rounding (contract of `prefill`); logits of a vocabulary of 50,000 are 0.4 GB for so many."""
+
+WORTH_A_GRAPH = 32
+"""More tokens than these must be left to draw: to take a step down costs as much as six or seven steps."""
 
 Ending = Literal["length", "stop", "stop_id"]
 """Why a text ended: `max_tokens` were drawn, a stop string came, a token of `stop_ids` came."""
@@ -40,6 +44,11 @@ class Continuation:
     def num_read(self) -> int:
         """Tokens that the carry stands for: the last one drawn is not read, for nobody asks what comes after it."""
         return len(self.prompt) + max(0, self.num_tokens - 1)
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that may still be drawn."""
+        return self._max_tokens - self.num_tokens
 
     def draw(self, logits: Tensor) -> tuple[int, str]:
         """Draw the next token and say what text has become certain; sets `ending` with the last.  Shapes:  logits: v"""
@@ -71,17 +80,22 @@ class _Batch:
 
 @torch.inference_mode()
 def continued(
-    model: LanguageModel, sequences: Sequence[Continuation], device: torch.device
+    model: LanguageModel,
+    sequences: Sequence[Continuation],
+    device: torch.device,
+    *,
+    capture: Capture | None = None,
 ) -> Iterator[tuple[Continuation, str]]:
     """Continue all sequences to their ends; yields each piece of text as it becomes certain.
 
     Prompts of one length are prefilled together, and no prompt is padded: `prefill` has no mask, and a recurrent
     state would remember padding. Then all sequences whose carries are alike (`joinable`) are decoded together: for
     mixers with a state of constant size all of them, for those with caches or positions the ones of equal length.
-    What a sequence becomes depends on the others by the rounding of batched matrix products alone.
+    What a sequence becomes depends on the others by the rounding of batched matrix products alone. `capture` is the
+    decoder's (`cuda_graphs(device)`); a batch that shrinks is taken down anew, if enough tokens are left.
     """
     for batch in _joined([_prefilled(model, group, device) for group in _by_length(sequences)]):
-        yield from _decoded(model, batch, device)
+        yield from _decoded(model, batch, device, capture)
 
 
 def _by_length(sequences: Sequence[Continuation]) -> list[list[Continuation]]:
@@ -119,8 +133,15 @@ def _joined(batches: Sequence[_Batch]) -> list[_Batch]:
     ]
 
 
-def _decoded(model: LanguageModel, batch: _Batch, device: torch.device) -> Iterator[tuple[Continuation, str]]:
-    sequences, logits, carry = batch.sequences, batch.logits, batch.carry
+def _decoded(
+    model: LanguageModel, batch: _Batch, device: torch.device, capture: Capture | None
+) -> Iterator[tuple[Continuation, str]]:
+    def decoder_of(carry: ModelCarry) -> Decoder:
+        worth = max(sequence.num_left for sequence in sequences) > WORTH_A_GRAPH
+        return Decoder(model, carry, capture=capture if worth else None)
+
+    sequences, logits = batch.sequences, batch.logits
+    decoder = decoder_of(batch.carry)
     while True:
         tokens = []
         logits = logits.float().cpu()
@@ -130,12 +151,13 @@ def _decoded(model: LanguageModel, batch: _Batch, device: torch.device) -> Itera
             yield sequence, piece
         going = [place for place, sequence in enumerate(sequences) if sequence.ending is None]
         if len(going) < len(sequences):
+            carry = decoder.carry
             share = {name: size // len(sequences) for name, size in carry_bytes(model, carry).items()}
             for sequence in sequences:
                 if sequence.ending is not None:
                     sequence.carry_bytes = share
             if not going:
                 return
-            carry = selected(carry, torch.tensor(going, device=device))
             sequences, tokens = [sequences[place] for place in going], [tokens[place] for place in going]
-        logits, carry = model.decode(torch.tensor(tokens, device=device), carry)
+            decoder = decoder_of(selected(carry, torch.tensor(going, device=device)))
+        logits = decoder.step(torch.tensor(tokens, device=device))

@@ -11,7 +11,7 @@ STYLES = ("o-", "s--", "^:", "d-.")
 """By batch size."""
 
 
-def draw_decoding(rows: Sequence[DecodingRow], device: str, path: Path) -> None:
+def draw_decoding(rows: Sequence[DecodingRow], where: str, path: Path) -> None:
     """Draw what was measured into a PNG, a colour for each model and a style for each batch size."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -23,7 +23,7 @@ def draw_decoding(rows: Sequence[DecodingRow], device: str, path: Path) -> None:
     if any(row.peak_bytes for row in rows):
         panels.append(("peak memory, GiB", lambda row: (row.peak_bytes or 0) / 2**30))
     figure = Figure(figsize=(5.5 * len(panels), 4.2), layout="constrained")
-    figure.suptitle(f"decoding in float32, {device}", fontsize=10)
+    figure.suptitle(f"decoding in {where}", fontsize=10)
     models = list(dict.fromkeys(row.model for row in rows))
     batch_sizes = list(dict.fromkeys(row.batch_size for row in rows))
     for axes, (label, value) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):

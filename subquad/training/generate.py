@@ -16,6 +16,7 @@ import torch
 from subquad.compiler.report import bytes_text
 from subquad.errors import ConfigError, ResumeError
 from subquad.model.build import build_model
+from subquad.model.cuda_graph import cuda_graphs
 from subquad.model.exported import CONFIG as EXPORTED
 from subquad.model.exported import load_model, read_model_config
 from subquad.model.language_model import LanguageModel
@@ -47,6 +48,7 @@ def generate(config: GenerateConfig, *, out: TextIO | None = None) -> list[str]:
     model, tokenizer, device = load_run(Path(config.run).expanduser(), batch_size=batch_size)
     tokens = [_tokens(prompt.text, tokenizer, config, index) for index, prompt in enumerate(prompts)]
     _check_stop_ids(config, tokenizer)
+    capture = cuda_graphs(device, config.cuda_graph)
     results = None if config.out is None else open_results(config.out)
     started = time.monotonic()
     texts, count, longest = [], 0, None
@@ -56,7 +58,7 @@ def generate(config: GenerateConfig, *, out: TextIO | None = None) -> list[str]:
                 Continuation(index, tokens[index], tokenizer, config)
                 for index in range(first, min(first + batch_size, len(prompts)))
             ]
-            for _, piece in continued(model, sequences, device):
+            for _, piece in continued(model, sequences, device, capture=capture):
                 if config.prompts is None:
                     stream.write(piece)
                     stream.flush()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from subquad_kernels.softmax_attention.definition import scale_of
+from subquad_kernels.softmax_attention.single_query import attended
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Arguments, Outputs
@@ -19,10 +20,17 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, causal: bool, window: int, scale: float | None
 ) -> Outputs:
     """out and lse."""
-    out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
-        *_heads_first(q, k, v), None, True, 0.0, causal and q.shape[1] > 1, False, scale=scale_of(q, scale)
-    )
-    return out.transpose(1, 2), lse.reshape(q.shape[0], q.shape[2], q.shape[1])
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, causal, False, scale=scale_of(q, scale)
+        )
+        return out, lse.reshape(q.shape[:3])
+
+    if q.shape[1] == 1:
+        return attended(q, k, v, attend)
+    out, lse = attend(*_heads_first(q, k, v), causal)
+    return out.transpose(1, 2), lse
 
 
 def backward(
@@ -46,8 +54,7 @@ def backward(
 
 def _heads_first(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     groups = q.shape[2] // k.shape[2]
-    return (
-        q.transpose(1, 2),
-        k.transpose(1, 2).repeat_interleave(groups, dim=1),
-        v.transpose(1, 2).repeat_interleave(groups, dim=1),
-    )
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if groups == 1:
+        return q, k, v
+    return q, k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from subquad_kernels.softmax_attention.definition import scale_of
+from subquad_kernels.softmax_attention.single_query import attended
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Arguments, Outputs
@@ -21,9 +22,16 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, causal: bool, window: int, scale: float | None
 ) -> Outputs:
     """out and lse."""
-    out, lse, _, _ = _aten._scaled_dot_product_efficient_attention(
-        *_heads_first(q, k, v), None, True, 0.0, _is_causal(q, causal), scale=scale_of(q, scale)
-    )
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> tuple[Tensor, Tensor]:
+        out, lse, _, _ = _aten._scaled_dot_product_efficient_attention(
+            q, k, v, None, True, 0.0, causal, scale=scale_of(q, scale)
+        )
+        return out, lse
+
+    if q.shape[1] == 1:
+        return attended(q, k, v, attend)
+    out, lse = attend(*_heads_first(q, k, v), causal)
     return out.transpose(1, 2), lse[:, :, : q.shape[1]]
 
 
@@ -64,8 +72,7 @@ def _is_causal(q: Tensor, causal: bool) -> bool:
 
 def _heads_first(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     groups = q.shape[2] // k.shape[2]
-    return (
-        q.transpose(1, 2),
-        k.transpose(1, 2).repeat_interleave(groups, dim=1),
-        v.transpose(1, 2).repeat_interleave(groups, dim=1),
-    )
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if groups == 1:
+        return q, k, v
+    return q, k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)

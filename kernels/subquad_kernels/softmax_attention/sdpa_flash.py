@@ -13,6 +13,7 @@ from torch import Tensor
 
 from subquad_kernels.documents import document_groups
 from subquad_kernels.softmax_attention.definition import scale_of, visible
+from subquad_kernels.softmax_attention.single_query import attended
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Arguments, Outputs
@@ -90,10 +91,15 @@ def _cpu_forward(
 ) -> Outputs:
     groups = q.shape[2] // k.shape[2]
     is_causal, mask = _cpu_mask(q, k, causal, window, real)
-    out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
-        q.transpose(1, 2), _heads_first(k, groups), _heads_first(v, groups), 0.0, is_causal,
-        attn_mask=mask, scale=factor,
-    )  # fmt: skip
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return _aten._scaled_dot_product_flash_attention_for_cpu(  # type: ignore[no-any-return]
+            q, k, v, 0.0, is_causal, attn_mask=mask, scale=factor
+        )
+
+    if q.shape[1] == 1 and mask is None:
+        return attended(q, k, v, attend)
+    out, lse = attend(q.transpose(1, 2), _heads_first(k, groups), _heads_first(v, groups))
     return out.transpose(1, 2), lse
 
 

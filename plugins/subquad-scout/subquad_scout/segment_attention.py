@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from subquad import MixerContext, ProjectionSplit
+from subquad_kernels.growing_cache import appended
 from subquad_kernels.operators import rotary, segment_attention
 from subquad_scout.config import SegmentAttentionConfig, share_summaries
 
@@ -83,8 +84,8 @@ class SegmentAttention(nn.Module):
         )
         first = self.segment_len - 1 - carry.position % self.segment_len
         after = SegmentCarry(
-            torch.cat([carry.keys, k[:, first :: self.segment_len]], dim=1),
-            torch.cat([carry.values, v[:, first :: self.segment_len]], dim=1),
+            appended(carry.keys, k[:, first :: self.segment_len]),
+            appended(carry.values, v[:, first :: self.segment_len]),
             carry.position + x.shape[1],
         )
         y = self.o_proj(out.flatten(2))

@@ -1,0 +1,50 @@
+"""CUDA graphs as a `Decoder` takes work down: what a GPU was told once, it is told again by one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+
+WARM_UP = 3
+"""Runs before work is taken down: kernels compile in the first, our operators record a repeated call in the second
+(`subquad_kernels.replay`), and the third is as every later one."""
+
+
+class CudaGraphs:
+    """A `Capture` for the current device. Graphs share the memory of their intermediate results: replay one at a time.
+
+    Raises: RuntimeError, if the work waits for the device or asks for what cannot be taken down.
+    """
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Run the work beforehand, and take it down without running it."""
+        outside, side = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
+        side.wait_stream(outside)
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                work()
+        outside.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads may ask the device for memory meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
+                work()
+        finally:
+            torch.cuda.set_stream(outside)  # torch leaves the other one where taking down failed
+        return graph.replay
+
+
+def cuda_graphs(device: torch.device, wanted: bool = True) -> CudaGraphs | None:
+    """What a decoder on this device takes work down with; None where there are no CUDA graphs, or none are wanted."""
+    return CudaGraphs() if wanted and device.type == "cuda" and torch.version.hip is None else None
+
+
+@lru_cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """One for all graphs: torch's matrix products keep memory for each stream that they ever ran on."""
+    return torch.cuda.Stream(device)
