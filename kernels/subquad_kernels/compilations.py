@@ -15,7 +15,7 @@ class Compilation:
     """One kernel, for one list of types, constants and alignments; `stages` are seconds of each by triton's names.
 
     `ast` is Python, which other threads wait for; the rest is not (`llir` is LLVM, `cubin` ptxas, a process). One that
-    a folder of Triton's held already is `cached` and has no stages.
+    a folder of Triton's held already is `cached` and has no stages. `hash` is what triton calls it there.
     """
 
     kernel: str
@@ -23,6 +23,7 @@ class Compilation:
     stages: Mapping[str, float]
     cached: bool
     thread: int
+    hash: str
 
 
 @contextmanager
@@ -36,7 +37,7 @@ def compilations() -> Iterator[list[Compilation]]:
 
     before = knobs.compilation.listener
 
-    def listen(*, src: Any, times: Any, cache_hit: bool, **rest: Any) -> None:
+    def listen(*, src: Any, metadata: Any, times: Any, cache_hit: bool, **rest: Any) -> None:
         stages = {"ast": times.ir_initialization, **dict(times.lowering_stages), "store": times.store_results}
         found.append(
             Compilation(
@@ -45,10 +46,11 @@ def compilations() -> Iterator[list[Compilation]]:
                 stages={} if cache_hit else {stage: microseconds / 1e6 for stage, microseconds in stages.items()},
                 cached=cache_hit,
                 thread=threading.get_ident(),
+                hash=metadata["hash"],
             )
         )
         if before is not None:
-            before(src=src, times=times, cache_hit=cache_hit, **rest)
+            before(src=src, metadata=metadata, times=times, cache_hit=cache_hit, **rest)
 
     knobs.compilation.listener = listen
     try:

@@ -1,18 +1,20 @@
 """First calls beside each other: a Triton kernel is compiled when it is first called, and others need not wait for it.
 
-Triton spends most of a compilation outside of Python (MLIR, LLVM, ptxas), where other threads run. Threads, unlike
-processes, need no CUDA context and no import of torch each; later processes find what they compiled in Triton's cache.
+What is known beforehand to be compiled is, in processes (`compile_processes`); the calls then find it in Triton's
+folder, as later runs do. Everything else is compiled by the calls themselves, which are made in threads: those need no
+CUDA context and no import of torch each, but wait for each other where Triton works in Python.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -33,7 +35,8 @@ Part = Literal["forward", "backward", "backward of the first output"]
 class FirstCall:
     """One direction of a kernel, called on few and short sequences; `failure` is what it raised, if it did.
 
-    `compiled` is what Triton compiled for it, but for kernels that another call was compiling at that time.
+    `compiled` is what Triton compiled for it, but for kernels that another call was compiling at that time, and
+    `seconds` what the call took and its compilations in other processes.
     """
 
     kernel: str
@@ -44,11 +47,26 @@ class FirstCall:
     compiled: tuple[Compilation, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """A call that is to be made."""
+
+    kernel: Kernel
+    workload: Workload
+    part: Part
+    run: Callable[[], object]
+    device: str
+
+    def on_device(self) -> AbstractContextManager[object]:
+        return torch.cuda.device(self.device) if self.device.startswith("cuda") else nullcontext()
+
+
 def first_calls(jobs: Iterable[tuple[Kernel, Workload]], device: str, *, threads: int | None = None) -> list[FirstCall]:
     """Call every kernel that compiles, in both directions, all at once; one thread a core unless `threads` says.
 
     Each is called as its self-check calls it, and with the heads and channels of the run, which may be another kernel
-    to Triton.
+    to Triton. Of those whose host code may be run for its launches alone (`replayable`) everything is compiled before
+    the first call, a process for each kernel and as many at a time as there are threads.
 
     Kernels that compile nothing, or must be alone when they do, are left out. A backward is called with the gradient
     of every output, as checks do, and of the first alone, as training does where nobody uses a final state: to Triton
@@ -61,23 +79,51 @@ def first_calls(jobs: Iterable[tuple[Kernel, Workload]], device: str, *, threads
         for small_class in (shape_class, run_class)
         if kernel.compiles and kernel.first_calls_in_threads
     }
-    calls = [
-        call
-        for kernel, workload in sorted(small, key=lambda job: (job[0].key, job[1].key))
-        for call in _calls(kernel, workload, device)
-    ]
-    if not calls:
+    if not small:
         return []
+    at_once = threads or cores()
+    with ThreadPoolExecutor(1) as beside:
+        # The driver of triton builds a C module at its first use, while operands are drawn.
+        driver = beside.submit(_use_driver, kind)
+        calls = [
+            call
+            for kernel, workload in sorted(small, key=lambda job: (job[0].key, job[1].key))
+            for call in _calls(kernel, workload, device)
+        ]
+        driver.result()
+    ahead = _compile_ahead(calls, at_once)
+    pool = ThreadPoolExecutor(at_once)
+    with compilations() as compiled:
+        try:
+            return [future.result() for future in [pool.submit(_first_call, call, compiled, ahead) for call in calls]]
+        finally:
+            pool.shutdown(cancel_futures=True)  # on Ctrl-C only what has begun is waited for
+
+
+def _use_driver(kind: str) -> None:
     if kind == "cuda":
         from triton.runtime import driver
 
-        driver.active.get_current_device()  # builds a C module at its first use, once if it is done here
-    pool = ThreadPoolExecutor(min(len(calls), threads or cores()))
-    with compilations() as compiled:
-        try:
-            return [future.result() for future in [pool.submit(call, compiled) for call in calls]]
-        finally:
-            pool.shutdown(cancel_futures=True)  # on Ctrl-C only what has begun is waited for
+        driver.active.get_current_device()
+
+
+def _compile_ahead(calls: Iterable[_Call], processes: int) -> Mapping[str, Compilation]:
+    """What replayable calls will look for in Triton's folder is there afterwards; what each took, by its hash."""
+    replayable = [call for call in calls if call.kernel.replayable]
+    if not replayable or importlib.util.find_spec("triton") is None:
+        return {}
+    from triton import knobs
+
+    if knobs.runtime.interpret:
+        return {}
+    from subquad_kernels.compile_processes import collecting, compile_in_processes
+
+    with collecting() as collection:
+        for call in replayable:
+            # What it raises, the call itself will raise again.
+            with suppress(Exception), call.on_device(), torch.no_grad():
+                call.run()
+    return compile_in_processes(collection.wanted, processes)
 
 
 def cores() -> int:
@@ -85,23 +131,28 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _calls(kernel: Kernel, workload: Workload, device: str) -> list[Callable[[list[Compilation]], FirstCall]]:
+def _calls(kernel: Kernel, workload: Workload, device: str) -> list[_Call]:
     operator = CATALOGUE.operator(kernel.operator)
+    call = partial(_Call, kernel=kernel, workload=workload, device=device)
     try:
         functions = kernel.torch_half  # not in the threads: two that import one module may wait for each other
     except Exception as error:  # a stranger's module may raise anything
-        failed = FirstCall(kernel=kernel.key, workload=workload, part="forward", seconds=0.0, failure=_failure(error))
-        return [lambda compiled: failed]
+        return [call(part="forward", run=partial(_raise, error))]
     arguments = operator.torch_half.sample_inputs(workload, seed=0, device=device)
-    parts: dict[Part, Callable[[], object]] = {"forward": partial(functions.forward, **arguments)}
+    calls = [call(part="forward", run=partial(functions.forward, **arguments))]
     if workload.phase != "decode":
         outputs = _outputs(operator, arguments)
         pulls = outputs[: len(operator.outputs)]
-        parts["backward"] = partial(functions.backward, arguments, outputs, pulls)
+        calls.append(call(part="backward", run=partial(functions.backward, arguments, outputs, pulls)))
         if len(pulls) > 1:
             alone = (pulls[0], *[None] * (len(pulls) - 1))
-            parts["backward of the first output"] = partial(functions.backward, arguments, outputs, alone)
-    return [partial(_first_call, kernel, workload, part, run, device) for part, run in parts.items()]
+            run = partial(functions.backward, arguments, outputs, alone)
+            calls.append(call(part="backward of the first output", run=run))
+    return calls
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def _outputs(operator: Operator, arguments: Arguments) -> Outputs:
@@ -109,23 +160,26 @@ def _outputs(operator: Operator, arguments: Arguments) -> Outputs:
     return tuple(torch.zeros_like(output) for output in operator.torch_half.empty_outputs(arguments))
 
 
-def _first_call(
-    kernel: Kernel, workload: Workload, part: Part, run: Callable[[], object], device: str, compiled: list[Compilation]
-) -> FirstCall:
-    started, failure, before = time.perf_counter(), None, len(compiled)
-    on_device = torch.cuda.device(device) if device.startswith("cuda") else nullcontext()
+def _first_call(call: _Call, compiled: list[Compilation], ahead: Mapping[str, Compilation]) -> FirstCall:
+    started, failure, before, me = time.perf_counter(), None, len(compiled), threading.get_ident()
     try:
-        with on_device, torch.no_grad():
-            run()
-            if device.startswith("cuda"):
+        with call.on_device(), torch.no_grad():
+            call.run()
+            if call.device.startswith("cuda"):
                 torch.cuda.synchronize()
     except Exception as error:  # a stranger's kernel may raise anything
         failure = _failure(error)
-    mine = tuple(one for one in compiled[before:] if one.thread == threading.get_ident())
     seconds = time.perf_counter() - started
+    mine = [one for one in compiled[before:] if one.thread == me]
+    found = [replace(ahead[one.hash], thread=me) for one in mine if one.hash in ahead]
     return FirstCall(
-        kernel=kernel.key, workload=workload, part=part, seconds=seconds, failure=failure, compiled=mine
-    )  # fmt: skip
+        kernel=call.kernel.key,
+        workload=call.workload,
+        part=call.part,
+        seconds=seconds + sum(one.seconds for one in found),
+        failure=failure,
+        compiled=(*found, *[one for one in mine if one.hash not in ahead]),
+    )
 
 
 def _failure(error: Exception) -> str:

@@ -19,13 +19,22 @@ _MOST_KNOWN = 4096
 _NUMBERS = (int, float)
 
 
+class _Collecting(threading.local):
+    collection: Any = None
+
+
+COLLECTING = _Collecting()
+"""The collection (`compile_processes`) that hears of this thread's launches in place of the device."""
+
+
 class QuickLaunch:
     """A jitted kernel, launched as one:  kernel[programs](arguments..., CONSTANT=..., num_warps=...).
 
     `programs` are one to three counts. triton derives a launch's specialization from every argument, each time. Here
     an argument list that was seen before - equal numbers and constants, tensors of equal types, devices and
     alignments - goes to what was compiled for it at once. Constants are named, every other argument comes by its
-    place; the first is a tensor. A call that is recorded (`replay`) hears of it.
+    place; the first is a tensor. A call that is recorded (`replay`) hears of it, and where launches are collected
+    (`compile_processes`) none is made.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -40,6 +49,9 @@ class QuickLaunch:
         return partial(self._launch, programs)
 
     def _launch(self, programs: tuple[int, ...], /, *values: Any, **constants: Any) -> None:
+        if COLLECTING.collection is not None:
+            COLLECTING.collection.launch(self.jitted, programs, values, constants)
+            return
         # triton compiles for pointers to multiples of 16 bytes, and others. Most values are numbers or left out.
         key: list[object] = []
         plain: list[Any] = []

@@ -2,14 +2,14 @@
 
     python kernels/tests/compile_launches.py OPERATOR KERNEL TARGET,... [--sample | --all | --widths TYPE]
 
-Run as a script and not in the interpreter of Triton: forward and backward are called on CPU tensors, and in place of
-each launch its kernel is compiled with the types, constants and alignments of the arguments. One JSON line a launch:
-registers a thread, bytes of memory a thread that registers spilled to, bytes of shared memory a program, for Hopper the
-instructions that read a register which was never set (`unset_registers`), for Blackwell columns of tensor memory a
-program (more than the 512 there are: a trap was compiled instead). The calls are those of a training step in bfloat16,
-for every example of the operator; with --sample for one that is packed and one of a single token, with --all every
-case, in float32 as well. With --widths they are those of a step in that type, packed and not, at every pair of widths
-of keys and values (--pairs N,P ...: of these). --heads H,H_K stand for the examples' numbers of heads of values and of
+Run as a script and not in the interpreter of Triton: forward and backward are called on CPU tensors, and what they
+launch is collected (`compile_processes`) and compiled. One JSON line a launch: registers a thread, bytes of memory a
+thread that registers spilled to, bytes of shared memory a program, for Hopper the instructions that read a register
+which was never set (`unset_registers`), for Blackwell columns of tensor memory a program (more than the 512 there are:
+a trap was compiled instead). The calls are those of a training step in bfloat16, for every example of the operator;
+with --sample for one that is packed and one of a single token, with --all every case, in float32 as well. With --widths
+they are those of a step in that type, packed and not, at every pair of widths of keys and values (--pairs N,P ...: of
+these). --heads H,H_K stand for the examples' numbers of heads of values and of
 keys. --packed leaves out steps that are not, --launch NAME all other launches.
 """
 
@@ -19,25 +19,23 @@ import argparse
 import json
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 from unset_registers import unset_registers
 
 import subquad_kernels.builtin  # noqa: F401  (fills the catalogue)
-from subquad_kernels.catalogue import CATALOGUE, Operator
+from subquad_kernels.catalogue import CATALOGUE, Kernel, Operator
+from subquad_kernels.compile_processes import collecting
 from subquad_kernels.workload import DeviceLimits, DType, Workload
 
 TARGETS = {
@@ -46,10 +44,6 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-TYPES = {
-    torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32",
-    torch.int64: "i64",
-}  # fmt: skip
 SIZES = {"t": 4_200, "s": 4_200, "k": 64, "v": 64, "c": 96, "n": 16}
 """Widths of models instead of those of the operators' examples, which are for quick checks; lengths that are cut."""
 WIDTHS = (16, 32, 64, 128, 256)
@@ -96,47 +90,35 @@ def of_widths(supported: list[Workload], dtype: DType, pairs: list[tuple[int, in
         yield replace(first, shape=shape | {"b": 1, "documents": 4}, dtype=dtype)
 
 
+class Device:
+    """A driver of triton that only says which it is: launches are collected for its target."""
+
+    def __init__(self, target: str) -> None:
+        self.get_current_target = lambda: TARGETS[target]
+        self.get_current_device = lambda: list(TARGETS).index(target)
+        self.get_current_stream = lambda device: 0
+
+
 class Compiled:
     """What was compiled, once for every kernel, signature and target."""
 
     def __init__(self, targets: list[str], launch: str | None) -> None:
         self._targets, self._only, self._seen = targets, launch, set[str]()
-        self.case = ""
 
-    def launch(self, jitted: JITFunction[Any], *args: Any, grid: tuple[int, ...], warmup: bool, **named: Any) -> None:
-        """Stand where `JITFunction.run` stood."""
-        assert grid[0] > 0
-        if self._only not in (None, jitted.fn.__name__):
-            return
-        values = dict(zip(jitted.arg_names, args)) | named
-        options = {name: value for name, value in named.items() if name not in jitted.arg_names}
-        signature, constants, attributes = {}, {}, {}
-        for index, parameter in enumerate(jitted.params):
-            value, special = values[parameter.name], not parameter.do_not_specialize
-            if parameter.is_constexpr or value is None or (special and type(value) is int and value == 1):
-                signature[parameter.name], constants[(index,)] = "constexpr", value
-            elif isinstance(value, Tensor):
-                signature[parameter.name], attributes[(index,)] = f"*{TYPES[value.dtype]}", [["tt.divisibility", 16]]
-            elif isinstance(value, float):
-                signature[parameter.name] = "fp32"
-            else:
-                signature[parameter.name] = "i32"
-                if special and value % 16 == 0:
-                    attributes[(index,)] = [["tt.divisibility", 16]]
-        name = jitted.fn.__name__
+    def case(self, case: str, call: Callable[[], object]) -> None:
+        """Compile what a call launches that no case before it has."""
         for target in self._targets:
-            key = str((name, signature, constants, attributes, options, target))
-            if key not in self._seen:
-                self._seen.add(key)
-                source = ASTSource(jitted, signature, constants, attributes)
-                # What a kernel asks of the device that it is compiled for.
-                driver.set_active(SimpleNamespace(get_current_target=lambda target=target: TARGETS[target]))
-                found = {"kernel": name, "target": target, "case": self.case}
-                try:
-                    compiled = triton.compile(source, target=TARGETS[target], options=options)
-                    print(json.dumps(found | resources(compiled, target)), flush=True)
-                except Exception as error:  # reported, and the rest is compiled all the same
-                    print(json.dumps(found | {"failure": f"{type(error).__name__}: {error}"[:500]}), flush=True)
+            driver.set_active(Device(target))
+            with collecting() as collection:
+                call()
+            for wanted in collection.wanted:
+                if self._only in (None, wanted.kernel) and wanted.key not in self._seen:
+                    self._seen.add(wanted.key)
+                    found = {"kernel": wanted.kernel, "target": target, "case": case}
+                    try:
+                        print(json.dumps(found | resources(wanted.compile(), target)), flush=True)
+                    except Exception as error:  # reported, and the rest is compiled all the same
+                        print(json.dumps(found | {"failure": f"{type(error).__name__}: {error}"[:500]}), flush=True)
 
 
 def resources(compiled: Any, target: str) -> dict[str, Any]:
@@ -175,6 +157,15 @@ def pair(text: str) -> tuple[int, int]:
     return n, p
 
 
+def step(operator: Operator, kernel: Kernel, case: Workload) -> None:
+    """A forward, and a backward with the gradient of every output."""
+    arguments = operator.torch_half.sample_inputs(case, seed=0, device="cpu")
+    outputs = kernel.torch_half.forward(**arguments)
+    if case.phase != "decode":
+        pulls = tuple(torch.zeros_like(output) for output in outputs[: len(operator.outputs)])
+        kernel.torch_half.backward(arguments, outputs, pulls)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile ahead of time what a kernel's calls launch.")
     parser.add_argument("operator")
@@ -194,7 +185,6 @@ def main() -> None:
         assert all(TARGETS[name].backend == "hip" for name in told.targets), "the targets of one run are of one vendor"
         torch.version.hip = "ahead of time"  # what launches ask for the vendor
     compiled = Compiled(told.targets, told.launch)
-    JITFunction.run = lambda jitted, *args, **named: compiled.launch(jitted, *args, **named)  # type: ignore[method-assign]
     hopper = DeviceLimits(kind="cuda", name="any", capability=(9, 0))
     chosen = [case for case in cases(operator, told.all) if kernel.supports(case, hopper) is None]
     if told.sample:
@@ -206,12 +196,7 @@ def main() -> None:
             case = replace(case, shape=case.shape | dict(zip(("h", "h_k"), told.heads)))  # type: ignore[operator]
         if told.packed and "documents" not in case.shape:
             continue
-        compiled.case = f"{case.dtype} {case.phase} {dict(case.shape)}"
-        arguments = operator.torch_half.sample_inputs(case, seed=0, device="cpu")
-        outputs = kernel.torch_half.forward(**arguments)
-        if case.phase != "decode":
-            pulls = tuple(torch.zeros_like(output) for output in outputs[: len(operator.outputs)])
-            kernel.torch_half.backward(arguments, outputs, pulls)
+        compiled.case(f"{case.dtype} {case.phase} {dict(case.shape)}", partial(step, operator, kernel, case))
 
 
 if __name__ == "__main__":

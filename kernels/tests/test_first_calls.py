@@ -142,12 +142,7 @@ def test_a_training_run_calls_no_kernel_that_first_calls_have_not_compiled(
     key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Triton compiles anew for types, absent tensors, constants, and integers that are 1 or a multiple of 16."""
-    seen: set[object] = set()
-    launched = catalogue.load_attribute(CATALOGUE.kernel(*key.split("/")).implementation)
-    for name, function in vars(launched).items():
-        jitted = getattr(function, "jitted", function)
-        if hasattr(jitted, "arg_names") and hasattr(jitted, "__getitem__"):
-            monkeypatch.setattr(launched, name, Notes(jitted, seen))
+    seen = noted_launches(key, monkeypatch)
     run, fused = RUNS[key], CATALOGUE.kernel(*key.split("/"))
     operator = CATALOGUE.operator(fused.operator)
     monkeypatch.setattr("subquad_kernels.first_calls.shape_class", lambda workload, kind: shape_class(workload, "cuda"))
@@ -161,6 +156,43 @@ def test_a_training_run_calls_no_kernel_that_first_calls_have_not_compiled(
     fused.torch_half.backward(arguments, outputs, (outputs[0], *[None] * (len(operator.outputs) - 1)))
     assert seen
     assert seen <= compiled
+
+
+def of_heads(key: str, **shape: int) -> Workload:
+    example = CATALOGUE.operator(key.partition("/")[0]).examples[0]
+    return replace(example, dtype="bfloat16", phase="backward", shape={"b": 1, "t": 300, "n": 64, "p": 64} | shape)
+
+
+MATRICES = {
+    "linear_attention/fused": of_heads("linear_attention/fused", h=16, h_k=16),
+    "gated_linear_attention/fused": of_heads("gated_linear_attention/fused", h=16),
+}
+
+
+@pytest.mark.parametrize("key", MATRICES)
+def test_to_triton_any_number_of_heads_is_one_kernel(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same instructions come of it for sm_90, and a check's two heads and a run's sixteen are compiled once."""
+    seen, kernel = noted_launches(key, monkeypatch), CATALOGUE.kernel(*key.split("/"))
+    found = []
+    for small in (shape_class(MATRICES[key], "cuda"), run_class(MATRICES[key], "cuda")):
+        monkeypatch.setattr("subquad_kernels.first_calls.shape_class", lambda workload, kind, small=small: small)
+        monkeypatch.setattr("subquad_kernels.first_calls.run_class", lambda workload, kind, small=small: small)
+        assert {call.failure for call in first_calls([(kernel, small)], "cpu", threads=1)} == {None}
+        found.append(set(seen))
+        seen.clear()
+    assert len(found[0]) > 4
+    assert found[0] == found[1]
+
+
+def noted_launches(key: str, monkeypatch: pytest.MonkeyPatch) -> set[object]:
+    """For what Triton would compile launches from now on, which are not made."""
+    seen: set[object] = set()
+    launched = catalogue.load_attribute(CATALOGUE.kernel(*key.split("/")).implementation)
+    for name, function in vars(launched).items():
+        jitted = getattr(function, "jitted", function)
+        if hasattr(jitted, "arg_names") and hasattr(jitted, "__getitem__"):
+            monkeypatch.setattr(launched, name, Notes(jitted, seen))
+    return seen
 
 
 class Notes:

@@ -14,16 +14,13 @@ from subquad_kernels.workload import Workload
 def compile_ahead(
     jobs: Iterable[tuple[Kernel, Workload]], device: str, verdicts: VerdictStore, *, again: bool = False
 ) -> list[FirstCall]:
-    """Make the first calls of kernels whose verdicts are not known, or of all kernels `again`.
-
-    One alone is left to its check, which compiles it as soon.
-    """
+    """Make the first calls of kernels whose verdicts are not known, or of all kernels `again`."""
     wanted = [
         job
         for job in dict.fromkeys(jobs)
         if job[0].compiles and job[0].first_calls_in_threads and (again or not verdicts.knows(*job, device))
     ]
-    if len(wanted) < (1 if again else 2):
+    if not wanted:
         return []
     names = ", ".join(dict.fromkeys(kernel.key for kernel, _ in wanted))
     print(f"compiling {names} on {cores()} cores (once)", file=sys.stderr)

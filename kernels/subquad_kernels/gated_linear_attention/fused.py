@@ -388,7 +388,7 @@ def _times(left, right, total, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @QuickLaunch
-@triton.jit(do_not_specialize=["t", "stretches", "each", "stretch", "per", "cuts"])
+@triton.jit(do_not_specialize=["t", "stretches", "each", "stretch", "per", "cuts", "h"])
 def _summarise(
     rows, columns, g, table, kept, decayed, least, crossing, last, totals,
     t, h, stretches, each, stretch, per, cuts, scale, row_stride, column_stride, g_stride,
@@ -456,7 +456,7 @@ def _summarise(
 
 
 @QuickLaunch
-@triton.jit(do_not_specialize=["each", "cuts"])
+@triton.jit(do_not_specialize=["each", "cuts", "h"])
 def _compose(
     crossing, last, totals, edge, starts, h, each, size, cuts,
     P: tl.constexpr, TILE: tl.constexpr, TOGETHER: tl.constexpr, GIVEN: tl.constexpr, LAST: tl.constexpr,
@@ -531,7 +531,7 @@ def _level(least, slot, head, h, N: tl.constexpr, PAD_N: tl.constexpr, LEVELS: t
 
 
 @QuickLaunch
-@triton.jit(do_not_specialize=["t", "stretches", "each", "stretch", "per"])
+@triton.jit(do_not_specialize=["t", "stretches", "each", "stretch", "per", "h"])
 def _read(
     q, k, values, g, bonus, kept, decayed, least, crossing, edge, table, result,
     t, h, stretches, each, stretch, per, scale, q_stride, k_stride, value_stride, g_stride,
@@ -686,7 +686,7 @@ def _pull(
 
 
 @QuickLaunch
-@triton.jit(do_not_specialize=["t", "stretches", "each", "stretch", "per"])
+@triton.jit(do_not_specialize=["t", "stretches", "each", "stretch", "per", "h"])
 def _differentiate(
     q, k, v, g, bonus, dy, table, least,
     kept, decayed, crossing, initial, dkept, ddecayed, dcrossing, dfinal,

@@ -147,7 +147,7 @@ class Chunks:
 
 
 @QuickLaunch
-@triton.jit(do_not_specialize=["t", "chunks"])
+@triton.jit(do_not_specialize=["t", "chunks", "h"])
 def _prepare(
     ages, gates, own, log_decay, write_gate, diagonal, table, t, h, chunks,
     CHUNK: tl.constexpr, DECAY: tl.constexpr, GATE: tl.constexpr, PACKED: tl.constexpr,
@@ -170,7 +170,7 @@ def _prepare(
 
 
 @QuickLaunch
-@triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment"])
+@triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment", "h"])
 def _walk(
     x, y, ages, gates, table, outer, borders, decays, lefts, states, last,
     scale, t, b, h, group, chunks, segments, per_segment, x_stride, x_head_stride, y_stride, y_head_stride,
@@ -242,7 +242,7 @@ def _walk(
 
 
 @QuickLaunch
-@triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment"])
+@triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment", "h"])
 def _differentiate_decay(
     v, flow, table, boundaries, dboundaries, final, dfinal, dlog_decay,
     t, b, h, group, chunks, segments, per_segment,

@@ -392,7 +392,7 @@ def _place(b, h, group, P: tl.constexpr, TILE_P: tl.constexpr):
 
 
 @QuickLaunch
-@triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment"])
+@triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment", "h"])
 def _summarise(
     k, v, log_decay, write_gate, initial, table, decays, writes,
     t, b, h, group, chunks, segments, per_segment, k_stride, k_head_stride, v_stride, v_head_stride,
@@ -470,7 +470,7 @@ def _compose(decays, states, copies, size, heads, rows, BLOCK: tl.constexpr, REV
 
 
 @QuickLaunch
-@triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment", "walked"])
+@triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment", "walked", "h"])
 def _read(
     q, k, v, log_decay, write_gate, diagonal, initial, table, boundaries, y, final,
     scale, t, b, h, group, chunks, segments, per_segment, walked,
@@ -574,7 +574,7 @@ def _step(
 
 
 @QuickLaunch
-@triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment"])
+@triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment", "h"])
 def _differentiate_q(
     q, k, v, log_decay, write_gate, diagonal, initial, table, boundaries, dy, dq, rows,
     scale, t, b, h, group, chunks, segments, per_segment,
@@ -634,7 +634,7 @@ def _differentiate_q(
 
 
 @QuickLaunch
-@triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment"])
+@triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment", "h"])
 def _summarise_gradients(
     q, log_decay, table, dy, dfinal, decays, writes,
     scale, t, b, h, group, chunks, segments, per_segment, q_stride, q_head_stride, dy_stride, dy_head_stride,
@@ -684,7 +684,7 @@ def _summarise_gradients(
 
 
 @QuickLaunch
-@triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment", "walked"])
+@triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment", "walked", "h"])
 def _differentiate_kv(
     q, k, v, log_decay, write_gate, diagonal, table,
     boundaries, dboundaries, final, dy, dfinal, rows, dk, dv, dlog_decay, dwrite_gate, ddiagonal, dinitial,

@@ -76,7 +76,7 @@ def backward(
 
 
 @QuickLaunch
-@triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment"])
+@triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment", "h"])
 def _differentiate(
     q, k, v, dy, table, ages, gates, own, states, dstates, dq, dk, dv, flow, dwrite_gate, ddiagonal,
     scale, t, b, h, group, chunks, segments, per_segment,

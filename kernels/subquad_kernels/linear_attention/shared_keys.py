@@ -140,7 +140,7 @@ def backward(
 
 
 @QuickLaunch
-@triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment"])
+@triton.jit(do_not_specialize=["t", "b", "chunks", "segments", "per_segment", "h"])
 def _finish(
     ages, table, lefts, boundaries, final, t, b, h, group, chunks, segments, per_segment,
     N: tl.constexpr, P: tl.constexpr, PAD_N: tl.constexpr, PAD_P: tl.constexpr, CHUNK: tl.constexpr,
@@ -190,7 +190,7 @@ def _load_own(own, at):
 
 
 @QuickLaunch
-@triton.jit(do_not_specialize=["heads", "t", "b", "chunks", "segments", "per_segment"])
+@triton.jit(do_not_specialize=["heads", "t", "b", "chunks", "segments", "per_segment", "h"])
 def _read_heads(
     q, k, v, table, ages, gates, own, states, lefts, entering, y,
     scale, heads, t, b, h, group, chunks, segments, per_segment,
@@ -237,7 +237,7 @@ def _read_heads(
 
 
 @QuickLaunch
-@triton.jit(do_not_specialize=["heads", "t", "b", "chunks", "segments", "per_segment"])
+@triton.jit(do_not_specialize=["heads", "t", "b", "chunks", "segments", "per_segment", "h"])
 def _differentiate_queries(
     q, k, v, dy, table, ages, gates, own, states, mixed, dqueries, flow,
     scale, heads, t, b, h, group, chunks, segments, per_segment,
@@ -286,7 +286,7 @@ def _differentiate_queries(
 
 
 @QuickLaunch
-@triton.jit(do_not_specialize=["heads", "t", "b", "chunks", "segments", "per_segment"])
+@triton.jit(do_not_specialize=["heads", "t", "b", "chunks", "segments", "per_segment", "h"])
 def _differentiate_keys(
     q, k, v, dy, table, ages, gates, own, dstates, dkeys, flow, dv, dwrite_gate, ddiagonal,
     scale, heads, t, b, h, group, chunks, segments, per_segment,
@@ -345,7 +345,7 @@ def _differentiate_keys(
 
 
 @QuickLaunch
-@triton.jit(do_not_specialize=["parts", "t", "b", "chunks", "segments", "per_segment"])
+@triton.jit(do_not_specialize=["parts", "t", "b", "chunks", "segments", "per_segment", "h"])
 def _mix(
     q, k, table, mixed, dqueries, dkeys, dq, dk,
     parts, t, b, h, group, chunks, segments, per_segment, q_stride, q_head_stride, k_stride, k_head_stride,
