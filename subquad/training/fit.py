@@ -351,12 +351,16 @@ def _fit(prepared: _Prepared, ranks: Ranks) -> TrainResult:
     resumed_at, spent_s = (checkpoint.step, float(state["seconds"])) if checkpoint and state else (None, 0.0)
     del state  # the module lets go of it once the optimizer has it
     norms = GradientNorms(prepared.model, config.trainer)
-    used = utilisation(prepared.model, prepared.plan, target_of(config), config.trainer.tensor_parallel)
+    used = utilisation(prepared.model, prepared.plan, target_of(config), config.trainer)
     tracker = build_tracker(config.tracking, folder, asdict(config), resumed_at) if ranks.rank == 0 else NoTracker()
     tracker.table("plan", PLAN_COLUMNS, choice_table(prepared.plan))
-    recorder = Recorder(folder, tracker, norms, used, rank=ranks.rank, resumed_at=resumed_at, spent_s=spent_s)
+    recording = range(0, ranks.world_size, config.trainer.ranks_per_group)
+    recorder = Recorder(
+        folder, tracker, norms, used, rank=ranks.rank, records_samples=ranks.rank in recording,
+        resumed_at=resumed_at, spent_s=spent_s,
+    )  # fmt: skip
     if ranks.rank == 0 and resumed_at is not None:
-        drop_samples_of_other_ranks(folder.samples(0).parent, ranks.world_size, resumed_at)
+        drop_samples_of_other_ranks(folder.samples(0).parent, recording, resumed_at)
     interrupts = Interrupts()
     callbacks: list[L.Callback] = [norms, recorder, StopAfterStep(interrupts, recorder, folder)]
     if ranks.rank == 0:
