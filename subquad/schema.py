@@ -155,6 +155,15 @@ class TrainerConfig:
     log_every_n_steps: int = 10
     progress_bar: bool = True
 
+    @property
+    def ranks_per_group(self) -> int:
+        """Devices that read the same samples, as they share the sequences or the projections."""
+        return self.context_parallel * self.tensor_parallel
+
+    def samples_per_step(self, world_size: int) -> int:
+        """Sequences of one optimizer step, on so many ranks."""
+        return self.batch_size * self.accumulate * (world_size // self.ranks_per_group)
+
     def __post_init__(self) -> None:
         _check_limits(
             self,

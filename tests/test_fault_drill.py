@@ -14,7 +14,9 @@ import pytest
 import torch
 from compared_runs import assert_same_run, weights
 
-from subquad.compiler.plan import Plan
+from subquad.compiler.plan import Plan, StepPrediction
+from subquad.compiler.predict_step import predict_step
+from subquad.compiler.target import Target, resolve_target
 from subquad.errors import RunError
 from subquad.schema import RunConfig
 from subquad.training import fit, run_folder
@@ -244,6 +246,34 @@ def test_a_kernel_that_fails_in_mid_run_is_denied_and_the_run_goes_back(
     assert ids == list(range(1, 13))
 
 
+def test_after_a_denial_measured_steps_stand_beside_the_plan_that_runs(
+    tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_run("broken")
+    folder, failed = run_folder.RunFolder(Path(str(config.run_dir))), list[str]()
+
+    def attention(plan: Plan) -> list[str]:
+        return sorted({one.chosen for one in plan.choices if one.used and one.operator == "softmax_attention"})
+
+    def predicted(config: RunConfig, target: Target, plan: Plan) -> StepPrediction:
+        return replace(predict_step(config, target, plan), notes=tuple(attention(plan)))
+
+    def fails_once(module: TrainingModule) -> None:
+        if not failed:
+            failed.extend(attention(Plan.load(folder.plan)))
+            break_kernel(monkeypatch, failed[0], "forward", torch.OutOfMemoryError("no room"))
+
+    monkeypatch.setattr(fit, "predict_step", predicted)
+    at_step(7, monkeypatch, fails_once)
+    train(config)
+    plan = Plan.load(folder.plan)
+    assert plan.prediction is not None
+    assert failed and attention(plan) and not {*failed} & {*attention(plan)}
+    assert run_folder.read_json(folder.prediction)["predicted"]["notes"] == attention(plan)
+    assert list(plan.prediction.notes) == attention(plan)
+    assert "denied since the run began" in folder.page.read_text(encoding="utf-8")
+
+
 def test_a_pinned_kernel_that_fails_ends_the_run_and_is_named(
     tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,4 +290,5 @@ def test_a_resumed_run_may_deny_a_kernel(tiny_run: TinyRun) -> None:
     chosen = {choice.chosen for choice in Plan.load(train(config).run_dir / "plan.json").choices if choice.used}
     train(tiny_run("denying", max_steps=6, run={"resume": config.run_dir, "deny": sorted(chosen - {"reference"})}))
     after = Plan.load(Path(str(config.run_dir)) / "plan.json")
+    assert after.prediction == predict_step(config, resolve_target("cpu"), after)
     assert not chosen & {choice.chosen for choice in after.choices if choice.used}

@@ -21,8 +21,10 @@ from subquad.model.build import build_model
 from subquad.parallel.part import NotSplitError, SequencePart
 from subquad.registry import load_registry
 from subquad.schema import ModelConfig, RunConfig
+from subquad.training.checkpoint import newest_checkpoint
 from subquad.training.fit import TrainResult, train
 from subquad.training.metrics import read_metrics
+from subquad.training.recorder import Throughput
 from subquad.training.run_folder import RunFolder
 from subquad_kernels.operators import linear_attention
 
@@ -183,21 +185,37 @@ HYBRID = {
 @pytest.mark.parametrize(
     "data", [None, pytest.param(MQAR, marks=pytest.mark.slow)], ids=["packed documents", "sparse targets"]
 )
-def test_two_devices_that_share_sequences_train_as_one_does(data: dict[str, Any] | None, tiny_run: TinyRun) -> None:
+def test_two_devices_that_share_sequences_train_as_one_does(
+    data: dict[str, Any] | None, tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Losses, gradients and validation, bits of text among them; a part of a row of mqar may have no target."""
     run = {} if data is None else {"data": data}
-    runs = []
+    runs, consumed = [], []
+    take = Throughput.take
+
+    def counted(self: Throughput) -> float | None:
+        consumed[-1] += self.tokens
+        return take(self)
+
+    monkeypatch.setattr(Throughput, "take", counted)
     for name, devices in (("shared", 2), ("alone", 1)):
         settings = {"max_steps": 6, "batch_size": 1, "devices": devices, "loss": "whole" if devices == 1 else "chunked"}
         config = tiny_run(name, context_parallel=devices, run=run, **settings)
         config.model.mixers, config.model.schedule = HYBRID, list(HYBRID)
         config.model.num_layers = len(HYBRID)
+        consumed.append(0)
         runs.append(train(config))
     shared, alone = runs
     assert len(figures(alone)) >= 3
     for ours, theirs in zip(figures(shared), figures(alone), strict=True):
         assert ours == pytest.approx(theirs, rel=2e-4), "float32 that adds in another order"
-    assert sample_lines(shared, 0) == sample_lines(shared, 1) == sample_lines(alone, 0)
+    assert sample_lines(shared, 0) == sample_lines(alone, 0)
+    assert not RunFolder(shared.run_dir).samples(1).exists(), "these are the same samples"
+    assert consumed[0] == consumed[1] == 6 * 32, "tokens of a throughput are counted once"
+    for result in runs:
+        found = newest_checkpoint(RunFolder(result.run_dir).checkpoints)
+        assert found is not None
+        assert found.trainer_outline()["samples_per_step"] == 1
 
 
 def sample_lines(result: TrainResult, rank: int) -> list[str]:

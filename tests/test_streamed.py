@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain, islice, takewhile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from mortal_run import Death, live
 from subquad.errors import ConfigError, DataError, ResumeError
 from subquad.schema import RunConfig
 from subquad.training.batch import Batch
+from subquad.training.data import build_data
 from subquad.training.fit import train
 from subquad.training.module import TrainingModule
 from subquad.training.run_folder import RunFolder
@@ -330,6 +332,21 @@ def test_two_ranks_take_what_one_takes_and_one_goes_on_with_their_stream(
     # Rank by rank up to step 6, then one rank alone.
     assert [own + other for own, other in zip(ids[1][:6], others)] == ids[0][:6]
     assert ids[1][6:] == ids[0][6:]
+
+
+@pytest.mark.parametrize("sharing", ["context_parallel", "tensor_parallel"])
+def test_ranks_that_share_work_on_samples_read_the_same_ones(stream_run: TinyRun, sharing: str) -> None:
+    """Two groups of two ranks take what two ranks take that share nothing."""
+
+    def taken(rank: int, ranks: int, **settings: Any) -> list[int]:
+        data = build_data(stream_run("run", **settings))
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=ranks)  # type: ignore[assignment]
+        return [int(number) for batch in islice(data.train_dataloader(), 3) for number in batch["sample_ids"]]
+
+    alone = [taken(rank, 2) for rank in range(2)]
+    assert alone[0] != alone[1]
+    settings = {"devices": 4, sharing: 2}
+    assert [taken(rank, 4, **settings) for rank in range(4)] == [alone[0], alone[0], alone[1], alone[1]]
 
 
 def test_other_files_are_refused(stream_run: TinyRun, files: Any) -> None:

@@ -22,8 +22,9 @@ from subquad.compiler.plan import Plan
 from subquad.compiler.target import resolve_target
 from subquad.errors import ConfigError
 from subquad.model.build import build_model
-from subquad.schema import RunConfig
+from subquad.schema import CompilerConfig, ModelConfig, RunConfig, TrainerConfig
 from subquad.training import tracking
+from subquad.training.compilation import compiled
 from subquad.training.fit import train
 from subquad.training.gradient_norms import GradientNorms, parameters_by_family
 from subquad.training.metrics import COLUMNS, CsvRecord, read_metrics
@@ -116,11 +117,38 @@ def test_a_tokens_flops_are_what_torch_counts_in_a_step(tiny_run: TinyRun) -> No
     vectors = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() < 2)
     counted = {str(name): flops for name, flops in counter.get_flop_counts()["Global"].items()}
     products = sum(flops for name, flops in counted.items() if name in ("aten.mm", "aten.addmm"))
-    assert (flops_per_token(model, plan, 64) - 6 * vectors) * 64 - operator_flops(plan) == products
+    assert (flops_per_token(model, plan) - 6 * vectors) * 64 - operator_flops(plan) == products
     # Scores and sums over values, of two layers, two heads of width 16, 2 x 32 tokens; the backward takes twice that,
     # and whether the half above the diagonal is left out is the kernel's affair.
     whole = 2 * 3 * 2 * (2 * 2 * 32 * 32 * 16 * 2)
     assert whole / 2 <= operator_flops(plan) <= 1.5 * whole
+
+
+ESTIMATED = CompilerConfig(estimator="roofline", measure=False)
+SHARED_MIXERS: dict[str, dict[str, Any]] = {
+    "softmax_attention": {"num_heads": 4},
+    "window": {"num_heads": 2, "window": 5},
+    "segment_attention": {"num_heads": 2, "segment_len": 4},
+    "mamba2": {"state_dim": 4, "head_dim": 8},
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("mixer", SHARED_MIXERS)
+def test_a_token_costs_the_same_on_however_many_devices_that_share_its_sequence(mixer: str, packed: bool) -> None:
+    """Though the rank that is planned for holds the last part, whose tokens see all others."""
+    model = ModelConfig(
+        d_model=32, num_layers=2, vocab_size=64, context_len=64, schedule=[mixer],
+        mixers={mixer: {"mixer": mixer, **SHARED_MIXERS[mixer]}},
+    )  # fmt: skip
+
+    def per_token(parts: int) -> float:
+        trainer = TrainerConfig(batch_size=1, seq_len=64, devices=parts, context_parallel=parts)
+        config = RunConfig(model=model, trainer=trainer, target="cpu", compiler=ESTIMATED)
+        built, plan = compiled(build_model(model), config, None, packed=packed)
+        return flops_per_token(built, plan, trainer)
+
+    assert [per_token(parts) for parts in (2, 4)] == pytest.approx([per_token(1)] * 2, rel=1e-12)
 
 
 def test_the_ceiling_is_the_data_sheets_where_there_is_one() -> None:

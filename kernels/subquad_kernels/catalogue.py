@@ -140,7 +140,11 @@ def no_padding(workload: Workload) -> float:
 
 
 def one_launch(workload: Workload) -> int:
-    """A fused kernel, or one that starts a few device kernels at any size."""
+    """A fused kernel, or one that starts a few device kernels at any size (16 at most: `test_declared_launches.py`).
+
+    Those few are the same for every length or nearly so, and are in what a cost model finds that a call of the kernel
+    costs. Where how many there are depends on lengths, a declaration says so.
+    """
     return 1
 
 
@@ -152,8 +156,8 @@ class Kernel:
     strings of optional distributions, and `extensions` the compiled modules that a build of the first of them may lack;
     a kernel that is not installed is a reported fact, never an ImportError.
     `first_calls_in_threads` is False where a first call must have the process to itself, as torch.compile's must.
-    `launches` says how many device kernels one call starts, to within a third: a kernel composed of torch's own starts
-    dozens, or some for every chunk, and then takes as long as the host needs to start them.
+    `launches` says how many device kernels one call starts, to within a third, or `one_launch`: a kernel composed of
+    torch's own starts dozens, or some for every chunk, and then takes as long as the host needs to start them.
     `serial_steps` counts the dependent steps of a kernel that cuts time where its operator's work does not (None: that
     of the operator). `padding` is how many times the pairs of tokens that the operator counts this kernel computes:
     more than once where it computes what it then masks, or twice. `scratch_bytes` are what one call holds at most

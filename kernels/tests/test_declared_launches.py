@@ -1,7 +1,8 @@
-"""The launches that kernels of torch's own declare are those that a call makes, to within a third."""
+"""The launches that kernels declare are those that a call makes: to within a third those composed of torch's own."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ import subquad_kernels.operators  # noqa: F401  (registers what is declared)
 from subquad_kernels.catalogue import CATALOGUE, Kernel, one_launch
 from subquad_kernels.samples import draw_boundaries
 from subquad_kernels.softmax_attention.flex import mask_function
-from subquad_kernels.workload import Phase, Workload, document_sizes, longest_document
+from subquad_kernels.workload import DeviceLimits, Phase, Workload, document_sizes, longest_document
 
 NOTHING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_local_scalar_dense"}
 SIZES = {"t": 300, "h": 1, "h_k": 1, "h_kv": 1, "k": 4, "v": 4, "n": 4, "p": 4, "c": 4, "b": 1}
@@ -25,6 +26,15 @@ COMPOSED = [
     for kernel in CATALOGUE.kernels(operator.name)
     if kernel.launches is not one_launch and not kernel.compiles
 ]
+
+TRITON = [
+    kernel
+    for operator in CATALOGUE
+    for kernel in CATALOGUE.kernels(operator.name)
+    if kernel.replayable  # ours in Triton: their launches are `QuickLaunch`'s and torch's
+]
+A_FEW = 16
+"""Launches that `one_launch` may stand for: as many as the backward of the delta rule with decays per channel makes."""
 
 
 class Counting(TorchDispatchMode):
@@ -39,12 +49,13 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def counted(kernel: Kernel, workload: Workload) -> int:
+def counted(kernel: Kernel, workload: Workload, before: Callable[[], None] = lambda: None) -> int:
     operator = CATALOGUE.operator(kernel.operator)
     with torch.no_grad():
         arguments = operator.torch_half.sample_inputs(workload, seed=0, device="cpu")
         outputs = kernel.torch_half.forward(**arguments)
         gradients = tuple(torch.randn_like(output) for output in outputs[: len(operator.outputs)])
+        before()
         with Counting() as mode:
             if workload.phase == "backward":
                 kernel.torch_half.backward(arguments, outputs, gradients)
@@ -75,6 +86,71 @@ def test_declared_launches_are_those_of_a_call(kernel: Kernel, phase: Phase) -> 
     for t in (300, 900):
         workload = workload_of(kernel, phase, t)
         assert kernel.launches(workload) == pytest.approx(counted(kernel, workload), rel=0.34), (workload.shape, phase)
+
+
+def counted_of_triton(kernel: Kernel, workload: Workload, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Launches of a call, none of which is made."""
+    quick = pytest.importorskip("subquad_kernels.triton_launch").QuickLaunch
+    launched: list[object] = []
+    monkeypatch.setattr(quick, "_launch", lambda launch, *values, **constants: launched.append(launch))
+    calls = counted(kernel, workload, before=launched.clear)
+    return calls + len(launched)
+
+
+H200 = DeviceLimits(
+    kind="cuda", name="H200", capability=(9, 0), memory_bytes=140 << 30, shared_memory_bytes=227 << 10
+)  # fmt: skip
+LENGTHS = (40, 700, 3000)
+
+
+WIDER = {"linear_attention": ({"n": 128, "p": 128}, {"h": 8, "h_k": 1, "n": 128, "p": 64})}
+"""Heads of a layout that the kernel computes in another way (in half precision)."""
+
+
+def workloads_of(kernel: Kernel) -> list[Workload]:
+    """The operator's examples, at several lengths both ways, and as one token."""
+    found: list[Workload] = []
+    for example in CATALOGUE.operator(kernel.operator).examples:
+        widths = WIDER.get(kernel.operator, ()) if example.dtype == "bfloat16" else ()
+        for changes in ({}, *widths):
+            case = replace(example, shape={**example.shape, **changes})
+            if "documents" not in case.shape:
+                found.append(replace(case, shape={**case.shape, "t": 1}, phase="decode"))
+            if example.phase != "decode":
+                longer = [replace(case, shape={**case.shape, "t": t}) for t in LENGTHS]
+                found += [replace(each, phase=phase) for each in longer for phase in ("forward", "backward")]
+    return [workload for workload in found if kernel.supports(workload, H200) is None]
+
+
+@pytest.mark.parametrize("kernel", TRITON, ids=lambda kernel: kernel.key)
+def test_a_triton_kernel_launches_as_declared(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exactly so often; or a few times, which it declares as one."""
+    cases = workloads_of(kernel)
+    assert {workload.phase for workload in cases} == {"forward", "backward", "decode"}
+    for workload in cases:
+        number = counted_of_triton(kernel, workload, monkeypatch)
+        if kernel.launches is one_launch:
+            assert 1 <= number <= A_FEW, workload
+        else:
+            assert kernel.launches(workload) == number, workload
+
+
+@pytest.mark.parametrize(("m", "launches"), [(0, 1), (64, 1), (448, 1), (449, 2), (10_000, 2)])
+def test_a_split_cache_takes_a_second_launch(m: int, launches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of eight tiles on: each split has four."""
+    kernel = CATALOGUE.kernel("segment_attention", "tiled")
+    shape = {"b": 1, "t": 1, "h": 2, "h_kv": 1, "k": 16, "v": 16, "m": m}
+    options = {"segment_len": 4}
+    for phase in ("decode", "forward"):
+        workload = Workload(
+            operator="segment_attention", shape=shape, dtype="float32", phase=phase, options=options  # type: ignore[arg-type]
+        )  # fmt: skip
+        assert counted_of_triton(kernel, workload, monkeypatch) == kernel.launches(workload) == launches
+    # Heads that fill the device alone are not split.
+    filled = Workload(
+        operator="segment_attention", shape={**shape, "b": 512}, dtype="float32", phase="decode", options=options
+    )
+    assert kernel.launches(filled) == 1
 
 
 @pytest.mark.parametrize("phase", ["forward", "backward"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ import subquad_kernels.builtin  # noqa: F401  (fills the catalogue)
 from subquad_kernels.catalogue import CATALOGUE
 from subquad_kernels.device_limits import device_limits
 from subquad_kernels.selective_scan import chunked, declaration, definition, fused, fused_forward
+from subquad_kernels.selective_scan.cuts import cut
 from subquad_kernels.self_check import judge, kernel_errors
 from subquad_kernels.workload import DeviceLimits, Option, Workload
 
@@ -257,10 +259,7 @@ def test_time_is_cut_only_where_programs_are_few() -> None:
     launch = fused.launch_of(16, backward=True)
 
     def segments(b: int, t: int, c: int) -> int:
-        shape = torch.empty(b, t, c, device="meta")
-        call = fused._Call.__new__(fused._Call)
-        call.b, call.t, call.c = shape.shape
-        return call._cut(launch)[1]
+        return cut(launch, b, t, c).segments
 
     assert segments(16, 2048, 2048) == 1
     assert segments(1, 32768, 2048) >= 16
@@ -270,11 +269,50 @@ def test_time_is_cut_only_where_programs_are_few() -> None:
 
 def test_a_short_first_segment_leaves_the_others_as_few_programs_and_no_short_one() -> None:
     """Three segments and 0.8 of one: 4 sequences of 128 tiles fill 1,584 programs three times, whole chunks each."""
-    call = fused._Call.__new__(fused._Call)
-    call.b, call.t, call.c = 4, 8192, 2048
-    tiles, segments, segment_len = call._cut(fused.launch_of(16, backward=False))
-    assert (tiles, segments) == (128, 4)
-    assert segment_len == math.ceil(8192 / 3.8 / 16) * 16
+    found = cut(fused.launch_of(16, backward=False), 4, 8192, 2048)
+    assert (found.tiles, found.segments) == (128, 4)
+    assert found.segment_len == math.ceil(8192 / 3.8 / 16) * 16
+
+
+@pytest.mark.parametrize("documents", [0, 3])
+@pytest.mark.parametrize(("b", "t", "c"), [(2, 1, 40), (2, 40, 40), (1, 900, 40), (3, 700, 300), (4, 130, 16 * 140)])
+def test_declared_steps_are_the_tokens_that_launches_walk(
+    b: int, t: int, c: int, documents: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both take one cut; here the longest walk of every launch is read off the arguments that the kernel is given."""
+    if t < documents:
+        pytest.skip("no documents of so few tokens")
+    case = workload(t, c=c, n=16, b=1 if documents else b, **({"documents": documents} if documents else {}))
+    walked: list[int] = []
+
+    def instead(name: str, longest: Callable[[dict[str, Any]], int]) -> None:
+        kernel = getattr(fused, name)
+
+        class Walked:
+            def __getitem__(self, programs: tuple[int, ...]) -> Callable[..., None]:
+                return lambda *values, **_: walked.append(longest(dict(zip(kernel.jitted.arg_names, values))))
+
+        monkeypatch.setattr(fused, name, Walked())
+
+    def scanned(given: dict[str, Any]) -> int:
+        behind = max(0, given["t"] - given["first_len"])
+        if given["scanned"]:
+            return min(given["segment_len"], behind)
+        return max(min(given["t"], given["first_len"]), given["segment_len"] if behind > given["segment_len"] else 0)
+
+    instead("scan", scanned)
+    instead("step_one", lambda given: 1)
+    instead("_mark", lambda given: 0)
+    instead("summarise_gradients", lambda given: min(given["t"], given["segment_len"]))
+    instead("differentiate", lambda given: 2 * min(given["t"], given["segment_len"]))
+    declared = CATALOGUE.kernel("selective_scan", "fused").serial_steps
+    assert declared is not None
+    arguments = sample(case)
+    outputs = fused.forward(**arguments)
+    assert sum(walked) == declared(case)
+    walked.clear()
+    fused.backward(arguments, outputs, outputs[:2])
+    assert sum(walked) == declared(replace(case, phase="backward"))
 
 
 @pytest.mark.gpu

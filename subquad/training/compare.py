@@ -41,8 +41,7 @@ class ComparedRun:
     def tokens_per_step(self) -> int:
         """Tokens of one optimizer step on all devices."""
         trainer = self.config.trainer
-        groups = trainer.devices // (trainer.context_parallel * trainer.tensor_parallel)
-        return trainer.batch_size * trainer.seq_len * trainer.accumulate * groups
+        return trainer.samples_per_step(trainer.devices) * trainer.seq_len
 
     def curve(self, column: str) -> list[tuple[float, float]]:
         """A column of metrics.csv over tokens; what is no number (a run that diverged) is left out."""

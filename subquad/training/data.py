@@ -149,7 +149,7 @@ class TextData(L.LightningDataModule):
     def steps_per_epoch(self) -> int:
         """Optimizer steps in which each training sample is seen about once (at least 1)."""
         config = self._config
-        per_step = config.batch_size * config.accumulate * self._groups
+        per_step = config.samples_per_step(self._world_size)
         return max(1, self.source.num_samples("train") // per_step)
 
     def train_dataloader(self, start_step: int | None = None) -> DataLoader[Batch]:
@@ -166,7 +166,7 @@ class TextData(L.LightningDataModule):
                     self.source,
                     batch_size=config.batch_size,
                     seed=self._seed,
-                    rank=self._rank // config.context_parallel,
+                    rank=self._rank // self._group_size,
                     world_size=self._groups,
                     num_workers=config.num_workers,
                     first=step * config.accumulate,
@@ -237,12 +237,15 @@ class TextData(L.LightningDataModule):
     @property
     def _groups(self) -> int:
         """How many ranks, or groups of ranks that share sequences or projections, have samples of their own."""
-        ranks = self._config.devices if self.trainer is None else int(self.trainer.world_size)
-        return ranks // self._group_size
+        return self._world_size // self._group_size
+
+    @property
+    def _world_size(self) -> int:
+        return self._config.devices if self.trainer is None else int(self.trainer.world_size)
 
     @property
     def _group_size(self) -> int:
-        return self._config.context_parallel * self._config.tensor_parallel
+        return self._config.ranks_per_group
 
     def _numbered(self, batches: NumberedBatches | FixedBatches, sampler: Sampler[int] | None) -> DataLoader[Batch]:
         count = self._config.context_parallel

@@ -130,8 +130,7 @@ def _fit_without_failing_kernels(prepared: _Prepared, ranks: Ranks) -> tuple[_Pr
                 raise
             plan = deny(kernel, error, config, prepared.plan, packed=prepared.data.source.packed)
             failure = error.with_traceback(None)  # lets go of the tensors of the attempt
-        plan.save(folder.plan)
-        run_folder.write_config(folder, config)
+        _write_plan(folder, config, _predicted(plan, config))
         checkpoint = newest_checkpoint(folder.checkpoints)
         print(message(kernel, failure, checkpoint.step if checkpoint else 0), file=sys.stderr, flush=True)
         del prepared
@@ -169,14 +168,10 @@ def _started(config: RunConfig) -> _Prepared:
     config, assignment = with_mixers(config, target_of(config), followed)
     data, model, config = _built(config, starts=True)
     model, plan = compiled(model, config, followed, packed=data.source.packed)
-    plan = replace(
-        plan, assignment=assignment or plan.assignment, prediction=predict_step(config, target_of(config), plan)
-    )
+    plan = _predicted(replace(plan, assignment=assignment or plan.assignment), config)
     run_folder.create(folder)
     with disk_errors(folder):
-        run_folder.write_config(folder, config)
-        plan.save(folder.plan)
-        write_html(plan, target_of(config), CompileOptions.of_run(config), folder.page)
+        _write_plan(folder, config, plan)
         run_folder.write_json(folder.data, {"fingerprint": data.fingerprint})
         run_folder.write_json(folder.environment, environment_record(device_of(config)))
         save_tokenizer(data.tokenizer, folder.path)
@@ -195,11 +190,23 @@ def _resumed(folder: RunFolder, config: RunConfig, ranks: Ranks) -> _Prepared:
         )
     check_same_samples(checkpoint, folder, config, ranks.world_size)
     prepared = _prepared(folder, config, checkpoint)
+    prepared = replace(prepared, plan=_predicted(prepared.plan, config))
     with disk_errors(folder):
         folder.report.unlink(missing_ok=True)  # its presence says that the run has ended
-        prepared.plan.save(folder.plan)
-        run_folder.write_config(folder, config)
+        _write_plan(folder, config, prepared.plan)
     return prepared
+
+
+def _predicted(plan: Plan, config: RunConfig) -> Plan:
+    """The plan with the step that it predicts for this configuration: kernels, devices or loss may have changed."""
+    return replace(plan, prediction=predict_step(config, target_of(config), plan))
+
+
+def _write_plan(folder: RunFolder, config: RunConfig, plan: Plan) -> None:
+    """Leave in the folder what a run, or another rank, starts from, and the page that shows it."""
+    run_folder.write_config(folder, config)
+    plan.save(folder.plan)
+    write_html(plan, target_of(config), CompileOptions.of_run(config), folder.page)
 
 
 def _joined(folder: RunFolder, ranks: Ranks) -> _Prepared:
@@ -351,12 +358,16 @@ def _fit(prepared: _Prepared, ranks: Ranks) -> TrainResult:
     resumed_at, spent_s = (checkpoint.step, float(state["seconds"])) if checkpoint and state else (None, 0.0)
     del state  # the module lets go of it once the optimizer has it
     norms = GradientNorms(prepared.model, config.trainer)
-    used = utilisation(prepared.model, prepared.plan, target_of(config), config.trainer.tensor_parallel)
+    used = utilisation(prepared.model, prepared.plan, target_of(config), config.trainer)
     tracker = build_tracker(config.tracking, folder, asdict(config), resumed_at) if ranks.rank == 0 else NoTracker()
     tracker.table("plan", PLAN_COLUMNS, choice_table(prepared.plan))
-    recorder = Recorder(folder, tracker, norms, used, rank=ranks.rank, resumed_at=resumed_at, spent_s=spent_s)
+    recording = range(0, ranks.world_size, config.trainer.ranks_per_group)
+    recorder = Recorder(
+        folder, tracker, norms, used, rank=ranks.rank, records_samples=ranks.rank in recording,
+        resumed_at=resumed_at, spent_s=spent_s,
+    )  # fmt: skip
     if ranks.rank == 0 and resumed_at is not None:
-        drop_samples_of_other_ranks(folder.samples(0).parent, ranks.world_size, resumed_at)
+        drop_samples_of_other_ranks(folder.samples(0).parent, recording, resumed_at)
     interrupts = Interrupts()
     callbacks: list[L.Callback] = [norms, recorder, StopAfterStep(interrupts, recorder, folder)]
     if ranks.rank == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -81,10 +81,10 @@ class SampleRecord:
         self._record.close()
 
 
-def drop_samples_of_other_ranks(folder: Path, world_size: int, resume_at: int) -> None:
-    """Drop later steps from the records of ranks that a run no longer has: others consume those samples again."""
+def drop_samples_of_other_ranks(folder: Path, recording: Collection[int], resume_at: int) -> None:
+    """Drop later steps from the records of ranks that no longer keep one: others consume those samples again."""
     for path in folder.glob("rank-*.csv"):
-        if int(path.stem.removeprefix("rank-")) >= world_size:
+        if int(path.stem.removeprefix("rank-")) not in recording:
             SampleRecord(path, resume_at).close()
 
 

@@ -13,7 +13,6 @@ from subquad.training.checkpoint import remove_unfinished, write_checkpoint
 from subquad.training.gradient_norms import GradientNorms
 from subquad.training.metrics import COLUMNS, CsvRecord, SampleRecord
 from subquad.training.module import TrainingModule
-from subquad.training.resume import samples_per_step
 from subquad.training.run_folder import RunFolder
 from subquad.training.sharded_checkpoint import write_sharded_checkpoint
 from subquad.training.tracking import Tracker
@@ -49,7 +48,7 @@ class Recorder(L.Callback):
     """Writes a step's row and checkpoint after its validation, just before the next step begins.
 
     So a checkpoint never stands without the figures of its own step, and `metrics.csv` is whole up to every one of
-    them. Rank 0 writes; each rank records its own samples.
+    them. Rank 0 writes; each rank records its own samples, of ranks that share them the first.
     """
 
     def __init__(
@@ -60,12 +59,13 @@ class Recorder(L.Callback):
         utilisation: Utilisation | None,
         *,
         rank: int,
+        records_samples: bool,
         resumed_at: int | None,
         spent_s: float,
     ) -> None:
         self._folder, self._tracker, self._writes = folder, tracker, rank == 0
         self._gradient_norms, self._utilisation = gradient_norms, utilisation
-        self._samples = SampleRecord(folder.samples(rank), resumed_at)
+        self._samples = SampleRecord(folder.samples(rank), resumed_at) if records_samples else None
         self._metrics: CsvRecord | None = None
         if self._writes:
             self._metrics = CsvRecord(folder.metrics, (*COLUMNS, *gradient_norms.columns), resumed_at)
@@ -103,7 +103,8 @@ class Recorder(L.Callback):
         if (trainer.fit_loop.total_batch_idx + 1) % config.accumulate:
             return
         step = int(trainer.global_step)
-        self._samples.append(step, self._sample_ids)
+        if self._samples is not None:
+            self._samples.append(step, self._sample_ids)
         self._sample_ids = []
         if step == 1 or step % config.log_every_n_steps == 0 or step >= config.max_steps:
             self._measure(trainer, pl_module)
@@ -124,7 +125,8 @@ class Recorder(L.Callback):
 
     def close(self) -> None:
         """Write what is buffered."""
-        self._samples.close()
+        if self._samples is not None:
+            self._samples.close()
         if self._metrics is not None:
             self._metrics.close()
 
@@ -162,7 +164,8 @@ class Recorder(L.Callback):
         every = pl_module.config.checkpoint.every_n_steps
         if step > self._written and (last or (every > 0 and step % every == 0)):
             self._written = step
-            self._samples.flush()
+            if self._samples is not None:
+                self._samples.flush()
             data = trainer.datamodule.state_dict()  # type: ignore[attr-defined]  # of a stream from all ranks
             if self._writes or pl_module.is_sharded:
                 self._save(trainer, pl_module, step, data)
@@ -177,7 +180,7 @@ class Recorder(L.Callback):
             "optimizer": trainer.optimizers[0].state_dict(),
             "schedule": schedule.state_dict(),
             "data": data,
-            "samples_per_step": samples_per_step(pl_module.config, trainer.world_size),
+            "samples_per_step": pl_module.config.trainer.samples_per_step(trainer.world_size),
         }
         keep = pl_module.config.checkpoint.keep
         weights, folder = pl_module.model.state_dict(), self._folder.checkpoints

@@ -74,20 +74,20 @@ def resumed_config(asked: RunConfig, overrides: Sequence[str] | None) -> tuple[R
     return folder, config
 
 
-def samples_per_step(config: RunConfig, world_size: int) -> int:
-    """Sequences that all ranks consume in one optimizer step."""
-    return config.trainer.batch_size * config.trainer.accumulate * (world_size // config.trainer.tensor_parallel)
-
-
 def check_same_samples(checkpoint: Checkpoint, folder: RunFolder, config: RunConfig, world_size: int) -> None:
     """Refuse to go on with steps of another size, which would pass over data or repeat it.  Raises: ResumeError."""
     stored = read_config(folder, "resume")
-    before = checkpoint.trainer_outline().get("samples_per_step", samples_per_step(stored, stored.trainer.devices))
-    now = samples_per_step(config, world_size)
+    settings = config.trainer
+    before = checkpoint.trainer_outline().get(
+        "samples_per_step", stored.trainer.samples_per_step(stored.trainer.devices)
+    )
+    now = settings.samples_per_step(world_size)
     if before != now:
+        sharing = settings.ranks_per_group
+        shown = f"{world_size} devices" if sharing == 1 else f"{world_size // sharing} groups of {sharing} devices"
         raise ResumeError(
-            what=f"a step took {before} samples so far and would take {now}: batch_size {config.trainer.batch_size}"
-            f" x accumulate {config.trainer.accumulate} x {world_size} devices",
+            what=f"a step took {before} samples so far and would take {now}: batch_size {settings.batch_size}"
+            f" x accumulate {settings.accumulate} x {shown}",
             where=str(checkpoint.path),
             mend="choose trainer.devices and trainer.accumulate so that their product stays",
         )

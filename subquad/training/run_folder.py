@@ -95,7 +95,7 @@ class RunFolder:
         return self.path / "evaluation.md"
 
     def samples(self, rank: int) -> Path:
-        """Which samples a rank consumed, step by step."""
+        """Which samples a rank consumed, step by step; of ranks that share them the first has a record."""
         return self.path / "samples" / f"rank-{rank}.csv"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from subquad_kernels.catalogue import Kernel, Operator, Tolerance
-from subquad_kernels.segment_attention.tilings import walks
+from subquad_kernels.segment_attention.tilings import step_splits, step_tile, walks
 from subquad_kernels.workload import (
     DeviceLimits,
     DType,
@@ -113,8 +113,24 @@ def _tiled_supports(workload: Workload, limits: DeviceLimits) -> str | None:
     return None
 
 
+def _step_of(workload: Workload) -> tuple[int, int] | None:
+    """Where the kernel of one token runs: parts of its cache, and tiles of a part."""
+    shape = workload.shape
+    if workload.phase == "backward" or shape["t"] > 1 or "documents" in shape:
+        return None
+    tile = step_tile(shape["k"], shape["v"], workload.element_bytes)
+    splits, span = step_splits(shape["m"], shape["b"] * shape["h"], tile)
+    return splits, span // tile
+
+
 def _tiled_launches(workload: Workload) -> int:
-    """Forward one; backward one where no summary is seen, else three; one that finds the summaries of documents."""
+    """Forward one; backward one where no summary is seen, else three; one that finds the summaries of documents.
+
+    One token takes a second launch where its cache is split.
+    """
+    step = _step_of(workload)
+    if step is not None:
+        return 2 if step[0] > 1 else 1
     t, packed = workload.shape["t"], "documents" in workload.shape
     seen = packed or t > int(workload.options["segment_len"]) or workload.shape["m"] > 0
     return (3 if workload.phase == "backward" and seen else 1) + (1 if packed else 0)
@@ -122,9 +138,8 @@ def _tiled_launches(workload: Workload) -> int:
 
 def _tiled_steps(workload: Workload) -> int:
     """Tiles that the longest programs walk: summaries of a query; backward queries of a summary, in parts."""
-    if workload.phase == "decode":
-        return 1 + workload.shape["m"] // 64
-    return 1 + sum(walk.longest for walk in walks(workload))
+    step = _step_of(workload)
+    return step[1] if step is not None else 1 + sum(walk.longest for walk in walks(workload))
 
 
 def _tiled_padding(workload: Workload) -> float:

@@ -21,21 +21,12 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad_kernels.segment_attention.tiles import LN2, LOG2E, load, rows
-from subquad_kernels.tile_sizes import ceil_div, padded
+from subquad_kernels.segment_attention.tilings import step_splits, step_tile
+from subquad_kernels.tile_sizes import padded
 from subquad_kernels.triton_launch import QuickLaunch
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Outputs
-
-_TILE_BYTES = 16_384
-"""Keys and values that a program asks for at once: eight programs a processor then hide the way to memory."""
-_MOST_ROWS = 64
-"""Summaries of a tile of narrow heads: a cache seldom has many more."""
-_PROGRAMS = 1024
-"""Programs that fill a large GPU: about eight for each of 132 processors."""
-_LEAST_TILES = 4
-"""Tiles of a split: their time is about that of the second launch."""
-_MOST_SPLITS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +44,7 @@ class Launch:
 @lru_cache
 def launch_of(key_width: int, value_width: int, element_bytes: int) -> Launch:
     """The tile of a head of these widths."""
-    widest = max(padded(key_width), padded(value_width))
-    return Launch(tile_n=min(_MOST_ROWS, _TILE_BYTES // (2 * widest * element_bytes)))
+    return Launch(tile_n=step_tile(key_width, value_width, element_bytes))
 
 
 def decode(
@@ -71,10 +61,8 @@ def decode(
     count = 0 if summary_k is None else summary_k.shape[1]
     keys, values = (k if summary_k is None else rows(summary_k)), (v if summary_v is None else rows(summary_v))
     launch = launch or launch_of(key_width, value_width, q.element_size())
-    tiles, heads = ceil_div(count, launch.tile_n), b * h
-    splits = launch.splits or min(_MOST_SPLITS, max(1, tiles // _LEAST_TILES), ceil_div(_PROGRAMS, heads))
-    span = max(1, ceil_div(tiles, splits)) * launch.tile_n
-    splits = max(1, ceil_div(count, span))  # none is empty
+    heads = b * h
+    splits, span = step_splits(count, heads, launch.tile_n, launch.splits)
 
     out = q.new_empty(b, 1, h, value_width)
     lse = q.new_empty(b, h, 1, dtype=torch.float32)

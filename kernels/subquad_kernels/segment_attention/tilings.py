@@ -18,6 +18,14 @@ PROGRAMS = 1024
 SPLIT_T = 1024
 """Queries that one program of the summaries' gradients takes at least, when they are split to fill the device."""
 
+STEP_BYTES = 16_384
+"""Keys and values that a program of one token asks for at once: eight programs a processor hide the way to memory."""
+MOST_ROWS = 64
+"""Summaries of its tile of narrow heads: a cache seldom has many more."""
+LEAST_TILES = 4
+"""Tiles of a split of a long cache: their time is about that of the second launch, which weighs the parts."""
+MOST_SPLITS = 64
+
 
 @dataclass(frozen=True)
 class Tiling:
@@ -53,6 +61,23 @@ def tiling(stage: Stage, exact: bool, width: int, t: int) -> Tiling:
 def parts_of(programs: int, t: int) -> int:
     """Parts of time for which summaries' gradients are computed apart, so that programs fill the device."""
     return max(1, min(ceil_div(PROGRAMS, programs), t // SPLIT_T))
+
+
+def step_tile(key_width: int, value_width: int, element_bytes: int) -> int:
+    """Summaries of a tile where one token is decoded."""
+    widest = max(padded(key_width), padded(value_width))
+    return min(MOST_ROWS, STEP_BYTES // (2 * widest * element_bytes))
+
+
+def step_splits(count: int, heads: int, tile_n: int, wanted: int | None = None) -> tuple[int, int]:
+    """Into how many parts a cache of so many summaries is split where one token is decoded, and summaries of a part.
+
+    `heads` are those of all sequences. None is empty.
+    """
+    tiles = ceil_div(count, tile_n)
+    splits = wanted or min(MOST_SPLITS, max(1, tiles // LEAST_TILES), ceil_div(PROGRAMS, heads))
+    span = max(1, ceil_div(tiles, splits)) * tile_n
+    return max(1, ceil_div(count, span)), span
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from subquad_kernels.selective_scan.declaration import CHUNK
+from subquad_kernels.selective_scan.cuts import CHUNK
 from subquad_kernels.selective_scan.lanes import Lanes
 from subquad_kernels.selective_scan.turned import turned
 

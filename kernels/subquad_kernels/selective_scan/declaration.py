@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from subquad_kernels.catalogue import Kernel, Operator, Tolerance
 from subquad_kernels.optional_packages import MAMBA, MAMBA_EXTENSIONS
+from subquad_kernels.selective_scan.cuts import CHUNK, Cut, backward_steps, cut, forward_steps, launch_of
 from subquad_kernels.workload import DeviceLimits, DType, Phase, Work, Workload
 
 _HERE = "subquad_kernels.selective_scan"
-
-CHUNK = 16
-"""Tokens between two saved states; 16 was fastest of 4 .. 64 on CPU (README) and costs t c n / 16 of memory."""
 
 
 def work(workload: Workload) -> Work:
@@ -126,12 +124,37 @@ def _chunked_launches(workload: Workload) -> int:
     return 10 + 9 * tokens // 5 if workload.phase == "forward" else 30 + 53 * tokens // 10
 
 
-def _fused_steps(workload: Workload) -> int:
-    """Tokens of a segment: time is cut where a tile of channels and a sequence are too few programs."""
+def _cut_of(workload: Workload) -> Cut:
     shape = workload.shape
-    programs, t = -(-shape["c"] // 16) * shape["b"], shape["t"]
-    walks = 2 if workload.phase == "backward" else 1
-    return walks * (t if programs >= 528 else min(t, max(64, t * programs // 2112)))
+    launch = launch_of(shape["n"], backward=workload.phase == "backward")
+    return cut(launch, shape["b"], shape["t"], shape["c"])
+
+
+def _steps_one_token(workload: Workload) -> bool:
+    return workload.shape["t"] == 1 and "documents" not in workload.shape
+
+
+def _fused_steps(workload: Workload) -> int:
+    """Tokens that one program after the other walks, as `fused` cuts time; documents change nothing."""
+    t = workload.shape["t"]
+    if workload.phase == "backward":
+        return backward_steps(_cut_of(workload), t)
+    return 1 if _steps_one_token(workload) else forward_steps(_cut_of(workload), t)
+
+
+def _fused_launches(workload: Workload) -> int:
+    """Two where time is cut, else one; backward two sums over programs, and one over tiles of channels if there are
+    several; packed, one that marks documents and one that fills their states.
+    """
+    if workload.phase != "backward":
+        if _steps_one_token(workload):
+            return 1
+        packed = "documents" in workload.shape
+        return 1 + (_cut_of(workload).others > 0) + (2 if packed else 0)
+    found = _cut_of(workload)
+    packed = "documents" in workload.shape
+    marks_and_states = packed + (packed and bool(workload.options["initial_state"]))
+    return 3 + (found.segments > 1) + (found.tiles > 1) + marks_and_states
 
 
 _BOTH = frozenset({"cpu", "cuda"})
@@ -159,6 +182,7 @@ KERNELS = (
         supports=_fused_supports,
         devices=frozenset({"cuda"}),
         requires=("triton>=3.6",),
+        launches=_fused_launches,
         serial_steps=_fused_steps,
         replayable=True,
     ),

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from subquad_kernels.documents import check_cu_seqlens
 from subquad_kernels.samples import draw_boundaries
-from subquad_kernels.selective_scan.declaration import CHUNK
+from subquad_kernels.selective_scan.cuts import CHUNK
 from subquad_kernels.torch_operator import AutogradKernel
 from subquad_kernels.workload import Workload
 

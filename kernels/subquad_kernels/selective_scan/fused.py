@@ -18,10 +18,8 @@ One token has a kernel of its own. README.md has the equations and the reasons f
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from subquad_kernels.selective_scan.declaration import CHUNK
+from subquad_kernels.selective_scan.cuts import CHUNK, Launch, cut, launch_of
 from subquad_kernels.selective_scan.fused_backward import differentiate, summarise_gradients
 from subquad_kernels.selective_scan.fused_forward import scan
 from subquad_kernels.selective_scan.fused_step import step_one
@@ -47,48 +45,6 @@ _LANES, _NUMBERS_A_LANE = 32, 4
 """Of a warp, and what one loads at most at once (16 bytes): Triton lays a tile of states out so, row after row."""
 _STEP_STATES = 1024
 """Numbers of the state that a program of `step_one` takes."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Launch:
-    """How one direction is laid out on a device; changes speed, never results beyond rounding.
-
-    `tile_c` channels a program; `group` tokens (a divisor of 16) whose inputs are loaded together and, backward, whose
-    states are held together; `registers` a thread may take, so that more warps share a scheduler (None: what it likes).
-    Where fewer than `enough` programs would run, time is cut so that `programs` do, into segments of at least
-    `shortest` tokens. Forward, a segment that is `first` times as long as the others comes before them, for it is
-    scanned while they are summarised. `evict` is what the caches are told of tensors that pass through ("" or
-    "evict_first").
-    """
-
-    tile_c: int
-    group: int
-    num_warps: int = 1
-    registers: int | None = None
-    enough: int = 528
-    programs: int = 2112
-    shortest: int = 64
-    first: float = 0.0
-    segment_len: int | None = None
-    evict: str = ""
-
-
-@lru_cache(maxsize=256)
-def launch_of(n: int, *, backward: bool) -> Launch:
-    """Sizes for a state size: 8 states a lane, so that the states and decays of a group fit in registers.
-
-    A row of 16 channels has fewer elements than a warp has lanes: it is loaded in the layout of the states. Forward
-    three warps share a scheduler, so that 1584 programs fill 132 multiprocessors; the backward holds two, and was
-    fastest with twice the 2112 that it could hold at four, and a first segment of 0.8 of the others' length (README:
-    chosen on an H200 at n = 16): a token is scanned in more time than it is summarised in.
-    """
-    padded = power_of_two(n)
-    tile_c = min(16, max(8, 256 // padded))
-    if backward:
-        return Launch(tile_c=tile_c, group=4, programs=4224)
-    if padded > 32:
-        return Launch(tile_c=tile_c, group=4, first=0.8)
-    return Launch(tile_c=tile_c, group=8, registers=168, programs=1584, first=0.8)
 
 
 def forward(launch: Launch | None = None, **arguments: Argument) -> Outputs:
@@ -131,17 +87,6 @@ class _Call:
         self.documents = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.marks = None if cu_seqlens is None else _marks(cu_seqlens, self.t, reversed=self.reversed)
 
-    def _cut(self, launch: Launch) -> tuple[int, int, int]:
-        """Tiles of channels, segments of time, and tokens a segment (whole chunks)."""
-        tiles = ceil_div(self.c, launch.tile_c)
-        if launch.segment_len is not None:
-            wanted = launch.segment_len
-        else:
-            at_once = launch.programs // (tiles * self.b) if tiles * self.b < launch.enough else 1
-            wanted = self.t if at_once <= 1 else max(launch.shortest, math.ceil(self.t / (at_once + launch.first)))
-        segment_len = ceil_div(wanted, CHUNK) * CHUNK
-        return tiles, ceil_div(self.t, segment_len), segment_len
-
     def _constants(self, launch: Launch) -> dict[str, Any]:
         limited = launch.registers is not None and torch.version.hip is None  # Triton cannot tell AMD's compiler
         most = {"maxnreg": launch.registers} if limited else {}
@@ -173,9 +118,7 @@ class _Call:
 
     def forward(self, launch: Launch) -> Outputs:
         """y: b t c    final_state: q c n    boundaries: (t-1)//16 b n c    ungated: b t c or 0"""
-        tiles, segments, segment_len = self._cut(launch)
-        first_len = segment_len if segments == 1 else ceil_div(math.ceil(launch.first * segment_len), CHUNK) * CHUNK
-        others = ceil_div(max(self.t - first_len, 0), segment_len)
+        tiles, _, segment_len, first_len, others = cut(launch, self.b, self.t, self.c)
         y = torch.empty(self.b, self.t, self.c, dtype=self.x.dtype, device=self.x.device)
         ungated = self._new(0) if self.z is None else self._new(self.b, self.t, self.c)
         boundaries = self._new((self.t - 1) // CHUNK, self.b, self.n, self.c)
@@ -214,7 +157,7 @@ class _Call:
         self, launch: Launch, boundaries: Tensor, ungated: Tensor, dy: Tensor | None, dfinal: Tensor | None
     ) -> dict[str, Tensor | None]:
         """Gradients in the types of their tensors; sums over programs are taken at the end."""
-        tiles, segments, segment_len = self._cut(launch)
+        tiles, segments, segment_len, _, _ = cut(launch, self.b, self.t, self.c)
         b, t, c, n = self.b, self.t, self.c, self.n
         dy = torch.zeros_like(self.x[:, :1]).expand(b * t, c) if dy is None else dy.reshape(b * t, c)
         if dy.stride(1) != 1:

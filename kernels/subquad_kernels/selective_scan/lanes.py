@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subquad_kernels.selective_scan.declaration import CHUNK
+from subquad_kernels.selective_scan.cuts import CHUNK
 
 _MOST_LANES = 64
 """More lanes than this would only make the chunk's buffers larger."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from subquad_kernels.determinism import deterministic
-from subquad_kernels.selective_scan.declaration import CHUNK
+from subquad_kernels.selective_scan.cuts import CHUNK
 from subquad_kernels.torch_operator import AutogradKernel
 
 if TYPE_CHECKING:
