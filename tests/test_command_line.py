@@ -387,6 +387,20 @@ def test_explain_composes_the_same_configuration(monkeypatch: pytest.MonkeyPatch
     assert (recorder.configs[0].model.name, recorder.configs[0].target) == ("mamba", "h100")
 
 
+@pytest.mark.parametrize("flag", ["-m", "--multirun"])
+def test_options_may_stand_between_overrides(flag: str, jobs: Jobs) -> None:
+    assert main(["train", "model=mamba", flag, "seed=1,2", "trainer.max_steps=3"]) == 0
+    assert [(config.model.name, config.seed, config.trainer.max_steps) for config in jobs.configs] == [
+        ("mamba", 1, 3), ("mamba", 2, 3)
+    ]  # fmt: skip
+
+
+def test_an_option_with_a_value_may_stand_between_overrides(jobs: Jobs, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "model=mamba", "--cfg", "job", "-p", "trainer.max_steps", "trainer.max_steps=3"]) == 0
+    assert capsys.readouterr().out.strip() == "3"
+    assert jobs.configs == []
+
+
 def test_a_launcher_that_is_chosen_by_name_is_used(jobs: Jobs) -> None:
     assert main(["train", "-m", "hydra/launcher=basic", "hydra.sweep.dir=sweeps", "seed=1,2"]) == 0
     assert [config.seed for config in jobs.configs] == [1, 2]
