@@ -72,15 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     full_error = "--traceback" in arguments or os.environ.get("HYDRA_FULL_ERROR") == "1"
     arguments = [argument for argument in arguments if argument != "--traceback"]
-    if not arguments or arguments[0] in ("--help", "-h", "help"):
-        print(HELP.format(verbs="\n".join(f"  {verb:<11} {summary}" for verb, summary in VERBS.items())))
-        return 0 if arguments else USAGE
-    if arguments[0] in ("--version", "-V"):
-        print(f"subquad {__version__}")
-        return 0
     try:
         with _short_warnings(), _full_errors(full_error):
-            return int(_verb(arguments[0]).run(arguments[1:]))
+            return _run(arguments)
     except SubquadError as error:
         if full_error:
             traceback.print_exc()
@@ -104,6 +98,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:
         traceback.print_exc()
         return FAILED
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
+        print(HELP.format(verbs="\n".join(f"  {verb:<11} {summary}" for verb, summary in VERBS.items())))
+        return 0 if arguments else USAGE
+    if arguments[0] in ("--version", "-V"):
+        print(f"subquad {__version__}")
+        return 0
+    return int(_verb(arguments[0]).run(arguments[1:]))
 
 
 def _verb(name: str) -> Verb:

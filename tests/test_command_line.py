@@ -77,8 +77,42 @@ def test_a_misspelt_verb_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize(
-    "verb", ["explain", "warmup", "bench", "generate", "export", "compare", "proxy", "plan", "plugins", "doctor"]
+    ("arguments", "takes"),
+    [
+        (["plugins", "lsit"], "--json, new, check"),
+        (["plugins", "chek"], "did you mean 'check'?"),
+        (["doctor", "no-checks"], "did you mean '--no-checks'?"),
+        (["completion", "zsh"], "takes no arguments"),
+    ],
 )
+def test_a_word_that_a_verb_does_not_take_is_an_error_in_three_lines(
+    arguments: list[str], takes: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    what, where, mend = said.err.splitlines()
+    assert what == f"ConfigError: '{arguments[1]}' is not understood"
+    assert where == f"  where   {arguments[0]}"
+    assert takes in mend
+
+
+def test_a_reader_who_has_seen_enough_of_the_help_is_no_error() -> None:
+    run = [sys.executable, "-u", "-m", "subquad", "--help"]
+    with subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 0)
+
+
+@pytest.mark.parametrize("argument", ["plan=plan.json", "resume=runs/a"])
+def test_explain_refuses_what_it_does_not_read(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", argument, "target=h100"]) == 2
+    assert f"where   {argument}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "train"])
 def test_every_verb_with_arguments_has_help_of_its_own(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([verb, "--help"]) == 0
     assert verb in capsys.readouterr().out
@@ -351,6 +385,20 @@ def test_explain_composes_the_same_configuration(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(explain, "explain_job", recorder)
     assert main(["explain", "model=mamba", "target=h100"]) == 0
     assert (recorder.configs[0].model.name, recorder.configs[0].target) == ("mamba", "h100")
+
+
+@pytest.mark.parametrize("flag", ["-m", "--multirun"])
+def test_options_may_stand_between_overrides(flag: str, jobs: Jobs) -> None:
+    assert main(["train", "model=mamba", flag, "seed=1,2", "trainer.max_steps=3"]) == 0
+    assert [(config.model.name, config.seed, config.trainer.max_steps) for config in jobs.configs] == [
+        ("mamba", 1, 3), ("mamba", 2, 3)
+    ]  # fmt: skip
+
+
+def test_an_option_with_a_value_may_stand_between_overrides(jobs: Jobs, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "model=mamba", "--cfg", "job", "-p", "trainer.max_steps", "trainer.max_steps=3"]) == 0
+    assert capsys.readouterr().out.strip() == "3"
+    assert jobs.configs == []
 
 
 def test_a_launcher_that_is_chosen_by_name_is_used(jobs: Jobs) -> None:

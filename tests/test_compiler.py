@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -160,7 +161,47 @@ def test_a_method_that_cannot_be_captured_runs_as_written_and_is_named() -> None
     model, plan = compile_model(model, EXAMPLE, target="cpu", options=QUIET)
     assert (model(tokens) - before).abs().max() < 1e-5
     assert {(entry.layer, entry.method) for entry in plan.uncaptured} == {(1, "forward"), (1, "packed")}
-    assert "layer 1 softmax_attention.forward runs as written" in format_plan(plan)
+    (line,) = (line for line in format_plan(plan).splitlines() if "runs as written" in line)
+    assert line.startswith("layer 1 softmax_attention runs as written in forward, packed")
+    # What was written is shown, where it stands: the author of a mixer has only this line to go by.
+    assert re.search(r"\(test_compiler\.py, line \d+: return self\.linear\(x\) if x\.sum\(\) > 0 else x\)$", line)
+
+
+class Shaped(Branching):
+    """A mixer that makes tensors as large as its input, in the ways that people write."""
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        b, t = x.shape[:2]
+        ones = x.new_ones(*x.shape[:2], 1) + x.new_ones(*x.size()[:-1], 1) + x.new_ones(*x.shape)
+        heads = self.linear(x).view(*x.shape[:-1], 4, -1)
+        return (heads.flatten(-2) + ones + x.new_zeros(b, t, 1)) * heads.new_ones(*heads.shape[1:2], 1)
+
+    def prefill(self, x: Tensor, carry: tuple[()]) -> tuple[Tensor, tuple[()]]:
+        return self.forward(x), carry
+
+    def decode(self, x_t: Tensor, carry: tuple[()]) -> tuple[Tensor, tuple[()]]:
+        return self.linear(x_t).view(*x_t.shape[:-1], 4, -1).flatten(-2), carry
+
+
+def test_sizes_may_be_unpacked_where_their_number_is_known() -> None:
+    mixer = Shaped()
+    captured = capture(mixer)
+    assert not captured.declined
+    for b, t in ((2, 5), (3, 7)):
+        x = torch.randn(b, t, 32)
+        assert torch.equal(captured.graphs["forward"](x, None), mixer(x))
+        assert torch.equal(captured.graphs["decode"](x[:, 0], ())[0], mixer.decode(x[:, 0], ())[0])
+
+
+def test_sizes_whose_number_is_not_known_are_not_guessed() -> None:
+    class Unknown(Shaped):
+        def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+            heads = self.linear(x).unflatten(-1, (4, -1))
+            return heads.reshape(*heads.shape[:-2], -1)
+
+    declined = capture(Unknown()).declined
+    assert set(declined) == {"forward", "packed", "prefill"}
+    assert "heads.reshape(*heads.shape[:-2], -1)" in declined["forward"]
 
 
 @pytest.mark.parametrize(("documents", "lengths"), [(0, (24, 24)), (5, ())])

@@ -10,6 +10,19 @@ from pathlib import Path
 import pytest
 
 from subquad.__main__ import VERBS
+from subquad.commands.check_plugin import CheckConfig
+from subquad.component_config import defaults_of
+from subquad.schema import (
+    BenchConfig,
+    CalibrateConfig,
+    CompareConfig,
+    DecodingBenchConfig,
+    EvaluateConfig,
+    ExportConfig,
+    GenerateConfig,
+    MeasureConfig,
+    ProxyConfig,
+)
 
 
 def completed(line: str, folder: Path) -> list[str]:
@@ -49,10 +62,30 @@ def completed(line: str, folder: Path) -> list[str]:
         ("subquad generate pro", {"prompt=", "prompts="}),
         ("subquad evaluate s", {"suite=", "sizes=", "samples=", "seed="}),
         ("subquad plugins --", {"--json"}),
+        ("subquad doctor -", {"--no-checks"}),
     ],
 )
 def test_bash_completes_verbs_groups_and_keys(line: str, offered: set[str], tmp_path: Path) -> None:
     assert set(completed(line, tmp_path)) == offered
+
+
+@pytest.mark.parametrize(
+    ("verb", "config_classes"),
+    [
+        ("bench", (BenchConfig, DecodingBenchConfig)),
+        ("calibrate", (CalibrateConfig,)),
+        ("compare", (CompareConfig,)),
+        ("evaluate", (EvaluateConfig,)),
+        ("export", (ExportConfig,)),
+        ("generate", (GenerateConfig,)),
+        ("measure", (MeasureConfig,)),
+        ("plugins check mamba", (CheckConfig,)),
+        ("proxy", (ProxyConfig,)),
+    ],
+)
+def test_bash_completes_every_key_of_a_verb(verb: str, config_classes: tuple[type, ...], tmp_path: Path) -> None:
+    keys = {f"{key}=" for config_class in config_classes for key in defaults_of(config_class)}
+    assert set(completed(f"subquad {verb} ", tmp_path)) == keys
 
 
 def test_bash_completes_every_group_after_a_verb(tmp_path: Path) -> None:

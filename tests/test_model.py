@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from subquad.compose import load_config
-from subquad.errors import ConfigError, NotFoundError
+from subquad.errors import ConfigError, NotFoundError, PluginError
+from subquad.model import build
 from subquad.model.build import build_model, full_schedule
 from subquad.schema import ChannelMixerConfig, ModelConfig
 
@@ -188,3 +191,22 @@ def test_a_recipe_that_cannot_be_built_is_refused_by_its_key(changes: dict[str, 
         build_model(small_config(**changes))
     assert where in error.value.where
     assert word in str(error.value)
+
+
+@pytest.mark.parametrize("named", ["subquad_ssm.mamba:Mambo", "subquad_ssm.mambo:Mamba"])
+def test_a_builder_that_is_not_there_is_the_plugins_error(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = build.check_mixers(small_config())
+    wrong = {key: replace(entry, spec=replace(entry.spec, build=named)) for key, entry in entries.items()}
+    monkeypatch.setattr(build, "check_mixers", lambda config: wrong)
+    with pytest.raises(PluginError, match=named):
+        build_model(small_config())
+
+
+def test_what_a_builder_itself_cannot_import_is_not_hidden(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "needs_more.py").write_text("import not_installed_anywhere\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    entries = build.check_mixers(small_config())
+    wrong = {key: replace(one, spec=replace(one.spec, build="needs_more:Mixer")) for key, one in entries.items()}
+    monkeypatch.setattr(build, "check_mixers", lambda config: wrong)
+    with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
+        build_model(small_config())

@@ -182,11 +182,13 @@ def test_a_row_cut_off_by_the_kill_is_dropped(tiny_run: TinyRun) -> None:
     assert_same_run(Path(str(config.run_dir)), straight.run_dir)
 
 
-def test_a_finished_run_resumes_to_its_validation(tiny_run: TinyRun) -> None:
+def test_a_finished_run_resumes_to_its_validation(tiny_run: TinyRun, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny_run("done", max_steps=5)
     first = train(config)
     before = RunFolder(first.run_dir).metrics.read_text()
+    assert "nothing is left to train" not in capsys.readouterr().err
     again = train(tiny_run("done", max_steps=5, run={"resume": config.run_dir}))
+    assert "nothing is left to train: the run is at step 5 of 5; trainer.max_steps=N goes on" in capsys.readouterr().err
     assert (again.step, again.validation_loss) == (first.step, first.validation_loss)
     assert RunFolder(first.run_dir).metrics.read_text() == before
 

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from subquad.__main__ import VERBS
+from subquad.commands.flags import flags
+
+HELP = """Print the completion of verbs, groups and keys for bash.
+
+  eval "$(subquad completion)"           # in this shell; in ~/.bashrc for all"""
 
 SCRIPT = """\
 # bash completion of subquad:  eval "$(subquad completion)"
@@ -28,6 +33,16 @@ _subquad_complete() {
             ;;
         export)
             COMPREPLY=($(compgen -W "run= format= out=" -- "$word"))
+            ;;
+        calibrate)
+            COMPREPLY=($(compgen -W "budget_s= target= fit= operators= seed=" -- "$word"))
+            ;;
+        measure)
+            choices="out= budget_s= target= operators= kernels= layouts= shapes= seed="
+            COMPREPLY=($(compgen -W "$choices" -- "$word"))
+            ;;
+        doctor)
+            COMPREPLY=($(compgen -W "--no-checks" -- "$word"))
             ;;
         compare)
             COMPREPLY=($(compgen -W "runs= html=" -- "$word"))
@@ -63,6 +78,10 @@ complete -o nospace -o default -F _subquad_complete subquad
 
 
 def run(arguments: list[str]) -> int:
-    """Print the script."""
+    """Print the script.  Raises: ConfigError for another shell."""
+    if any(argument in ("--help", "-h") for argument in arguments):
+        print(HELP)
+        return 0
+    flags("completion", arguments, [])
     print(SCRIPT.replace("VERBS", " ".join(VERBS)), end="")
     return 0

@@ -48,6 +48,7 @@ def run_with_hydra(verb: str, arguments: Sequence[str], job: Job, job_of_sweep: 
     """
     registry = load_registry()
     parsed = _parsed(verb, arguments)
+    arguments = _options_first(arguments, parsed.overrides)
     full_error = os.environ.get("HYDRA_FULL_ERROR")
     task = _Task(verb, (job, job_of_sweep or job), registry, sys.argv, full_error)
     try:
@@ -161,12 +162,20 @@ def _parsed(verb: str, arguments: Sequence[str]) -> Namespace:
         )
 
     parser.error = refuse  # type: ignore[method-assign]
-    parsed = parser.parse_args(list(arguments))
+    parsed = parser.parse_intermixed_args(list(arguments))
     modes = {"--run": parsed.run, "--multirun": parsed.multirun, "--cfg": parsed.cfg, "--info": parsed.info}
     given = [name for name, value in modes.items() if value]
     if len(given) > 1:
         refuse(f"{' and '.join(given)} exclude each other")
     return parsed
+
+
+def _options_first(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """The arguments in the order that Hydra's own parser needs: it refuses overrides behind `a=1 --multirun`."""
+    options = list(arguments)
+    for override in overrides:
+        options.remove(override)
+    return [*options, *overrides]
 
 
 def _check_beforehand(parsed: Namespace, registry: Registry) -> None:

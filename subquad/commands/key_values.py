@@ -26,4 +26,6 @@ def key_values(verb: str, config_class: type, arguments: Sequence[str]) -> dict[
 
 def keys_with_defaults(config_class: type) -> str:
     """One line a key, for a help text."""
-    return "\n".join(f"  {key:<12} default {value!r}" for key, value in defaults_of(config_class).items())
+    defaults = defaults_of(config_class)
+    width = max(map(len, defaults))
+    return "\n".join(f"  {key:<{width}}  default {value!r}" for key, value in defaults.items())

@@ -1,17 +1,14 @@
-"""plugins: what is installed, from which distribution, and which kernels are usable here; loads no torch.
-
-`plugins new` writes a package and `plugins check` judges one: the two stand in files of their own.
-"""
+"""plugins: what is installed, from which distribution, and which kernels are usable here; loads no torch."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from subquad.commands.flags import flags
 from subquad.commands.table import table
 from subquad.contracts import CONTRACT_VERSION, Growth
 from subquad.registry import Registry, load_registry
@@ -21,6 +18,14 @@ from subquad_kernels.workload import DeviceLimits
 FORMAT_VERSION = 1
 ACTIONS = {"new": "subquad.commands.new_plugin", "check": "subquad.commands.check_plugin"}
 """Modules by the word after `plugins`; imported only then: one of them loads torch."""
+HELP = """List what is installed: mixers, operators, kernels and whether they run here, data, skipped plugins.
+
+  python -m subquad plugins               as tables
+  python -m subquad plugins --json        the same as one JSON object
+  python -m subquad plugins new NAME      write a package for a mixer of that name
+  python -m subquad plugins check NAME    judge a mixer, or all that a distribution declares
+
+`new` and `check` have a --help of their own."""
 GROWTH = {
     Growth.CONSTANT: "1",
     Growth.LOGARITHMIC: "log t",
@@ -36,9 +41,10 @@ def run(arguments: list[str]) -> int:
     """Print tables, or JSON with --json; or do what the first argument names."""
     if arguments and arguments[0] in ACTIONS:
         return int(import_module(ACTIONS[arguments[0]]).run(arguments[1:]))
-    parser = argparse.ArgumentParser(prog="subquad plugins", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="the same as one JSON object")
-    wants_json = parser.parse_args(arguments).json
+    if any(argument in ("--help", "-h") for argument in arguments):
+        print(HELP)
+        return 0
+    wants_json = bool(flags("plugins", arguments, ["--json", *ACTIONS]))
     content = inventory(load_registry())
     print(json.dumps(content, indent=2) if wants_json else as_tables(content))
     return 0

@@ -7,8 +7,10 @@ what a mixer reads of other layers, is flattened by pytree, so that a graph's in
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch.fx._symbolic_trace import PH, _assert_is_none
 from torch.utils._pytree import tree_map
 
 from subquad.compiler.example import METHODS, Method
+from subquad.compiler.tracer import MixerTracer
 from subquad.contracts import NOTHING_SHARED, Sharing
 from subquad_kernels.catalogue import CATALOGUE, Operator
 from subquad_kernels.torch_operator import named_arguments
@@ -34,22 +37,6 @@ class Captured:
     reports: tuple[str, ...] = ()
 
 
-class _Tracer(fx.Tracer):
-    def __init__(self, name: str, shares: bool) -> None:
-        super().__init__()
-        self.traced_func_name = name
-        self._shares = shares
-
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
-        if "shared" in inspect.signature(root_fn).parameters:
-            # An argument with a default makes a graph with a default, which fx cannot write beside flattened ones.
-            root_fn = _without_defaults(root_fn, self._shares)
-        return super().create_args_for_root(root_fn, is_module, concrete_args)
-
-    def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
 def capture(mixer: nn.Module, sharing: Sharing = NOTHING_SHARED) -> Captured:
     """Trace every method of a mixer. A method whose Python depends on values is declined, and runs as it is.
 
@@ -61,23 +48,23 @@ def capture(mixer: nn.Module, sharing: Sharing = NOTHING_SHARED) -> Captured:
         try:
             graphs[method] = _trace(mixer, method, sharing)
         except Exception as error:  # tracing runs a stranger's code on proxies; whatever it raises, it was not captured
-            declined[method] = f"{type(error).__name__}: {error}".splitlines()[0]
+            declined[method] = _reason(error, mixer)
     return Captured(graphs, declined)
 
 
-def _without_defaults(method: Callable[..., Any], shares: bool) -> Callable[..., Any]:
-    """A method of a mixer that can share: of two arguments where it does not, of three where it does."""
-    if method.__name__ == "forward":
-        if shares:
-            return lambda self, x, cu_seqlens, shared: method(self, x, cu_seqlens, shared)
-        return lambda self, x, cu_seqlens: method(self, x, cu_seqlens)
-    if shares:
-        return lambda self, x, carry, shared: method(self, x, carry, shared)
-    return lambda self, x, carry: method(self, x, carry)
+def _reason(error: Exception, mixer: nn.Module) -> str:
+    """What was raised, in a sentence, and the line of the mixer's file that raised it."""
+    said = f"{type(error).__name__}: {error}".splitlines()[0].partition(". ")[0]
+    try:
+        written = inspect.getsourcefile(type(mixer))
+    except TypeError:  # a class of an interactive session
+        return said
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == written]
+    return f"{said} ({Path(own[-1].filename).name}, line {own[-1].lineno}: {own[-1].line})" if own else said
 
 
 def _trace(mixer: nn.Module, method: Method, sharing: Sharing) -> fx.GraphModule:
-    tracer = _Tracer("forward" if method == "packed" else method, bool(sharing))
+    tracer = MixerTracer("forward" if method == "packed" else method, shares=bool(sharing))
     concrete: dict[str, Any] = {}
     if method == "forward":
         concrete["cu_seqlens"] = None

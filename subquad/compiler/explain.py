@@ -29,6 +29,7 @@ def explain(config: RunConfig, html: Path | None = None) -> str:
 
     Raises: ConfigError when that file cannot be written.
     """
+    _refuse_what_is_not_read(config)
     plan = explained_plan(config)
     if html is not None:
         try:
@@ -38,6 +39,16 @@ def explain(config: RunConfig, html: Path | None = None) -> str:
                 what=f"{html} cannot be written ({error.strerror})", where="html", mend="name another file"
             ) from None
     return format_plan(plan)
+
+
+def _refuse_what_is_not_read(config: RunConfig) -> None:
+    for key, named in (("resume", config.resume), ("plan", config.plan)):
+        if named is not None:
+            raise ConfigError(
+                what="explain chooses anew, and reads neither run folders nor plans",
+                where=f"{key}={named}",
+                mend="leave it out; a run's report.md shows its choices, `plan diff A B` what two plans do differently",
+            )
 
 
 def explained_plan(config: RunConfig) -> Plan:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from subquad.compiler.assignment import Assignment
 from subquad.compiler.layer_numbers import layer_numbers
-from subquad.compiler.plan import Figure, NodeChoice, Plan, StepPrediction
+from subquad.compiler.plan import Figure, NodeChoice, Plan, StepPrediction, Uncaptured
 
 
 def format_plan(plan: Plan) -> str:
@@ -33,10 +33,21 @@ def format_plan(plan: Plan) -> str:
     idle = sum(not choice.used for choice in plan.choices)
     if idle:
         lines.append(f"{idle} nodes of methods that this run does not call keep their defaults (plan.json lists them)")
-    for entry in plan.uncaptured:
-        lines.append(f"layer {entry.layer} {entry.mixer}.{entry.method} runs as written: {entry.reason}")
+    lines += uncaptured_lines(plan)
     lines += plan.notes
     return "\n".join(lines)
+
+
+def uncaptured_lines(plan: Plan) -> list[str]:
+    """What runs as written, and why: one line for equal layers and methods."""
+    equal: dict[tuple[str, str], list[Uncaptured]] = {}
+    for entry in plan.uncaptured:
+        equal.setdefault((entry.mixer, entry.reason), []).append(entry)
+    return [
+        f"layer {layer_numbers({entry.layer for entry in entries})} {mixer} runs as written in "
+        f"{', '.join(dict.fromkeys(entry.method for entry in entries))}, and no figure counts its operators: {reason}"
+        for (mixer, reason), entries in equal.items()
+    ]
 
 
 def assignment_lines(assignment: Assignment) -> list[str]:

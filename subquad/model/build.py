@@ -10,7 +10,7 @@ import torch
 
 from subquad.component_config import typed_config
 from subquad.contracts import MixerContext, MixerSpec, Sharing
-from subquad.errors import ConfigError
+from subquad.errors import ConfigError, PluginError
 from subquad.model.block import Block
 from subquad.model.channel_mixer import ChannelMixer
 from subquad.model.language_model import LanguageModel
@@ -34,7 +34,7 @@ def build_model(config: ModelConfig, *, device: torch.device | str | None = None
     """Build the model on a device and draw its parameters from torch's random state; on `meta` only shapes are made.
 
     Weights that `config.init_from` names are not read: `import_weights(model, config)` does that.
-    Raises: ConfigError, NotFoundError.
+    Raises: ConfigError, NotFoundError; PluginError where a declaration names a builder that is not there.
     """
     for name in ("vocab_size", "context_len"):
         if getattr(config, name) < 1:
@@ -114,8 +114,23 @@ def _channel_mixer(config: ModelConfig, values: Mapping[str, Any], where: str) -
     return None if own is None else typed_config(ChannelMixerConfig, own, f"{where}.channel_mixer")
 
 
+def _builder(entry: Entry) -> Any:
+    """What the mixer's declaration names.  Raises: PluginError where it names nothing."""
+    try:
+        return load_attribute(entry.spec.build)
+    except (ModuleNotFoundError, AttributeError) as error:
+        module = entry.spec.build.partition(":")[0]
+        if isinstance(error, ModuleNotFoundError) and error.name != module:
+            raise  # something that the mixer imports, which says more by itself
+        raise PluginError(
+            what=f"mixer '{entry.spec.name}' is built by '{entry.spec.build}', which is not there ({error})",
+            where=f"MixerSpec(name='{entry.spec.name}', build=...)",
+            mend="let build name a class that can be imported: package.module:Class",
+        ) from error
+
+
 def _block(config: ModelConfig, entry: Entry, context: MixerContext, sharing: Sharing) -> Block:
-    build: Any = load_attribute(entry.spec.build)
+    build = _builder(entry)
     try:
         mixer = build(entry.config, context)
     except ConfigError as error:

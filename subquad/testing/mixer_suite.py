@@ -419,7 +419,11 @@ class MixerSuite:
 
     def test_captures_as_one_node_per_operator(self) -> None:
         captured = self.capture(self.build())
-        assert not captured.declined, f"not captured: {dict(captured.declined)}"
+        reasons = "; ".join(dict.fromkeys(captured.declined.values()))
+        assert not captured.declined, (
+            f"not captured: {', '.join(captured.declined)}: {reasons}. A method is traced once, with stand-ins for its "
+            "tensors: let it not branch or loop on their values, and write sizes out (`x.shape[0], x.shape[1]`)"
+        )
         for method in METHODS:
             nodes = [operator.name for _, operator in operator_nodes(captured.graphs[method].graph)]
             declared = sorted(self.spec.operators)

@@ -188,6 +188,13 @@ def _resumed(folder: RunFolder, config: RunConfig, ranks: Ranks) -> _Prepared:
             where=f"resume={folder.path}",
             mend="start it again in another folder",
         )
+    if checkpoint.step >= config.trainer.max_steps:
+        print(
+            f"nothing is left to train: the run is at step {checkpoint.step} of {config.trainer.max_steps}; "
+            "trainer.max_steps=N goes on",
+            file=sys.stderr,
+            flush=True,
+        )
     check_same_samples(checkpoint, folder, config, ranks.world_size)
     prepared = _prepared(folder, config, checkpoint)
     prepared = replace(prepared, plan=_predicted(prepared.plan, config))

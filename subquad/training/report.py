@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from subquad.compiler.plan import Plan
-from subquad.compiler.report import PLAN_COLUMNS, bytes_text, choice_table, failures, seconds_text
+from subquad.compiler.report import PLAN_COLUMNS, bytes_text, choice_table, failures, seconds_text, uncaptured_lines
 from subquad.training.metrics import read_metrics
 from subquad.training.run_folder import RunFolder, read_config, read_json, write_text
 
@@ -51,8 +51,7 @@ def _outcome(rows: list[dict[str, float]], unigram_bits_per_byte: float | None) 
 
 def _kernels(plan: Plan) -> list[str]:
     rows = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in choice_table(plan)]
-    notes = [f"layer {one.layer} {one.mixer}.{one.method} runs as written: {one.reason}" for one in plan.uncaptured]
-    notes += [f"not chosen: {failure}" for failure in failures(plan)]
+    notes = uncaptured_lines(plan) + [f"not chosen: {failure}" for failure in failures(plan)]
     head = [f"| {' | '.join(PLAN_COLUMNS)} |", "|---" * len(PLAN_COLUMNS) + "|"]
     return [f"For {plan.target} ({plan.origin}).", "", *head, *rows, *(["", *notes] if notes else [])]
 
