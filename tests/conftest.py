@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from plugin_site import Site
 
 from subquad.schema import (
@@ -75,6 +76,15 @@ def tiny_run(tiny_corpus: Path, tmp_path: Path) -> TinyRun:
         return RunConfig(**values | (run or {}))
 
     return config
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As many as ranks and killed processes have: sums over threads differ in the last bit, and a plan names them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import json
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,7 @@ from subquad.training.run_folder import RunFolder
 TinyRun = Callable[..., RunConfig]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Sums over threads differ in the last bit; the killed process has one thread as well."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def fail_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +54,8 @@ TOLERANCE = 1e-6
 
 
 @pytest.fixture(autouse=True)
-def _quick_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _quick_ranks(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     fork_ranks(monkeypatch)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def files(run_dir: Path, step: int) -> set[str]:
