@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from child_process import Child, StartProcess, children
 from plugin_site import Site
 
 from subquad.schema import (
@@ -88,20 +87,20 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def start_run(tmp_path: Path) -> Callable[[RunConfig], subprocess.Popen[str]]:
+def start_process() -> Iterator[StartProcess]:
+    with children() as start:
+        yield start
+
+
+@pytest.fixture
+def start_run(tmp_path: Path, start_process: StartProcess) -> Callable[[RunConfig], Child]:
     """Starts a run in a process of its own, with one thread."""
 
-    def start(config: RunConfig) -> subprocess.Popen[str]:
+    def start(config: RunConfig) -> Child:
         script, job = tmp_path / "job.py", tmp_path / "job.json"
         script.write_text(JOB, encoding="utf-8")
         job.write_text(json.dumps(asdict(config)), encoding="utf-8")
-        return subprocess.Popen(
-            [sys.executable, str(script), str(job)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        return start_process([sys.executable, str(script), str(job)])
 
     return start
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from child_process import Child, wait_for
 from compared_runs import assert_same_run, weights
 
 from subquad.compiler.plan import Plan
@@ -51,18 +51,14 @@ def run_until(step: int, config: RunConfig) -> None:
 
 
 def test_a_killed_process_resumes_bit_for_bit(
-    tiny_run: TinyRun, start_run: Callable[[RunConfig], Any], tmp_path: Path
+    tiny_run: TinyRun, start_run: Callable[[RunConfig], Child], tmp_path: Path
 ) -> None:
     settings = {"max_steps": 40, "accumulate": 2, "every": 5, "validate_every_n_steps": 10}
     killed = tmp_path / "killed"
     process = start_run(tiny_run("killed", **settings))
-    deadline = time.monotonic() + 120
-    while not (killed / "checkpoints" / "step-10" / "manifest.json").exists():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    wait_for((killed / "checkpoints" / "step-10" / "manifest.json").exists, process)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=30)
+    process.communicate()
 
     # The kill landed in mid-run: after a checkpoint, before the end, and nothing was tidied up.
     assert process.returncode == -signal.SIGKILL
