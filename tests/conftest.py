@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -12,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from child_process import Child, StartProcess, children
 from plugin_site import Site
 
 from subquad.schema import (
@@ -78,20 +78,29 @@ def tiny_run(tiny_corpus: Path, tmp_path: Path) -> TinyRun:
 
 
 @pytest.fixture
-def start_run(tmp_path: Path) -> Callable[[RunConfig], subprocess.Popen[str]]:
+def one_thread() -> Iterator[None]:
+    """As many as ranks and killed processes have: sums over threads differ in the last bit, and a plan names them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def start_process() -> Iterator[StartProcess]:
+    with children() as start:
+        yield start
+
+
+@pytest.fixture
+def start_run(tmp_path: Path, start_process: StartProcess) -> Callable[[RunConfig], Child]:
     """Starts a run in a process of its own, with one thread."""
 
-    def start(config: RunConfig) -> subprocess.Popen[str]:
+    def start(config: RunConfig) -> Child:
         script, job = tmp_path / "job.py", tmp_path / "job.json"
         script.write_text(JOB, encoding="utf-8")
         job.write_text(json.dumps(asdict(config)), encoding="utf-8")
-        return subprocess.Popen(
-            [sys.executable, str(script), str(job)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        return start_process([sys.executable, str(script), str(job)])
 
     return start
 

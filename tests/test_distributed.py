@@ -7,14 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from child_process import Child, StartProcess, wait_for
 
 from subquad.errors import ConfigError, RunError
 from subquad.schema import RunConfig, TrainerConfig
@@ -116,7 +115,9 @@ def test_a_batch_script_that_calls_us_without_srun_is_one_process(monkeypatch: p
 
 
 @pytest.mark.slow
-def test_srun_starts_ranks_that_agree_on_the_folder(tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_srun_starts_ranks_that_agree_on_the_folder(
+    tiny_run: TinyRun, tmp_path: Path, start_process: StartProcess
+) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -126,22 +127,14 @@ def test_srun_starts_ranks_that_agree_on_the_folder(tiny_run: TinyRun, tmp_path:
         f"train({job!r})\n".replace(repr(job.run_dir), "None"), encoding="utf-8"
     )  # fmt: skip
     tasks = [
-        subprocess.Popen(
-            [sys.executable, str(script)],
-            env=os.environ
-            | SLURM
-            | {"SLURM_NTASKS": "2", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0"}
-            | {"SLURM_NODELIST": "localhost", "MASTER_PORT": port}
-            | {"OMP_NUM_THREADS": "1"},
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        start_process([sys.executable, str(script)], tmp_path, **SLURM | {
+            "SLURM_NTASKS": "2", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0",
+            "SLURM_NODELIST": "localhost", "MASTER_PORT": port,
+        })
         for rank in range(2)
     ]
     for task in tasks:
-        _, err = task.communicate(timeout=120)
+        _, err = task.communicate()
         assert task.returncode == 0, err
     (folder,) = (tmp_path / "runs").glob("*/*")
     assert {path.name for path in (folder / "samples").iterdir()} == {"rank-0.csv", "rank-1.csv"}
@@ -165,22 +158,17 @@ def test_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_ranks_resume_together(
-    strategy: str, tiny_run: TinyRun, start_run: Callable[[RunConfig], Any], tmp_path: Path
+    strategy: str, tiny_run: TinyRun, start_run: Callable[[RunConfig], Child], tmp_path: Path, one_thread: None
 ) -> None:
     settings = {"max_steps": 30, "devices": 2, "every": 5, "strategy": strategy}
     killed = tmp_path / "killed"
     process = start_run(tiny_run("killed", **settings))
-    wait_for(killed / "checkpoints" / "step-10" / "manifest.json", process)
+    wait_for((killed / "checkpoints" / "step-10" / "manifest.json").exists, process)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)  # ends only when rank 1 has closed its end of the pipes as well
+    process.communicate()  # ends only when rank 1 has closed its end of the pipes as well
     assert process.returncode == -signal.SIGKILL
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        train(tiny_run("killed", run={"resume": str(killed)}, **settings))
-        straight = train(tiny_run("straight", run={"plan": str(killed / "plan.json")}, **settings))
-    finally:
-        torch.set_num_threads(threads)
+    train(tiny_run("killed", run={"resume": str(killed)}, **settings))
+    straight = train(tiny_run("straight", run={"plan": str(killed / "plan.json")}, **settings))
     for name, tensor in weights(killed).items():
         assert torch.equal(tensor, weights(straight.run_dir)[name]), name
     for rank in range(2):
@@ -196,13 +184,13 @@ def test_a_signal_to_rank_zero_ends_all_ranks_after_one_step(
     word: str,
     code: int,
     tiny_run: TinyRun,
-    start_run: Callable[[RunConfig], Any],
+    start_run: Callable[[RunConfig], Child],
     tmp_path: Path,
 ) -> None:
     process = start_run(tiny_run("run", max_steps=100_000, devices=2, every=5))
-    wait_for(tmp_path / "run" / "checkpoints" / "step-5" / "manifest.json", process)
+    wait_for((tmp_path / "run" / "checkpoints" / "step-5" / "manifest.json").exists, process)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate()
     assert process.returncode in (code, -number), err
     assert f"{word} after step" in err
     assert newest_checkpoint(tmp_path / "run" / "checkpoints") is not None
@@ -244,11 +232,3 @@ def test_a_sweep_of_two_process_jobs_runs_from_the_command_line(tiny_corpus: Pat
         assert read_metrics(folder.metrics)[-1]["step"] == 5
         assert "python -m subquad train model=transformer" in folder.report.read_text()
     assert sample_ids(tmp_path / "sweep" / "0", 0) != sample_ids(tmp_path / "sweep" / "1", 0), "their seeds differ"
-
-
-def wait_for(path: Path, process: Any, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.005)

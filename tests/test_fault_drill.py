@@ -28,13 +28,7 @@ from subquad_kernels.catalogue import CATALOGUE
 TinyRun = Callable[..., RunConfig]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Sums over threads differ in the last bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def at_step(step: int, monkeypatch: pytest.MonkeyPatch, happens: Callable[[TrainingModule], None]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import product
@@ -248,9 +247,7 @@ def test_a_process_that_dies_is_named_and_replaced(tools: Any, tmp_path: Path, m
     script.write_text("import time\ntime.sleep(60)")
     monkeypatch.setattr(tools[1], "LEAST_S", 0.2)
     monkeypatch.setattr(tools[1], "LAST_S", 0.0)
-    started = time.monotonic()
-    assert "ended with code -9" in worker.ask({}, 0.0)["failed"]
-    assert time.monotonic() - started < 30
+    assert "ended with code -9" in worker.ask({}, 0.0)["failed"]  # left alone it would end with code 0
     worker.close()
 
 

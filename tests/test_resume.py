@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from child_process import Child, wait_for
 from compared_runs import assert_same_run, weights
 
 from subquad.compiler.plan import Plan
@@ -28,13 +28,7 @@ from subquad.training.run_folder import RunFolder
 TinyRun = Callable[..., RunConfig]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Sums over threads differ in the last bit; the killed process has one thread as well."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def fail_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,18 +51,14 @@ def run_until(step: int, config: RunConfig) -> None:
 
 
 def test_a_killed_process_resumes_bit_for_bit(
-    tiny_run: TinyRun, start_run: Callable[[RunConfig], Any], tmp_path: Path
+    tiny_run: TinyRun, start_run: Callable[[RunConfig], Child], tmp_path: Path
 ) -> None:
     settings = {"max_steps": 40, "accumulate": 2, "every": 5, "validate_every_n_steps": 10}
     killed = tmp_path / "killed"
     process = start_run(tiny_run("killed", **settings))
-    deadline = time.monotonic() + 120
-    while not (killed / "checkpoints" / "step-10" / "manifest.json").exists():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    wait_for((killed / "checkpoints" / "step-10" / "manifest.json").exists, process)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=30)
+    process.communicate()
 
     # The kill landed in mid-run: after a checkpoint, before the end, and nothing was tidied up.
     assert process.returncode == -signal.SIGKILL

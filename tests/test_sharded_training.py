@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from child_process import Child
 from compared_runs import assert_same_run, weights
 from forked_ranks import fork_ranks
 from safetensors.torch import load_file
@@ -54,12 +54,8 @@ TOLERANCE = 1e-6
 
 
 @pytest.fixture(autouse=True)
-def _quick_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _quick_ranks(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     fork_ranks(monkeypatch)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def files(run_dir: Path, step: int) -> set[str]:
@@ -123,14 +119,14 @@ def test_mixers_with_buffers_and_odd_shapes_are_sharded_too(tiny_run: TinyRun) -
 
 @pytest.mark.slow  # inductor compiles each block in each process
 def test_blocks_of_shards_are_compiled_one_by_one(
-    tiny_run: TinyRun, start_run: Callable[[RunConfig], subprocess.Popen[str]]
+    tiny_run: TinyRun, start_run: Callable[[RunConfig], Child]
 ) -> None:
     settings = {"max_steps": 2, "log_every_n_steps": 1, "validate_every_n_steps": 0, "run": {"data": MQAR}}
     alone = train(tiny_run("alone", batch_size=4, **settings)).run_dir
     compiled = tiny_run("compiled", devices=2, strategy="fsdp", **settings)
     compiled.compile = True
     process = start_run(compiled)
-    _, err = process.communicate(timeout=500)
+    _, err = process.communicate()
     assert process.returncode == 0, err
     assert_close_runs(Path(str(compiled.run_dir)), alone, tolerance=1e-5)
 

@@ -314,6 +314,7 @@ def test_a_run_that_broke_and_went_on_with_a_worker_is_the_undisturbed_one(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_two_ranks_take_what_one_takes_and_one_goes_on_with_their_stream(
     stream_run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:

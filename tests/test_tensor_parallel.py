@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,12 +83,8 @@ def test_ranks_share_projections_over_nccl(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def quick_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def quick_ranks(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     fork_ranks(monkeypatch)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ import importlib.metadata
 import itertools
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from child_process import StartProcess, wait_for
 
 from subquad.errors import ConfigError, RunError, SubquadError
 from subquad.schema import RunConfig, TrainerConfig
@@ -309,32 +309,21 @@ def test_a_signal_finishes_the_step_and_keeps_a_checkpoint(
     ],
 )
 def test_a_signal_on_the_command_line_has_its_exit_code(
-    number: signal.Signals, code: int, word: str, tiny_corpus: Path, tmp_path: Path
+    number: signal.Signals, code: int, word: str, tiny_corpus: Path, tmp_path: Path, start_process: StartProcess
 ) -> None:
     overrides = [
         "model=transformer", "model.d_model=32", "model.num_layers=2", "data=text_files", f"data.files=[{tiny_corpus}]",
         "trainer=smoke", "trainer.max_steps=100000", "checkpoint.every_n_steps=5", "compiler.measure=false",
         f"run_dir={tmp_path / 'run'}",
     ]  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, "-m", "subquad", "train", *overrides],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = start_process([sys.executable, "-m", "subquad", "train", *overrides])
     wait_for(lambda: list((tmp_path / "run" / "checkpoints").glob("step-*")), process)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate()
     assert process.returncode == code, err
     assert f"{word} after step" in err
     assert "Traceback" not in err
     assert newest_checkpoint(tmp_path / "run" / "checkpoints") is not None
-
-
-def wait_for(condition: Callable[[], object], process: Any, seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.005)
 
 
 # What is refused, before anything is written

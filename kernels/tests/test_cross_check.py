@@ -2,7 +2,8 @@
 
 The packages are not ours to depend on: where one is absent, its cases are skipped.
     pip install --no-deps fla-core einops          # its `naive` functions need no GPU
-    MAMBA_SKIP_CUDA_BUILD=TRUE pip install --no-deps --no-build-isolation mamba-ssm
+    MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE pip install --no-deps --no-build-isolation mamba-ssm
+and, since mamba-ssm imports its compiled part at once, an empty module `selective_scan_cuda` beside it.
 """
 
 from __future__ import annotations
