@@ -285,5 +285,6 @@ def test_on_a_gpu_what_waits_for_the_device_runs_as_it_is_and_the_rest_goes_on(d
         warnings.simplefilter("ignore")
         decoder = assert_decodes_alike(model, capture, atol=1e-4 if dtype == torch.float32 else 0.05)
     assert torch.cuda.current_stream() == stream
+    assert torch.rand(3, device="cuda").isfinite().all(), "random numbers are refused"
     assert replayed(decoder) == "1c 2 2c"
     assert "Error" in decoder.why_not[0]

@@ -35,12 +35,19 @@ class CudaGraphs:
             try:
                 work()
             except BaseException:
-                with suppress(RuntimeError):  # it says that taking down failed, and the error says why
-                    graph.capture_end()
+                self._abandon(graph)
                 raise
             graph.capture_end()
         outside.wait_stream(side)
         return graph.replay
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End what failed. Torch leaves the pool and the random state half open, and refuses either from then on."""
+        with suppress(RuntimeError):  # it says that taking down failed; the work's own error says why
+            graph.capture_end()
+        self._pool = torch.cuda.graph_pool_handle()
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(generator.clone_state())
 
 
 def cuda_graphs(device: torch.device, wanted: bool = True) -> CudaGraphs | None:
