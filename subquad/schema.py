@@ -281,7 +281,7 @@ class GenerateConfig:
     stop: list[str] = field(default_factory=list)  # texts before which a continuation ends
     stop_ids: list[int] = field(default_factory=list)  # tokens before which it ends
     seed: int = 0
-    cuda_graph: bool = True  # on CUDA, replay the work of blocks whose carry does not grow
+    cuda_graph: bool = True  # on CUDA, replay what is the same work in every step
 
 
 @dataclass(kw_only=True)

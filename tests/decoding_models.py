@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from subquad.model.build import build_model
 from subquad.model.language_model import LanguageModel
 from subquad.registry import load_registry
-from subquad.schema import ModelConfig
+from subquad.schema import ChannelMixerConfig, ModelConfig
 
 SIZES = {"num_heads": 2, "head_dim": 16, "window": 4, "segment_len": 3, "state_dim": 16}
 """Sizes for a width of 32, where a mixer's config has such a field."""
@@ -28,7 +28,9 @@ SHARED: Mapping[str, Mapping[str, Any]] = {
 """Entries of `model.mixers` whose layers exchange tensors."""
 
 
-def model_of(*mixers: str, shared: str = "", dtype: torch.dtype = torch.float64, device: str = "cpu") -> LanguageModel:
+def model_of(
+    *mixers: str, shared: str = "", channel_mixers: bool = True, dtype: torch.dtype = torch.float64, device: str = "cpu"
+) -> LanguageModel:
     """A block of each mixer, or of each entry of `SHARED`, in this order."""
     entries = dict(SHARED[shared]) if shared else {name: {"mixer": name} for name in mixers}
     for entry in entries.values():
@@ -42,6 +44,7 @@ def model_of(*mixers: str, shared: str = "", dtype: torch.dtype = torch.float64,
         context_len=64,
         schedule=list(mixers),
         mixers=entries,  # type: ignore[arg-type]
+        channel_mixer=ChannelMixerConfig(d_hidden=48) if channel_mixers else None,
         init_std=0.3,  # so that logits differ from token to token
     )
     return build_model(config).to(device, dtype).eval()

@@ -85,14 +85,14 @@ def test_rows_say_which_blocks_were_replayed(tmp_path: Path, monkeypatch: pytest
     configs = [load_config([f"model={name}", *TINY]) for name in names]
     request = DecodingBenchConfig(models=names, contexts=[64, 96], tokens=4, out=str(record))
     rows = list(bench_decoding(configs, request))
-    assert [(row.graphs, row.graph_blocks, row.why_no_graph) for row in rows] == 2 * [
-        (0, {}, {"softmax_attention": "its carry grows"}),
+    assert [(row.graphs, row.graph_layers, row.why_no_graph) for row in rows] == 2 * [
+        (4, {"channel_mixer": 4}, {"softmax_attention": "its carry grows"}),
         (1, {"mamba": 4}, {}),
-        (2, {"mamba": 2}, {"segment_attention": "its carry counts tokens"}),
+        (3, {"mamba": 2, "channel_mixer": 4}, {"segment_attention": "its carry counts tokens"}),
     ]
-    assert decoding_line(rows[2]).endswith(", 2 blocks in 2 graphs")
+    assert decoding_line(rows[2]).endswith(", 3 graphs of 2 mamba, 4 channel_mixer")
     written = json.loads(record.read_text())
-    assert (written["format_version"], written["rows"][1]["graph_blocks"]) == (2, {"mamba": 4})
+    assert (written["format_version"], written["rows"][1]["graph_layers"]) == (2, {"mamba": 4})
     request = DecodingBenchConfig(models=names, contexts=[64], tokens=4, cuda_graph=False, out=str(record))
     assert [row.graphs for row in bench_decoding(configs, request)] == [0, 0, 0]
 

@@ -96,7 +96,7 @@ def test_replayed_steps_give_the_same_texts_as_sequences_end(
     ]
     assert any(one.ending == "stop" for one in found)
     replayed = [decoder.graphs for decoder in decoders]
-    assert any(replayed) == ("mamba" in mixers)
+    assert any(replayed)
     assert len(decoders) > 1, "no batch shrank"
     decoders.clear()
     monkeypatch.setattr(continuation, "WORTH_A_GRAPH", 12)

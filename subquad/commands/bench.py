@@ -121,7 +121,8 @@ def decoding_line(row: DecodingRow) -> str:
         return f"{head}  left out: {row.why_not}"
     peak = "" if row.peak_bytes is None else f", peak {row.peak_bytes / 2**30:.2f} GiB"
     rate = f"{row.tokens_per_s:>10,.1f} tokens/s ({row.spread:.0%})"
-    graphs = f", {sum(row.graph_blocks.values())} blocks in {row.graphs} graphs" if row.graphs else ""
+    replayed = ", ".join(f"{count} {name}" for name, count in row.graph_layers.items())
+    graphs = f", {row.graphs} graphs of {replayed}" if row.graphs else ""
     return f"{head}  {rate}, carry {row.carry_bytes / 2**20:,.2f} MiB a sequence{peak}{graphs}"
 
 

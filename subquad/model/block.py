@@ -51,21 +51,27 @@ class Block(nn.Module):
     ) -> Tensor | tuple[Tensor, Shared]:
         """Mix whole sequences."""
         if shared is None:
-            return self._mix_channels(x + self.mixer(self.norm(x), cu_seqlens))
+            return self.mix_channels(x + self.mixer(self.norm(x), cu_seqlens))
         mixed, published = self.mixer(self.norm(x), cu_seqlens, shared)
-        return self._mix_channels(x + mixed), published
+        return self.mix_channels(x + mixed), published
 
     def prefill(self, x: Tensor, carry: Carry, *shared: Shared) -> tuple[Any, ...]:
         """Mix the next t tokens of each sequence."""
         mixed, *rest = self.mixer.prefill(self.norm(x), carry, *shared)
-        return self._mix_channels(x + mixed), *rest
+        return self.mix_channels(x + mixed), *rest
 
     def decode(self, x_t: Tensor, carry: Carry, *shared: Shared) -> tuple[Any, ...]:
         """Mix the next token of each sequence.  Shapes:  x_t: b d  ->  b d"""
-        mixed, *rest = self.mixer.decode(self.norm(x_t), carry, *shared)
-        return self._mix_channels(x_t + mixed), *rest
+        h, *rest = self.decode_mixer(x_t, carry, *shared)
+        return self.mix_channels(h), *rest
 
-    def _mix_channels(self, x: Tensor) -> Tensor:
+    def decode_mixer(self, x_t: Tensor, carry: Carry, *shared: Shared) -> tuple[Any, ...]:
+        """The half of `decode` that knows of other tokens: h.  Shapes:  x_t: b d  ->  b d"""
+        mixed, *rest = self.mixer.decode(self.norm(x_t), carry, *shared)
+        return x_t + mixed, *rest
+
+    def mix_channels(self, x: Tensor) -> Tensor:
+        """The other half: y of h, token by token; x itself where the block has no channel mixer."""
         if self.channel_mixer is None or self.channel_norm is None:
             return x
         return x + self.channel_mixer(self.channel_norm(x))  # type: ignore[no-any-return]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 
 import torch
@@ -25,18 +26,28 @@ class CudaGraphs:
         """Run the work beforehand, and take it down without running it."""
         outside, side = torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
         side.wait_stream(outside)
+        graph = torch.cuda.CUDAGraph()
+        # Not `torch.cuda.graph`, which gives all cached memory back first, and does not return from `side` if it fails.
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
                 work()
-        outside.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # Other threads may ask the device for memory meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # other threads may ask for memory
+            try:
                 work()
-        finally:
-            torch.cuda.set_stream(outside)  # torch leaves the other one where taking down failed
+            except BaseException:
+                self._abandon(graph)
+                raise
+            graph.capture_end()
+        outside.wait_stream(side)
         return graph.replay
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End what failed. Torch leaves the pool and the random state half open, and refuses either from then on."""
+        with suppress(RuntimeError):  # it says that taking down failed; the work's own error says why
+            graph.capture_end()
+        self._pool = torch.cuda.graph_pool_handle()
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(generator.clone_state())
 
 
 def cuda_graphs(device: torch.device, wanted: bool = True) -> CudaGraphs | None:

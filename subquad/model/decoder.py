@@ -1,9 +1,10 @@
 """A batch that is decoded token by token; what the device does alike in every step is taken down once, and replayed.
 
-A step of a model launches hundreds of small kernels, each from Python, and waits for the host. Blocks whose carry is of
-constant size ask for the same work every time: consecutive ones become a `Capture` (a CUDA graph) that reads and writes
-fixed memory, with the embedding before the first block and the head behind the last. Blocks with a cache that grows, or
-with a position, run as they are between them. Which those are, a step shows: it is the carry that tells, not a name.
+A step of a model launches hundreds of small kernels, each from Python, and waits for the host. Channel mixers, and
+mixers whose carry is of constant size, ask for the same work every time: as many as stand in a row are taken down by a
+`Capture` (a CUDA graph) that reads and writes fixed memory, with the embedding before the first and the head behind the
+last. Mixers with a cache that grows, or with a position, run as they are between them. A step shows which those are: it
+is the carry that tells, not a name.
 
 The first step runs as it is and is watched. In the second, work is taken down, on other values than the step's, and
 replayed on the step's beside the step itself: what does not agree is not used, and said so. From the third on, replays.
@@ -12,8 +13,9 @@ replayed on the step's beside the step itself: what does not agree is not used, 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,13 +29,20 @@ Capture = Callable[[Callable[[], None]], Callable[[], None]]
 """Takes down what work does to memory, and returns what does it again. The work itself may run any number of times."""
 
 
+class Part(NamedTuple):
+    """Half of a block: its mixer (`mixes_tokens`) or its channel mixer, each with norm and residual."""
+
+    layer: int
+    mixes_tokens: bool
+
+
 class Decoder:
     """Decodes a batch from a carry on, which stays as it is: the decoder's own lies where each step overwrites it.
 
     A batch that shrinks goes on in another decoder, `Decoder(model, selected(decoder.carry, sequences))`.
 
     `capture` None (as `cuda_graphs` gives where there is no CUDA device) runs every step as it is. `graphs` says what
-    is replayed, `why_not` why other blocks are not, by layer.  Raises: ValueError, for another batch or under autocast.
+    is replayed, `why_not` why other mixers are not, by layer.  Raises: ValueError, for another batch or under autocast.
     """
 
     def __init__(self, model: LanguageModel, carry: ModelCarry, *, capture: Capture | None = None) -> None:
@@ -49,9 +58,9 @@ class Decoder:
         return tuple(self._carry)
 
     @property
-    def graphs(self) -> tuple[range, ...]:
-        """The layers of each run of blocks that is replayed."""
-        return tuple(stage.layers for stage in self._stages or () if isinstance(stage, _Replayed))
+    def graphs(self) -> tuple[tuple[Part, ...], ...]:
+        """The parts of the model in each run that is replayed."""
+        return tuple(stage.parts for stage in self._stages or () if isinstance(stage, _Replayed))
 
     @torch.inference_mode()
     def step(self, token: Tensor) -> Tensor:
@@ -73,26 +82,25 @@ class Decoder:
         return x.clone() if isinstance(self._stages[-1], _Replayed) else x
 
     def _watched(self, token: Tensor) -> Tensor:
-        """The step block by block, and which of them have a carry that stays alike."""
-        blocks: Sequence[Block] = self._model.blocks  # type: ignore[assignment]
-        x, published = token, dict[str, Tensor]()
-        for layer, block in enumerate(blocks):
-            before = self._carry[layer]
-            x = _Stage(self._model, range(layer, layer + 1)).run(x, self._carry, published)
-            if (difference := _difference(block, before, self._carry[layer])) is not None:
+        """The step part by part, and which of them have a carry that stays alike."""
+        before, published = list(self._carry), dict[str, Tensor]()
+        x = _Stage(self._model, tuple(_parts(self._model))).run(token, self._carry, published)
+        for layer, block in enumerate(_blocks(self._model)):
+            if (difference := _difference(block, before[layer], self._carry[layer])) is not None:
                 self.why_not[layer] = difference
-        self._stages = list(_runs(self._model, self.why_not))
+        runs = list(_runs(_parts(self._model), self.why_not))
+        self._stages = [_Stage(self._model, run, run is runs[0], run is runs[-1]) for run in runs]
         return x
 
     def _compared(self, token: Tensor, capture: Capture) -> Tensor:
-        """The step as it is, with a replay of each run of constant blocks beside it."""
+        """The step as it is, with a replay of each run of constant parts beside it."""
         assert self._stages is not None, "a step was watched before"
         stages, x, published = list[_Stage | _Replayed](), token, dict[str, Tensor]()
         for stage in self._stages:
             assert isinstance(stage, _Stage), "nothing was taken down yet"
             entered, before, known = x, list(self._carry), dict(published)
             x = stage.run(x, self._carry, published)
-            if stage.layers[0] in self.why_not:
+            if stage.parts[0].mixes_tokens and stage.parts[0].layer in self.why_not:
                 stages.append(stage)
                 continue
             after = _Result(x, [self._carry[layer] for layer in stage.layers], published)
@@ -107,7 +115,8 @@ class Decoder:
                 self.why_not |= dict.fromkeys(stage.layers, str(off))
                 names = ", ".join(sorted({str(self._model.blocks[layer].mixer_name) for layer in stage.layers}))
                 warnings.warn(
-                    f"layers {stage.layers[0]} to {stage.layers[-1]} ({names}) are decoded without a graph: {off}",
+                    f"layers {stage.parts[0].layer} to {stage.parts[-1].layer} ({names or 'channel mixers'})"
+                    f" are decoded without a graph: {off}",
                     stacklevel=3,
                 )
                 stages.append(stage)
@@ -121,23 +130,34 @@ class Decoder:
 
 @dataclass(frozen=True)
 class _Stage:
-    """Consecutive blocks, run as they are; the embedding goes with the first layer, the head with the last."""
+    """Consecutive parts, run as they are; the embedding goes with the first of the model, the head with the last."""
 
     model: LanguageModel
-    layers: range
+    parts: tuple[Part, ...]
+    embeds: bool = True
+    predicts: bool = True
+
+    @property
+    def layers(self) -> list[int]:
+        """Those whose mixers, and carries, are among the parts."""
+        return [part.layer for part in self.parts if part.mixes_tokens]
 
     def run(self, x: Tensor, carry: list[Carry], published: dict[str, Tensor]) -> Tensor:
-        """What leaves the blocks; their entries of `carry`, and what they publish, are exchanged."""
-        if self.layers.start == 0:
+        """What leaves the parts; their entries of `carry`, and what they publish, are exchanged."""
+        blocks = _blocks(self.model)
+        if self.embeds:
             x = self.model.embedding(x)
-        for layer in self.layers:
-            x, carry[layer] = self.model.decode_block(layer, x, carry[layer], published)
-        return self.model.logits(x) if self.layers.stop == len(self.model.blocks) else x
+        for layer, mixes_tokens in self.parts:
+            if mixes_tokens:
+                x, carry[layer] = self.model.decode_mixer(layer, x, carry[layer], published)
+            else:
+                x = blocks[layer].mix_channels(x)
+        return self.model.logits(x) if self.predicts else x
 
 
 @dataclass
 class _Result:
-    """What a run of blocks leaves: its output, its carries, and everything that is published behind it."""
+    """What a run of parts leaves: its output, its carries, and everything that is published behind it."""
 
     x: Tensor
     carries: list[Carry]
@@ -145,15 +165,15 @@ class _Result:
 
 
 class _Replayed:
-    """A run of blocks on memory of its own, taken down."""
+    """A run of parts on memory of its own, taken down."""
 
     def __init__(
         self, stage: _Stage, x: Tensor, carry: list[Carry], published: Mapping[str, Tensor], after: _Result,
         capture: Capture,
     ) -> None:  # fmt: skip
-        blocks: list[Block] = [stage.model.blocks[layer] for layer in stage.layers]  # type: ignore[misc]
-        self.layers = stage.layers
-        self.carries: list[Carry] = [_copied(carry[layer]) for layer in stage.layers]
+        layers, blocks = stage.layers, [_blocks(stage.model)[layer] for layer in stage.layers]
+        self.parts, self.layers = stage.parts, layers
+        self.carries: list[Carry] = [_copied(carry[layer]) for layer in layers]
         self._read = {
             name: published[name].clone() for block in blocks for name in block.sharing.reads if name in published
         }
@@ -161,20 +181,21 @@ class _Replayed:
         self._published = {name: torch.empty_like(after.published[name]) for name in names}
         # Other values than those that it will be compared on: what the host reads off a tensor shows then.
         self._x, self._y = torch.zeros_like(x), torch.empty_like(after.x)
-        self._fixed = [leaf for leaf in tree_leaves(self.carries) if isinstance(leaf, Tensor)]
+        self._fixed = _tensors(self.carries)
         addresses = {leaf.untyped_storage().data_ptr() for leaf in [self._x, *self._fixed, *self._read.values()]}
 
         def work() -> None:
             inside: list[Carry] = [()] * len(stage.model.blocks)
-            inside[stage.layers.start : stage.layers.stop] = self.carries
+            for layer, fixed in zip(layers, self.carries):
+                inside[layer] = fixed
             shared = dict(self._read)
             y = stage.run(self._x, inside, shared)
-            new = [leaf for leaf in tree_leaves(inside) if isinstance(leaf, Tensor)]
+            new = _tensors([inside[layer] for layer in layers])
             # A mixer may hand on a part of what it was handed: it is read before anything is overwritten.
             new = [leaf.clone() if leaf.untyped_storage().data_ptr() in addresses else leaf for leaf in new]
             self._y.copy_(y)
-            for name, fixed in self._published.items():
-                fixed.copy_(shared[name])
+            for name, memory in self._published.items():
+                memory.copy_(shared[name])
             for dtype in {leaf.dtype for leaf in new}:
                 places = [place for place, leaf in enumerate(new) if leaf.dtype == dtype]
                 # One launch for many.
@@ -206,16 +227,33 @@ class _Replayed:
         return None if off <= 1 else f"a replay differs from the step by {off:.3g} times what rounding explains"
 
 
-def _runs(model: LanguageModel, growing: Mapping[int, str]) -> Iterable[_Stage]:
-    """All layers in order: constant ones together, as many as stand in a row, and every other alone."""
-    start = 0
-    for layer in range(len(model.blocks) + 1):
-        if layer == len(model.blocks) or layer in growing:
-            if start < layer:
-                yield _Stage(model, range(start, layer))
-            if layer in growing:
-                yield _Stage(model, range(layer, layer + 1))
-            start = layer + 1
+def _blocks(model: LanguageModel) -> Sequence[Block]:
+    return model.blocks  # type: ignore[return-value]
+
+
+def _parts(model: LanguageModel) -> list[Part]:
+    """All of a model, in order."""
+    parts = []
+    for layer, block in enumerate(_blocks(model)):
+        parts.append(Part(layer, True))
+        if block.channel_mixer is not None:
+            parts.append(Part(layer, False))
+    return parts
+
+
+def _runs(parts: Sequence[Part], growing: Mapping[int, str]) -> Iterator[tuple[Part, ...]]:
+    """All parts in order: constant ones together, as many as stand in a row, and every other alone."""
+    run: list[Part] = []
+    for part in parts:
+        if part.mixes_tokens and part.layer in growing:
+            if run:
+                yield tuple(run)
+            yield (part,)
+            run = []
+        else:
+            run.append(part)
+    if run:
+        yield tuple(run)
 
 
 def _difference(block: Block, before: Carry, after: Carry) -> str | None:

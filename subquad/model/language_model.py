@@ -100,12 +100,10 @@ class LanguageModel(nn.Module):
         """Logits after the next token of each sequence.  Shapes:  token: b  ->  b vocab"""
         return self._advance(self.embedding(token), carry, lambda block: block.decode)
 
-    def decode_block(
-        self, layer: int, x_t: Tensor, carry: Carry, published: dict[str, Tensor]
-    ) -> tuple[Tensor, Carry]:
-        """One block's part of `decode`; what it publishes to later ones goes into `published`.  Shapes:  b d -> b d"""
+    def decode_mixer(self, layer: int, x_t: Tensor, carry: Carry, published: dict[str, Tensor]) -> tuple[Tensor, Carry]:
+        """One mixer's part of `decode`; what it publishes to later ones goes into `published`.  Shapes:  b d -> b d"""
         block: Block = self.blocks[layer]  # type: ignore[assignment]
-        return _advanced(block.decode, block, x_t, carry, published)
+        return _advanced(block.decode_mixer, block, x_t, carry, published)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Two groups for an optimizer: what decays; vectors, norms, biases and what mixers declare, which do not."""

@@ -21,7 +21,7 @@ import torch
 from subquad.errors import ConfigError
 from subquad.model.build import build_model
 from subquad.model.cuda_graph import cuda_graphs
-from subquad.model.decoder import Decoder
+from subquad.model.decoder import Decoder, Part
 from subquad.model.language_model import LanguageModel, ModelCarry
 from subquad.model.model_carry import carry_bytes
 from subquad.model.narrow import narrow
@@ -46,8 +46,8 @@ class DecodingRow:
 
     `tokens_per_s` counts all sequences; `carry_bytes` is one sequence's after `context` tokens, by mixer in `carry`;
     `peak_bytes` is weights, carries and what a step needs beyond them (CUDA), but for what graphs need inside; `spread`
-    half of slowest minus fastest round, over the median. `graphs` CUDA graphs replayed `graph_blocks`, by mixer, and
-    `why_no_graph` says for other mixers why they did not.
+    half of slowest minus fastest round, over the median. `graphs` CUDA graphs replayed `graph_layers`, as many as of
+    each mixer and of channel mixers, and `why_no_graph` says for other mixers why they did not.
     """
 
     model: str
@@ -61,7 +61,7 @@ class DecodingRow:
     peak_bytes: int | None = None
     prefill_s: float = 0.0
     graphs: int = 0
-    graph_blocks: dict[str, int] = field(default_factory=dict)
+    graph_layers: dict[str, int] = field(default_factory=dict)
     why_no_graph: dict[str, str] = field(default_factory=dict)
     why_not: str | None = None
 
@@ -162,12 +162,12 @@ class _Contestant:
             peak_bytes=self._peak(held, sum(sizes.values()) * self._batch_size),
             prefill_s=prefill_s,
             graphs=len(decoder.graphs),
-            graph_blocks=dict(Counter(self._mixer(layer) for layers in decoder.graphs for layer in layers)),
-            why_no_graph={self._mixer(layer): reason for layer, reason in decoder.why_not.items()},
+            graph_layers=dict(Counter(self._name_of(part) for parts in decoder.graphs for part in parts)),
+            why_no_graph={self._name_of(Part(layer, True)): reason for layer, reason in decoder.why_not.items()},
         )
 
-    def _mixer(self, layer: int) -> str:
-        return str(self._model.blocks[layer].mixer_name)
+    def _name_of(self, part: Part) -> str:
+        return str(self._model.blocks[part.layer].mixer_name) if part.mixes_tokens else "channel_mixer"
 
     def _drawn(self, tokens: int) -> torch.Tensor:
         return torch.randint(self._vocab_size, (self._batch_size, tokens), device=self._device)
