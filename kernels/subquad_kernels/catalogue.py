@@ -163,7 +163,8 @@ class Kernel:
     more than once where it computes what it then masks, or twice. `scratch_bytes` are what one call holds at most
     beside its tensors in and out (None: not counted; measured and learned peaks tell).
     `replayable` promises that its host code follows from the signature of its arguments alone and reaches the device by
-    torch's operations and `QuickLaunch` only: calls through the op leave it out when it is known (`replay.py`).
+    torch's operations and `QuickLaunch` only: calls through the op leave it out when it is known (`replay.py`), and
+    before anything is compiled it is run for what it launches, on memory with anything in it (`compile_processes.py`).
     """
 
     operator: str

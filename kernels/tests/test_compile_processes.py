@@ -65,7 +65,7 @@ def test_calls_compile_nothing_that_was_compiled_beforehand(scenarios: dict[str,
     ("scenario", "why"),
     [
         ("killed", "exit code -9"),
-        ("hangs", "not done after 3 s"),
+        ("hangs", "not done after 10 s"),
         ("asks for the device", "AttributeError"),
     ],
 )
