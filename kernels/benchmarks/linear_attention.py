@@ -80,6 +80,7 @@ CASES = (
     Case(name="D128 L32k", b=1, t=32_768, n=128, p=128),
     Case(name="D128 L8k gated", b=4, t=8_192, n=128, p=128, decay="token", write_gate=True),
     Case(name="D128 L8k packed", b=1, t=32_768, n=128, p=128, decay="token", documents=24),
+    Case(name="RetNet wide", b=4, t=8_192, h=4, h_k=4, n=256, p=512),
     Case(name="SSD L8k", b=4, t=8_192, h=32, h_k=1, n=128, p=64, decay="token", write_gate=True),
     Case(name="SSD L32k", b=1, t=32_768, h=32, h_k=1, n=128, p=64, decay="token", write_gate=True),
     Case(name="Mamba-3 L8k", b=4, t=8_192, h=32, h_k=32, n=128, p=64, decay="token", write_gate=True, diagonal=True),
@@ -261,7 +262,12 @@ def kept_candidates(base: fused.Launch, case: Case) -> Iterator[fused.Launch]:
     """Sizes of the walks and of what takes a chunk, in chunks of 64 and 128; then no states kept, as it was before."""
     assert base.kept is not None
     yield base
-    yield replace(base, kept=None, num_warps=8)
+    yield replace(base, kept=None, num_warps=8, num_stages=2 if case.n <= 128 else 1)
+    if max(case.n, case.p) > base.kept.tile:
+        for warps, stages, registers in ((8, 1, None), (8, 1, 128), (8, 3, None), (4, 1, None)):
+            size = Size(num_warps=warps, num_stages=stages, registers=registers)
+            yield replace(base, kept=replace(base.kept, chunks=size))
+        return
     for warps, stages, registers in ((8, 3, 128), (8, 1, 128), (8, 2, None), (8, 3, None), (4, 2, None)):
         walk = Size(num_warps=warps, num_stages=stages, registers=registers)
         yield replace(base, kept=replace(base.kept, borders=walk, states=walk))
@@ -278,7 +284,9 @@ def shown(launch: fused.Launch) -> str:
     if launch.kept is not None:
         walk = launch.kept.states
         sizes = f"warps {walk.num_warps} stages {walk.num_stages} registers {walk.registers}"
-        return f"kept: walk {sizes} chunk's warps {launch.kept.chunks.num_warps} {where}"
+        chunk = launch.kept.chunks
+        taken = f"chunk's warps {chunk.num_warps} stages {chunk.num_stages} registers {chunk.registers}"
+        return f"kept: walk {sizes} {taken} {where}"
     sizes = f"warps {launch.num_warps} stages {launch.num_stages} registers {launch.registers}"
     return f"tile {launch.tile_p} {sizes} {where}"
 

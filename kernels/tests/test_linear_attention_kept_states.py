@@ -56,6 +56,27 @@ def test_a_document_that_spans_many_segments_carries_its_state() -> None:
     assert_exact(sample(workload(103, documents=2), cu_seqlens=bounds(3, 100)), KEPT)
 
 
+TILED = replace(CUT, kept=kept_states.Kept(tile=16))
+"""States in tiles of 16 rows and columns."""
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["all tensors", "required tensors"])
+@pytest.mark.parametrize(("n", "p"), [(20, 40), (12, 20), (33, 9)])
+def test_a_state_may_be_several_tiles(n: int, p: int, full: bool) -> None:
+    assert_exact(sample(workload(40, b=2, h=4, h_k=2, n=n, p=p, full=full)), TILED)
+
+
+def test_packed_states_may_be_several_tiles() -> None:
+    lengths = (0, 3, 1, 0, 16, 37, 5, 0)
+    case = workload(sum(lengths), n=20, p=40, documents=len(lengths))
+    assert_exact(sample(case, cu_seqlens=bounds(*lengths)), TILED)
+
+
+@pytest.mark.parametrize("gate", ["write_gate", "diagonal", "initial_state"])
+def test_each_optional_tensor_may_be_absent_where_a_state_is_several_tiles(gate: str) -> None:
+    assert_exact(sample(workload(40, n=20, p=40), **{gate: None}), TILED)
+
+
 @pytest.mark.parametrize("rate", [-1e-8, -5.0, -1e6, -torch.inf], ids=str)
 def test_extreme_decays_neither_overflow_nor_lose_gradients(rate: float) -> None:
     arguments = sample(workload(40))
@@ -96,7 +117,7 @@ def test_gradients_are_those_of_a_walk_but_for_the_last_digits() -> None:
             torch.testing.assert_close(kept[name], gradient, rtol=1e-3, atol=1e-4 * largest, msg=name)
 
 
-def test_the_package_keeps_states_of_128_rows_and_columns_in_half_precision() -> None:
+def test_the_package_keeps_states_of_more_than_64_rows_and_columns_in_half_precision() -> None:
     def kept(n: int, p: int, dtype: torch.dtype = torch.bfloat16, **options: Any) -> bool:
         forward, backward = (fused.launch_of(n, p, dtype, backward=back, **options) for back in (False, True))
         assert forward.kept is None
@@ -107,17 +128,21 @@ def test_the_package_keeps_states_of_128_rows_and_columns_in_half_precision() ->
     assert kept(80, 96)
     assert not kept(128, 64)
     assert not kept(64, 128)
-    assert not kept(256, 128)
+    assert kept(256, 128)
+    assert kept(256, 512)
     assert not kept(128, 128, torch.float32)
     assert not kept(128, 128, room=False)
 
 
 @pytest.mark.parametrize("documents", [0, 3])
-@pytest.mark.parametrize("decay", ["token", "head", "none"])
-def test_declared_scratch_is_what_a_backward_allocates(decay: str, documents: int) -> None:
+@pytest.mark.parametrize(
+    ("n", "p", "decay"),
+    [(80, 70, "token"), (80, 70, "head"), (80, 70, "none"), (130, 270, "token"), (130, 270, "none")],
+)
+def test_declared_scratch_is_what_a_backward_allocates(n: int, p: int, decay: str, documents: int) -> None:
     """Beside what it returns, and the table of packed documents' chunks."""
     packed = {"documents": documents} if documents else {}
-    case = workload(300, h=1, n=80, p=70, full=False, decay=decay, dtype="float16", **packed)
+    case = workload(300, h=1, n=n, p=p, full=False, decay=decay, dtype="float16", **packed)
     arguments = sample(case)
     outputs = fused.forward(**arguments)
     with Allocations() as asked:
@@ -174,6 +199,8 @@ def test_a_planted_error_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         (dict(b=1, t=900, h=4, h_k=4, n=128, p=96, documents=9), "token", True),
         (dict(b=1, t=517, h=8, h_k=1, n=80, p=128, documents=5), "none", False),
         (dict(b=3, t=2, h=2, h_k=2, n=128, p=128), "head", True),
+        (dict(b=2, t=1025, h=4, h_k=4, n=256, p=512), "head", False),
+        (dict(b=1, t=700, h=4, h_k=2, n=256, p=160, documents=6), "token", True),
     ],
     ids=str,
 )

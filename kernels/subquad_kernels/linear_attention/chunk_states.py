@@ -51,14 +51,16 @@ class Size:
 
 
 USUAL = Size()
+MOST = 128
+"""Rows and columns of a state that a walk holds at most."""
 
 
 class Chunks:
     """The chunks of one direction: their gates by head, and what every kernel is told of them."""
 
-    def __init__(self, call: Call, launch: Launch, *, borders: Size, states: Size) -> None:
+    def __init__(self, call: Call, launch: Launch, *, borders: Size, states: Size, tile: int = MOST) -> None:
         call.cut(launch)
-        self.call, self.borders, self.states = call, borders, states
+        self.call, self.borders, self.states, self.tile = call, borders, states, tile
         self.slots = call.b * call.chunks
         self.sizes = (call.t, call.b, call.h, call.h // call.h_k, call.chunks, call.segments, call.chunks_per_segment)
         packed = call.table is not None
@@ -98,11 +100,13 @@ class Chunks:
         width = self.constants["PAD_N"] * self.constants["PAD_P"]
         states = call.v.new_empty(self.slots * keep, call.h, width)
         size = self.states if keep else self.borders
-        _walk[(call.h * call.b * (segments if keep else segments - 1),)](
+        rows, columns = (min(self.tile, self.constants[name]) for name in ("PAD_N", "PAD_P"))
+        tiles_of_state = width // (rows * columns)
+        _walk[(tiles_of_state * call.h * call.b * (segments if keep else segments - 1),)](
             *tiles, self.ages, self.gates, call.table, outer, borders, decays, lefts, states, last,
             call.scale, *self.sizes, *strides,
             GIVEN=outer is not None, KEEP=keep, LAST=last is not None, REVERSE=reverse,
-            **self.constants, **size.options(),
+            TILE_N=rows, TILE_P=columns, **self.constants, **size.options(),
         )  # fmt: skip
         return states
 
@@ -176,22 +180,30 @@ def _walk(
     scale, t, b, h, group, chunks, segments, per_segment, x_stride, x_head_stride, y_stride, y_head_stride,
     N: tl.constexpr, P: tl.constexpr, PAD_N: tl.constexpr, PAD_P: tl.constexpr, CHUNK: tl.constexpr,
     PACKED: tl.constexpr, PRECISION: tl.constexpr, GIVEN: tl.constexpr, KEEP: tl.constexpr, LAST: tl.constexpr,
-    REVERSE: tl.constexpr, STAGES: tl.constexpr,
+    REVERSE: tl.constexpr, STAGES: tl.constexpr, TILE_N: tl.constexpr, TILE_P: tl.constexpr,
 ):  # fmt: skip
     """A head's state over a segment:  S' = exp(B) S + (exp(B - b) w K)^T V,  or from the end with q, dy and exp(b).
 
+    A program has a tile of the state, [TILE_N, TILE_P], which no other one's asks for.
     KEEP: every chunk's is left. Where `decays` are given, no state enters but from without, and what the segment does
     to one is left: a decay, and a write which becomes the state between segments in `compose`.
     Shapes:  decays: segments-1 b h    borders: segments-1 b h n p    lefts: slots h    states: slots h PAD_N PAD_P
     """
     program = tl.program_id(0)
+    tile = 0
+    tokens, lines, columns = tl.arange(0, CHUNK), tl.arange(0, TILE_N), tl.arange(0, TILE_P)
+    ACROSS: tl.constexpr = PAD_P // TILE_P
+    TILES: tl.constexpr = PAD_N // TILE_N * ACROSS
+    if TILES > 1:
+        tile, program = program % TILES, program // TILES
+        lines += tile // ACROSS * TILE_N
+        columns += tile % ACROSS * TILE_P
     head = program % h
     sequence = ((program // h) % b).to(tl.int64)
     border = program // (h * b)
     segment = border
     if REVERSE and not KEEP:
         segment += 1  # the first has no use for what it does
-    tokens, lines, columns = tl.arange(0, CHUNK), tl.arange(0, PAD_N), tl.arange(0, PAD_P)
     STATE: tl.constexpr = N * P
     offsets = lines[:, None] * P + columns[None, :]
     within = (lines[:, None] < N) & (columns[None, :] < P)
@@ -238,7 +250,8 @@ def _walk(
     if decays is not None and border < segments - 1:
         place = (border * b + sequence) * h + head
         tl.store(borders + place * STATE + offsets, state, mask=within)
-        tl.store(decays + place, left)
+        if tile == 0:
+            tl.store(decays + place, left)
 
 
 @QuickLaunch
@@ -282,7 +295,7 @@ def _differentiate_decay(
 @triton.jit
 def _product(v, states, gradients, place, STATE: tl.constexpr):
     """<G, S> with G rounded to the type of v, as the chunk before it has it: their products with its keys cancel."""
-    BLOCK: tl.constexpr = 1024
+    BLOCK: tl.constexpr = 1024 if STATE <= 16384 else 4096
     columns = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for base in tl.static_range(0, STATE, BLOCK):

@@ -51,7 +51,7 @@ def takes_several_heads(n: int, p: int, *, half: bool, group: int) -> bool:
 
 def keeps_states(n: int, p: int, *, half: bool) -> bool:
     """Whether the backward of the fused kernel keeps the states of all chunks in memory, where shared memory is."""
-    return half and padded(n) == padded(p) == 128
+    return half and min(padded(n), padded(p)) >= 128
 
 
 def heads_of(group: int, pairs: int) -> int:
@@ -297,10 +297,14 @@ def _scratch_of_kept_states(workload: Workload) -> int:
     b, t, h, h_k, n, p = (shape[axis] for axis in ("b", "t", "h", "h_k", "n", "p"))
     chunks = b * chunk_slots(t, documents) * h
     states = 2 * chunks * padded(n) * padded(p) * 2
-    gates = 4 * chunks * CHUNK * (3 if decay == "none" else 4)
+    # What flows comes in a part of each tile of keys, gradients of gates in one of each tile of values.
+    flows, parts = (1 if tiles == 1 else tiles + 1 for tiles in (padded(n) // 128, padded(p) // 128))
+    gates = 4 * chunks * CHUNK * (3 + (0 if decay == "none" else flows))
+    options = workload.options
+    gates += 4 * b * t * h * (parts - 1) * (bool(options["write_gate"]) + bool(options["diagonal"]))
     borders = 4 * (segments(b, t, h, documents) - 1) * b * h * (n * p + 1)
-    parts = 2 * b * t * h * n * workload.element_bytes if h > h_k else 0
-    return states + gates + borders + parts + (4 * b * t * h if decay == "head" else 0)
+    by_head = 2 * b * t * h * n * workload.element_bytes if h > h_k else 0
+    return states + gates + borders + by_head + (4 * b * t * h if decay == "head" else 0)
 
 
 _BOTH = frozenset({"cpu", "cuda"})

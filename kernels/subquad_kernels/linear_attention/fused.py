@@ -28,7 +28,7 @@ from torch import Tensor
 
 from subquad_kernels.device_limits import device_limits
 from subquad_kernels.linear_attention import kept_states, shared_keys
-from subquad_kernels.linear_attention.chunk_states import Size
+from subquad_kernels.linear_attention.chunk_states import MOST, Size
 from subquad_kernels.linear_attention.chunk_tiles import (
     ages_of,
     count_chunks,
@@ -93,26 +93,27 @@ def launch_of(
     values of few columns in tiles as wide as those of keys, up to 64, from where on rows in shared memory have one
     layout: ptxas 12.8 may read an operand with rows of 64 bytes from nowhere where others are of 128 (README).
     Where `group` heads share keys of 64 columns or 128, and their values have 64, a program takes several heads. Where
-    both have 128, a walk of the backward would spill, and states go to memory. Either needs `room` in shared memory.
+    both have 128 or more, a walk of the backward would spill, and states go to memory. Either needs `room` in shared memory.
     """
     rows, half = padded(n), dtype != torch.float32
     if room and takes_several_heads(n, p, half=half, group=group):
         return shared_launch(backward=backward, packed=packed)
     tile_p = value_tile(n, p, half=half, backward=backward)
     if room and backward and keeps_states(n, p, half=half):
-        return kept_launch(tile_p)
+        return kept_launch(tile_p, tiled=max(rows, padded(p)) > MOST)
     if not half:
         return Launch(tile_p=tile_p, num_stages=1)
     return Launch(tile_p=tile_p, num_warps=4 if rows * tile_p <= 8192 else 8, num_stages=2 if rows <= 128 else 1)
 
 
-def kept_launch(tile_p: int) -> Launch:
+def kept_launch(tile_p: int, *, tiled: bool = False) -> Launch:
     """Sizes where states are kept: two programs a multiprocessor by registers and shared memory, walks and chunks.
 
-    A walk loads nothing ahead: on an H200 stages gained nothing, and three leave it no room beside another.
+    A walk loads nothing ahead: on an H200 stages gained nothing, and three leave it no room beside another. Where a
+    state is several tiles no product of a chunk's loops feeds another, and eight warps share their sums.
     """
     walk = Size(num_warps=8, num_stages=1, registers=128)
-    return Launch(tile_p=tile_p, kept=Kept(borders=walk, states=walk, chunks=Size(num_warps=4)))
+    return Launch(tile_p=tile_p, kept=Kept(borders=walk, states=walk, chunks=Size(num_warps=8 if tiled else 4)))
 
 
 def shared_launch(*, backward: bool, packed: bool) -> Launch:

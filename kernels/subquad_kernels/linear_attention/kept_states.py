@@ -3,6 +3,7 @@
 A state of 128 x 128 beside the products of a chunk is more than the registers of a walk hold. The walks of
 `chunk_states` hold nothing else, and leave it in memory before every chunk; `_differentiate` then takes a chunk on its
 own, has no state to carry, and computes dq, dk, dv and what flows into the decay from one pass over q, k, v and dy.
+Where a state is several tiles of 128 x 128, a program walks one of them, and `tiled_states` takes the chunks.
 """
 
 # What Triton compiles has no Python types.
@@ -18,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from subquad_kernels.linear_attention.chunk_states import USUAL, Chunks, Size
+from subquad_kernels.linear_attention import tiled_states
+from subquad_kernels.linear_attention.chunk_states import MOST, USUAL, Chunks, Size
 from subquad_kernels.linear_attention.chunk_tiles import fades_between, find_chunk, load_tile, weigh
 from subquad_kernels.triton_launch import QuickLaunch
 
@@ -28,11 +30,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """The size of each kernel: of the walk between segments, of that which keeps states, of what takes a chunk."""
+    """The size of each kernel: of the walk between segments, of that which keeps states, of what takes a chunk.
+
+    A state of more than `tile` rows or columns is walked in tiles, and a chunk is taken by `tiled_states`.
+    """
 
     borders: Size = USUAL
     states: Size = USUAL
     chunks: Size = USUAL
+    tile: int = MOST
 
 
 def backward(
@@ -47,21 +53,26 @@ def backward(
 ) -> dict[str, Tensor | None]:
     """As `fused` has it: gradients in the types of their tensors, those of a decay per head still by token."""
     b, t, h, n = call.b, call.t, call.h, call.n
-    chunks = Chunks(call, launch, borders=kept.borders, states=kept.states)
+    chunks = Chunks(call, launch, borders=kept.borders, states=kept.states, tile=kept.tile)
     dinitial = None if call.initial is None else call.states(dfinal)
     states, dstates, dboundaries = chunks.walk_both_ways(boundaries, dy, dy_strides, dfinal, dinitial)
     dq, dk = (call.v.new_empty(b, t, h, n) for _ in range(2))
     dv = torch.empty_like(call.v, memory_format=torch.contiguous_format)
-    flow = None if call.log_decay is None else torch.empty_like(chunks.ages)
-    dwrite_gate, ddiagonal = (
-        None if gate is None else call.new(b, t, h) for gate in (call.write_gate, call.diagonal)
-    )  # fmt: skip
-    _differentiate[(chunks.slots * h,)](
-        call.q, call.k, call.v, dy, call.table, chunks.ages, chunks.gates, chunks.own, states, dstates,
-        dq, dk, dv, flow, dwrite_gate, ddiagonal,
-        call.scale, *chunks.sizes, *call.strides, *dy_strides,
-        **chunks.constants, num_warps=kept.chunks.num_warps,
-    )  # fmt: skip
+    if max(chunks.constants["PAD_N"], chunks.constants["PAD_P"]) > kept.tile:
+        flow, dwrite_gate, ddiagonal = tiled_states.differentiate(
+            chunks, kept.chunks, states, dstates, dy, dy_strides, dq, dk, dv
+        )
+    else:
+        flow = None if call.log_decay is None else torch.empty_like(chunks.ages)
+        dwrite_gate, ddiagonal = (
+            None if gate is None else call.new(b, t, h) for gate in (call.write_gate, call.diagonal)
+        )  # fmt: skip
+        _differentiate[(chunks.slots * h,)](
+            call.q, call.k, call.v, dy, call.table, chunks.ages, chunks.gates, chunks.own, states, dstates,
+            dq, dk, dv, flow, dwrite_gate, ddiagonal,
+            call.scale, *chunks.sizes, *call.strides, *dy_strides,
+            **chunks.constants, num_warps=kept.chunks.num_warps,
+        )  # fmt: skip
     if h > call.h_k:
         dq, dk = (part.view(b, t, call.h_k, -1, n).sum(3) for part in (dq, dk))
     return {
