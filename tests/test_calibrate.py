@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from subquad.__main__ import main
-from subquad.commands.calibrate import calibrate_config
-from subquad.compiler.calibrate import calibrate, source_model, worth
+from subquad.commands.calibrate import as_text, calibrate_config
+from subquad.compiler.calibrate import Calibration, calibrate, source_model, worth
 from subquad.compiler.profile import profile_path
 from subquad.compiler.target import Target, resolve_target
 from subquad.errors import ConfigError
-from subquad_cost_model import RooflineEstimator, load_profile, read_timed_rows, timed
+from subquad_cost_model import CalibratedEstimator, RooflineEstimator, load_profile, read_timed_rows, timed
 from subquad_cost_model.splits import is_held_out
 
 
@@ -61,6 +61,12 @@ def test_the_verb_says_what_it_is_worth_and_goes_on(capsys: pytest.CaptureFixtur
     assert main(arguments) == 0
     assert " 0 measured before" not in capsys.readouterr().err
     assert len(list((tmp_path / "cache" / "profiles").glob("*.json"))) == 1
+
+
+def test_rows_too_few_for_a_correction_are_said_to_be(target: Target) -> None:
+    untouched = CalibratedEstimator.fit([], target.device, RooflineEstimator())
+    shown = as_text(Calibration(calibrated=untouched, fitted=0, before=None, after=None, path=None))
+    assert "by 0 rows: no phase has enough shapes for a correction yet" in shown
 
 
 @pytest.mark.parametrize(

@@ -161,8 +161,9 @@ def test_a_method_that_cannot_be_captured_runs_as_written_and_is_named() -> None
     model, plan = compile_model(model, EXAMPLE, target="cpu", options=QUIET)
     assert (model(tokens) - before).abs().max() < 1e-5
     assert {(entry.layer, entry.method) for entry in plan.uncaptured} == {(1, "forward"), (1, "packed")}
-    (line,) = (line for line in format_plan(plan).splitlines() if "runs as written" in line)
-    assert line.startswith("layer 1 softmax_attention runs as written in forward, packed")
+    (line,) = (line for line in format_plan(plan).splitlines() if "runs as written: " in line)
+    assert line.startswith("layer 1 softmax_attention.forward, packed runs as written: TraceError")
+    assert "for all operators (bound), without what runs as written" in format_plan(plan)
     # What was written is shown, where it stands: the author of a mixer has only this line to go by.
     assert re.search(r"\(test_compiler\.py, line \d+: return self\.linear\(x\) if x\.sum\(\) > 0 else x\)$", line)
 

@@ -13,6 +13,7 @@ import torch
 from subquad import Example, build_model, compile_model, hookspecs, load_config, schema
 from subquad.__main__ import VERBS
 from subquad.commands.check_plugin import CheckConfig
+from subquad.compiler.explain import explain
 from subquad.compiler.options import ESTIMATORS, CompileOptions
 from subquad.compiler.pipeline import compiled_graphs
 from subquad.compiler.quality.measure import PROXIES
@@ -189,6 +190,21 @@ def test_the_graph_in_the_readme_is_the_compilers() -> None:
 
     assert without_choice(shown[1]) == without_choice(printed)
     assert "', KERNEL" not in without_choice(shown[1])
+
+
+def test_the_report_in_the_readme_is_what_explain_prints() -> None:
+    """Line by line and in order; figures are the fit's, which is renewed more often than the README."""
+
+    def without_figures(text: str) -> list[str]:
+        units = r"\s*\[?\d[\d.,]* (?:us|ms|s|MiB|calls)\b\]?"
+        return [re.sub(rf"{units}(?: \.\.{units})?", " FIGURE", line) for line in text.splitlines() if line]
+
+    command = "model=scout_mamba target=h100"
+    shown = re.search(rf"`python -m subquad explain {command}`[^`]*```text\n(.*?)```", README, flags=re.S)
+    assert shown is not None
+    printed = iter(without_figures(explain(load_config(command.split()))))
+    for line in without_figures(shown[1]):
+        assert line in printed, f"explain does not print, or not here: {line}"
 
 
 def test_the_columns_of_metrics_csv_are_named_in_the_readme() -> None:

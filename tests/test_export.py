@@ -145,7 +145,7 @@ def test_remote_code_gives_the_same_logits_and_texts(run: MakeRun, tied: bool) -
     )  # fmt: skip
     out, told = exported(folder, "hf")
     assert "mixers are mamba2, segment_attention" in told
-    assert "trust_remote_code=True" in told
+    assert "trust_remote_code=True" in told and "AutoTokenizer" in told
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     assert torch.equal(logits(theirs), logits(model))
     tokens = torch.tensor([[1, 2, 3]])

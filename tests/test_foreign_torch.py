@@ -397,7 +397,8 @@ def test_a_rewrite_that_does_not_surely_gain_is_undone(
     if rewritten_s < 1 and fastest_s < 0.8:
         assert calls_in(lambda: after(x)) == [(False, 0)]
         assert plan.notes[-1] == (
-            "a call takes 1e+03 ms as written (fastest 800), 900 ms rewritten (fastest 700) (with gradients)"
+            "a call takes 1.00 s as written (fastest 800.00 ms), "
+            "900.00 ms rewritten (fastest 700.00 ms) (with gradients)"
         )
     else:
         assert calls_in(lambda: after(x)) == []

@@ -60,7 +60,10 @@ def as_text(done: Calibration) -> str:
         if of_it is not None
     ]
     title = f"Calibrated {done.calibrated.device.name} by {done.fitted} rows"
-    lines = [table(title, header, corrections)]
+    if corrections:
+        lines = [table(title, header, corrections)]
+    else:
+        lines = [f"{title}: no phase has enough shapes for a correction yet, and nothing changes; call it again\n"]
     if worth:
         lines.append(
             table("On shapes kept apart", ("model", "rows", "off by a factor", "in interval", "regret", "cells"), worth)

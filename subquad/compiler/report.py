@@ -23,7 +23,7 @@ def format_plan(plan: Plan) -> str:
         lines += [*assignment_lines(plan.assignment), ""]
     for equal in _groups(plan):
         lines += _node_lines(equal)
-    lines.append(f"total {seconds_text(plan.seconds)} for all operators ({_sources(plan)})")
+    lines.append(_total(plan))
     if plan.prediction is not None:
         lines += prediction_lines(plan.prediction)
     if plan.origin == "data sheet":
@@ -44,8 +44,8 @@ def uncaptured_lines(plan: Plan) -> list[str]:
     for entry in plan.uncaptured:
         equal.setdefault((entry.mixer, entry.reason), []).append(entry)
     return [
-        f"layer {layer_numbers({entry.layer for entry in entries})} {mixer} runs as written in "
-        f"{', '.join(dict.fromkeys(entry.method for entry in entries))}, and no figure counts its operators: {reason}"
+        f"layer {layer_numbers(entry.layer for entry in entries)} {mixer}."
+        f"{', '.join(dict.fromkeys(entry.method for entry in entries))} runs as written: {reason}"
         for (mixer, reason), entries in equal.items()
     ]
 
@@ -213,6 +213,9 @@ def _pairs(values: Mapping[str, object]) -> str:
     return " ".join(f"{name}={value}" for name, value in values.items())
 
 
-def _sources(plan: Plan) -> str:
+def _total(plan: Plan) -> str:
     sources = {choice.figure.source for choice in plan.choices if choice.used and choice.figure}
-    return ", ".join(sorted(sources)) or "nothing was estimated"
+    if not sources:
+        return "no operator was estimated"
+    left_out = ", without what runs as written" if plan.uncaptured else ""
+    return f"total {seconds_text(plan.seconds)} for all operators ({', '.join(sorted(sources))}){left_out}"

@@ -232,7 +232,8 @@ class SampleRun:
         write_rows(unfinished, self._new)
         os.replace(unfinished, self._file)
         counts = Counter(row.status for row in self._new)
-        self._say(f"{', '.join(f'{count} {status}' for status, count in counts.items())}; {self.left_s:.0f} s left")
+        found = ", ".join(f"{count} {status}" for status, count in counts.items())
+        self._say(f"{found}; {max(0.0, self.left_s):.0f} s left")  # the last row may end after the budget
 
     def _say(self, text: str) -> None:
         print(f"[{self._budget_s - self.left_s:5.0f} s] {text}", file=sys.stderr, flush=True)

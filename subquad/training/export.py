@@ -66,7 +66,10 @@ def _write_hugging_face(model: ModelConfig, checkpoint: Checkpoint, tokenizer: T
         return f"{values['model_type']} of transformers: AutoModelForCausalLM.from_pretrained(FOLDER)"
     except NotFoundError as error:
         _write_remote_code(model, weights, folder)
-        return f"{error.what}\nload it with AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)"
+        return (
+            f"{error.what}\nload it with AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True), "
+            "and its tokenizer by AutoTokenizer with the same argument"
+        )
 
 
 def _write_remote_code(model: ModelConfig, weights: Mapping[str, Tensor], folder: Path) -> None:

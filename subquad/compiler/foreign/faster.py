@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from subquad.compiler.foreign.attention_call import AttentionCall
 from subquad.compiler.foreign.capture import Call, no_autocast_cache
 from subquad.compiler.foreign.same_outputs import in_eval
+from subquad.compiler.report import seconds_text
 from subquad_cost_model import time_rivals
 
 SECONDS = 10.0
@@ -34,8 +35,8 @@ class BothWays:
 
     def __str__(self) -> str:
         return (
-            f"a call takes {1e3 * self.written_s:.3g} ms as written (fastest {1e3 * self.fastest_written_s:.3g}), "
-            f"{1e3 * self.rewritten_s:.3g} ms rewritten (fastest {1e3 * self.fastest_rewritten_s:.3g})"
+            f"a call takes {seconds_text(self.written_s)} as written (fastest {seconds_text(self.fastest_written_s)}), "
+            f"{seconds_text(self.rewritten_s)} rewritten (fastest {seconds_text(self.fastest_rewritten_s)})"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,7 +18,7 @@ def user_model(module: str, example: str | None = None) -> tuple[nn.Module, obje
     """The model and its example inputs, from `package.module:factory` and, if given, another such name for the inputs.
 
     The factory takes no arguments. It returns a model and the inputs of a call; or a model alone, whose inputs are
-    what `example` returns, or else its attribute `dummy_inputs`.
+    what `example` returns, or else its attribute `dummy_inputs`, of which a warning tells.
     Raises: ConfigError.  What the user's code raises is an error of that code, and passes.
     """
     made = _called(module, "module")
@@ -32,6 +33,13 @@ def user_model(module: str, example: str | None = None) -> tuple[nn.Module, obje
         inputs = _called(example, "example")
     if inputs is None:
         inputs = getattr(model, "dummy_inputs", None)
+        if inputs is not None:
+            # Hugging Face's are a few tokens: kernels chosen for them say little of a text.
+            warnings.warn(
+                f"{type(model).__name__} is called with its own dummy_inputs; return (model, inputs), or name "
+                "example=package.module:function, for the sizes that you mean",
+                stacklevel=2,
+            )
     if inputs is None:
         raise ConfigError(
             what=f"nothing says how {type(model).__name__} is called",
