@@ -28,18 +28,23 @@ class CudaGraphs:
         side.wait_stream(outside)
         graph = torch.cuda.CUDAGraph()
         # Not `torch.cuda.graph`, which gives all cached memory back first, and does not return from `side` if it fails.
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                work()
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # other threads may ask for memory
-            try:
-                work()
-            except BaseException:
-                self._abandon(graph)
-                raise
-            graph.capture_end()
-        outside.wait_stream(side)
+        try:
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP):
+                    work()
+                self._take_down(work, graph)
+        finally:
+            outside.wait_stream(side)  # also where it failed: memory of the work is freed here, and may be in use there
         return graph.replay
+
+    def _take_down(self, work: Callable[[], None], graph: torch.cuda.CUDAGraph) -> None:
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # other threads may ask for memory
+        try:
+            work()
+        except BaseException:
+            self._abandon(graph)
+            raise
+        graph.capture_end()
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
         """End what failed. Torch leaves the pool and the random state half open, and refuses either from then on."""

@@ -99,9 +99,10 @@ def launch_of(
     if room and takes_several_heads(n, p, half=half, group=group):
         return shared_launch(backward=backward, packed=packed)
     tile_p = value_tile(n, p, half=half, backward=backward)
+    wide = keeps_states(n, p, half=half) and max(rows, padded(p)) > MOST
     if room and backward and keeps_states(n, p, half=half):
-        return kept_launch(tile_p, tiled=max(rows, padded(p)) > MOST)
-    if not half:
+        return kept_launch(tile_p, tiled=wide)
+    if not half or (wide and not backward and not packed):  # four warps took 1.0 ms where eight took 1.35 (README)
         return Launch(tile_p=tile_p, num_stages=1)
     return Launch(tile_p=tile_p, num_warps=4 if rows * tile_p <= 8192 else 8, num_stages=2 if rows <= 128 else 1)
 
@@ -110,10 +111,12 @@ def kept_launch(tile_p: int, *, tiled: bool = False) -> Launch:
     """Sizes where states are kept: two programs a multiprocessor by registers and shared memory, walks and chunks.
 
     A walk loads nothing ahead: on an H200 stages gained nothing, and three leave it no room beside another. Where a
-    state is several tiles no product of a chunk's loops feeds another, and eight warps share their sums.
+    state is several tiles no product of a chunk's loops feeds another, eight warps share their sums, and three stages
+    gain a fourteenth.
     """
     walk = Size(num_warps=8, num_stages=1, registers=128)
-    return Launch(tile_p=tile_p, kept=Kept(borders=walk, states=walk, chunks=Size(num_warps=8 if tiled else 4)))
+    chunks = Size(num_warps=8, num_stages=3) if tiled else Size(num_warps=4)
+    return Launch(tile_p=tile_p, kept=Kept(borders=walk, states=walk, chunks=chunks))
 
 
 def shared_launch(*, backward: bool, packed: bool) -> Launch:
