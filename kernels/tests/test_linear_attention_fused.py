@@ -239,6 +239,32 @@ def test_what_it_cannot_compute_is_declined_with_a_reason() -> None:
         fused.forward(**sample(workload(2, dtype="float64")))
 
 
+def test_a_backward_beyond_blackwells_tensor_memory_is_declined_there_and_another_kernel_runs() -> None:
+    """In float32 it wants 576 columns at 32 x 64, in half precision 544 at 256 x 64; there are 512."""
+    b200 = DeviceLimits(kind="cuda", name="B200", capability=(10, 0))
+    h200 = DeviceLimits(kind="cuda", name="H200", capability=(9, 0))
+    kernel, other = (CATALOGUE.kernel("linear_attention", name) for name in ("fused", "chunked"))
+
+    def declined(n: int, p: int, dtype: str, phase: str = "backward", limits: DeviceLimits = b200) -> bool:
+        case = replace(workload(64, n=n, p=p, dtype=dtype), phase=phase)  # type: ignore[arg-type]
+        assert other.supports(case, limits) is None
+        reason = kernel.supports(case, limits)
+        assert reason is None or "tensor memory" in reason
+        return reason is not None
+
+    assert declined(64, 64, "float32")
+    assert declined(32, 64, "float32")
+    assert declined(40, 24, "float32")
+    assert declined(256, 512, "float32")
+    assert declined(256, 64, "bfloat16")
+    assert declined(200, 32, "float16")
+    assert not declined(256, 512, "bfloat16")
+    assert not declined(128, 128, "bfloat16")
+    assert not declined(32, 32, "float32")
+    assert not declined(64, 64, "float32", "forward")
+    assert not declined(256, 64, "bfloat16", limits=h200)
+
+
 def test_the_residual_has_the_shape_that_the_operator_declares() -> None:
     for case in (workload(300, h=1, n=2, p=2), workload(90, h=1, n=2, p=2, documents=5)):
         arguments = sample(case)

@@ -60,7 +60,7 @@ def flops_per_token(model: LanguageModel, plan: Plan, trainer: TrainerConfig | N
         int(block.layer_index): sharing if "mixer" in shared_projections(block, sharing) else 1  # type: ignore[arg-type]
         for block in model.blocks
     }
-    tokens = math.prod(plan.example["tokens_shape"]) * parts
+    tokens = int(math.prod(plan.example["tokens_shape"])) * parts
     return 6 * multiplying + operator_flops(plan if parts == 1 else of_whole_sequences(plan, parts), shares) / tokens
 
 

@@ -185,7 +185,22 @@ def _fused_supports(workload: Workload, limits: DeviceLimits) -> str | None:
         return f"holds up to 256 rows of a state in registers, not {workload.shape['n']}"
     if limits.capability is not None and limits.capability < (8, 0):
         return "needs compute capability 8.0"
+    if limits.capability is not None and limits.capability[0] in (10, 11) and _beyond_tensor_memory(workload):
+        return "its backward wants more than the 512 columns of tensor memory of compute capability 10"
     return None
+
+
+def _beyond_tensor_memory(workload: Workload) -> bool:
+    """Backwards that Triton was seen to ask too much for, of capability 10, and wider ones (README).
+
+    Of float32 with few rows or columns not all were compiled: where one is beyond it too, its self-check fails.
+    """
+    rows, columns = padded(workload.shape["n"]), padded(workload.shape["p"])
+    if workload.phase != "backward":
+        return False
+    if workload.element_bytes == 2:
+        return rows == 256 and columns <= 64
+    return max(rows, columns) >= 64 and min(rows, columns) >= 32
 
 
 def _fla_supports(workload: Workload, limits: DeviceLimits) -> str | None:

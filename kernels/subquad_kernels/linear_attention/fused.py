@@ -93,7 +93,8 @@ def launch_of(
     values of few columns in tiles as wide as those of keys, up to 64, from where on rows in shared memory have one
     layout: ptxas 12.8 may read an operand with rows of 64 bytes from nowhere where others are of 128 (README).
     Where `group` heads share keys of 64 columns or 128, and their values have 64, a program takes several heads. Where
-    both have 128 or more, a walk of the backward would spill, and states go to memory. Either needs `room` in shared memory.
+    both have 128 or more, a walk of the backward would spill, and states go to memory. Either needs `room` in shared
+    memory.
     """
     rows, half = padded(n), dtype != torch.float32
     if room and takes_several_heads(n, p, half=half, group=group):
