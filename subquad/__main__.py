@@ -125,7 +125,7 @@ def _not_installed(error: ModuleNotFoundError) -> ConfigError:
     if name in EXTRAS:
         mend = f"pip install 'subquad[{EXTRAS[name]}]'"
     else:
-        mend = "in a checkout run `make install`, then use .venv/bin/python; elsewhere pip install subquad"
+        mend = "in a checkout run `make install`, then .venv/bin/python; elsewhere install subquad with what it needs"
     return ConfigError(what=f"{name} is not installed", where=sys.executable, mend=mend)
 
 

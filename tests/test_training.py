@@ -294,7 +294,7 @@ def test_a_signal_finishes_the_step_and_keeps_a_checkpoint(
     assert signal.getsignal(number) is before
     folder = RunFolder(Path(str(config.run_dir)))
     assert [path.name for path in folder.checkpoints.iterdir()] == ["step-3"]
-    assert f"{word} after step 3" in capsys.readouterr().err
+    assert f"{word} after step 3; go on with resume={folder.path}\n" in capsys.readouterr().err
     monkeypatch.undo()
     straight = train(tiny_run("straight"))
     resumed = train(tiny_run("stopped", run={"resume": config.run_dir}))

@@ -393,7 +393,7 @@ def _fit(prepared: _Prepared, ranks: Ranks) -> TrainResult:
                 trainer.validate(module, prepared.data, verbose=False)
             else:
                 _go_on_from(trainer, resumed_at or 0, config.trainer.accumulate)
-                _run(trainer, module, prepared.data)
+                _run(trainer, module, prepared.data, folder.path)
         exit_code = 0
     finally:
         recorder.close()
@@ -412,7 +412,7 @@ def _fit(prepared: _Prepared, ranks: Ranks) -> TrainResult:
     )
 
 
-def _run(trainer: L.Trainer, module: TrainingModule, data: TextData) -> None:
+def _run(trainer: L.Trainer, module: TrainingModule, data: TextData, run_dir: Path) -> None:
     """Fit; an interrupt leaves as an interrupt, where Lightning would end the process with code 1.
 
     On SIGTERM the step is finished, a checkpoint written and SystemExit raised.
@@ -423,7 +423,7 @@ def _run(trainer: L.Trainer, module: TrainingModule, data: TextData) -> None:
         interrupted = isinstance(error.__context__, KeyboardInterrupt)
         if interrupted or error.code == EXIT_TERMINATED:
             said = f"{'interrupted' if interrupted else 'terminated'} after step {int(trainer.global_step)}"
-            print(f"{said}; go on with resume=RUN_DIR", file=sys.stderr, flush=True)
+            print(f"{said}; go on with resume={run_dir}", file=sys.stderr, flush=True)
         if interrupted:
             raise KeyboardInterrupt from None
         raise
