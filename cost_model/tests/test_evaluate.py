@@ -171,6 +171,7 @@ def test_a_command_on_a_wrong_file_says_so_without_a_traceback(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # usual trees: a fit takes more than a minute of a core
 @pytest.mark.parametrize("name", ["S0", "S1", "S2"])
 def test_learned_beats_roofline_and_constant_on_recorded_latencies(name: str) -> None:
     """NVIDIA's published tables, which are not ours to ship: SUBQUAD_PUBLIC_TABLES names the unpacked package."""

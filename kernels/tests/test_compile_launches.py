@@ -170,6 +170,7 @@ def test_a_branch_that_loads_a_state_compiles_for_tensor_memory(kernel: Kernel, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("kernel", named("linear_attention/fused"))
 def test_no_width_of_heads_that_share_keys_leaves_a_register_unset(kernel: Kernel, dtype: str) -> None:
@@ -178,6 +179,7 @@ def test_no_width_of_heads_that_share_keys_leaves_a_register_unset(kernel: Kerne
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 @pytest.mark.parametrize("kernel", TRITON_KERNELS)
 def test_the_launches_of_a_training_step_compile_for_hopper_and_do_not_spill(kernel: Kernel) -> None:
     assert_sound(kernel, compiled(kernel, "sm_90"))
