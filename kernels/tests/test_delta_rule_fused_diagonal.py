@@ -305,6 +305,27 @@ def test_what_it_cannot_compute_is_declined_with_a_reason() -> None:
         fused_diagonal.forward(**sample(workload(2, free=True, dtype="float64")))
 
 
+def test_a_state_beyond_blackwells_tensor_memory_is_declined_there_and_another_kernel_runs() -> None:
+    """In float32 at 64 x 64 it wants 640 columns of the 512 there are, narrower and wider ones none (README)."""
+
+    def declined(n: int, p: int, dtype: str = "float32", phase: str = "forward", capability: int = 10) -> bool:
+        limits = DeviceLimits(kind="cuda", name="any", capability=(capability, 0))
+        case = replace(workload(64, free=True, n=n, p=p, dtype=dtype), phase=phase)  # type: ignore[arg-type]
+        assert CATALOGUE.kernel("delta_rule", "chunked").supports(case, limits) is None
+        reason = KERNEL.supports(case, limits)
+        assert reason is None or "tensor memory" in reason
+        return reason is not None
+
+    assert declined(64, 64)
+    assert declined(40, 128, phase="backward")
+    assert not declined(64, 32)
+    assert not declined(32, 64)
+    assert not declined(128, 64)
+    assert not declined(64, 64, "bfloat16")
+    assert not declined(64, 64, phase="decode")
+    assert not declined(64, 64, capability=9)
+
+
 def test_the_defaults_on_cuda_take_each_transition_to_the_kernel_that_computes_it() -> None:
     h100 = DeviceLimits(kind="cuda", name="H100", capability=(9, 0))
     for decay, free, expected in (

@@ -161,7 +161,15 @@ def _fused_diagonal_supports(workload: Workload, limits: DeviceLimits) -> str | 
         return f"holds states of up to 256 x 256, not {shape['n']} x {shape['p']}"
     if limits.capability is not None and limits.capability < (8, 0):
         return "needs compute capability 8.0"
+    if limits.capability is not None and limits.capability[0] in (10, 11) and _beyond_tensor_memory(workload):
+        return "its scan wants more than the 512 columns of tensor memory of compute capability 10"
     return None
+
+
+def _beyond_tensor_memory(workload: Workload) -> bool:
+    """What Triton was seen to want too much for, of capability 10: 64 rows in tiles of 64 columns (README)."""
+    n, p = workload.shape["n"], workload.shape["p"]
+    return workload.phase != "decode" and workload.element_bytes == 4 and 32 < n <= 64 and p > 32
 
 
 def _fla_supports(workload: Workload, limits: DeviceLimits) -> str | None:
