@@ -218,6 +218,19 @@ def test_the_table_shows_best_rates_and_names_what_is_left_out(
     assert "gla" not in shown
 
 
+def test_a_study_of_one_task_has_a_table(
+    tools: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tools[1], "Worker", Answering({}))
+    record = tmp_path / "record.jsonl"
+    assert tools[1].main([str(record), "study=scout_recall", "workers=1", "budget_s=100"]) == 0
+    capsys.readouterr()
+    assert tools[2].main([str(record)]) == 0
+    printed = capsys.readouterr().out
+    assert "| `scout_mamba_segment32` | 1.000 | 0.750 | 0.490 |" in printed, printed
+    assert "text:" not in printed
+
+
 def test_a_whole_run_is_not_replaced_by_a_later_one_that_failed(tools: Any) -> None:
     cell = tools[0].cells("mixers", ("gla",))[0]
     good = {"key": cell.key, **asdict(cell), **whole(asdict(cell))}

@@ -153,8 +153,8 @@ def provenance(study: str, records: Sequence[Record]) -> str:
     lines = [f"{'; '.join(machines)}. `-`: no whole run. Figures are means over seeds (lowest to highest)."]
     for task in TASKS:
         one = next((record for record in made if record["task"] == task), None)
-        setting = SETTINGS[study, task]
         if one is not None:
+            setting = SETTINGS[study, task]
             tokens = one["steps"] * setting.batch_size * setting.seq_len
             lines.append(
                 f"{task}: {one['steps']:,} steps of {setting.batch_size} x {setting.seq_len} tokens ({tokens:,}),"

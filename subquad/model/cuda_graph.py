@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
+from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -20,7 +22,8 @@ class CudaGraphs:
     """
 
     def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None  # torch's type of handles is private
+        self._graphs = WeakSet[torch.cuda.CUDAGraph]()
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
         """Run the work beforehand, and take it down without running it."""
@@ -38,19 +41,27 @@ class CudaGraphs:
         return graph.replay
 
     def _take_down(self, work: Callable[[], None], graph: torch.cuda.CUDAGraph) -> None:
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")  # other threads may ask for memory
         try:
+            # Other threads may ask for memory meanwhile.
+            graph.capture_begin(pool=self._shared_pool(), capture_error_mode="thread_local")
             work()
         except BaseException:
             self._abandon(graph)
             raise
         graph.capture_end()
+        self._graphs.add(graph)
+
+    def _shared_pool(self) -> Any:
+        """That of the graphs that live: it ends with the last of them, and torch refuses its handle from then on."""
+        if self._pool is None or not self._graphs:
+            self._pool = torch.cuda.graph_pool_handle()
+        return self._pool
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
         """End what failed. Torch leaves the pool and the random state half open, and refuses either from then on."""
         with suppress(RuntimeError):  # it says that taking down failed; the work's own error says why
             graph.capture_end()
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool = None
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         generator.graphsafe_set_state(generator.clone_state())
 
