@@ -105,14 +105,17 @@ class Physics:
         most = np.array([math.inf if t in (*STARTS, "host") else 1.0 if t == "head start" else MOST for t in terms])
 
         def factors(here: Sequence[int], near: Floats, pull: float, firm: float = 0.0) -> Floats:
-            return _factors(values[here], own, quantity[here], weights[here], near, pull, most, begins * firm)
+            held = np.where(begins, firm, 0.0)
+            return _factors(values[here], own, quantity[here], weights[here], near, pull, most, held)
 
         everywhere = range(len(rows))
         of_kernel = _by(_name, rows, everywhere)
         exact: tuple[str, ...] = ()
         if terms == SECONDS:
-            both = [_values(terms, of_it, devices, host_s) for of_it in (rows, [_wide(row) for row in rows])]
-            exact = tuple(name for name, here in of_kernel.items() if _computes_wide(rows, here, *both, quantity))
+            halves = _values(terms, rows, devices, host_s)
+            wides = _values(terms, [_wide(row) for row in rows], devices, host_s)
+            of_both = (halves, wides, quantity)
+            exact = tuple(name for name, here in of_kernel.items() if _computes_wide(rows, here, *of_both))
             rows = [_computed(row, exact) for row in rows]
         values = _values(terms, rows, devices, host_s)
         kinds = {name: _kind(max(rows[index].launches for index in here)) for name, here in of_kernel.items()}
