@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from subquad.__main__ import main
 from subquad.commands.calibrate import as_text, calibrate_config
-from subquad.compiler.calibrate import Calibration, calibrate, source_model, worth
+from subquad.compiler.calibrate import Calibration, Worth, calibrate, disturbances, source_model, worth
 from subquad.compiler.profile import profile_path
 from subquad.compiler.target import Target, resolve_target
 from subquad.errors import ConfigError
-from subquad_cost_model import CalibratedEstimator, RooflineEstimator, load_profile, read_timed_rows, timed
+from subquad_cost_model import (
+    CalibratedEstimator,
+    CostRow,
+    Device,
+    RooflineEstimator,
+    TimedRow,
+    load_device,
+    load_profile,
+    read_timed_rows,
+    timed,
+)
 from subquad_cost_model.splits import is_held_out
 
 
@@ -89,3 +100,40 @@ def test_without_a_fit_the_bound_is_corrected() -> None:
     assert (source, beside) == (RooflineEstimator(), ())
     with pytest.raises(ConfigError):
         source_model("/nowhere", "cpu")
+
+
+def repeated(device: Device, spread: float, count: int) -> list[TimedRow]:
+    """Timings whose repeats lie so far apart, as a share of their median."""
+    row = CostRow(operator="mix", kernel="wide", phase="forward", dtype="bfloat16", shape={"b": 1})
+    timing = TimedRow(
+        row=row, device=device, status="ok", low_s=1e-3 * (1 - spread / 2), median_s=1e-3,
+        high_s=1e-3 * (1 + spread / 2), repeats=3,
+    )  # fmt: skip
+    return [timing] * count
+
+
+def test_a_busy_device_is_told_by_its_repeats_and_by_what_its_probe_reached() -> None:
+    sheet = load_device("h200")
+    quiet = replace(sheet, origin="probed", bytes_per_s=0.9 * sheet.bytes_per_s)
+    steady, shaky = repeated(quiet, 0.02, 80), repeated(quiet, 0.5, 20)
+    assert disturbances(quiet, [*steady, *shaky]) == (), "some rows of every record are shaken"
+    (said,) = disturbances(quiet, [*steady[:40], *shaky])
+    assert said == "repeats of 20 of 60 timings lie more than 10% apart"
+    (said,) = disturbances(replace(quiet, bytes_per_s=0.5 * sheet.bytes_per_s), steady)
+    assert "50% of the memory's stated bandwidth" in said
+    slow = {name: rate / 2 for name, rate in sheet.matmul_flops_per_s.items()}
+    (said,) = disturbances(replace(quiet, matmul_flops_per_s=slow), steady)
+    assert "50% of the stated products in bfloat16" in said
+    assert disturbances(replace(quiet, name="a device that nobody described"), steady) == ()
+
+
+def test_what_is_not_known_and_what_went_wrong_is_said() -> None:
+    source = RooflineEstimator()
+    calibrated = CalibratedEstimator(source=source, device=load_device("h200"), corrections={})
+    done = Calibration(calibrated=calibrated, fitted=3, before=None, after=None, path=None, disturbed=("it shook",))
+    said = as_text(done)
+    assert "No shape kept apart was measured" in said
+    assert "busy: it shook. Calibrate it again" in said
+    one = Worth(rows=6, cells=0, regret=None, error_factor=2.36, covered=0.0)
+    said = as_text(replace(done, before=one, after=one, disturbed=()))
+    assert said.count("2.36") == 2 and "busy" not in said and "No shape" not in said

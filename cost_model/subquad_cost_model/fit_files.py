@@ -33,9 +33,10 @@ from subquad_cost_model.roofline import RooflineEstimator
 if TYPE_CHECKING:
     import lightgbm
 
-FORMAT_VERSION = 3
-READABLE = (1, 2, 3)
-"""Fits of version 1 have no physics head and one head for peaks at most; only version 3 has Gaussian processes."""
+FORMAT_VERSION = 4
+READABLE = (1, 2, 3, 4)
+"""Fits of version 1 have no physics head and one head for peaks at most; Gaussian processes came with version 3, and
+with 4 what kernels compute float16 as."""
 MANIFEST, HEADS, CARD = "manifest.json", "heads.json", "card.md"
 PEAK = "peak_"
 """Before the phase, in the names of heads for peak memory."""
@@ -229,6 +230,7 @@ def _physics(record: Mapping[str, Any] | None) -> Physics | None:
         pooled={kind: tuple(factors) for kind, factors in record["pooled"].items()},
         kinds=dict(record["kinds"]),
         host_s=record.get("host_s"),
+        exact=tuple(record.get("exact", ())),
     )
 
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -44,6 +44,9 @@ ELEMENT_BYTES = {"float64": 8, "float32": 4}
 """Kernels composed of torch's own compute in fp32 whatever the dtype."""
 PULL = 1.0
 """How firmly a kernel's factors are held near those of all kernels: the square of it counts like so many rows."""
+FIRM = 0.1
+"""How firmly what a call of a fused kernel costs to begin with is held, as a share of itself, or of one launch where
+that is more: long rows say nothing of it, and a few of them would have short ones begin with their milliseconds."""
 LEAST = 1e-12
 """A sum is a little more than nothing."""
 LEAST_ROWS = 6
@@ -69,7 +72,7 @@ class Physics:
     fused one for each width (padded to a power of two) of these that has.
     Kinds are `fused` (a few launches a call) and `composed`, and `kinds` says which a kernel is.
     `terms` says of what the sum is made: `SECONDS` or `BYTES`; `host_s` is the usual pace of the host, None if no row
-    knew one.
+    knew one. `exact` are the kernels that compute float16 as they compute float32, whose factors are its then.
     """
 
     terms: tuple[str, ...]
@@ -77,6 +80,7 @@ class Physics:
     pooled: Mapping[str, tuple[float, ...]]
     kinds: Mapping[str, str]
     host_s: float | None = None
+    exact: tuple[str, ...] = ()
 
     @classmethod
     def fit(
@@ -97,15 +101,23 @@ class Physics:
         """
         paces_s = [device.host_s for device in devices if device.host_s is not None]
         host_s = statistics.median(paces_s) if paces_s else None
-        values, own = _values(terms, rows, devices, host_s), _own(terms)
-        weights = 1 / np.maximum(doubts, FINEST_DOUBT)
+        own, weights = _own(terms), 1 / np.maximum(doubts, FINEST_DOUBT)
         most = np.array([math.inf if t in (*STARTS, "host") else 1.0 if t == "head start" else MOST for t in terms])
 
-        def factors(here: Sequence[int], near: Floats, pull: float) -> Floats:
-            return _factors(values[here], own, quantity[here], weights[here], near, pull, most)
+        def factors(here: Sequence[int], near: Floats, pull: float, firm: float = 0.0) -> Floats:
+            held = np.where(begins, firm, 0.0)
+            return _factors(values[here], own, quantity[here], weights[here], near, pull, most, held)
 
         everywhere = range(len(rows))
         of_kernel = _by(_name, rows, everywhere)
+        exact: tuple[str, ...] = ()
+        if terms == SECONDS:
+            halves = _values(terms, rows, devices, host_s)
+            wides = _values(terms, [_wide(row) for row in rows], devices, host_s)
+            of_both = (halves, wides, quantity)
+            exact = tuple(name for name, here in of_kernel.items() if _computes_wide(rows, here, *of_both))
+            rows = [_computed(row, exact) for row in rows]
+        values = _values(terms, rows, devices, host_s)
         kinds = {name: _kind(max(rows[index].launches for index in here)) for name, here in of_kernel.items()}
         of_kind = _by(lambda row: kinds[_name(row)], rows, everywhere)
         begins, hosts = np.isin(terms, STARTS), np.isin(terms, HOST)
@@ -118,21 +130,23 @@ class Physics:
         kernels: dict[str, Floats] = {}
         for kernel, here in of_kernel.items():
             near = pooled[kinds[kernel]]
-            if len(here) < LEAST_ROWS:
-                kernels[kernel] = near * np.median(quantity[here] / _longer(values[here], own, near))
-                continue
             parts, ones = values[here] @ (near * groups).T, np.ones(len(groups))
-            levels = _factors(parts, 2, quantity[here], weights[here], ones, PULL, math.inf * ones)
-            kernels[kernel] = factors(here, near * (levels @ groups), PULL)
+            firm = FIRM if kinds[kernel] == "fused" and terms == SECONDS else 0.0
+            held = firm * np.eye(len(groups))[0]
+            levels = _factors(parts, 2, quantity[here], weights[here], ones, PULL, math.inf * ones, held)
+            kernels[kernel] = near * (levels @ groups)
+            if len(here) < LEAST_ROWS:
+                continue
+            kernels[kernel] = factors(here, kernels[kernel], PULL, firm)
             for dtypes, those in _by(_of_dtypes, rows, here).items():
                 if len(those) < LEAST_ROWS:
                     continue
-                kernels[dtypes] = factors(those, kernels[kernel], PULL)
+                kernels[dtypes] = factors(those, kernels[kernel], PULL, firm)
                 for width, them in _by(_of_width, rows, those).items():
                     if len(them) >= LEAST_WIDTH and kinds[kernel] == "fused":
-                        kernels[width] = factors(them, kernels[dtypes], WIDTH_PULL)
+                        kernels[width] = factors(them, kernels[dtypes], WIDTH_PULL, firm)
         found, of_kinds = ({name: tuple(f.tolist()) for name, f in of.items()} for of in (kernels, pooled))
-        return cls(terms=terms, kernels=found, pooled=of_kinds, kinds=kinds, host_s=host_s)
+        return cls(terms=terms, kernels=found, pooled=of_kinds, kinds=kinds, host_s=host_s, exact=exact)
 
     def predict(self, rows: Sequence[CostRow], devices: Sequence[Device]) -> Floats:
         """The sum of each row on its device.
@@ -140,6 +154,7 @@ class Physics:
         A kernel that was never measured is taken to be like the fastest of its operator and kind, unless the factors
         of that kind say more.
         """
+        rows = [_computed(row, self.exact) for row in rows]
         values = _values(self.terms, rows, devices, self.host_s)
         return np.array([self._sum(row, value) for row, value in zip(rows, values, strict=True)], dtype=np.float64)
 
@@ -177,6 +192,34 @@ def _of_width(row: CostRow) -> str:
     return f"{_of_dtypes(row)}, {1 << (width - 1).bit_length()}"
 
 
+def _wide(row: CostRow) -> CostRow:
+    return replace(row, dtype="float32") if row.dtype == "float16" else row
+
+
+def _computed(row: CostRow, exact: Collection[str]) -> CostRow:
+    """The row in the dtype that its kernel computes in."""
+    return _wide(row) if _name(row) in exact else row
+
+
+def _computes_wide(
+    rows: Sequence[CostRow], here: Sequence[int], halves: Floats, wides: Floats, quantity: Floats
+) -> bool:
+    """Whether factors of its float32 rows are off on those of float16 by less than half of what bfloat16's are."""
+    of_dtype = _by(lambda row: row.dtype, rows, here)
+    asked = of_dtype.get("float16", [])
+    if min(map(len, (asked, of_dtype.get("bfloat16", ()), of_dtype.get("float32", ())))) < LEAST_ROWS:
+        return False
+
+    def off(values: Floats, dtype: str) -> float:
+        known = of_dtype[dtype]
+        far, nothing = np.full(values.shape[1], math.inf), np.zeros(values.shape[1])
+        found = _factors(values[known], values.shape[1], quantity[known], np.ones(len(known)), nothing, 0.1, far)
+        return float(np.median(np.abs(np.log(np.maximum(values[asked] @ found, LEAST) / quantity[asked]))))
+
+    as_half = off(halves, "bfloat16")
+    return as_half > OUTLIER and off(wides, "float32") < as_half / 2
+
+
 def _by(name: Callable[[CostRow], str], rows: Sequence[CostRow], here: Sequence[int]) -> dict[str, list[int]]:
     found: dict[str, list[int]] = defaultdict(list)
     for index in here:
@@ -201,9 +244,20 @@ def _short_name(what: tuple[object, ...]) -> str:
 
 
 def _factors(
-    values: Floats, own: int, quantity: Floats, weights: Floats, near: Floats, pull: float, most: Floats
+    values: Floats,
+    own: int,
+    quantity: Floats,
+    weights: Floats,
+    near: Floats,
+    pull: float,
+    most: Floats,
+    firm: Floats | float = 0.0,
 ) -> Floats:
-    """Near `near` and at most `most`; weights of any scale. The first `own` values are not the host's."""
+    """Near `near` and at most `most`; weights of any scale. The first `own` values are not the host's.
+
+    Factors are held near `near` by as much as their terms show in the rows, or by `firm` of their own size if that is
+    more (of 1 where they are smaller).
+    """
     weights = weights / weights.mean()
     relative, current = values / quantity[:, None], weights
     device, host = _sides(relative, own, near)
@@ -213,8 +267,9 @@ def _factors(
     for _ in range(8):
         ratios = np.where(waits[:, None] == (np.arange(len(near)) >= own), relative, 0.0)
         sizes = np.sqrt((ratios**2).mean(axis=0)) + 1e-12
-        system = np.vstack([ratios / sizes * current[:, None], pull * np.eye(len(sizes))])
-        solved, _ = nnls(system, np.concatenate([current, pull * sizes * near]), maxiter=2000)
+        held = np.maximum(pull, firm / (sizes * np.maximum(near, 1)))
+        system = np.vstack([ratios / sizes * current[:, None], np.diag(held)])
+        solved, _ = nnls(system, np.concatenate([current, held * sizes * near]), maxiter=2000)
         found = np.minimum(solved / sizes, most)
         device, host = _sides(relative, own, found)
         waits, predicted = host > device, np.maximum(np.maximum(device, host), 1e-9)

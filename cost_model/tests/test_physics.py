@@ -173,3 +173,35 @@ def test_bytes_at_the_peak_are_a_sum_as_well() -> None:
     new = drawn(11)
     found = physics.predict(new, [DEVICE] * len(new))
     assert found == pytest.approx([1.5 * row.bytes_moved + row.saved_bytes for row in new], rel=0.02)
+
+
+def test_a_kernel_that_computes_float16_as_float32_is_asked_for_it_as_such() -> None:
+    def dtyped(seed: int, kernel: str, dtype: str) -> list[CostRow]:
+        return [replace(row, launches=1, dtype=dtype) for row in drawn(seed, kernel, count=12)]
+
+    def seconds(row: CostRow) -> float:
+        slow = row.dtype == "float32" or (row.dtype == "float16" and row.kernel == "exact")
+        return LAUNCH_S + row.matmul_flops / (2e13 if slow else 3e14)
+
+    kernels, dtypes = ("exact", "half"), ("bfloat16", "float16", "float32")
+    rows = [row for kernel in kernels for dtype in dtypes for row in dtyped(30, kernel, dtype)]
+    physics = fitted(rows, [*map(seconds, rows)])
+    assert physics.exact == (f"{rows[0].operator}/exact",)
+    new = [row for kernel in kernels for row in dtyped(31, kernel, "float16")]
+    assert np.mean(errors(physics, new, [*map(seconds, new)])) < 0.1, "with bfloat16 the one is off fifteenfold"
+
+
+def test_a_few_long_rows_do_not_have_short_ones_begin_with_their_milliseconds() -> None:
+    def fused(row: CostRow, kernel: str) -> CostRow:
+        return replace(row, launches=1, kernel=kernel)
+
+    def seconds(row: CostRow) -> float:
+        return LAUNCH_S + (40 if row.kernel == "new" else 4) * bound_terms(row, DEVICE).memory_s
+
+    known = [fused(row, "wide") for row in drawn(32)]
+    long = [fused(composed("wide", t, b=32, h=16), "new") for t in (16_384, 24_576, 32_768, 49_152, 65_536)]
+    physics = fitted([*known, *long], [*map(seconds, known), *map(seconds, long)])
+    short = [fused(composed("wide", t), "new") for t in (64, 128)]
+    assert min(map(seconds, long)) > 500 * max(map(seconds, short))
+    for one_s, truth in zip(physics.predict(short, [DEVICE] * 2), map(seconds, short), strict=True):
+        assert truth / 3 < one_s < 3 * truth

@@ -158,10 +158,11 @@ class Kernel:
     `first_calls_in_threads` is False where a first call must have the process to itself, as torch.compile's must.
     `launches` says how many device kernels one call starts, to within a third, or `one_launch`: a kernel composed of
     torch's own starts dozens, or some for every chunk, and then takes as long as the host needs to start them.
-    `serial_steps` counts the dependent steps of a kernel that cuts time where its operator's work does not (None: that
-    of the operator). `padding` is how many times the pairs of tokens that the operator counts this kernel computes:
-    more than once where it computes what it then masks, or twice. `scratch_bytes` are what one call holds at most
-    beside its tensors in and out (None: not counted; measured and learned peaks tell).
+    `serial_steps` counts the dependent steps of a kernel that cuts time where its operator's work does not, or goes
+    from token to token where that goes from chunk to chunk (None: those of the operator). `padding` is how many times
+    the pairs of tokens that the operator counts this kernel computes: more than once where it computes what it then
+    masks, or twice. `scratch_bytes` are what one call holds at most beside its tensors in and out (None: not counted;
+    measured and learned peaks tell).
     `replayable` promises that its host code follows from the signature of its arguments alone and reaches the device by
     torch's operations and `QuickLaunch` only: calls through the op leave it out when it is known (`replay.py`), and
     before anything is compiled it is run for what it launches, on memory with anything in it (`compile_processes.py`).

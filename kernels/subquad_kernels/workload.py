@@ -78,6 +78,13 @@ def longest_document(workload: Workload) -> int:
     return round(t / documents * sum(1 / place for place in range(1, documents + 1))) if documents else t
 
 
+def token_steps(workload: Workload) -> int:
+    """Steps of a kernel that goes from token to token: as many as the longest document has, and back in a backward."""
+    if workload.phase == "decode":
+        return 1
+    return longest_document(workload) * (2 if workload.phase == "backward" else 1)
+
+
 def document_sizes(workload: Workload) -> int:
     """Into how many powers of two the lengths of packed documents fall, 1 where nothing is packed.
 

@@ -191,3 +191,15 @@ def test_the_longest_of_drawn_documents_is_what_is_expected() -> None:
     packed = Workload(operator="delta_rule", shape={"t": t, "documents": documents}, dtype="float32")
     assert longest_document(packed) == pytest.approx(longest, rel=0.02)
     assert longest_document(replace(packed, shape={"t": 7})) == 7
+
+
+@pytest.mark.parametrize("operator", ["linear_attention", "gated_linear_attention"])
+def test_a_recurrent_kernel_goes_from_token_to_token_of_the_longest_document(operator: str) -> None:
+    steps = CATALOGUE.kernel(operator, "fla_recurrent").serial_steps
+    assert steps is not None
+    packed = Workload(
+        operator=operator, shape={"t": 300, "documents": 3}, dtype="bfloat16", document_lengths=(40, 250, 10)
+    )
+    alone = Workload(operator=operator, shape={"t": 300}, dtype="bfloat16")
+    assert (steps(packed), steps(replace(packed, phase="backward"))) == (250, 500)
+    assert (steps(alone), steps(replace(alone, phase="decode"))) == (300, 1)

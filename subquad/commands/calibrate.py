@@ -68,6 +68,10 @@ def as_text(done: Calibration) -> str:
         lines.append(
             table("On shapes kept apart", ("model", "rows", "off by a factor", "in interval", "regret", "cells"), worth)
         )
+    else:
+        lines.append("No shape kept apart was measured, so nothing says what this is worth: use a larger budget_s.")
+    again = "Calibrate it again when it is idle."
+    lines += [f"The device seems to have been busy: {sign}. {again}" for sign in done.disturbed]
     lines.append(f"profile: {done.path or 'not kept, the cache cannot be written'}")
     return "\n".join(lines)
 

@@ -12,7 +12,7 @@ from subquad.cache import user_cache
 from subquad.compiler.estimators import own_fit
 from subquad.compiler.profile import profile_path
 from subquad.compiler.sample_kernels import Plan, SampleRun
-from subquad.compiler.target import Target
+from subquad.compiler.target import Target, is_same_model
 from subquad.compiler.workload import halved_rows
 from subquad.errors import ConfigError
 from subquad.schema import CalibrateConfig
@@ -35,6 +35,11 @@ from subquad_cost_model import (
 from subquad_cost_model.metrics import coverage
 from subquad_cost_model.splits import is_held_out, shape_group
 
+FAR_APART, OFTEN = 0.1, 0.25
+"""Where more of the repeated timings lie further apart than the first, other work ran: of the eleven records of an H100
+and of H200 (`cost_model/data`) 2 to 21 % do."""
+LEAST_CEILING = 0.7
+"""Of its data sheet: the probes of those records reached 0.86 to 0.91 of memory and of products in half precision."""
 LAYOUTS, SHAPES = 4, 32
 """Of each operator and of each layout: few layouts, as each is checked and compiled."""
 
@@ -53,13 +58,18 @@ class Worth:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What was found out; `before` and `after` are None where no held-out shape was measured."""
+    """What was found out; `before` and `after` are None where no held-out shape was measured.
+
+    `disturbed` says by what the device seems to have been busy with other work, which a profile of it would hold for
+    its own.
+    """
 
     calibrated: CalibratedEstimator
     fitted: int
     before: Worth | None
     after: Worth | None
     path: Path | None
+    disturbed: tuple[str, ...] = ()
 
 
 def source_model(fit: str, kind: str) -> tuple[Estimator, tuple[Device, ...]]:
@@ -98,7 +108,32 @@ def calibrate(
     if path is not None:
         figures = {"before": before and asdict(before), "after": after and asdict(after)}
         save_profile(path, calibrated, [row.row for row in fitted], figures)
-    return Calibration(calibrated=calibrated, fitted=len(fitted), before=before, after=after, path=path)
+    return Calibration(
+        calibrated=calibrated, fitted=len(fitted), before=before, after=after, path=path,
+        disturbed=disturbances(target.device, rows),
+    )  # fmt: skip
+
+
+def disturbances(device: Device, rows: Sequence[TimedRow]) -> tuple[str, ...]:
+    """Signs that other work ran beside these timings, which no model was asked for.
+
+    Repeats of one timing differ, or the probe reached far less than the data sheet of a device of this model.
+    """
+    found = []
+    repeated = [row for row in rows if (row.repeats or 0) > 1]
+    apart = sum(2 * row.doubt > FAR_APART for row in repeated)
+    if apart > OFTEN * len(repeated):
+        found.append(f"repeats of {apart} of {len(repeated)} timings lie more than {FAR_APART:.0%} apart")
+    if device.origin == "probed":
+        sheets = [sheet for sheet in map(load_device, shipped_devices()) if is_same_model(sheet.name, device.name)]
+        for sheet in sheets[:1]:
+            share = device.bytes_per_s / sheet.bytes_per_s
+            if share < LEAST_CEILING:
+                found.append(f"the probe reached {share:.0%} of the memory's stated bandwidth")
+            rates = sheet.matmul_flops_per_s.get("bfloat16"), device.matmul_flops_per_s.get("bfloat16")
+            if rates[0] and rates[1] and rates[1] / rates[0] < LEAST_CEILING:
+                found.append(f"the probe reached {rates[1] / rates[0]:.0%} of the stated products in bfloat16")
+    return tuple(found)
 
 
 def calibrate_and_keep(target: Target, request: CalibrateConfig) -> Calibration:

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from subquad_kernels.catalogue import Kernel, Operator, Tolerance
 from subquad_kernels.optional_packages import FLA, half_only
-from subquad_kernels.workload import ELEMENT_BYTES, DeviceLimits, DType, Option, Phase, Work, Workload, longest_document
+from subquad_kernels.workload import (
+    ELEMENT_BYTES,
+    DeviceLimits,
+    DType,
+    Option,
+    Phase,
+    Work,
+    Workload,
+    longest_document,
+    token_steps,
+)
 
 _HERE = "subquad_kernels.gated_linear_attention"
 
@@ -194,5 +204,6 @@ KERNELS = (
         devices=_CUDA,
         requires=FLA,
         first_calls_in_threads=False,
+        serial_steps=token_steps,
     ),
 )

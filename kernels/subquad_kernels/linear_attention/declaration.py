@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from subquad_kernels.catalogue import Kernel, Operator, Tolerance
 from subquad_kernels.optional_packages import FLA, MAMBA, MAMBA_EXTENSIONS, gated_backward_defect, half_only
 from subquad_kernels.tile_sizes import ceil_div, padded
-from subquad_kernels.workload import DeviceLimits, DType, Option, Phase, Work, Workload
+from subquad_kernels.workload import DeviceLimits, DType, Option, Phase, Work, Workload, token_steps
 
 if TYPE_CHECKING:
     import torch
@@ -368,6 +368,7 @@ KERNELS = (
         devices=_CUDA,
         requires=FLA,
         first_calls_in_threads=False,
+        serial_steps=token_steps,
     ),
     Kernel(
         operator="linear_attention",

@@ -1,0 +1,44 @@
+"""Rows of code that has changed are told by kernel, date and workload; the recorded ones hold none."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from subquad_cost_model import read_timed_rows
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("recount_rows", ROOT / "tools" / "recount_rows.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_recorded_rows_hold_none_of_code_that_has_changed(tool: ModuleType) -> None:
+    rows = read_timed_rows(ROOT / "cost_model" / "data")
+    assert not [row.row.key for row in rows if tool.is_stale(row)]
+
+
+def test_an_earlier_row_of_a_changed_workload_is_stale_and_others_are_not(tool: ModuleType) -> None:
+    rows = read_timed_rows(ROOT / "cost_model" / "data")
+    decode = next(r for r in rows if (r.row.operator, r.row.kernel, r.row.phase) == ("causal_conv", "fused", "decode"))
+    assert not tool.is_stale(decode)
+    before = replace(decode, date="2026-11-29T03:00:00+00:00")
+    assert tool.is_stale(before)
+    assert not tool.is_stale(replace(before, row=replace(before.row, phase="forward"))), "only its decodes changed"
+    assert not tool.is_stale(replace(before, row=replace(before.row, kernel="taps")))
+    one = next(r for r in rows if (r.row.operator, r.row.kernel) == ("linear_attention", "fused"))
+    shape = {**one.row.shape, "h": 8, "h_k": 2, "n": 32, "p": 32}
+    shared = replace(one, date=before.date, row=replace(one.row, dtype="bfloat16", shape=shape))
+    assert tool.is_stale(shared)
+    assert not tool.is_stale(replace(shared, row=replace(shared.row, dtype="float32")))
+    assert not tool.is_stale(replace(shared, row=replace(shared.row, shape={**shape, "h_k": 8})))
