@@ -42,3 +42,9 @@ def test_an_earlier_row_of_a_changed_workload_is_stale_and_others_are_not(tool: 
     assert tool.is_stale(shared)
     assert not tool.is_stale(replace(shared, row=replace(shared.row, dtype="float32")))
     assert not tool.is_stale(replace(shared, row=replace(shared.row, shape={**shape, "h_k": 8})))
+    widths = {**shape, "n": 256, "p": 512}
+    wide = replace(shared, date="2026-11-30T01:00:00+00:00", row=replace(shared.row, shape=widths))
+    assert tool.is_stale(replace(wide, row=replace(wide.row, phase="backward")))
+    assert not tool.is_stale(replace(wide, row=replace(wide.row, phase="decode")))
+    assert not tool.is_stale(replace(wide, date="2026-12-01T00:00:00+00:00"))
+    assert not tool.is_stale(replace(wide, row=replace(wide.row, shape={**shape, "n": 128, "p": 128})))
