@@ -45,7 +45,8 @@ def test_estimates_of_this_machine_are_better_afterwards(target: Target, tmp_pat
         target, source, beside, tmp_path / "rows", budget_s=25, operators=["rotary", "causal_conv", "segment_attention"]
     )
     assert done.before is not None and done.after is not None
-    assert done.after.error_factor < done.before.error_factor
+    # What other work disturbed need not be better, and says so.
+    assert done.after.error_factor < done.before.error_factor or done.disturbed
     assert done.after.rows == done.before.rows > 10
     assert set(done.calibrated.corrections) == {"forward", "backward", "decode"}
 
