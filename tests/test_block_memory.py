@@ -215,7 +215,7 @@ def test_declared_scratch_is_what_was_measured_on_gpus(name: str, kernel: str) -
         for timed in read_timed_rows(table)
         if (timed.row.operator, timed.row.kernel, timed.row.phase) == (name, kernel, "backward") and timed.peak_bytes
     ]
-    assert len(rows) > 80
+    assert len(rows) > 70
     operator, declared = CATALOGUE.operator(name), CATALOGUE.kernel(name, kernel).scratch_bytes
     assert declared is not None
     ways = {several_heads: 0, states_kept: 0}
@@ -225,8 +225,6 @@ def test_declared_scratch_is_what_was_measured_on_gpus(name: str, kernel: str) -
             operator=name, shape=dict(row.shape), dtype=row.dtype, phase="backward",  # type: ignore[arg-type]
             options=dict(row.options), document_lengths=row.document_lengths,
         )  # fmt: skip
-        if states_kept(workload) and max(row.shape["n"], row.shape["p"]) > 128:
-            continue  # timed when the backward still walked them
         with FakeTensorMode():
             arguments = operator.torch_half.sample_inputs(workload, seed=0, device="cpu")
             results = operator.torch_half.empty_outputs(arguments)
