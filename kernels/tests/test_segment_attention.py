@@ -17,6 +17,7 @@ from subquad_kernels.segment_attention.declaration import OPERATOR, visible_pair
 from subquad_kernels.segment_attention.operator import OP
 from subquad_kernels.segment_attention.summaries import Summaries
 from subquad_kernels.segment_attention.tilings import tiling, walks
+from subquad_kernels.self_check import kernel_errors
 from subquad_kernels.workload import Phase, Workload
 
 KERNELS = ("compacted", "sdpa_merge")
@@ -141,6 +142,19 @@ def test_gradients_pass_gradcheck(kernel: str) -> None:
     assert torch.autograd.gradcheck(
         lambda *x: segment_attention(*x, segment_len=3, start=4, kernel=kernel), (q, k, v, summary_k, summary_v)
     )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_gradients_of_peaked_weights_keep_what_rounded_outputs_would_lose(seed: int) -> None:
+    """Where one key has nearly all the weight the gradient of its score is a small difference of large sums."""
+    shape = {"b": 2, "t": 32, "h": 2, "h_kv": 2, "k": 16, "v": 16, "m": 0}
+    workload = Workload(
+        operator="segment_attention", shape=shape, dtype="bfloat16", phase="backward", options={"segment_len": 16}
+    )
+    arguments = OPERATOR.torch_half.sample_inputs(workload, seed=seed, device="cpu")
+    kernel = CATALOGUE.kernel("segment_attention", "compacted")
+    errors = kernel_errors(OPERATOR, kernel, arguments, gradients=True, seed=seed)
+    assert max(errors["d_q"], errors["d_k"]) < 0.005, errors
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

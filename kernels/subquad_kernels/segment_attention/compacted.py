@@ -55,17 +55,17 @@ def backward(
     values: Any = arguments
     q, k, v, cu_seqlens = values["q"], values["k"], values["v"], values["cu_seqlens"]
     segment_len, factor = values["segment_len"], scale_of(q, values["scale"])
-    (out, lse), gradient = outputs, gradients[0]
+    (_, lse), gradient = outputs, gradients[0]
     assert gradient is not None
     if cu_seqlens is None:
         known = (values["summary_k"], values["summary_v"])
-        return _backward(gradient, q, k, v, *known, out, lse, segment_len, values["start"], factor)
+        return _backward(gradient, q, k, v, *known, lse, segment_len, values["start"], factor)
     found: dict[str, Tensor | None] = {"q": torch.empty_like(q), "k": torch.empty_like(k), "v": torch.empty_like(v)}
     by_token = lse.transpose(1, 2)
     for group in document_groups(cu_seqlens):
         part = _backward(
             group.pad(gradient), group.pad(q), group.pad(k), group.pad(v), None, None,
-            group.pad(out), group.pad(by_token).transpose(1, 2), segment_len, 0, factor,
+            group.pad(by_token).transpose(1, 2), segment_len, 0, factor,
         )  # fmt: skip
         for name in ("q", "k", "v"):
             whole, piece = found[name], part[name]
@@ -154,7 +154,6 @@ def _backward(
     v: Tensor,
     summary_k: Tensor | None,
     summary_v: Tensor | None,
-    out: Tensor,
     lse: Tensor,
     segment_len: int,
     start: int,
@@ -165,16 +164,15 @@ def _backward(
     summaries = Summaries.of_call(start, segment_len)
     all_keys, all_values = summaries.compact(summary_k, k), summaries.compact(summary_v, v)
     d_keys, d_values = (torch.zeros_like(x, dtype=exact) for x in (all_keys, all_values))
-    delta = (gradient.to(exact) * out.to(exact)).sum(dim=-1)  # [b, t, h]
 
     # The token's own term: elementwise in time.
     self_weight = (_own_scores(q, k, factor) - lse.transpose(1, 2)).exp_()
     grouped_gradient = gradient.unflatten(2, (h_kv, -1)).to(exact)
-    d_own = (grouped_gradient * v.unsqueeze(3).to(exact)).sum(dim=-1).flatten(2)
-    d_own = (self_weight * (d_own - delta) * factor).unflatten(2, (h_kv, -1)).unsqueeze(-1)
-    dq = (d_own * k.unsqueeze(3).to(exact)).flatten(2, 3)
-    dk = (d_own * q.unflatten(2, (h_kv, -1)).to(exact)).sum(dim=3)
-    dv = (self_weight.unflatten(2, (h_kv, -1)).unsqueeze(-1) * grouped_gradient).sum(dim=3)
+    d_self_weight = (grouped_gradient * v.unsqueeze(3).to(exact)).sum(dim=-1).flatten(2)
+    dq = torch.zeros_like(q, dtype=exact)
+    # sum_s p_s dp_s over all keys of a query. Where one has nearly all the weight, its own dp is nearly this: the
+    # saved outputs are rounded, and gradient . out would leave that rounding in place of the difference.
+    delta = self_weight * d_self_weight
 
     for begin in range(0, t, TILE_T):
         end = min(begin + TILE_T, t)
@@ -185,13 +183,19 @@ def _backward(
         keys, values = all_keys[:, :, :count], all_values[:, :, :count]
         total = _grouped(lse[:, :, begin:end].transpose(1, 2).unsqueeze(-1), h_kv)
         weights = _scores(queries, keys, summaries, begin, end, factor).sub_(total).exp_()
-        # In fp32: delta, nearly as large where one key has all the weight, is subtracted.
         d_weights = torch.matmul(d_out.to(exact), values.to(exact).transpose(2, 3))
+        rest = (weights * d_weights).sum(dim=-1, keepdim=True)
+        delta[:, begin:end] += _by_token(rest, end - begin)[..., 0]
         d_scores = d_weights.sub_(_grouped(delta[:, begin:end, :, None], h_kv)).mul_(weights).mul_(factor)
         d_values[:, :, :count] += torch.matmul(weights.to(d_out.dtype).transpose(2, 3), d_out)
         d_scores = d_scores.to(queries.dtype)
         d_keys[:, :, :count] += torch.matmul(d_scores.transpose(2, 3), queries)
         dq[:, begin:end] += _by_token(torch.matmul(d_scores, keys), end - begin)
+
+    d_own = (self_weight * (d_self_weight - delta) * factor).unflatten(2, (h_kv, -1)).unsqueeze(-1)
+    dq += (d_own * k.unsqueeze(3).to(exact)).flatten(2, 3)
+    dk = (d_own * q.unflatten(2, (h_kv, -1)).to(exact)).sum(dim=3)
+    dv = (self_weight.unflatten(2, (h_kv, -1)).unsqueeze(-1) * grouped_gradient).sum(dim=3)
     return {
         "q": dq,
         "k": dk,
