@@ -281,6 +281,7 @@ class GenerateConfig:
     stop: list[str] = field(default_factory=list)  # texts before which a continuation ends
     stop_ids: list[int] = field(default_factory=list)  # tokens before which it ends
     seed: int = 0
+    dtype: str = "float32"  # of weights and activations: float32 or bfloat16
     cuda_graph: bool = True  # on CUDA, replay what is the same work in every step
 
 

@@ -8,11 +8,16 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
+from subquad.compiler.example import Example
+from subquad.compiler.pipeline import compile_model
 from subquad.errors import ConfigError, DataError, ResumeError, RunError
+from subquad.model.language_model import LanguageModel
 from subquad.schema import GenerateConfig, RunConfig
 from subquad.training.continuation import Continuation, continued
 from subquad.training.fit import train
@@ -202,6 +207,28 @@ def test_only_newlines_part_prompts(tmp_path: Path) -> None:
     assert [prompt.text for prompt in read_prompts("prompts.jsonl")] == ["a\u2028b\x0cc", "d"]
 
 
+def test_weights_are_narrow_where_asked_and_kernels_are_chosen_for_them(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen_for: list[str] = []
+
+    def chosen(model: LanguageModel, example: Example, **rest: Any) -> object:
+        chosen_for.append(example.dtype)
+        return compile_model(model, example, **rest)
+
+    monkeypatch.setattr("subquad.training.compilation.compile_model", chosen)
+    wide, narrow = (load_run(trained, dtype=dtype)[0] for dtype in ("float32", "bfloat16"))
+    assert chosen_for == ["float32", "bfloat16"]
+    tokens = torch.tensor([list(b"the cat sat")])
+    with torch.inference_mode():
+        exact, logits = wide(tokens), narrow(tokens)
+        _, carry = narrow.prefill(tokens, narrow.empty_carry(1))
+    assert logits.dtype == torch.bfloat16
+    assert 0 < (logits.float() - exact).abs().max() < 0.05 * exact.abs().max(), "rounded, and no more"
+    assert {leaf.dtype for leaf in tree_leaves(carry) if isinstance(leaf, torch.Tensor)} == {torch.bfloat16}
+    assert text_of(trained, dtype="bfloat16")
+
+
 def test_a_file_of_lines_holds_a_prompt_each(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("the cat\n\na\n")
     out = io.StringIO()
@@ -245,6 +272,7 @@ def test_a_bad_file_of_prompts_is_named(name: str, content: str | None, what: st
         ({"seed": -1}, "seed"),
         ({"seed": 2**63}, "seed"),
         ({"prompt": "a", "prompts": "b"}, "prompts"),
+        ({"dtype": "float16"}, "dtype"),
     ],
 )
 def test_a_bad_setting_is_named(settings: dict[str, object], where: str) -> None:

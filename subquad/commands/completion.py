@@ -29,7 +29,7 @@ _subquad_complete() {
             ;;
         generate)
             choices="run= prompt= prompts= out= batch_size= max_tokens= temperature= top_k= top_p= min_p="
-            COMPREPLY=($(compgen -W "$choices repetition_penalty= stop= stop_ids= seed=" -- "$word"))
+            COMPREPLY=($(compgen -W "$choices repetition_penalty= stop= stop_ids= seed= dtype= cuda_graph=" -- "$word"))
             ;;
         export)
             COMPREPLY=($(compgen -W "run= format= out=" -- "$word"))
@@ -49,7 +49,7 @@ _subquad_complete() {
             ;;
         bench)
             choices="operator= target= kernels= dtype= shapes= options= plot= models= contexts= batch_sizes="
-            COMPREPLY=($(compgen -W "$choices tokens= overrides= budget_s= out=" -- "$word"))
+            COMPREPLY=($(compgen -W "$choices tokens= cuda_graph= overrides= budget_s= out=" -- "$word"))
             ;;
         evaluate)
             choices="run= suite= lengths= sizes= samples= batch_size= tasks= seed="

@@ -7,6 +7,9 @@ import torch
 from subquad.model.language_model import LanguageModel
 from subquad.registry import load_registry
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Types that weights are decoded in, by name."""
+
 
 def narrow(model: LanguageModel, dtype: torch.dtype) -> LanguageModel:
     """The same model, its floating-point weights in `dtype` where `MixerSpec.float32_parameters` does not pin them."""

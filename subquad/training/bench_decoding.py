@@ -24,7 +24,7 @@ from subquad.model.cuda_graph import cuda_graphs
 from subquad.model.decoder import Decoder, Part
 from subquad.model.language_model import LanguageModel, ModelCarry
 from subquad.model.model_carry import carry_bytes
-from subquad.model.narrow import narrow
+from subquad.model.narrow import DTYPES, narrow
 from subquad.schema import DecodingBenchConfig, RunConfig
 from subquad.training.compilation import compile_for_generation, device_of
 from subquad.training.continuation import PREFILL_TOKENS
@@ -35,7 +35,6 @@ ROUNDS = 4
 """Of equally many tokens; the rate is that of the median one."""
 WARM_UP = 8
 """Tokens that are decoded before the timed ones; in the second of them graphs are taken down."""
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BYTES = 256
 """Vocabulary of a recipe that leaves it to the tokenizer."""
 
@@ -98,7 +97,7 @@ class _Contestant:
         model = build_model(config.model, device=device).eval()
         self._model: LanguageModel = narrow(model, DTYPES[request.dtype])
         self._parameters = sum(parameter.numel() for parameter in self._model.parameters())
-        compile_for_generation(self._model, config, batch_size)
+        compile_for_generation(self._model, config, batch_size, request.dtype)
         self._name, self._vocab_size = config.model.name, config.model.vocab_size
         self._batch_size, self._tokens, self._device = batch_size, request.tokens, device
         self._capture = cuda_graphs(device, request.cuda_graph)

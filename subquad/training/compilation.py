@@ -55,12 +55,16 @@ def compiled(model: LanguageModel, config: RunConfig, plan: Plan | None, *, pack
     return compile_model(model, example, target=target, options=CompileOptions.of_run(config), plan=plan, part=part)
 
 
-def compile_for_generation(model: LanguageModel, config: RunConfig, batch_size: int = 1) -> None:
-    """Choose checked kernels for prefill and decode on this device; the run's plan is for training's shapes.
+def compile_for_generation(
+    model: LanguageModel, config: RunConfig, batch_size: int = 1, dtype: str = "float32"
+) -> None:
+    """Choose checked kernels for prefill and decode on this device, for weights of this type.
+
+    The run's plan is for training's shapes.
 
     Nothing is measured, so that the first token comes soon; what the run forbids stays forbidden.
     """
-    example = Example(tokens_shape=(batch_size, config.model.context_len), decoding=True)
+    example = Example(tokens_shape=(batch_size, config.model.context_len), dtype=dtype, decoding=True)
     options = replace(CompileOptions.of_run(config), measure=False, pins={})
     compile_model(model, example, target=target_of(config), options=options)
 

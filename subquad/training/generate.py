@@ -20,6 +20,7 @@ from subquad.model.cuda_graph import cuda_graphs
 from subquad.model.exported import CONFIG as EXPORTED
 from subquad.model.exported import load_model, read_model_config
 from subquad.model.language_model import LanguageModel
+from subquad.model.narrow import DTYPES, narrow
 from subquad.schema import GenerateConfig, RunConfig
 from subquad.training.checkpoint import newest_checkpoint
 from subquad.training.compilation import compile_for_generation, device_of
@@ -45,7 +46,7 @@ def generate(config: GenerateConfig, *, out: TextIO | None = None) -> list[str]:
     _check(config)
     prompts = [Prompt(config.prompt)] if config.prompts is None else read_prompts(config.prompts)
     batch_size = min(config.batch_size, len(prompts))
-    model, tokenizer, device = load_run(Path(config.run).expanduser(), batch_size=batch_size)
+    model, tokenizer, device = load_run(Path(config.run).expanduser(), batch_size=batch_size, dtype=config.dtype)
     tokens = [_tokens(prompt.text, tokenizer, config, index) for index, prompt in enumerate(prompts)]
     _check_stop_ids(config, tokenizer)
     capture = cuda_graphs(device, config.cuda_graph)
@@ -86,14 +87,19 @@ def carry_line(sequence: Continuation, model: LanguageModel) -> str:
     return f"carry of a sequence after {sequence.num_read} tokens: {total} ({', '.join(parts)})"
 
 
-def load_run(path: Path, *, batch_size: int = 1) -> tuple[LanguageModel, Tokenizer, torch.device]:
+def load_run(
+    path: Path, *, batch_size: int = 1, dtype: str = "float32"
+) -> tuple[LanguageModel, Tokenizer, torch.device]:
     """The model of a run folder, with kernels chosen for generation, and its tokenizer; or of an exported folder.
+
+    Weights are of type `dtype`, but for those that mixers pin to float32.
 
     Raises: ConfigError, NotFoundError, ResumeError.
     """
     folder = RunFolder(path.absolute())
     if not folder.config.exists() and (folder.path / EXPORTED).is_file():
-        return _loaded(load_model(path), RunConfig(model=read_model_config(path)), folder.path, batch_size)
+        config = RunConfig(model=read_model_config(path))
+        return _loaded(load_model(path), config, folder.path, batch_size, dtype)
     config = read_config(folder, f"run={path}")
     checkpoint = newest_checkpoint(folder.checkpoints)
     if checkpoint is None:
@@ -102,15 +108,15 @@ def load_run(path: Path, *, batch_size: int = 1) -> tuple[LanguageModel, Tokeniz
         )
     model = build_model(config.model)
     model.load_state_dict(checkpoint.weights())
-    return _loaded(model, config, folder.path, batch_size)
+    return _loaded(model, config, folder.path, batch_size, dtype)
 
 
 def _loaded(
-    model: LanguageModel, config: RunConfig, folder: Path, batch_size: int
+    model: LanguageModel, config: RunConfig, folder: Path, batch_size: int, dtype: str
 ) -> tuple[LanguageModel, Tokenizer, torch.device]:
     device = device_of(config)
-    model.to(device).eval()
-    compile_for_generation(model, config, batch_size)
+    narrow(model.to(device).eval(), DTYPES[dtype])
+    compile_for_generation(model, config, batch_size, dtype)
     return model, load_tokenizer(folder), device
 
 
@@ -148,6 +154,8 @@ def _check(config: GenerateConfig) -> None:
             raise ConfigError(what=f"{name} is {getattr(config, name)}", where=name, mend="use 1 or more")
     if not 0 <= config.seed < 2**63:
         raise ConfigError(what=f"seed is {config.seed}", where="seed", mend="use 0 or more, below 2^63")
+    if config.dtype not in DTYPES:
+        raise ConfigError(what=f"dtype is {config.dtype}", where="dtype", mend=f"use {' or '.join(DTYPES)}")
     if config.prompt and config.prompts is not None:
         raise ConfigError(
             what="a prompt and a file of prompts are given", where="prompts", mend="leave one of them out"
