@@ -136,7 +136,7 @@ def _vouched(folder: Path) -> dict[str, str]:
     except (ValueError, KeyError, TypeError) as error:
         raise FitError(f"{folder / MANIFEST} is no manifest: {type(error).__name__}: {error}") from None
     if version not in READABLE:
-        raise FitError(f"{folder} has format version {version}; this package reads {' and '.join(map(str, READABLE))}")
+        raise FitError(f"{folder} has format version {version}; this package reads {', '.join(map(str, READABLE))}")
     if features != schema_hash():
         raise FitError(f"{folder} was fitted to other features ({features}; here {schema_hash()}): fit it again")
     texts: dict[str, str] = {}

@@ -288,7 +288,7 @@ def test_a_fit_of_another_version_or_other_features_is_refused(
     save_fit(learned, tmp_path, card="")
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {key: value}))
-    with pytest.raises(FitError, match=r"format version 4|other features"):
+    with pytest.raises(FitError, match=r"format version 99|other features"):
         load_fit(tmp_path)
 
 

@@ -19,7 +19,7 @@ import argparse
 import json
 import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -100,25 +100,24 @@ class Device:
 
 
 class Compiled:
-    """What was compiled, once for every kernel, signature and target."""
+    """What was compiled for a target, once for every kernel and signature."""
 
-    def __init__(self, targets: list[str], launch: str | None) -> None:
-        self._targets, self._only, self._seen = targets, launch, set[str]()
+    def __init__(self, target: str, launch: str | None) -> None:
+        self._target, self._only, self._seen = target, launch, set[str]()
 
     def case(self, case: str, call: Callable[[], object]) -> None:
         """Compile what a call launches that no case before it has."""
-        for target in self._targets:
-            driver.set_active(Device(target))
-            with collecting() as collection:
-                call()
-            for wanted in collection.wanted:
-                if self._only in (None, wanted.kernel) and wanted.key not in self._seen:
-                    self._seen.add(wanted.key)
-                    found = {"kernel": wanted.kernel, "target": target, "case": case}
-                    try:
-                        print(json.dumps(found | resources(wanted.compile(), target)), flush=True)
-                    except Exception as error:  # reported, and the rest is compiled all the same
-                        print(json.dumps(found | {"failure": f"{type(error).__name__}: {error}"[:500]}), flush=True)
+        driver.set_active(Device(self._target))
+        with collecting() as collection:
+            call()
+        for wanted in collection.wanted:
+            if self._only in (None, wanted.kernel) and wanted.key not in self._seen:
+                self._seen.add(wanted.key)
+                found = {"kernel": wanted.kernel, "target": self._target, "case": case}
+                try:
+                    print(json.dumps(found | resources(wanted.compile(), self._target)), flush=True)
+                except Exception as error:  # reported, and the rest is compiled all the same
+                    print(json.dumps(found | {"failure": f"{type(error).__name__}: {error}"[:500]}), flush=True)
 
 
 def resources(compiled: Any, target: str) -> dict[str, Any]:
@@ -184,19 +183,27 @@ def main() -> None:
     if any(TARGETS[name].backend == "hip" for name in told.targets):
         assert all(TARGETS[name].backend == "hip" for name in told.targets), "the targets of one run are of one vendor"
         torch.version.hip = "ahead of time"  # what launches ask for the vendor
-    compiled = Compiled(told.targets, told.launch)
-    hopper = DeviceLimits(kind="cuda", name="any", capability=(9, 0))
-    chosen = [case for case in cases(operator, told.all) if kernel.supports(case, hopper) is None]
+    for target in told.targets:
+        compiled = Compiled(target, told.launch)
+        for case in chosen(operator, kernel, target, told):
+            if told.heads is not None:
+                case = replace(case, shape=case.shape | dict(zip(("h", "h_k"), told.heads)))  # type: ignore[operator]
+            if told.packed and "documents" not in case.shape:
+                continue
+            compiled.case(f"{case.dtype} {case.phase} {dict(case.shape)}", partial(step, operator, kernel, case))
+
+
+def chosen(operator: Operator, kernel: Kernel, target: str, told: argparse.Namespace) -> list[Workload]:
+    """The cases that are asked for, of those that the kernel supports there; where nothing is known, as on Hopper."""
+    there = DeviceLimits(kind="cuda", name="any", capability=(10, 0) if target == "sm_100" else (9, 0))
+
+    def supported(some: Iterable[Workload]) -> list[Workload]:
+        return [case for case in some if kernel.supports(case, there) is None]
+
+    found = supported(cases(operator, told.all))
     if told.sample:
-        chosen = sample(chosen)
-    elif told.widths:
-        chosen = [case for case in of_widths(chosen, told.widths, told.pairs) if kernel.supports(case, hopper) is None]
-    for case in chosen:
-        if told.heads is not None:
-            case = replace(case, shape=case.shape | dict(zip(("h", "h_k"), told.heads)))  # type: ignore[operator]
-        if told.packed and "documents" not in case.shape:
-            continue
-        compiled.case(f"{case.dtype} {case.phase} {dict(case.shape)}", partial(step, operator, kernel, case))
+        return sample(found)
+    return supported(of_widths(found, told.widths, told.pairs)) if told.widths else found
 
 
 if __name__ == "__main__":

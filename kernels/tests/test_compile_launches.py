@@ -74,6 +74,8 @@ def assert_nothing_is_unset(launches: list[dict[str, Any]]) -> None:
     assert launches
     wrong = [launch for launch in launches if "failure" in launch or launch.get("unset")]
     assert not wrong, wrong
+    trapped = [launch for launch in launches if launch.get("tensor_memory", 0) > TENSOR_MEMORY]
+    assert not trapped, f"what wants more columns of tensor memory than there are is compiled to a trap: {trapped}"
 
 
 def assert_sound(kernel: Kernel, launches: list[dict[str, Any]]) -> None:
@@ -86,6 +88,8 @@ def assert_sound(kernel: Kernel, launches: list[dict[str, Any]]) -> None:
     assert not spilling, spilling
 
 
+TENSOR_MEMORY = 512
+"""Columns of a multiprocessor of compute capability 10."""
 LONG = ("gated_linear_attention/fused", "delta_rule/fused_diagonal")
 """Of minutes where cores are busy."""
 
