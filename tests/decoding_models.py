@@ -1,4 +1,4 @@
-"""Small models that decode, by mixer and by what layers share, and work that is taken down on a CPU."""
+"""Small models that decode, by mixer and by what layers share, what is chosen for them, and work taken down."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from subquad.compiler.example import Example
+from subquad.compiler.pipeline import compile_model
 from subquad.model.build import build_model
 from subquad.model.language_model import LanguageModel
 from subquad.registry import load_registry
@@ -48,6 +51,18 @@ def model_of(
         init_std=0.3,  # so that logits differ from token to token
     )
     return build_model(config).to(device, dtype).eval()
+
+
+def types_that_kernels_are_chosen_for(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Filled with the type of each model that is compiled from now on."""
+    types: list[str] = []
+
+    def chosen(model: LanguageModel, example: Example, **rest: Any) -> object:
+        types.append(example.dtype)
+        return compile_model(model, example, **rest)
+
+    monkeypatch.setattr("subquad.training.compilation.compile_model", chosen)
+    return types
 
 
 _WAITS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}

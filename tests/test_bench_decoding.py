@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoding_models import taped
+from decoding_models import taped, types_that_kernels_are_chosen_for
 
 from subquad.__main__ import main
 from subquad.commands.bench import decoding_line
@@ -97,12 +97,16 @@ def test_rows_say_which_blocks_were_replayed(tmp_path: Path, monkeypatch: pytest
     assert [row.graphs for row in bench_decoding(configs, request)] == [0, 0, 0]
 
 
-def test_weights_in_bfloat16_halve_a_cache_and_leave_what_is_pinned(tmp_path: Path) -> None:
+def test_weights_in_bfloat16_halve_a_cache_and_leave_what_is_pinned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen_for = types_that_kernels_are_chosen_for(monkeypatch)
     record = tmp_path / "decoding.json"
     request = DecodingBenchConfig(models=["transformer"], contexts=[64], tokens=4, dtype="bfloat16", out=str(record))
     (row,) = bench_decoding([load_config(["model=transformer", *TINY])], request)
     assert row.carry_bytes == 4 * 2 * 64 * 64 * 2
     assert json.loads(record.read_text())["dtype"] == "bfloat16"
+    assert chosen_for == ["bfloat16"], "kernels for the type that weights have"
     config = load_config(["model=mamba", *TINY, "model.vocab_size=256", "model.context_len=64"])
     model = narrow(build_model(config.model), torch.bfloat16)
     pinned = {name for name in load_registry().mixer("mamba").float32_parameters if not name.startswith("back.")}

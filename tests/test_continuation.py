@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from decoding_models import taped
+from decoding_models import model_of, taped
 from torch import Tensor
 
-from subquad.model.build import build_model
 from subquad.model.decoder import Capture, Decoder
 from subquad.model.language_model import LanguageModel, ModelCarry
 from subquad.model.model_carry import carry_bytes, joinable, joined, selected
 from subquad.registry import load_registry
-from subquad.schema import GenerateConfig, ModelConfig
+from subquad.schema import GenerateConfig
 from subquad.training import continuation
 from subquad.training.continuation import Continuation, continued
 from subquad.training.tokenizer import SymbolTokenizer
@@ -24,31 +22,9 @@ from subquad.training.tokenizer import SymbolTokenizer
 MIXERS = (
     "segment_attention", "softmax_attention", "window", "mamba", "mamba2", "retnet", "gated_delta_net",
 )  # fmt: skip
-SMALL = {"num_heads": 2, "head_dim": 16, "window": 4, "segment_len": 3, "state_dim": 8}
-"""Sizes for a width of 32, where a mixer's config has such a field."""
 CONSTANT = {"mamba", "mamba2", "gated_delta_net"}
 """Those whose carries are alike at all lengths: a state, and no position."""
 PROMPTS = [[1, 2, 3, 4, 5], [7], [3, 3], [5, 4, 3, 2, 1], [2] * 11]
-
-
-def small(mixer: str) -> dict[str, object]:
-    known = [field.name for field in dataclasses.fields(load_registry().mixer(mixer).config)]
-    return {name: size for name, size in SMALL.items() if name in known}
-
-
-def model_of(*mixers: str) -> LanguageModel:
-    torch.manual_seed(0)
-    config = ModelConfig(
-        d_model=32,
-        num_layers=len(mixers),
-        vocab_size=16,
-        context_len=64,
-        schedule=list(mixers),
-        mixers={mixer: {"mixer": mixer, **small(mixer)} for mixer in mixers},
-        init_std=0.3,  # so that predictions differ from token to token
-    )
-    # In float64 batched matrix products round where no draw notices.
-    return build_model(config).double().eval()
 
 
 def tokens_of(

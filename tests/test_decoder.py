@@ -147,13 +147,18 @@ def test_a_run_reads_what_an_earlier_run_publishes() -> None:
     model.blocks[1].mixer.__dict__["decode"] = counting(model.blocks[1].mixer.decode)  # type: ignore[union-attr]
     tokens, carry = prefilled(model)
     carry = (carry[0], (carry[1], 0), carry[2])  # type: ignore[assignment]
+    assert replayed(decoded_exactly(model, tokens, carry)) == "0 0c | 1c 2 2c"
+
+
+def decoded_exactly(model: LanguageModel, tokens: Tensor, carry: ModelCarry) -> Decoder:
+    """Decode on a CPU, bit for bit as the model does."""
     decoder, expected = Decoder(model, carry, capture=taped), carry
     for token in tokens:
         logits = decoder.step(token)
         with torch.inference_mode():
             wanted, expected = model.decode(token, expected)
         assert torch.equal(logits, wanted)
-    assert replayed(decoder) == "0 0c | 1c 2 2c"
+    return decoder
 
 
 def counting(decode: Callable[..., Any]) -> Callable[..., Any]:
@@ -192,13 +197,7 @@ def test_a_carry_whose_parts_move_on_is_read_before_it_is_overwritten() -> None:
     tokens, carry = prefilled(model)
     zero = torch.zeros(3, 32, dtype=torch.float64)
     carry = tuple((one, zero, zero, zero) for one in carry)  # type: ignore[assignment]
-    decoder, expected = Decoder(model, carry, capture=taped), carry
-    for token in tokens:
-        logits = decoder.step(token)
-        with torch.inference_mode():
-            wanted, expected = model.decode(token, expected)
-        assert torch.equal(logits, wanted)
-    assert replayed(decoder) == "0 0c 1 1c"
+    assert replayed(decoded_exactly(model, tokens, carry)) == "0 0c 1 1c"
 
 
 def delayed(decode: Callable[..., Any]) -> Callable[..., Any]:

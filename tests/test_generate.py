@@ -8,16 +8,13 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from decoding_models import types_that_kernels_are_chosen_for
 from torch.utils._pytree import tree_leaves
 
-from subquad.compiler.example import Example
-from subquad.compiler.pipeline import compile_model
 from subquad.errors import ConfigError, DataError, ResumeError, RunError
-from subquad.model.language_model import LanguageModel
 from subquad.schema import GenerateConfig, RunConfig
 from subquad.training.continuation import Continuation, continued
 from subquad.training.fit import train
@@ -210,13 +207,7 @@ def test_only_newlines_part_prompts(tmp_path: Path) -> None:
 def test_weights_are_narrow_where_asked_and_kernels_are_chosen_for_them(
     trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen_for: list[str] = []
-
-    def chosen(model: LanguageModel, example: Example, **rest: Any) -> object:
-        chosen_for.append(example.dtype)
-        return compile_model(model, example, **rest)
-
-    monkeypatch.setattr("subquad.training.compilation.compile_model", chosen)
+    chosen_for = types_that_kernels_are_chosen_for(monkeypatch)
     wide, narrow = (load_run(trained, dtype=dtype)[0] for dtype in ("float32", "bfloat16"))
     assert chosen_for == ["float32", "bfloat16"]
     tokens = torch.tensor([list(b"the cat sat")])
