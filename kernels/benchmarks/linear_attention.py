@@ -340,7 +340,15 @@ def tune(record: Record, case: Case, over: Callable[[], bool]) -> dict[str, fuse
 
     def layouts() -> Iterator[dict[str, fused.Launch]]:
         yield launches
-        for segment_len, enough in ((256, 256), (512, 256), (2048, 256), (1024, 1), (1024, 10**9)):
+        for segment_len, enough in (
+            (256, 256),
+            (512, 256),
+            (1024, 256),
+            (2048, 256),
+            (4096, 256),
+            (1024, 1),
+            (1024, 10**9),
+        ):
             yield {k: replace(v, segment_len=segment_len, enough=enough) for k, v in launches.items()}
         yield {k: replace(v, chunk=128, num_warps=8) for k, v in launches.items()}
 

@@ -441,8 +441,14 @@ def test_arithmetic_is_linear_in_tokens_and_the_state_does_not_grow() -> None:
 
 
 def test_segments_are_long_where_programs_are_many() -> None:
-    assert declaration.segment_len(4, 8192, 16) == 1024
-    assert declaration.segment_len(1, 2048, 16) == 256
-    assert declaration.segments(1, 2048, 16, 0) == 8
-    assert declaration.segments(1, 1, 16, 0) == 1
-    assert declaration.segments(1, 100, 2, 5) == 2  # at most 1 + 5 chunks, four a segment
+    assert declaration.segment_len(4, 8192, 16, 128, 128) == 1024
+    assert declaration.segment_len(1, 2048, 16, 64, 64) == 256
+    assert declaration.segments(1, 2048, 16, 0, 64, 64) == 8
+    assert declaration.segments(1, 1, 16, 0, 64, 64) == 1
+    assert declaration.segments(1, 100, 2, 5, 64, 64) == 2  # at most 1 + 5 chunks, four a segment
+
+
+def test_segments_of_states_of_several_tiles_are_longer() -> None:
+    """Each tile has programs of its own, and a state between segments is as much larger."""
+    assert declaration.segment_len(4, 8192, 4, 256, 512) == 2048
+    assert declaration.segment_len(1, 8192, 4, 256, 512) == 512

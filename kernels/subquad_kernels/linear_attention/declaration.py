@@ -25,14 +25,16 @@ CUT_BELOW = 256
 """Programs that fill a device, two a multiprocessor: where fewer would run, time is cut into segments."""
 
 
-def segment_len(b: int, t: int, h: int) -> int:
-    """Tokens of a segment of time: the longest of 1024, 512, 256 that leaves enough programs for a device.
+def segment_len(b: int, t: int, h: int, n: int, p: int) -> int:
+    """Tokens of a segment of time: the longest that leaves enough programs for a device.
 
     A forward keeps one state a segment, 4 n p bytes a head: at 1024 tokens and n = p = 64 that is 1/32 of what
-    it reads and writes in bfloat16.
+    it reads and writes in bfloat16. States of several tiles of 128 x 128, a program each, are as much larger.
     """
-    tokens = b * t * h
-    return 1024 if tokens >= 1024 * _PROGRAMS else 512 if tokens >= 512 * _PROGRAMS else 256
+    tiles = ceil_div(n, 128) * ceil_div(p, 128)
+    tokens = b * t * h * tiles
+    lengths = (2048, 1024, 512) if tiles > 1 else (1024, 512)
+    return next((length for length in lengths if tokens >= length * _PROGRAMS), 256)
 
 
 def value_tile(n: int, p: int, *, half: bool, backward: bool) -> int:
@@ -67,9 +69,9 @@ def chunk_slots(t: int, documents: int, chunk: int = CHUNK) -> int:
     return t // chunk + documents if documents else -(-t // chunk)
 
 
-def segments(b: int, t: int, h: int, documents: int) -> int:
+def segments(b: int, t: int, h: int, documents: int, n: int, p: int) -> int:
     """Segments of time of a call; their last may be short."""
-    return -(-chunk_slots(t, documents) // (segment_len(b, t, h) // CHUNK))
+    return -(-chunk_slots(t, documents) // (segment_len(b, t, h, n, p) // CHUNK))
 
 
 def work(workload: Workload) -> Work:
@@ -85,7 +87,7 @@ def work(workload: Workload) -> Work:
     inputs += states if options["initial_state"] else 0
     bounds = 4 * (documents + 1) if documents else 0
     outputs = b * t * h * p * e + states
-    boundaries = (segments(b, t, h, documents) - 1) * b * h * n * p * exact
+    boundaries = (segments(b, t, h, documents, n, p) - 1) * b * h * n * p * exact
     rows = b * t * h
     steps = -(-t // max(1, documents))
     if workload.phase == "decode":  # nothing is mixed within a chunk, and no product has two matrices
@@ -255,20 +257,20 @@ def states_kept(workload: Workload) -> bool:
 
 def _fused_steps(workload: Workload) -> int:
     shape = workload.shape
-    b, t, h, documents = shape["b"], shape["t"], shape["h"], shape.get("documents", 0)
-    backward = workload.phase == "backward"
+    b, t, h, n, p = (shape[axis] for axis in ("b", "t", "h", "n", "p"))
+    documents, backward = shape.get("documents", 0), workload.phase == "backward"
     # States pass from segment to segment in a small kernel of its own, a tenth of a walk's step each.
-    passes = segments(b, t, h, documents) // 10
+    passes = segments(b, t, h, documents, n, p) // 10
 
     def walk(chunk: int) -> int:
-        return min(chunk_slots(t, documents, chunk), segment_len(b, t, h) // chunk) + passes
+        return min(chunk_slots(t, documents, chunk), segment_len(b, t, h, n, p) // chunk) + passes
 
     if several_heads(workload):
         return walk(CHUNK if documents else 2 * CHUNK) + (3 * walk(CHUNK) if backward else 0)
     if states_kept(workload):
         return 4 * walk(CHUNK)
     walks = 2 if backward else 1
-    if -(-shape["p"] // 64) * h * b >= CUT_BELOW:
+    if -(-p // 64) * h * b >= CUT_BELOW:
         return walks * chunk_slots(t, documents)
     return walks * walk(CHUNK)
 
@@ -291,7 +293,7 @@ def _fused_scratch(workload: Workload) -> int:
     gates = (options["decay"] == "token") + bool(options["write_gate"]) + bool(options["diagonal"])
     parts = 2 * by_tile * n * workload.element_bytes if h * tiles > h_k else 0
     sums = (options["decay"] != "none") + (options["decay"] == "head") + (gates if tiles > 1 else 0)
-    cuts = segments(b, t, h, shape.get("documents", 0)) - 1 if tiles * h * b < CUT_BELOW else 0
+    cuts = segments(b, t, h, shape.get("documents", 0), n, p) - 1 if tiles * h * b < CUT_BELOW else 0
     return parts + 4 * by_tile * sums + 4 * cuts * b * h * (n * p + 1)
 
 
@@ -302,7 +304,7 @@ def _scratch_of_several_heads(b: int, t: int, h: int, group: int, n: int, p: int
     states = 2 * slots * h * padded(n) * padded(p) * 2
     sums = 4 * slots * parts * CHUNK * (2 * padded(n) + CHUNK)
     gates = 4 * slots * h * CHUNK * 4
-    borders = 4 * (segments(b, t, h, documents) - 1) * b * h * (n * p + 1)
+    borders = 4 * (segments(b, t, h, documents, n, p) - 1) * b * h * (n * p + 1)
     return states + sums + gates + borders
 
 
@@ -317,7 +319,7 @@ def _scratch_of_kept_states(workload: Workload) -> int:
     gates = 4 * chunks * CHUNK * (3 + (0 if decay == "none" else flows))
     options = workload.options
     gates += 4 * b * t * h * (parts - 1) * (bool(options["write_gate"]) + bool(options["diagonal"]))
-    borders = 4 * (segments(b, t, h, documents) - 1) * b * h * (n * p + 1)
+    borders = 4 * (segments(b, t, h, documents, n, p) - 1) * b * h * (n * p + 1)
     by_head = 2 * b * t * h * n * workload.element_bytes if h > h_k else 0
     return states + gates + borders + by_head + (4 * b * t * h if decay == "head" else 0)
 

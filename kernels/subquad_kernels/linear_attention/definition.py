@@ -71,7 +71,7 @@ def empty_boundaries(v: Tensor, n: int, cu_seqlens: Argument) -> Tensor:
     b, t, h, p = v.shape
     documents = cu_seqlens.shape[0] - 1 if isinstance(cu_seqlens, Tensor) else 0
     exact = torch.promote_types(v.dtype, torch.float32)
-    return v.new_empty(segments(b, t, h, documents) - 1, b, h, n, p, dtype=exact)
+    return v.new_empty(segments(b, t, h, documents, n, p) - 1, b, h, n, p, dtype=exact)
 
 
 def check(arguments: Arguments) -> None:

@@ -206,7 +206,7 @@ class Call:
     def cut(self, launch: Launch) -> None:
         """Set the tiles of values, the chunks, the segments, and how many segments a walk between two cuts has."""
         self.tiles = ceil_div(self.p, launch.tile_p)
-        tokens = launch.segment_len or segment_len(self.b, self.t, self.h)
+        tokens = launch.segment_len or segment_len(self.b, self.t, self.h, self.n, self.p)
         self.chunks_per_segment = ceil_div(tokens, launch.chunk)
         self.chunks = chunk_slots(self.t, self.documents, launch.chunk)
         self.segments = ceil_div(self.chunks, self.chunks_per_segment)
