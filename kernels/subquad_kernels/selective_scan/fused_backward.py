@@ -15,11 +15,12 @@ from subquad_kernels.selective_scan.tiles import (
     fold,
     load_chunk,
     load_marks,
+    load_row,
     load_vector,
     place_of_program,
+    places_for_states,
     places_of_sums,
     restart,
-    row_for_states,
     row_of,
     sigmoid,
     states_at_edge,
@@ -59,6 +60,7 @@ def summarise_gradients(
     steps_at = scratch + tl.program_id(0).to(tl.int64) * (CHUNK * (2 * TILE_C + PAD_N))
     pulls_at = steps_at + CHUNK * TILE_C
     C_table = pulls_at + CHUNK * TILE_C
+    vectors_at, reads_at = places_for_states(steps_at, TILE_C, SUB), C_table + columns[None, :]
 
     rates, offsets, within = states_of_tile(A, tile, c, N, PAD_N, TILE_C, SUB)
     last = segment == segments - 1
@@ -73,9 +75,7 @@ def summarise_gradients(
         chunk_start = begin + (chunks - 1 - reverse_chunk) * CHUNK
         limit = end - chunk_start
         raws = load_chunk(dt, dt_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True)
-        results = load_chunk(
-            dy, dy_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True
-        )
+        results = load_chunk(dy, dy_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True)
         gates = load_chunk(z, z_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, AHEAD, EVICT, GATE)
         read_rows = load_chunk(C, C_stride, sequence, chunk_start, end, t, columns, in_n, CHUNK, AHEAD, "", True)
         step, _ = step_and_slope(raws, bias[None, :], (at < limit) & in_c[None, :], SOFTPLUS)
@@ -91,23 +91,24 @@ def summarise_gradients(
         for reverse_group in range(CHUNK // GROUP):
             base = CHUNK - GROUP - reverse_group * GROUP
             tags = load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
+            near, near_reads = vectors_at + base * TILE_C, reads_at + base * PAD_N
             steps, pulls, reads = (), (), ()
             for i in tl.static_range(GROUP):
-                steps += (row_for_states(steps_at, (base + i) * TILE_C, TILE_C, SUB),)
-                pulls += (row_for_states(pulls_at, (base + i) * TILE_C, TILE_C, SUB),)
-                reads += (tl.load(C_table + (base + i) * PAD_N + columns),)
+                steps += (load_row(near, i * TILE_C),)
+                pulls += (load_row(near, (CHUNK + i) * TILE_C),)
+                reads += (tl.load(near_reads + i * PAD_N),)
             for i in tl.static_range(GROUP - 1, -1, -1):
                 if PACKED and FINAL and (tags[i] & 2) != 0:
                     document_at = (tags[i] >> 2).to(tl.int64) * state_size
                     carried += tl.load(dfinal + document_at + offsets, mask=within, other=0.0).to(tl.float32)
-                carried = tl.exp2(steps[i][:, None] * rates) * (carried + pulls[i][:, None] * reads[i][None, :])
+                carried = tl.exp2(steps[i] * rates) * (carried + pulls[i] * reads[i])
                 if PACKED:
                     carried = tl.where((tags[i] & 1) != 0, 0.0, carried)
                     kept = kept & ((tags[i] & 1) == 0)
         tl.debug_barrier()
     tl.store(steps_at + tl.arange(0, TILE_C), tl.sum(age, axis=0))
     tl.debug_barrier()
-    decay = tl.exp2(row_for_states(steps_at, 0, TILE_C, SUB)[:, None] * rates)
+    decay = tl.exp2(load_row(vectors_at, 0) * rates)
     if PACKED:
         decay = tl.where(kept, decay, 0.0)
     summary = (index * b + sequence) * state_size
@@ -157,6 +158,7 @@ def differentiate(
     C_table = B_table + MAP
     sums_at = C_table + MAP
     by_state = channels_of_rows(TILE_C, SUB)[:, None] * PAD_N + columns[None, :]
+    vectors_at, maps_at = places_for_states(steps_at, TILE_C, SUB), B_table + columns[None, :]
 
     rates, offsets, within = states_of_tile(A, tile, c, N, PAD_N, TILE_C, SUB)
     last = segment == segments - 1
@@ -190,9 +192,7 @@ def differentiate(
         # The vectors of the chunk, and the state that enters it.
         raws = load_chunk(dt, dt_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True)
         values = load_chunk(x, x_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True)
-        results = load_chunk(
-            dy, dy_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True
-        )
+        results = load_chunk(dy, dy_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True)
         gates = load_chunk(z, z_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, AHEAD, EVICT, GATE)
         totals = load_chunk(ungated, c, sequence, chunk_start, end, t, channels, in_c, CHUNK, AHEAD, EVICT, GATE)
         map_rows = load_chunk(B, B_stride, sequence, chunk_start, end, t, columns, in_n, CHUNK, AHEAD, "", True)
@@ -233,22 +233,22 @@ def differentiate(
                 if PACKED:
                     tag = tl.load(marks + chunk_start + token, mask=token < limit, other=0)
                     states = restart(states, tag, initial, state_size, offsets, within, INITIAL)
-                ahead = row_for_states(steps_at, token * TILE_C, TILE_C, SUB)
-                drive = row_for_states(drives_at, token * TILE_C, TILE_C, SUB)
-                write = drive[:, None] * tl.load(B_table + token * PAD_N + columns)[None, :]
-                states = tl.exp2(ahead[:, None] * rates) * states + write
+                near = vectors_at + token * TILE_C
+                write = load_row(near, VECTOR) * tl.load(maps_at + token * PAD_N)
+                states = tl.exp2(load_row(near, 0) * rates) * states + write
             tl.store(slots + (group + 1) * (TILE_C * PAD_N) + by_state, states)
 
         for reverse_group in range(CHUNK // GROUP):
             base = CHUNK - GROUP - reverse_group * GROUP
             tags = load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
+            near, near_maps = vectors_at + base * TILE_C, maps_at + base * PAD_N
             steps, drives, pulls, maps, reads = (), (), (), (), ()
             for i in tl.static_range(GROUP):
-                steps += (row_for_states(steps_at, (base + i) * TILE_C, TILE_C, SUB),)
-                drives += (row_for_states(drives_at, (base + i) * TILE_C, TILE_C, SUB),)
-                pulls += (row_for_states(pulls_at, (base + i) * TILE_C, TILE_C, SUB),)
-                maps += (tl.load(B_table + (base + i) * PAD_N + columns),)
-                reads += (tl.load(C_table + (base + i) * PAD_N + columns),)
+                steps += (load_row(near, i * TILE_C),)
+                drives += (load_row(near, VECTOR + i * TILE_C),)
+                pulls += (load_row(near, 2 * VECTOR + i * TILE_C),)
+                maps += (tl.load(near_maps + i * PAD_N),)
+                reads += (tl.load(near_maps + MAP + i * PAD_N),)
             states = tl.load(slots + (CHUNK // GROUP - 1 - reverse_group) * (TILE_C * PAD_N) + by_state)
 
             # The states before every token of the group and its decays; dC needs the states after.
@@ -257,9 +257,9 @@ def differentiate(
                 if PACKED:
                     states = restart(states, tags[i], initial, state_size, offsets, within, INITIAL)
                 before += (states,)
-                factors += (tl.exp2(steps[i][:, None] * rates),)
-                states = factors[i] * states + drives[i][:, None] * maps[i][None, :]
-                unfolded += (sum_of_parts(pulls[i][:, None] * states, PARTS),)
+                factors += (tl.exp2(steps[i] * rates),)
+                states = factors[i] * states + drives[i] * maps[i]
+                unfolded += (sum_of_parts(pulls[i] * states, PARTS),)
                 if len(unfolded) == FOLDED:
                     read_sums += (fold(unfolded, PAD_N),)
                     unfolded = ()
@@ -269,20 +269,20 @@ def differentiate(
                 if PACKED and FINAL and (tags[i] & 2) != 0:
                     document_at = (tags[i] >> 2).to(tl.int64) * state_size
                     carried += tl.load(dfinal + document_at + offsets, mask=within, other=0.0).to(tl.float32)
-                grad = carried + pulls[i][:, None] * reads[i][None, :]
-                unfolded = (sum_of_parts(drives[i][:, None] * grad, PARTS),) + unfolded  # noqa: RUF005
-                drive_sums = sums_in_lanes(grad * maps[i][None, :], PARTS, LANES)
+                grad = carried + pulls[i] * reads[i]
+                unfolded = (sum_of_parts(drives[i] * grad, PARTS),) + unfolded  # noqa: RUF005
+                drive_sums = sums_in_lanes(grad * maps[i], LANES)
                 carried = grad * factors[i]
                 exponent_grad = carried * before[i]
-                rate_grads += steps[i][:, None] * exponent_grad
-                sums = drive_sums + sums_in_lanes(exponent_grad * rates, PARTS, LANES) + sums
+                rate_grads += steps[i] * exponent_grad
+                sums = (drive_sums, sums_in_lanes(exponent_grad * rates, LANES)) + sums  # noqa: RUF005
                 if PACKED:
                     if INITIAL and (tags[i] & 1) != 0:
                         document_at = (tags[i] >> 2).to(tl.int64) * state_size
                         tl.store(dinitial + document_at + offsets, carried, mask=within)
                     carried = tl.where((tags[i] & 1) != 0, 0.0, carried)
-                if len(sums) == STORED:
-                    store_sums(sums_at + (base + i) * (SUMS * SUB), sums, SUB, LANES, WIDTH)
+                if len(sums) * PARTS == STORED:
+                    store_sums(sums_at + (base + i) * (SUMS * SUB), sums, PARTS, LANES, WIDTH)
                     sums = ()
                 if len(unfolded) == FOLDED:
                     both = fold((read_sums[i // FOLDED], fold(unfolded, PAD_N)), FOLDED * PAD_N)

@@ -152,13 +152,21 @@ def restart(state, tag, initial, state_size, offsets, within, INITIAL: tl.conste
 
 
 @triton.jit
-def row_for_states(table, place, TILE_C: tl.constexpr, SUB: tl.constexpr):
-    """A row of the scratch in the order of a tile's states: fewer elements than lanes load in the layout of their use.
+def places_for_states(table, TILE_C: tl.constexpr, SUB: tl.constexpr):
+    """Where `table` holds a row of channels in the order of a tile's states, for `load_row`.
 
-    What a lane has of it lies together, and is loaded at once.
+    Rows further on are a constant away: formed once, places are not computed again for every row.
     """
-    at = tl.arange(0, SUB)[:, None] * (TILE_C // SUB) + tl.arange(0, TILE_C // SUB)[None, :]
-    return tl.reshape(tl.trans(tl.load(table + place + at)), [TILE_C])
+    return table + (tl.arange(0, SUB)[:, None] * (TILE_C // SUB) + tl.arange(0, TILE_C // SUB)[None, :])
+
+
+@triton.jit
+def load_row(places, AWAY: tl.constexpr):
+    """A row of the scratch for all states: fewer elements than lanes load in the layout of their use.
+
+    What a lane has of it lies together, and is loaded at once.  -> [TILE_C, 1]
+    """
+    return tl.reshape(tl.trans(tl.load(places + AWAY)), [places.numel])[:, None]
 
 
 @triton.jit
@@ -206,9 +214,9 @@ def fold(tiles, STEP: tl.constexpr):
 
 
 @triton.jit
-def sums_in_lanes(tile, PARTS: tl.constexpr, LANES: tl.constexpr):
-    """What each lane holds of a tile's sums over n, one part after the other.  [TILE_C, PAD_N] -> [SUB, LANES]"""
-    return parts_of_tile(tl.sum(tl.reshape(tile, [tile.shape[0], LANES, tile.shape[1] // LANES]), axis=2), PARTS)
+def sums_in_lanes(tile, LANES: tl.constexpr):
+    """What each lane holds of a tile's sums over n.  [TILE_C, PAD_N] -> [TILE_C, LANES]"""
+    return tl.sum(tl.reshape(tile, [tile.shape[0], LANES, tile.shape[1] // LANES]), axis=2)
 
 
 @triton.jit
@@ -218,23 +226,27 @@ def sum_of_parts(tile, PARTS: tl.constexpr):
 
 
 @triton.jit
-def store_sums(table, sums, SUB: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """Sums over n of what lanes summed, WIDTH of one channel beside each other: `places_of_sums` says where."""
-    for k in tl.static_range(0, len(sums), WIDTH):
+def store_sums(table, sums, PARTS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """Sums over n of what lanes summed, WIDTH of one row beside each other: `places_of_sums` says where.
+
+    Whole tiles are folded first and their parts last: as many exchanges, and fewer operations for Triton.
+    """
+    tl.static_assert(PARTS <= WIDTH)
+    SUB: tl.constexpr = sums[0].shape[0] // PARTS
+    TILES: tl.constexpr = WIDTH // PARTS
+    for k in tl.static_range(0, len(sums), TILES):
         some = ()
-        for j in tl.static_range(WIDTH):
+        for j in tl.static_range(TILES):
             some += (sums[k + j],)
-        tile = fold(some, 1)
+        tile = fold(parts_of_tile(fold(some, PARTS), PARTS), 1)
         if WIDTH < LANES:
             tile = tl.sum(tl.reshape(tile, [SUB, LANES // WIDTH, WIDTH]), axis=1)
-        tl.store(table + (k * SUB + tl.arange(0, SUB)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]), tile)
+        spots = k * PARTS * SUB + tl.arange(0, SUB)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        tl.store(table + spots, tile)
 
 
 @triton.jit
 def places_of_sums(sums, local, SUB: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr):
     """Where `store_sums` left the sums of channels `local` of a tile, `sums` counting those of their first part."""
-    if PARTS > WIDTH:
-        sums += local % PARTS
-        return (sums // WIDTH) * (SUB * WIDTH) + local // PARTS * WIDTH + sums % WIDTH
     # `sums` is a multiple of PARTS: said apart, Triton sees that parts are neighbours.
     return (sums // WIDTH) * (SUB * WIDTH) + sums % WIDTH + (local // PARTS * WIDTH + local % PARTS)
