@@ -22,7 +22,7 @@ class Launch:
     Where fewer than `enough` programs would run, time is cut so that `programs` do, into segments of at least
     `shortest` tokens. Forward, a segment that is `first` times as long as the others comes before them, for it is
     scanned while they are summarised. `evict` is what the caches are told of tensors that pass through ("" or
-    "evict_first"). Summaries are compiled into the scan where they are `inlined`, or are a function that it calls.
+    "evict_first").
     """
 
     tile_c: int
@@ -35,7 +35,6 @@ class Launch:
     first: float = 0.0
     segment_len: int | None = None
     evict: str = ""
-    inlined: bool = False
 
 
 @lru_cache(maxsize=256)

@@ -125,8 +125,6 @@ class _Call:
         final = self._states(self.initial)
         decays, writes = (self._new(others, self.b, self.c, self.n) for _ in range(2))
         constants = self._constants(launch) | {"INITIAL": self.initial is not None}
-        # AMD's compiler gives a kernel that calls the registers of the largest call there could be: 270 for 221.
-        inlined = launch.inlined or torch.version.hip is not None
         pad = constants["PAD_N"]
         programs = tiles * self.b * max(others, 1)
         scratch = self._new(programs, CHUNK * (3 * launch.tile_c + 2 * pad) + launch.tile_c * pad)
@@ -136,7 +134,7 @@ class _Call:
                 decays, writes, y, final, boundaries, ungated, scratch,
                 self.t, self.c, self.b, first_len, segment_len, scanned,
                 self.x.stride(0), self.dt.stride(0), self.B.stride(0), self.C.stride(0), _stride(self.z),
-                SKIP=self.D is not None, GATE=self.z is not None, INLINED=inlined, **constants,
+                SKIP=self.D is not None, GATE=self.z is not None, **constants,
             )  # fmt: skip
         return y, final, boundaries, ungated
 

@@ -14,11 +14,11 @@ from subquad_kernels.selective_scan.tiles import (
     channels_of_rows,
     fold,
     load_chunk,
+    load_maps,
     load_marks,
-    load_row,
     load_vector,
+    load_vectors,
     place_of_program,
-    places_for_states,
     places_of_sums,
     restart,
     row_of,
@@ -60,8 +60,6 @@ def summarise_gradients(
     steps_at = scratch + tl.program_id(0).to(tl.int64) * (CHUNK * (2 * TILE_C + PAD_N))
     pulls_at = steps_at + CHUNK * TILE_C
     C_table = pulls_at + CHUNK * TILE_C
-    vectors_at, reads_at = places_for_states(steps_at, TILE_C, SUB), C_table + columns[None, :]
-
     rates, offsets, within = states_of_tile(A, tile, c, N, PAD_N, TILE_C, SUB)
     last = segment == segments - 1
     carried = states_at_edge(dfinal, sequence * state_size, offsets, within, last, FINAL and not PACKED)
@@ -91,24 +89,20 @@ def summarise_gradients(
         for reverse_group in range(CHUNK // GROUP):
             base = CHUNK - GROUP - reverse_group * GROUP
             tags = load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
-            near, near_reads = vectors_at + base * TILE_C, reads_at + base * PAD_N
-            steps, pulls, reads = (), (), ()
-            for i in tl.static_range(GROUP):
-                steps += (load_row(near, i * TILE_C),)
-                pulls += (load_row(near, (CHUNK + i) * TILE_C),)
-                reads += (tl.load(near_reads + i * PAD_N),)
+            vectors = load_vectors(steps_at + base * TILE_C, 2, GROUP, CHUNK, TILE_C, PAD_N, SUB)
+            reads = load_maps(C_table + base * PAD_N, 1, GROUP, CHUNK, TILE_C, PAD_N, SUB)
             for i in tl.static_range(GROUP - 1, -1, -1):
                 if PACKED and FINAL and (tags[i] & 2) != 0:
                     document_at = (tags[i] >> 2).to(tl.int64) * state_size
                     carried += tl.load(dfinal + document_at + offsets, mask=within, other=0.0).to(tl.float32)
-                carried = tl.exp2(steps[i] * rates) * (carried + pulls[i] * reads[i])
+                carried = tl.exp2(vectors[i] * rates) * (carried + vectors[GROUP + i] * reads[i])
                 if PACKED:
                     carried = tl.where((tags[i] & 1) != 0, 0.0, carried)
                     kept = kept & ((tags[i] & 1) == 0)
         tl.debug_barrier()
     tl.store(steps_at + tl.arange(0, TILE_C), tl.sum(age, axis=0))
     tl.debug_barrier()
-    decay = tl.exp2(load_row(vectors_at, 0) * rates)
+    decay = tl.exp2(load_vectors(steps_at, 1, 1, CHUNK, TILE_C, PAD_N, SUB)[0] * rates)
     if PACKED:
         decay = tl.where(kept, decay, 0.0)
     summary = (index * b + sequence) * state_size
@@ -158,7 +152,6 @@ def differentiate(
     C_table = B_table + MAP
     sums_at = C_table + MAP
     by_state = channels_of_rows(TILE_C, SUB)[:, None] * PAD_N + columns[None, :]
-    vectors_at, maps_at = places_for_states(steps_at, TILE_C, SUB), B_table + columns[None, :]
 
     rates, offsets, within = states_of_tile(A, tile, c, N, PAD_N, TILE_C, SUB)
     last = segment == segments - 1
@@ -233,22 +226,17 @@ def differentiate(
                 if PACKED:
                     tag = tl.load(marks + chunk_start + token, mask=token < limit, other=0)
                     states = restart(states, tag, initial, state_size, offsets, within, INITIAL)
-                near = vectors_at + token * TILE_C
-                write = load_row(near, VECTOR) * tl.load(maps_at + token * PAD_N)
-                states = tl.exp2(load_row(near, 0) * rates) * states + write
+                ahead, drive = load_vectors(steps_at + token * TILE_C, 2, 1, CHUNK, TILE_C, PAD_N, SUB)
+                write = drive * load_maps(B_table + token * PAD_N, 1, 1, CHUNK, TILE_C, PAD_N, SUB)[0]
+                states = tl.exp2(ahead * rates) * states + write
             tl.store(slots + (group + 1) * (TILE_C * PAD_N) + by_state, states)
 
         for reverse_group in range(CHUNK // GROUP):
             base = CHUNK - GROUP - reverse_group * GROUP
             tags = load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
-            near, near_maps = vectors_at + base * TILE_C, maps_at + base * PAD_N
-            steps, drives, pulls, maps, reads = (), (), (), (), ()
-            for i in tl.static_range(GROUP):
-                steps += (load_row(near, i * TILE_C),)
-                drives += (load_row(near, VECTOR + i * TILE_C),)
-                pulls += (load_row(near, 2 * VECTOR + i * TILE_C),)
-                maps += (tl.load(near_maps + i * PAD_N),)
-                reads += (tl.load(near_maps + MAP + i * PAD_N),)
+            vectors = load_vectors(steps_at + base * TILE_C, 2, GROUP, CHUNK, TILE_C, PAD_N, SUB)
+            pulls = load_vectors(pulls_at + base * TILE_C, 1, GROUP, CHUNK, TILE_C, PAD_N, SUB)
+            maps = load_maps(B_table + base * PAD_N, 2, GROUP, CHUNK, TILE_C, PAD_N, SUB)
             states = tl.load(slots + (CHUNK // GROUP - 1 - reverse_group) * (TILE_C * PAD_N) + by_state)
 
             # The states before every token of the group and its decays; dC needs the states after.
@@ -257,8 +245,8 @@ def differentiate(
                 if PACKED:
                     states = restart(states, tags[i], initial, state_size, offsets, within, INITIAL)
                 before += (states,)
-                factors += (tl.exp2(steps[i] * rates),)
-                states = factors[i] * states + drives[i] * maps[i]
+                factors += (tl.exp2(vectors[i] * rates),)
+                states = factors[i] * states + vectors[GROUP + i] * maps[i]
                 unfolded += (sum_of_parts(pulls[i] * states, PARTS),)
                 if len(unfolded) == FOLDED:
                     read_sums += (fold(unfolded, PAD_N),)
@@ -269,12 +257,12 @@ def differentiate(
                 if PACKED and FINAL and (tags[i] & 2) != 0:
                     document_at = (tags[i] >> 2).to(tl.int64) * state_size
                     carried += tl.load(dfinal + document_at + offsets, mask=within, other=0.0).to(tl.float32)
-                grad = carried + pulls[i] * reads[i]
-                unfolded = (sum_of_parts(drives[i] * grad, PARTS),) + unfolded  # noqa: RUF005
+                grad = carried + pulls[i] * maps[GROUP + i]
+                unfolded = (sum_of_parts(vectors[GROUP + i] * grad, PARTS),) + unfolded  # noqa: RUF005
                 drive_sums = sums_in_lanes(grad * maps[i], LANES)
                 carried = grad * factors[i]
                 exponent_grad = carried * before[i]
-                rate_grads += steps[i] * exponent_grad
+                rate_grads += vectors[i] * exponent_grad
                 sums = (drive_sums, sums_in_lanes(exponent_grad * rates, LANES)) + sums  # noqa: RUF005
                 if PACKED:
                     if INITIAL and (tags[i] & 1) != 0:

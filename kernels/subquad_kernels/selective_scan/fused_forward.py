@@ -12,11 +12,11 @@ from subquad_kernels.selective_scan.tiles import (
     by_fours,
     channels_of_rows,
     load_chunk,
+    load_maps,
     load_marks,
-    load_row,
     load_vector,
+    load_vectors,
     place_of_program,
-    places_for_states,
     places_of_sums,
     restart,
     row_of,
@@ -52,8 +52,6 @@ def summarise(
     drives_at = steps_at + CHUNK * TILE_C
     B_table = drives_at + CHUNK * TILE_C
 
-    vectors_at, maps_at = places_for_states(steps_at, TILE_C, SUB), B_table + columns[None, :]
-
     rates, offsets, within = states_of_tile(A, tile, c, N, PAD_N, TILE_C, SUB)
     states = tl.zeros([TILE_C, PAD_N], tl.float32)
     ROWS_A_LANE: tl.constexpr = max(1, CHUNK * TILE_C // 128)
@@ -84,32 +82,24 @@ def summarise(
         for group in range(CHUNK // GROUP):
             base = group * GROUP
             tags = load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
-            near, near_maps = vectors_at + base * TILE_C, maps_at + base * PAD_N
-            steps, drives, maps = (), (), ()
-            for i in tl.static_range(GROUP):
-                steps += (load_row(near, i * TILE_C),)
-                drives += (load_row(near, (CHUNK + i) * TILE_C),)
-                maps += (tl.load(near_maps + i * PAD_N),)
+            vectors = load_vectors(steps_at + base * TILE_C, 2, GROUP, CHUNK, TILE_C, PAD_N, SUB)
+            maps = load_maps(B_table + base * PAD_N, 1, GROUP, CHUNK, TILE_C, PAD_N, SUB)
             for i in tl.static_range(GROUP):
                 if PACKED:
                     states = restart(states, tags[i], initial, state_size, offsets, within, INITIAL)
-                states = tl.exp2(steps[i] * rates) * states + drives[i] * maps[i]
+                states = tl.exp2(vectors[i] * rates) * states + vectors[GROUP + i] * maps[i]
                 if PACKED:
                     kept = kept & ((tags[i] & 1) == 0)
         tl.debug_barrier()
     # The sum of the steps changes its layout through the scratch.
     tl.store(steps_at + tl.arange(0, TILE_C), tl.sum(age, axis=0))
     tl.debug_barrier()
-    decay = tl.exp2(load_row(vectors_at, 0) * rates)
+    decay = tl.exp2(load_vectors(steps_at, 1, 1, CHUNK, TILE_C, PAD_N, SUB)[0] * rates)
     if PACKED:
         decay = tl.where(kept, decay, 0.0)
     summary = (segment * b + sequence) * state_size
     tl.store(decays + summary + offsets, decay, mask=within)
     tl.store(writes + summary + offsets, states, mask=within)
-
-
-summarise_apart = triton.jit(noinline=True)(summarise.fn)
-"""The same, compiled as a function of its own."""
 
 
 @triton.jit
@@ -138,8 +128,6 @@ def walk(
     B_table = totals_at + CHUNK * TILE_C
     C_table = B_table + CHUNK * PAD_N
     by_state = channels_of_rows(TILE_C, SUB)[:, None] * PAD_N + columns[None, :]
-
-    vectors_at, maps_at = places_for_states(steps_at, TILE_C, SUB), B_table + columns[None, :]
 
     rates, offsets, within = states_of_tile(A, tile, c, N, PAD_N, TILE_C, SUB)
     states = states_at_edge(initial, sequence * state_size, offsets, within, segment == 0, INITIAL and not PACKED)
@@ -183,19 +171,14 @@ def walk(
         for group in range(CHUNK // GROUP):
             base = group * GROUP
             tags = load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
-            near, near_maps = vectors_at + base * TILE_C, maps_at + base * PAD_N
-            steps, drives, maps, reads = (), (), (), ()
-            for i in tl.static_range(GROUP):
-                steps += (load_row(near, i * TILE_C),)
-                drives += (load_row(near, (CHUNK + i) * TILE_C),)
-                maps += (tl.load(near_maps + i * PAD_N),)
-                reads += (tl.load(near_maps + (CHUNK + i) * PAD_N),)
+            vectors = load_vectors(steps_at + base * TILE_C, 2, GROUP, CHUNK, TILE_C, PAD_N, SUB)
+            maps = load_maps(B_table + base * PAD_N, 2, GROUP, CHUNK, TILE_C, PAD_N, SUB)
             sums = ()
             for i in tl.static_range(GROUP):
                 if PACKED:
                     states = restart(states, tags[i], initial, state_size, offsets, within, INITIAL)
-                states = tl.exp2(steps[i] * rates) * states + drives[i] * maps[i]
-                sums += (sums_in_lanes(states * reads[i], LANES),)
+                states = tl.exp2(vectors[i] * rates) * states + vectors[GROUP + i] * maps[i]
+                sums += (sums_in_lanes(states * maps[GROUP + i], LANES),)
                 if PACKED and (tags[i] & 2) != 0:
                     tl.store(final + (tags[i] >> 2).to(tl.int64) * state_size + offsets, states, mask=within)
             store_sums(totals_at + base * TILE_C, sums, PARTS, LANES, WIDTH)
@@ -234,7 +217,7 @@ def scan(
     t, c, b, first_len, segment_len, scanned, x_stride, dt_stride, B_stride, C_stride, z_stride,
     N: tl.constexpr, PAD_N: tl.constexpr, TILE_C: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
     SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, AHEAD: tl.constexpr, EVICT: tl.constexpr,
-    INITIAL: tl.constexpr, SKIP: tl.constexpr, GATE: tl.constexpr, SUB: tl.constexpr, INLINED: tl.constexpr,
+    INITIAL: tl.constexpr, SKIP: tl.constexpr, GATE: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
     """One segment, scanned if nothing is missing of the state that enters it, else summarised for a later launch.
 
@@ -248,9 +231,8 @@ def scan(
     end = tl.minimum(first_len + segment * segment_len, t)
     slot = scratch + tl.program_id(0).to(tl.int64) * (CHUNK * (3 * TILE_C + 2 * PAD_N) + TILE_C * PAD_N)
     if segment > 0 and scanned == 0:
-        # In groups of four: no slower than eight, and Triton's time to compile grows faster than operations. For that
-        # reason they are a function, which each program calls once.
-        (summarise if INLINED else summarise_apart)(
+        # In groups of four: no slower than eight, and Triton's time to compile grows faster than operations.
+        summarise(
             x, dt, A, B, dt_bias, initial, marks, decays, writes, slot, tile, sequence, segment, begin, end,
             t, c, b, x_stride, dt_stride, B_stride,
             N, PAD_N, TILE_C, CHUNK, min(GROUP, 4), SOFTPLUS, BIAS, PACKED, AHEAD, EVICT, INITIAL, SUB,

@@ -152,6 +152,55 @@ def restart(state, tag, initial, state_size, offsets, within, INITIAL: tl.conste
 
 
 @triton.jit
+def _apart(tiles):
+    """Tiles that lie beside each other along the last axis, a power of two of them."""
+    COUNT: tl.constexpr = tiles.shape[2]
+    parts = (tl.reshape(tiles, [tiles.shape[0], tiles.shape[1]]) if COUNT == 1 else tiles,)
+    for level in tl.static_range(6):
+        if 2**level < COUNT:
+            evens, odds = (), ()
+            for i in tl.static_range(len(parts)):
+                pairs = parts[i]
+                if 2 ** (level + 1) < COUNT:
+                    pairs = tl.reshape(pairs, [tiles.shape[0], tiles.shape[1], COUNT // 2 ** (level + 1), 2])
+                even, odd = tl.split(pairs)
+                evens += (even,)
+                odds += (odd,)
+            parts = evens + odds
+    return parts
+
+
+@triton.jit
+def load_vectors(
+    table, TABLES: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, TILE_C: tl.constexpr, PAD_N: tl.constexpr,
+    SUB: tl.constexpr,
+):  # fmt: skip
+    """ROWS of each of TABLES, with a number for each channel, as tiles of the states."""
+    PARTS: tl.constexpr = TILE_C // SUB
+    LANES: tl.constexpr = max(1, PAD_N // 4)
+    row = tl.arange(0, TABLES * ROWS)
+    row = (row // ROWS * CHUNK + row % ROWS) * TILE_C
+    at = (row[:, None] + tl.arange(0, SUB)[None, :] * PARTS)[:, :, None, None] + tl.arange(0, PARTS)
+    rows = tl.load(table + tl.broadcast_to(at, [TABLES * ROWS, SUB, LANES, PARTS]))
+    rows = tl.reshape(tl.permute(rows, (3, 1, 2, 0)), [TILE_C, LANES, 1, TABLES * ROWS])
+    rows = tl.broadcast_to(rows, [TILE_C, LANES, PAD_N // LANES, TABLES * ROWS])
+    return _apart(tl.reshape(rows, [TILE_C, PAD_N, TABLES * ROWS]))
+
+
+@triton.jit
+def load_maps(
+    table, TABLES: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, TILE_C: tl.constexpr, PAD_N: tl.constexpr,
+    SUB: tl.constexpr,
+):  # fmt: skip
+    row = tl.arange(0, TABLES * ROWS)
+    row = (row // ROWS * CHUNK + row % ROWS) * PAD_N
+    at = row[:, None, None] + by_fours(PAD_N)
+    rows = tl.load(table + tl.broadcast_to(at, [TABLES * ROWS, SUB, PAD_N]))
+    rows = tl.broadcast_to(tl.permute(rows, (1, 2, 0))[None, :, :, :], [TILE_C // SUB, SUB, PAD_N, TABLES * ROWS])
+    return _apart(tl.reshape(rows, [TILE_C, PAD_N, TABLES * ROWS]))
+
+
+@triton.jit
 def places_for_states(table, TILE_C: tl.constexpr, SUB: tl.constexpr):
     """Where `table` holds a row of channels in the order of a tile's states, for `load_row`.
 
