@@ -275,23 +275,42 @@ def sum_of_parts(tile, PARTS: tl.constexpr):
 
 
 @triton.jit
+def _beside(tiles):
+    """A power of two of tiles along a last axis."""
+    for _ in tl.static_range(5):
+        if len(tiles) > 1:
+            pairs = ()
+            for i in tl.static_range(len(tiles) // 2):
+                pairs += (tl.join(tiles[i], tiles[len(tiles) // 2 + i]),)
+            tiles = pairs
+    return tiles[0]
+
+
+@triton.jit
 def store_sums(table, sums, PARTS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
     """Sums over n of what lanes summed, WIDTH of one row beside each other: `places_of_sums` says where.
 
-    Whole tiles are folded first and their parts last: as many exchanges, and fewer operations for Triton.
+    Whole tiles are folded first and their parts last, and all that are folded alike at once: as many exchanges, and
+    fewer operations for Triton.
     """
     tl.static_assert(PARTS <= WIDTH)
     SUB: tl.constexpr = sums[0].shape[0] // PARTS
     TILES: tl.constexpr = WIDTH // PARTS
-    for k in tl.static_range(0, len(sums), TILES):
-        some = ()
-        for j in tl.static_range(TILES):
-            some += (sums[k + j],)
-        tile = fold(parts_of_tile(fold(some, PARTS), PARTS), 1)
-        if WIDTH < LANES:
-            tile = tl.sum(tl.reshape(tile, [SUB, LANES // WIDTH, WIDTH]), axis=1)
-        spots = k * PARTS * SUB + tl.arange(0, SUB)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-        tl.store(table + spots, tile)
+    ROWS: tl.constexpr = len(sums) // TILES
+    some = ()
+    for j in tl.static_range(TILES):
+        alike = ()
+        for k in tl.static_range(ROWS):
+            alike += (sums[k * TILES + j],)
+        some += (tl.reshape(_beside(alike), [SUB * PARTS, LANES * ROWS]),)
+    tile = fold(parts_of_tile(fold(some, PARTS * ROWS), PARTS), ROWS)
+    if WIDTH < LANES:
+        tile = tl.sum(tl.reshape(tile, [SUB, LANES // WIDTH, WIDTH * ROWS]), axis=1)
+    tile = tl.permute(tl.reshape(tile, [SUB, WIDTH, ROWS]), (2, 0, 1))
+    spots = tl.arange(0, ROWS)[:, None, None] * (SUB * WIDTH) + tl.arange(0, SUB)[None, :, None] * WIDTH
+    # Not told that sums are neighbours, Triton stores them from the lanes on which they are.
+    spots = tl.max_contiguous(spots + tl.arange(0, WIDTH), [1, 1, 1])
+    tl.store(table + spots, tile)
 
 
 @triton.jit
