@@ -12,6 +12,7 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
+FIRST_AXES_FIRST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7))
 
 
 @triton.jit
@@ -171,6 +172,14 @@ def _apart(tiles):
 
 
 @triton.jit
+def by_lanes(tile):
+    """A tile whose last axes Triton spreads over lanes, the last first: before 3.7 it began with the first."""
+    if FIRST_AXES_FIRST:
+        tile = tl.permute(tile, (2, 1, 0, 3) if len(tile.shape) == 4 else (2, 1, 0))
+    return tile
+
+
+@triton.jit
 def load_vectors(
     table, TABLES: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, TILE_C: tl.constexpr, PAD_N: tl.constexpr,
     SUB: tl.constexpr,
@@ -181,7 +190,8 @@ def load_vectors(
     row = tl.arange(0, TABLES * ROWS)
     row = (row // ROWS * CHUNK + row % ROWS) * TILE_C
     at = (row[:, None] + tl.arange(0, SUB)[None, :] * PARTS)[:, :, None, None] + tl.arange(0, PARTS)
-    rows = tl.load(table + tl.broadcast_to(at, [TABLES * ROWS, SUB, LANES, PARTS]))
+    at = tl.broadcast_to(tl.max_contiguous(at, [1, 1, 1, PARTS]), [TABLES * ROWS, SUB, LANES, PARTS])
+    rows = by_lanes(tl.load(table + by_lanes(at)))
     rows = tl.reshape(tl.permute(rows, (3, 1, 2, 0)), [TILE_C, LANES, 1, TABLES * ROWS])
     rows = tl.broadcast_to(rows, [TILE_C, LANES, PAD_N // LANES, TABLES * ROWS])
     return _apart(tl.reshape(rows, [TILE_C, PAD_N, TABLES * ROWS]))
@@ -192,30 +202,16 @@ def load_maps(
     table, TABLES: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, TILE_C: tl.constexpr, PAD_N: tl.constexpr,
     SUB: tl.constexpr,
 ):  # fmt: skip
+    """ROWS of each of TABLES, with a number for each state, as tiles of the states."""
+    LANES: tl.constexpr = max(1, PAD_N // 4)
     row = tl.arange(0, TABLES * ROWS)
     row = (row // ROWS * CHUNK + row % ROWS) * PAD_N
-    at = row[:, None, None] + by_fours(PAD_N)
-    rows = tl.load(table + tl.broadcast_to(at, [TABLES * ROWS, SUB, PAD_N]))
-    rows = tl.broadcast_to(tl.permute(rows, (1, 2, 0))[None, :, :, :], [TILE_C // SUB, SUB, PAD_N, TABLES * ROWS])
+    at = (row[:, None] + tl.arange(0, LANES)[None, :] * (PAD_N // LANES))[:, None, :, None]
+    at = tl.broadcast_to(at + tl.arange(0, PAD_N // LANES), [TABLES * ROWS, SUB, LANES, PAD_N // LANES])
+    rows = by_lanes(tl.load(table + by_lanes(at)))
+    rows = tl.reshape(tl.permute(rows, (1, 2, 3, 0)), [1, SUB, PAD_N, TABLES * ROWS])
+    rows = tl.broadcast_to(rows, [TILE_C // SUB, SUB, PAD_N, TABLES * ROWS])
     return _apart(tl.reshape(rows, [TILE_C, PAD_N, TABLES * ROWS]))
-
-
-@triton.jit
-def places_for_states(table, TILE_C: tl.constexpr, SUB: tl.constexpr):
-    """Where `table` holds a row of channels in the order of a tile's states, for `load_row`.
-
-    Rows further on are a constant away: formed once, places are not computed again for every row.
-    """
-    return table + (tl.arange(0, SUB)[:, None] * (TILE_C // SUB) + tl.arange(0, TILE_C // SUB)[None, :])
-
-
-@triton.jit
-def load_row(places, AWAY: tl.constexpr):
-    """A row of the scratch for all states: fewer elements than lanes load in the layout of their use.
-
-    What a lane has of it lies together, and is loaded at once.  -> [TILE_C, 1]
-    """
-    return tl.reshape(tl.trans(tl.load(places + AWAY)), [places.numel])[:, None]
 
 
 @triton.jit
@@ -310,7 +306,7 @@ def store_sums(table, sums, PARTS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.
     spots = tl.arange(0, ROWS)[:, None, None] * (SUB * WIDTH) + tl.arange(0, SUB)[None, :, None] * WIDTH
     # Not told that sums are neighbours, Triton stores them from the lanes on which they are.
     spots = tl.max_contiguous(spots + tl.arange(0, WIDTH), [1, 1, 1])
-    tl.store(table + spots, tile)
+    tl.store(table + by_lanes(spots), by_lanes(tile))
 
 
 @triton.jit
