@@ -130,6 +130,7 @@ def differentiate(
     SUMS: tl.constexpr = 2 * PARTS  # of a token, over n: for its drives, then for its steps
     LANES: tl.constexpr = max(1, PAD_N // 4)  # that share a channel
     WIDTH: tl.constexpr = min(LANES, GROUP * SUMS)
+    TOGETHER: tl.constexpr = min(2 * GROUP, max(WIDTH, 16) // PARTS)  # tiles of them, of which a lane holds 16 numbers
     FOLDED: tl.constexpr = min(GROUP, SUB // 2)  # tokens whose sums over channels are taken together
     tile, sequence, segment = place_of_program(c, b, TILE_C)
     channels = tile * TILE_C + by_fours(TILE_C)
@@ -268,6 +269,9 @@ def differentiate(
                         document_at = (tags[i] >> 2).to(tl.int64) * state_size
                         tl.store(dinitial + document_at + offsets, carried, mask=within)
                     carried = tl.where((tags[i] & 1) != 0, 0.0, carried)
+                if len(sums) == TOGETHER:
+                    store_sums(sums_at + (base + i) * (SUMS * SUB), sums, PARTS, LANES, WIDTH)
+                    sums = ()
                 if len(unfolded) == FOLDED:
                     both = fold((read_sums[i // FOLDED], fold(unfolded, PAD_N)), FOLDED * PAD_N)
                     if 2 * FOLDED < SUB:
@@ -275,7 +279,6 @@ def differentiate(
                     at_token = dB + (row + (base + i) * AHEAD) * N
                     tl.store(at_token + map_places, both, mask=in_n[None, :] & (map_tokens < limit - base - i))
                     unfolded = ()
-            store_sums(sums_at + base * (SUMS * SUB), sums, PARTS, LANES, WIDTH)
         tl.debug_barrier()
 
         # The gradients of the chunk's vectors.

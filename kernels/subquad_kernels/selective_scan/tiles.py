@@ -189,8 +189,9 @@ def load_vectors(
     LANES: tl.constexpr = max(1, PAD_N // 4)
     row = tl.arange(0, TABLES * ROWS)
     row = (row // ROWS * CHUNK + row % ROWS) * TILE_C
-    at = (row[:, None] + tl.arange(0, SUB)[None, :] * PARTS)[:, :, None, None] + tl.arange(0, PARTS)
-    at = tl.broadcast_to(tl.max_contiguous(at, [1, 1, 1, PARTS]), [TABLES * ROWS, SUB, LANES, PARTS])
+    # Not told where rows of states are neighbours, Triton loads them on the lanes that have those states.
+    at = tl.max_contiguous(row[:, None] + tl.arange(0, SUB)[None, :] * PARTS, [1, 1])
+    at = tl.broadcast_to(at[:, :, None, None] + tl.arange(0, PARTS), [TABLES * ROWS, SUB, LANES, PARTS])
     rows = by_lanes(tl.load(table + by_lanes(at)))
     rows = tl.reshape(tl.permute(rows, (3, 1, 2, 0)), [TILE_C, LANES, 1, TABLES * ROWS])
     rows = tl.broadcast_to(rows, [TILE_C, LANES, PAD_N // LANES, TABLES * ROWS])
