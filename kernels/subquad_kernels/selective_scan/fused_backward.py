@@ -130,7 +130,7 @@ def differentiate(
     SUMS: tl.constexpr = 2 * PARTS  # of a token, over n: for its drives, then for its steps
     LANES: tl.constexpr = max(1, PAD_N // 4)  # that share a channel
     WIDTH: tl.constexpr = min(LANES, GROUP * SUMS)
-    TOGETHER: tl.constexpr = min(2 * GROUP, max(WIDTH, 16) // PARTS)  # tiles of them, of which a lane holds 16 numbers
+    TOGETHER: tl.constexpr = min(2 * GROUP, max(WIDTH, 8) // PARTS)  # tiles of them: eight numbers a lane
     FOLDED: tl.constexpr = min(GROUP, SUB // 2)  # tokens whose sums over channels are taken together
     tile, sequence, segment = place_of_program(c, b, TILE_C)
     channels = tile * TILE_C + by_fours(TILE_C)
