@@ -4,8 +4,9 @@
 
 Run as a script and not in the interpreter of Triton: forward and backward are called on CPU tensors, and what they
 launch is collected (`compile_processes`) and compiled. One JSON line a launch: registers a thread, bytes of memory a
-thread that registers spilled to, bytes of shared memory a program, for Hopper the instructions that read a register
-which was never set (`unset_registers`), for Blackwell columns of tensor memory a program (more than the 512 there are:
+thread that registers spilled to, bytes of shared memory a program, loads and stores by tensors of pointers (with which
+Triton's time to compile grows), for Hopper the instructions that read a register which was never set
+(`unset_registers`), for Blackwell columns of tensor memory a program (more than the 512 there are:
 a trap was compiled instead). The calls are those of a training step in bfloat16, for every example of the operator;
 with --sample for one that is packed and one of a single token, with --all every case, in float32 as well. With --widths
 they are those of a step in that type, packed and not, at every pair of widths of keys and values (--pairs N,P ...: of
@@ -123,10 +124,13 @@ class Compiled:
 def resources(compiled: Any, target: str) -> dict[str, Any]:
     """Registers, spilled bytes and memory on chip of a compiled kernel, and its instructions for matrix products."""
     shared = compiled.metadata.shared
+    accesses = len(re.findall(r"tt\.(?:load|store) .*tensor<", compiled.asm["ttir"]))
     if target.startswith("gfx"):
         text = compiled.asm["amdgcn"]
         registers, spilled = (_number(rf"\.{name}:\s+", text) for name in ("vgpr_count", "vgpr_spill_count"))
-        return {"registers": registers, "spilled": 4 * spilled, "shared": shared, "products": text.count("v_mfma_")}
+        products = text.count("v_mfma_")
+        found = {"registers": registers, "spilled": 4 * spilled, "shared": shared, "products": products}
+        return found | {"accesses": accesses}
     with NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -138,6 +142,7 @@ def resources(compiled: Any, target: str) -> dict[str, Any]:
     products = len(re.findall(r"mma\.sync|mma_async|tcgen05\.mma", compiled.asm["ptx"]))
     registers, spilled = (_number(name, usage) for name in ("REG:", "STACK:"))
     found: dict[str, Any] = {"registers": registers, "spilled": spilled, "shared": shared, "products": products}
+    found["accesses"] = accesses
     if target == "sm_90":
         found["unset"] = unset_registers(sass)
     elif target == "sm_100":

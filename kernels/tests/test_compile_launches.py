@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -44,6 +45,12 @@ SPILLS = {
     ("rotary/fused", "_rotate", "sm_90"): 32,
 }
 """Bytes a thread may spill at most, where any."""
+ACCESSES = {
+    # With a load a row of their vectors, 97 and 67 of them took Triton 2.9 and 1.2 s of a core (README).
+    ("selective_scan/fused", "scan", "sm_90"): 60,
+    ("selective_scan/fused", "differentiate", "sm_90"): 50,
+}
+"""Loads and stores by tensors of pointers, of kernels of so many operations that Triton compiles them for seconds."""
 
 
 def named(*keys: str) -> list[Any]:
@@ -86,6 +93,12 @@ def assert_sound(kernel: Kernel, launches: list[dict[str, Any]]) -> None:
         if launch["spilled"] > SPILLS.get((kernel.key, launch["kernel"], launch["target"]), 0)
     ]
     assert not spilling, spilling
+    slow = [
+        launch
+        for launch in launches
+        if launch["accesses"] > ACCESSES.get((kernel.key, launch["kernel"], launch["target"]), math.inf)
+    ]
+    assert not slow, slow
 
 
 TENSOR_MEMORY = 512

@@ -14,12 +14,13 @@ from subquad_kernels.selective_scan.tiles import (
     channels_of_rows,
     fold,
     load_chunk,
+    load_maps,
     load_marks,
     load_vector,
+    load_vectors,
     place_of_program,
     places_of_sums,
     restart,
-    row_for_states,
     row_of,
     sigmoid,
     states_at_edge,
@@ -59,7 +60,6 @@ def summarise_gradients(
     steps_at = scratch + tl.program_id(0).to(tl.int64) * (CHUNK * (2 * TILE_C + PAD_N))
     pulls_at = steps_at + CHUNK * TILE_C
     C_table = pulls_at + CHUNK * TILE_C
-
     rates, offsets, within = states_of_tile(A, tile, c, N, PAD_N, TILE_C, SUB)
     last = segment == segments - 1
     carried = states_at_edge(dfinal, sequence * state_size, offsets, within, last, FINAL and not PACKED)
@@ -73,9 +73,7 @@ def summarise_gradients(
         chunk_start = begin + (chunks - 1 - reverse_chunk) * CHUNK
         limit = end - chunk_start
         raws = load_chunk(dt, dt_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True)
-        results = load_chunk(
-            dy, dy_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True
-        )
+        results = load_chunk(dy, dy_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True)
         gates = load_chunk(z, z_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, AHEAD, EVICT, GATE)
         read_rows = load_chunk(C, C_stride, sequence, chunk_start, end, t, columns, in_n, CHUNK, AHEAD, "", True)
         step, _ = step_and_slope(raws, bias[None, :], (at < limit) & in_c[None, :], SOFTPLUS)
@@ -91,23 +89,20 @@ def summarise_gradients(
         for reverse_group in range(CHUNK // GROUP):
             base = CHUNK - GROUP - reverse_group * GROUP
             tags = load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
-            steps, pulls, reads = (), (), ()
-            for i in tl.static_range(GROUP):
-                steps += (row_for_states(steps_at, (base + i) * TILE_C, TILE_C, SUB),)
-                pulls += (row_for_states(pulls_at, (base + i) * TILE_C, TILE_C, SUB),)
-                reads += (tl.load(C_table + (base + i) * PAD_N + columns),)
+            vectors = load_vectors(steps_at + base * TILE_C, 2, GROUP, CHUNK, TILE_C, PAD_N, SUB)
+            reads = load_maps(C_table + base * PAD_N, 1, GROUP, CHUNK, TILE_C, PAD_N, SUB)
             for i in tl.static_range(GROUP - 1, -1, -1):
                 if PACKED and FINAL and (tags[i] & 2) != 0:
                     document_at = (tags[i] >> 2).to(tl.int64) * state_size
                     carried += tl.load(dfinal + document_at + offsets, mask=within, other=0.0).to(tl.float32)
-                carried = tl.exp2(steps[i][:, None] * rates) * (carried + pulls[i][:, None] * reads[i][None, :])
+                carried = tl.exp2(vectors[i] * rates) * (carried + vectors[GROUP + i] * reads[i])
                 if PACKED:
                     carried = tl.where((tags[i] & 1) != 0, 0.0, carried)
                     kept = kept & ((tags[i] & 1) == 0)
         tl.debug_barrier()
     tl.store(steps_at + tl.arange(0, TILE_C), tl.sum(age, axis=0))
     tl.debug_barrier()
-    decay = tl.exp2(row_for_states(steps_at, 0, TILE_C, SUB)[:, None] * rates)
+    decay = tl.exp2(load_vectors(steps_at, 1, 1, CHUNK, TILE_C, PAD_N, SUB)[0] * rates)
     if PACKED:
         decay = tl.where(kept, decay, 0.0)
     summary = (index * b + sequence) * state_size
@@ -134,8 +129,8 @@ def differentiate(
     PARTS: tl.constexpr = TILE_C // SUB
     SUMS: tl.constexpr = 2 * PARTS  # of a token, over n: for its drives, then for its steps
     LANES: tl.constexpr = max(1, PAD_N // 4)  # that share a channel
-    STORED: tl.constexpr = max(SUMS, min(LANES, GROUP * SUMS))
-    WIDTH: tl.constexpr = min(LANES, STORED)
+    WIDTH: tl.constexpr = min(LANES, GROUP * SUMS)
+    TOGETHER: tl.constexpr = min(2 * GROUP, max(WIDTH, 8) // PARTS)  # tiles of them: eight numbers a lane
     FOLDED: tl.constexpr = min(GROUP, SUB // 2)  # tokens whose sums over channels are taken together
     tile, sequence, segment = place_of_program(c, b, TILE_C)
     channels = tile * TILE_C + by_fours(TILE_C)
@@ -190,9 +185,7 @@ def differentiate(
         # The vectors of the chunk, and the state that enters it.
         raws = load_chunk(dt, dt_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True)
         values = load_chunk(x, x_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True)
-        results = load_chunk(
-            dy, dy_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True
-        )
+        results = load_chunk(dy, dy_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True)
         gates = load_chunk(z, z_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, AHEAD, EVICT, GATE)
         totals = load_chunk(ungated, c, sequence, chunk_start, end, t, channels, in_c, CHUNK, AHEAD, EVICT, GATE)
         map_rows = load_chunk(B, B_stride, sequence, chunk_start, end, t, columns, in_n, CHUNK, AHEAD, "", True)
@@ -233,22 +226,17 @@ def differentiate(
                 if PACKED:
                     tag = tl.load(marks + chunk_start + token, mask=token < limit, other=0)
                     states = restart(states, tag, initial, state_size, offsets, within, INITIAL)
-                ahead = row_for_states(steps_at, token * TILE_C, TILE_C, SUB)
-                drive = row_for_states(drives_at, token * TILE_C, TILE_C, SUB)
-                write = drive[:, None] * tl.load(B_table + token * PAD_N + columns)[None, :]
-                states = tl.exp2(ahead[:, None] * rates) * states + write
+                ahead, drive = load_vectors(steps_at + token * TILE_C, 2, 1, CHUNK, TILE_C, PAD_N, SUB)
+                write = drive * load_maps(B_table + token * PAD_N, 1, 1, CHUNK, TILE_C, PAD_N, SUB)[0]
+                states = tl.exp2(ahead * rates) * states + write
             tl.store(slots + (group + 1) * (TILE_C * PAD_N) + by_state, states)
 
         for reverse_group in range(CHUNK // GROUP):
             base = CHUNK - GROUP - reverse_group * GROUP
             tags = load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
-            steps, drives, pulls, maps, reads = (), (), (), (), ()
-            for i in tl.static_range(GROUP):
-                steps += (row_for_states(steps_at, (base + i) * TILE_C, TILE_C, SUB),)
-                drives += (row_for_states(drives_at, (base + i) * TILE_C, TILE_C, SUB),)
-                pulls += (row_for_states(pulls_at, (base + i) * TILE_C, TILE_C, SUB),)
-                maps += (tl.load(B_table + (base + i) * PAD_N + columns),)
-                reads += (tl.load(C_table + (base + i) * PAD_N + columns),)
+            vectors = load_vectors(steps_at + base * TILE_C, 2, GROUP, CHUNK, TILE_C, PAD_N, SUB)
+            pulls = load_vectors(pulls_at + base * TILE_C, 1, GROUP, CHUNK, TILE_C, PAD_N, SUB)
+            maps = load_maps(B_table + base * PAD_N, 2, GROUP, CHUNK, TILE_C, PAD_N, SUB)
             states = tl.load(slots + (CHUNK // GROUP - 1 - reverse_group) * (TILE_C * PAD_N) + by_state)
 
             # The states before every token of the group and its decays; dC needs the states after.
@@ -257,9 +245,9 @@ def differentiate(
                 if PACKED:
                     states = restart(states, tags[i], initial, state_size, offsets, within, INITIAL)
                 before += (states,)
-                factors += (tl.exp2(steps[i][:, None] * rates),)
-                states = factors[i] * states + drives[i][:, None] * maps[i][None, :]
-                unfolded += (sum_of_parts(pulls[i][:, None] * states, PARTS),)
+                factors += (tl.exp2(vectors[i] * rates),)
+                states = factors[i] * states + vectors[GROUP + i] * maps[i]
+                unfolded += (sum_of_parts(pulls[i] * states, PARTS),)
                 if len(unfolded) == FOLDED:
                     read_sums += (fold(unfolded, PAD_N),)
                     unfolded = ()
@@ -269,20 +257,20 @@ def differentiate(
                 if PACKED and FINAL and (tags[i] & 2) != 0:
                     document_at = (tags[i] >> 2).to(tl.int64) * state_size
                     carried += tl.load(dfinal + document_at + offsets, mask=within, other=0.0).to(tl.float32)
-                grad = carried + pulls[i][:, None] * reads[i][None, :]
-                unfolded = (sum_of_parts(drives[i][:, None] * grad, PARTS),) + unfolded  # noqa: RUF005
-                drive_sums = sums_in_lanes(grad * maps[i][None, :], PARTS, LANES)
+                grad = carried + pulls[i] * maps[GROUP + i]
+                unfolded = (sum_of_parts(vectors[GROUP + i] * grad, PARTS),) + unfolded  # noqa: RUF005
+                drive_sums = sums_in_lanes(grad * maps[i], LANES)
                 carried = grad * factors[i]
                 exponent_grad = carried * before[i]
-                rate_grads += steps[i][:, None] * exponent_grad
-                sums = drive_sums + sums_in_lanes(exponent_grad * rates, PARTS, LANES) + sums
+                rate_grads += vectors[i] * exponent_grad
+                sums = (drive_sums, sums_in_lanes(exponent_grad * rates, LANES)) + sums  # noqa: RUF005
                 if PACKED:
                     if INITIAL and (tags[i] & 1) != 0:
                         document_at = (tags[i] >> 2).to(tl.int64) * state_size
                         tl.store(dinitial + document_at + offsets, carried, mask=within)
                     carried = tl.where((tags[i] & 1) != 0, 0.0, carried)
-                if len(sums) == STORED:
-                    store_sums(sums_at + (base + i) * (SUMS * SUB), sums, SUB, LANES, WIDTH)
+                if len(sums) == TOGETHER:
+                    store_sums(sums_at + (base + i) * (SUMS * SUB), sums, PARTS, LANES, WIDTH)
                     sums = ()
                 if len(unfolded) == FOLDED:
                     both = fold((read_sums[i // FOLDED], fold(unfolded, PAD_N)), FOLDED * PAD_N)

@@ -12,12 +12,13 @@ from subquad_kernels.selective_scan.tiles import (
     by_fours,
     channels_of_rows,
     load_chunk,
+    load_maps,
     load_marks,
     load_vector,
+    load_vectors,
     place_of_program,
     places_of_sums,
     restart,
-    row_for_states,
     row_of,
     sigmoid,
     states_at_edge,
@@ -81,22 +82,19 @@ def summarise(
         for group in range(CHUNK // GROUP):
             base = group * GROUP
             tags = load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
-            steps, drives, maps = (), (), ()
-            for i in tl.static_range(GROUP):
-                steps += (row_for_states(steps_at, (base + i) * TILE_C, TILE_C, SUB),)
-                drives += (row_for_states(drives_at, (base + i) * TILE_C, TILE_C, SUB),)
-                maps += (tl.load(B_table + (base + i) * PAD_N + columns),)
+            vectors = load_vectors(steps_at + base * TILE_C, 2, GROUP, CHUNK, TILE_C, PAD_N, SUB)
+            maps = load_maps(B_table + base * PAD_N, 1, GROUP, CHUNK, TILE_C, PAD_N, SUB)
             for i in tl.static_range(GROUP):
                 if PACKED:
                     states = restart(states, tags[i], initial, state_size, offsets, within, INITIAL)
-                states = tl.exp2(steps[i][:, None] * rates) * states + drives[i][:, None] * maps[i][None, :]
+                states = tl.exp2(vectors[i] * rates) * states + vectors[GROUP + i] * maps[i]
                 if PACKED:
                     kept = kept & ((tags[i] & 1) == 0)
         tl.debug_barrier()
     # The sum of the steps changes its layout through the scratch.
     tl.store(steps_at + tl.arange(0, TILE_C), tl.sum(age, axis=0))
     tl.debug_barrier()
-    decay = tl.exp2(row_for_states(steps_at, 0, TILE_C, SUB)[:, None] * rates)
+    decay = tl.exp2(load_vectors(steps_at, 1, 1, CHUNK, TILE_C, PAD_N, SUB)[0] * rates)
     if PACKED:
         decay = tl.where(kept, decay, 0.0)
     summary = (segment * b + sequence) * state_size
@@ -173,21 +171,17 @@ def walk(
         for group in range(CHUNK // GROUP):
             base = group * GROUP
             tags = load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
-            steps, drives, maps, reads = (), (), (), ()
-            for i in tl.static_range(GROUP):
-                steps += (row_for_states(steps_at, (base + i) * TILE_C, TILE_C, SUB),)
-                drives += (row_for_states(drives_at, (base + i) * TILE_C, TILE_C, SUB),)
-                maps += (tl.load(B_table + (base + i) * PAD_N + columns),)
-                reads += (tl.load(C_table + (base + i) * PAD_N + columns),)
+            vectors = load_vectors(steps_at + base * TILE_C, 2, GROUP, CHUNK, TILE_C, PAD_N, SUB)
+            maps = load_maps(B_table + base * PAD_N, 2, GROUP, CHUNK, TILE_C, PAD_N, SUB)
             sums = ()
             for i in tl.static_range(GROUP):
                 if PACKED:
                     states = restart(states, tags[i], initial, state_size, offsets, within, INITIAL)
-                states = tl.exp2(steps[i][:, None] * rates) * states + drives[i][:, None] * maps[i][None, :]
-                sums += sums_in_lanes(states * reads[i][None, :], PARTS, LANES)
+                states = tl.exp2(vectors[i] * rates) * states + vectors[GROUP + i] * maps[i]
+                sums += (sums_in_lanes(states * maps[GROUP + i], LANES),)
                 if PACKED and (tags[i] & 2) != 0:
                     tl.store(final + (tags[i] >> 2).to(tl.int64) * state_size + offsets, states, mask=within)
-            store_sums(totals_at + base * TILE_C, sums, SUB, LANES, WIDTH)
+            store_sums(totals_at + base * TILE_C, sums, PARTS, LANES, WIDTH)
         tl.debug_barrier()
 
         away = at * AHEAD

@@ -12,6 +12,7 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
+FIRST_AXES_FIRST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7))
 
 
 @triton.jit
@@ -152,13 +153,66 @@ def restart(state, tag, initial, state_size, offsets, within, INITIAL: tl.conste
 
 
 @triton.jit
-def row_for_states(table, place, TILE_C: tl.constexpr, SUB: tl.constexpr):
-    """A row of the scratch in the order of a tile's states: fewer elements than lanes load in the layout of their use.
+def _apart(tiles):
+    """Tiles that lie beside each other along the last axis, a power of two of them."""
+    COUNT: tl.constexpr = tiles.shape[2]
+    parts = (tl.reshape(tiles, [tiles.shape[0], tiles.shape[1]]) if COUNT == 1 else tiles,)
+    for level in tl.static_range(6):
+        if 2**level < COUNT:
+            evens, odds = (), ()
+            for i in tl.static_range(len(parts)):
+                pairs = parts[i]
+                if 2 ** (level + 1) < COUNT:
+                    pairs = tl.reshape(pairs, [tiles.shape[0], tiles.shape[1], COUNT // 2 ** (level + 1), 2])
+                even, odd = tl.split(pairs)
+                evens += (even,)
+                odds += (odd,)
+            parts = evens + odds
+    return parts
 
-    What a lane has of it lies together, and is loaded at once.
-    """
-    at = tl.arange(0, SUB)[:, None] * (TILE_C // SUB) + tl.arange(0, TILE_C // SUB)[None, :]
-    return tl.reshape(tl.trans(tl.load(table + place + at)), [TILE_C])
+
+@triton.jit
+def by_lanes(tile):
+    """A tile whose last axes Triton spreads over lanes, the last first: before 3.7 it began with the first."""
+    if FIRST_AXES_FIRST:
+        tile = tl.permute(tile, (2, 1, 0, 3) if len(tile.shape) == 4 else (2, 1, 0))
+    return tile
+
+
+@triton.jit
+def load_vectors(
+    table, TABLES: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, TILE_C: tl.constexpr, PAD_N: tl.constexpr,
+    SUB: tl.constexpr,
+):  # fmt: skip
+    """ROWS of each of TABLES, with a number for each channel, as tiles of the states."""
+    PARTS: tl.constexpr = TILE_C // SUB
+    LANES: tl.constexpr = max(1, PAD_N // 4)
+    row = tl.arange(0, TABLES * ROWS)
+    row = (row // ROWS * CHUNK + row % ROWS) * TILE_C
+    # Not told where rows of states are neighbours, Triton loads them on the lanes that have those states.
+    at = tl.max_contiguous(row[:, None] + tl.arange(0, SUB)[None, :] * PARTS, [1, 1])
+    at = tl.broadcast_to(at[:, :, None, None] + tl.arange(0, PARTS), [TABLES * ROWS, SUB, LANES, PARTS])
+    rows = by_lanes(tl.load(table + by_lanes(at)))
+    rows = tl.reshape(tl.permute(rows, (3, 1, 2, 0)), [TILE_C, LANES, 1, TABLES * ROWS])
+    rows = tl.broadcast_to(rows, [TILE_C, LANES, PAD_N // LANES, TABLES * ROWS])
+    return _apart(tl.reshape(rows, [TILE_C, PAD_N, TABLES * ROWS]))
+
+
+@triton.jit
+def load_maps(
+    table, TABLES: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, TILE_C: tl.constexpr, PAD_N: tl.constexpr,
+    SUB: tl.constexpr,
+):  # fmt: skip
+    """ROWS of each of TABLES, with a number for each state, as tiles of the states."""
+    LANES: tl.constexpr = max(1, PAD_N // 4)
+    row = tl.arange(0, TABLES * ROWS)
+    row = (row // ROWS * CHUNK + row % ROWS) * PAD_N
+    at = (row[:, None] + tl.arange(0, LANES)[None, :] * (PAD_N // LANES))[:, None, :, None]
+    at = tl.broadcast_to(at + tl.arange(0, PAD_N // LANES), [TABLES * ROWS, SUB, LANES, PAD_N // LANES])
+    rows = by_lanes(tl.load(table + by_lanes(at)))
+    rows = tl.reshape(tl.permute(rows, (1, 2, 3, 0)), [1, SUB, PAD_N, TABLES * ROWS])
+    rows = tl.broadcast_to(rows, [TILE_C // SUB, SUB, PAD_N, TABLES * ROWS])
+    return _apart(tl.reshape(rows, [TILE_C, PAD_N, TABLES * ROWS]))
 
 
 @triton.jit
@@ -206,9 +260,9 @@ def fold(tiles, STEP: tl.constexpr):
 
 
 @triton.jit
-def sums_in_lanes(tile, PARTS: tl.constexpr, LANES: tl.constexpr):
-    """What each lane holds of a tile's sums over n, one part after the other.  [TILE_C, PAD_N] -> [SUB, LANES]"""
-    return parts_of_tile(tl.sum(tl.reshape(tile, [tile.shape[0], LANES, tile.shape[1] // LANES]), axis=2), PARTS)
+def sums_in_lanes(tile, LANES: tl.constexpr):
+    """What each lane holds of a tile's sums over n.  [TILE_C, PAD_N] -> [TILE_C, LANES]"""
+    return tl.sum(tl.reshape(tile, [tile.shape[0], LANES, tile.shape[1] // LANES]), axis=2)
 
 
 @triton.jit
@@ -218,23 +272,46 @@ def sum_of_parts(tile, PARTS: tl.constexpr):
 
 
 @triton.jit
-def store_sums(table, sums, SUB: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
-    """Sums over n of what lanes summed, WIDTH of one channel beside each other: `places_of_sums` says where."""
-    for k in tl.static_range(0, len(sums), WIDTH):
-        some = ()
-        for j in tl.static_range(WIDTH):
-            some += (sums[k + j],)
-        tile = fold(some, 1)
-        if WIDTH < LANES:
-            tile = tl.sum(tl.reshape(tile, [SUB, LANES // WIDTH, WIDTH]), axis=1)
-        tl.store(table + (k * SUB + tl.arange(0, SUB)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]), tile)
+def _beside(tiles):
+    """A power of two of tiles along a last axis."""
+    for _ in tl.static_range(5):
+        if len(tiles) > 1:
+            pairs = ()
+            for i in tl.static_range(len(tiles) // 2):
+                pairs += (tl.join(tiles[i], tiles[len(tiles) // 2 + i]),)
+            tiles = pairs
+    return tiles[0]
+
+
+@triton.jit
+def store_sums(table, sums, PARTS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """Sums over n of what lanes summed, WIDTH of one row beside each other: `places_of_sums` says where.
+
+    Whole tiles are folded first and their parts last, and all that are folded alike at once: as many exchanges, and
+    fewer operations for Triton.
+    """
+    tl.static_assert(PARTS <= WIDTH)
+    SUB: tl.constexpr = sums[0].shape[0] // PARTS
+    TILES: tl.constexpr = WIDTH // PARTS
+    ROWS: tl.constexpr = len(sums) // TILES
+    some = ()
+    for j in tl.static_range(TILES):
+        alike = ()
+        for k in tl.static_range(ROWS):
+            alike += (sums[k * TILES + j],)
+        some += (tl.reshape(_beside(alike), [SUB * PARTS, LANES * ROWS]),)
+    tile = fold(parts_of_tile(fold(some, PARTS * ROWS), PARTS), ROWS)
+    if WIDTH < LANES:
+        tile = tl.sum(tl.reshape(tile, [SUB, LANES // WIDTH, WIDTH * ROWS]), axis=1)
+    tile = tl.permute(tl.reshape(tile, [SUB, WIDTH, ROWS]), (2, 0, 1))
+    spots = tl.arange(0, ROWS)[:, None, None] * (SUB * WIDTH) + tl.arange(0, SUB)[None, :, None] * WIDTH
+    # Not told that sums are neighbours, Triton stores them from the lanes on which they are.
+    spots = tl.max_contiguous(spots + tl.arange(0, WIDTH), [1, 1, 1])
+    tl.store(table + by_lanes(spots), by_lanes(tile))
 
 
 @triton.jit
 def places_of_sums(sums, local, SUB: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr):
     """Where `store_sums` left the sums of channels `local` of a tile, `sums` counting those of their first part."""
-    if PARTS > WIDTH:
-        sums += local % PARTS
-        return (sums // WIDTH) * (SUB * WIDTH) + local // PARTS * WIDTH + sums % WIDTH
     # `sums` is a multiple of PARTS: said apart, Triton sees that parts are neighbours.
     return (sums // WIDTH) * (SUB * WIDTH) + sums % WIDTH + (local // PARTS * WIDTH + local % PARTS)
