@@ -362,24 +362,6 @@ def _tile_transposed(rows, stride, base, tokens, columns, width, CHUNK: tl.const
 
 
 @triton.jit
-def _entered(g, stride, base, tokens, columns, width, CHUNK: tl.constexpr, BEFORE: tl.constexpr):
-    """Log decays summed from the chunk's start to each token's read: nothing is taken off again.  [CHUNK, columns]"""
-    row = tl.arange(0, CHUNK) - BEFORE
-    mask = ((row >= 0) & (base + row < tokens))[:, None] & (columns < width)[None, :]
-    found = tl.load(g + (base + row)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
-    return tl.cumsum(found.to(tl.float32), axis=0)
-
-
-@triton.jit
-def _left(g, stride, base, tokens, columns, width, CHUNK: tl.constexpr):
-    """Log decays summed from after each token to the chunk's end.  [CHUNK, columns]"""
-    row = tl.arange(0, CHUNK) + 1
-    mask = ((row < CHUNK) & (base + row < tokens))[:, None] & (columns < width)[None, :]
-    found = tl.load(g + (base + row)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
-    return tl.cumsum(found.to(tl.float32), axis=0, reverse=True)
-
-
-@triton.jit
 def _keep(rows, stride, base, tokens, columns, width, values, CHUNK: tl.constexpr):
     """Write CHUNK tokens of a result."""
     token = base + tl.arange(0, CHUNK)
@@ -578,9 +560,9 @@ def _read(
         query = _tile(q_at, q_stride, base, tokens, n, N, CHUNK).to(tl.float32) * scale
         key = _tile(k_at, k_stride, base, tokens, n, N, CHUNK).to(tl.float32)
         state = _state(kept, decayed, crossing, edge, slot, cut, crosses, sequence, head, h, n, p, N, P, EDGE)
-        entered = _entered(g_at, g_stride, base, tokens, n, N, CHUNK, BEFORE)
+        entered = totals(until(token, other, BEFORE), log_decay, PRODUCT, PRECISION)
         if REVERSE:
-            crossed = key * tl.exp2(_left(g_at, g_stride, base, tokens, n, N, CHUNK) * _LOG2_E)
+            crossed = key * decays(other > token, log_decay, PRODUCT, PRECISION)
         else:
             crossed = query * tl.exp2(entered * _LOG2_E)
         total = _times(crossed, state, total, PRODUCT, PRECISION)
@@ -669,19 +651,16 @@ def _pull(
 
     # A log decay counts in all later reads of the state before the chunk, in all earlier writes to the one after it,
     # and in its block in later reads less later writes.
-    sums = own * crossed
-    if REVERSE:
-        sums = -sums
-    if WHOLE:
-        sums += flow
-    summed = tl.cumsum(sums, axis=0, reverse=True)
-    if REVERSE:
-        summed += tl.sum(own * crossed, axis=0)[None, :]
-    if BEFORE and not REVERSE:
-        summed -= sums
-    if not WHOLE:
-        back = within(other, token, level, BEFORE and not REVERSE) & (level > 0)
-        summed += totals(back, flow, PRODUCT, PRECISION)
+    passed = own * crossed
+    back = within(other, token, level, BEFORE and not REVERSE)
+    if WHOLE and REVERSE:  # all writes less the later ones: one product is for both
+        summed = totals(back, flow - passed, PRODUCT, PRECISION) + tl.sum(passed, axis=0)[None, :]
+    elif WHOLE:
+        summed = totals(back, flow + passed, PRODUCT, PRECISION)
+    else:
+        counted = other < token if REVERSE else until(other, token, BEFORE)
+        summed = totals(counted, passed, PRODUCT, PRECISION)
+        summed += totals(back & (level > 0), flow, PRODUCT, PRECISION)
         for half in tl.range(level, LEVELS, num_stages=1, disable_licm=True):
             decay = decays(ranges(token, other, half, BEFORE), g, PRODUCT, PRECISION)
             pairs = meet(other, token, half) if REVERSE else meet(token, other, half)
@@ -743,7 +722,7 @@ def _differentiate(
             log_decay = _tile(g_at, g_stride, base, tokens, n, N, CHUNK)
             query = _tile(q_at, q_stride, base, tokens, n, N, CHUNK).to(tl.float32) * scale
             key = _tile(k_at, k_stride, base, tokens, n, N, CHUNK).to(tl.float32)
-            entered = _entered(g_at, g_stride, base, tokens, n, N, CHUNK, BEFORE)
+            entered = totals(until(token, other, BEFORE), log_decay, PRODUCT, PRECISION)
             crossed *= tl.exp2(entered * _LOG2_E)
             grad, decay_grad = _pull(
                 query, key, log_decay, entered, crossed, score_grad, token, other, smallest,
@@ -785,11 +764,11 @@ def _differentiate(
                 held += tl.sum(state * state_grad, axis=1)
                 crossed = _times(value, tl.trans(state_grad), crossed, PRODUCT, PRECISION)
             log_decay = _tile(g_at, g_stride, base, tokens, n, N, CHUNK)
+            held *= tl.exp2(tl.sum(log_decay.to(tl.float32), axis=0) * _LOG2_E)
+            crossed *= decays(other > token, log_decay, PRODUCT, PRECISION)
+            entered = totals(until(token, other, BEFORE), log_decay, PRODUCT, PRECISION)
             query = _tile(q_at, q_stride, base, tokens, n, N, CHUNK).to(tl.float32) * scale
             key = _tile(k_at, k_stride, base, tokens, n, N, CHUNK).to(tl.float32)
-            held *= tl.exp2(tl.sum(log_decay.to(tl.float32), axis=0) * _LOG2_E)
-            entered = _entered(g_at, g_stride, base, tokens, n, N, CHUNK, BEFORE)
-            crossed *= tl.exp2(_left(g_at, g_stride, base, tokens, n, N, CHUNK) * _LOG2_E)
             grad, decay_grad = _pull(
                 key, query, log_decay, entered, crossed, score_grad, token, other, smallest,
                 CHUNK, TILE_N, LEVELS, WHOLE, BEFORE, PRODUCT, PRECISION, True,
