@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from subquad_kernels.delta_rule.diagonal_levels import bound, factor, lowest_level, middle, read_by, reads
-from subquad_kernels.delta_rule.inverse import BLOCK, invert_below, invert_diagonal, store_inverse
+from subquad_kernels.delta_rule.inverse import BLOCK, invert_chunk, pairs_of, store_inverse
 from subquad_kernels.delta_rule.tiles import chunk_of, load, store
 from subquad_kernels.triton_launch import QuickLaunch
 
@@ -148,6 +148,11 @@ def relate(
     tl.store(pairs + place * CHUNK + square, pair.to(pairs.dtype.element_ty))
 
 
+@triton.jit
+def _blocks(systems, later, earlier, CHUNK: tl.constexpr):
+    return tl.load(systems + later * CHUNK + earlier)
+
+
 @QuickLaunch
 @triton.jit(do_not_specialize=["count"])
 def invert(systems, inverses, count, CHUNK: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr):
@@ -156,20 +161,14 @@ def invert(systems, inverses, count, CHUNK: tl.constexpr, TERMS: tl.constexpr, P
     Shapes:  systems: count 64 64    inverses: terms count 64 64
     """
     program = tl.program_id(0).to(tl.int64)
-    rows = tl.arange(0, BLOCK)
-    systems += program * (CHUNK * CHUNK) + rows[:, None] * CHUNK + rows[None, :]
-    turned = systems - rows[:, None] * (CHUNK - 1) + rows[None, :] * (CHUNK - 1)
-    row: tl.constexpr = BLOCK * CHUNK
-    step: tl.constexpr = row + BLOCK
-    diagonal = invert_diagonal(
-        tl.load(turned), tl.load(turned + step), tl.load(turned + 2 * step), tl.load(turned + 3 * step)
-    )
-    inverse = invert_below(
-        diagonal,
-        tl.load(systems + row), tl.load(systems + row + step), tl.load(systems + row + 2 * step),
-        tl.load(systems + 2 * row), tl.load(systems + 2 * row + step),
-        tl.load(systems + 3 * row), PRECISION,
-    )  # fmt: skip
+    systems += program * (CHUNK * CHUNK)
+    tokens = tl.arange(0, CHUNK // BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    transposed = _blocks(systems, tokens[:, None, :], tokens[:, :, None], CHUNK)
+    earlier, later = pairs_of(BLOCK, CHUNK)
+    near = _blocks(systems, later[:, :, None], earlier[:, None, :], CHUNK)
+    earlier, later = pairs_of(2 * BLOCK, CHUNK)
+    far = _blocks(systems, later[:, :, None], earlier[:, None, :], CHUNK)
+    inverse = invert_chunk(transposed, near, far, PRECISION)
     store_inverse(inverses + program * (CHUNK * CHUNK), count.to(tl.int64) * (CHUNK * CHUNK), inverse, CHUNK, TERMS)
 
 

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad_kernels.delta_rule.declaration import CHUNK, SEGMENT_CHUNKS, num_chunks, segment_programs
-from subquad_kernels.delta_rule.inverse import BLOCK, invert_below, invert_diagonal, store_inverse
+from subquad_kernels.delta_rule.inverse import BLOCK, invert_chunk, pairs_of, store_inverse
 from subquad_kernels.delta_rule.segments import Segments, is_taken, segment_of, start_of_map, store_map
 from subquad_kernels.delta_rule.tiles import (
     chunk_of,
@@ -322,38 +322,26 @@ def _decayed(tile, later, earlier, shown, DECAY: tl.constexpr):
 
 
 @triton.jit
-def _inner(k, size, stride, ROW: tl.constexpr, COLUMN: tl.constexpr, N: tl.constexpr, PAD_N: tl.constexpr,
-           PRECISION: tl.constexpr):  # fmt: skip
-    """K_r K_c^T of two blocks of 16 tokens of a chunk."""
-    left_rows, right_rows = tl.arange(0, BLOCK) + ROW * BLOCK, tl.arange(0, BLOCK) + COLUMN * BLOCK
-    # 128 bytes of a row at a time: four blocks of that are what one warp can keep in registers.
-    TILE_N: tl.constexpr = min(PAD_N, 128 // (k.dtype.element_ty.primitive_bitwidth // 8))
-    product = tl.zeros([BLOCK, BLOCK], tl.float32)
+def _system(k, size, stride, sums, gates, later, earlier, N: tl.constexpr, PAD_N: tl.constexpr, DECAY: tl.constexpr,
+            PRECISION: tl.constexpr):  # fmt: skip
+    """A_ij = beta_i (k_i . k_j) exp(b_i - b_j) where j < i, of blocks of later tokens i and earlier ones j.
+
+    Shapes:  later, earlier: blocks length (tokens of the chunk)  ->  blocks length length
+    """
+    # 64 bytes of a row at a time: four blocks of that are what one warp can keep in registers.
+    TILE_N: tl.constexpr = min(PAD_N, 64 // (k.dtype.element_ty.primitive_bitwidth // 8))
+    product = tl.zeros([later.shape[0], later.shape[1], later.shape[1]], tl.float32)
     for n in tl.range(0, PAD_N, TILE_N, num_stages=1):
         columns = n + tl.arange(0, TILE_N)
-        left = load(k, left_rows, stride, columns, left_rows < size, columns < N)
-        right = load_transposed(k, right_rows, stride, columns, right_rows < size, columns < N)
+        in_n = columns < N
+        left_at = k + later[:, :, None] * stride + columns[None, None, :]
+        left = tl.load(left_at, mask=(later < size)[:, :, None] & in_n[None, None, :], other=0.0)
+        right_at = k + earlier[:, None, :] * stride + columns[None, :, None]
+        right = tl.load(right_at, mask=(earlier < size)[:, None, :] & in_n[None, :, None], other=0.0)
         product = tl.dot(left, right, product, input_precision=PRECISION)
-    return product
-
-
-@triton.jit
-def _below(k, size, stride, later, earlier, gates, ROW: tl.constexpr, COLUMN: tl.constexpr, N: tl.constexpr,
-           PAD_N: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """A_rc = beta_i (k_i . k_j) exp(b_i - b_j) of two blocks, r > c."""
-    product = _inner(k, size, stride, ROW, COLUMN, N, PAD_N, PRECISION) * gates[:, None]
-    if DECAY:
-        product *= _power(tl.minimum(later[:, None] - earlier[None, :], 0.0))
-    return product
-
-
-@triton.jit
-def _diagonal(k, size, stride, sums, gates, ROW: tl.constexpr, N: tl.constexpr, PAD_N: tl.constexpr,
-              DECAY: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """A_rr^T, strictly upper triangular."""
-    rows = tl.arange(0, BLOCK)
-    product = _inner(k, size, stride, ROW, ROW, N, PAD_N, PRECISION) * gates[None, :]
-    return _decayed(product, sums[None, :], sums[:, None], rows[:, None] < rows[None, :], DECAY)
+    product *= tl.load(gates + later).to(tl.float32)[:, :, None]
+    shown = later[:, :, None] > earlier[:, None, :]
+    return _decayed(product, tl.load(sums + later)[:, :, None], tl.load(sums + earlier)[:, None, :], shown, DECAY)
 
 
 @QuickLaunch
@@ -364,54 +352,42 @@ def _invert(
     N: tl.constexpr, PAD_N: tl.constexpr, P: tl.constexpr, CHUNK: tl.constexpr, PACKED: tl.constexpr,
     DECAY: tl.constexpr, GATE: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """T = (I + A)^-1 of a chunk and head, in blocks of 16: substitution on the diagonal, products below it."""
+    """T = (I + A)^-1 of a chunk and head (`inverse.py`)."""
     program = tl.program_id(0)
     head, chunk = program % heads, program // heads
     first, size = chunk_of(table, chunk, t, chunks, CHUNK, PACKED)
-    rows = tl.arange(0, BLOCK)
     k += first * k_stride + head // group * N
 
     # What the kernels to come need of decays and gates: see `_Call._invert`.
+    span = tl.arange(0, CHUNK)
+    within, at = span < size, (first + span) * heads + head
     exact: tl.constexpr = vectors.dtype.element_ty
-    vectors += (chunk.to(tl.int64) * heads + head) * CHUNK + rows
+    vectors += (chunk.to(tl.int64) * heads + head) * CHUNK
     plane = slots.to(tl.int64) * heads * CHUNK
-    sums, gates, total = (), (), 0.0
-    for r in tl.static_range(4):
-        within = rows + r * BLOCK < size
-        at = (first + rows + r * BLOCK) * heads + head
-        decay = tl.zeros([BLOCK], exact)
-        if DECAY:
-            decay = tl.load(log_decay + at, mask=within, other=0.0).to(exact) * _LOG2_E
-            decay = tl.maximum(decay, -160.0)  # where exp2 is 0: sums stay finite
-        beta = tl.where(within, 1.0, 0.0)
-        if GATE:
-            beta = tl.load(gate + at, mask=within, other=0.0).to(tl.float32)
-        sums += (total + tl.cumsum(decay, 0),)
-        gates += (beta,)
-        total += tl.sum(decay, 0)
-        tl.store(vectors + r * BLOCK, sums[r])
-        tl.store(vectors + plane + r * BLOCK, beta.to(exact))
+    beta = tl.where(within, 1.0, 0.0)
+    if GATE:
+        beta = tl.load(gate + at, mask=within, other=0.0).to(tl.float32)
+    tl.store(vectors + plane + span, beta.to(exact))
+    sums = tl.zeros([CHUNK], exact)
     if DECAY:
-        for r in tl.static_range(4):
-            within = rows + r * BLOCK < size
-            here, rest = tl.where(within, _power(sums[r]), 0.0), tl.where(within, _power(total - sums[r]), 0.0)
-            tl.store(vectors + 2 * plane + r * BLOCK, here.to(exact))
-            tl.store(vectors + 3 * plane + r * BLOCK, rest.to(exact))
+        decay = tl.load(log_decay + at, mask=within, other=0.0).to(exact) * _LOG2_E
+        decay = tl.maximum(decay, -160.0)  # where exp2 is 0: sums stay finite
+        sums = tl.cumsum(decay, 0)
+        here, rest = tl.where(within, _power(sums), 0.0), tl.where(within, _power(tl.sum(decay, 0) - sums), 0.0)
+        tl.store(vectors + 2 * plane + span, here.to(exact))
+        tl.store(vectors + 3 * plane + span, rest.to(exact))
+    tl.store(vectors + span, sums)
+    # Other threads of the program read what these have written.
+    tl.debug_barrier()
 
-    a00 = _diagonal(k, size, k_stride, sums[0], gates[0], 0, N, PAD_N, DECAY, PRECISION)
-    a11 = _diagonal(k, size, k_stride, sums[1], gates[1], 1, N, PAD_N, DECAY, PRECISION)
-    a22 = _diagonal(k, size, k_stride, sums[2], gates[2], 2, N, PAD_N, DECAY, PRECISION)
-    a33 = _diagonal(k, size, k_stride, sums[3], gates[3], 3, N, PAD_N, DECAY, PRECISION)
-    diagonal = invert_diagonal(a00, a11, a22, a33)
-    a10 = _below(k, size, k_stride, sums[1], sums[0], gates[1], 1, 0, N, PAD_N, DECAY, PRECISION)
-    a21 = _below(k, size, k_stride, sums[2], sums[1], gates[2], 2, 1, N, PAD_N, DECAY, PRECISION)
-    a32 = _below(k, size, k_stride, sums[3], sums[2], gates[3], 3, 2, N, PAD_N, DECAY, PRECISION)
-    a20 = _below(k, size, k_stride, sums[2], sums[0], gates[2], 2, 0, N, PAD_N, DECAY, PRECISION)
-    a31 = _below(k, size, k_stride, sums[3], sums[1], gates[3], 3, 1, N, PAD_N, DECAY, PRECISION)
-    a30 = _below(k, size, k_stride, sums[3], sums[0], gates[3], 3, 0, N, PAD_N, DECAY, PRECISION)
-    inverse = invert_below(diagonal, a10, a21, a32, a20, a31, a30, PRECISION)
-    inverses += program.to(tl.int64) * (CHUNK * CHUNK)
-    store_inverse(inverses, plane * CHUNK, inverse, CHUNK, TERMS)
+    gates, tokens = vectors + plane, tl.arange(0, CHUNK // BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    diagonal = _system(k, size, k_stride, vectors, gates, tokens, tokens, N, PAD_N, DECAY, PRECISION)
+    earlier, later = pairs_of(BLOCK, CHUNK)
+    near = _system(k, size, k_stride, vectors, gates, later, earlier, N, PAD_N, DECAY, PRECISION)
+    earlier, later = pairs_of(2 * BLOCK, CHUNK)
+    far = _system(k, size, k_stride, vectors, gates, later, earlier, N, PAD_N, DECAY, PRECISION)
+    inverse = invert_chunk(tl.permute(diagonal, (0, 2, 1)), near, far, PRECISION)
+    store_inverse(inverses + program.to(tl.int64) * (CHUNK * CHUNK), plane * CHUNK, inverse, CHUNK, TERMS)
 
 
 @QuickLaunch

@@ -1,11 +1,18 @@
-"""T = (I + A)^-1 of a chunk of 64 tokens, A strictly lower triangular, in blocks of 16 by one warp.
+"""T = (I + A)^-1 of a chunk of 64 tokens, A strictly lower triangular, by one warp: blocks of 16, then of 32, then all.
 
-Rows are substituted inside the four diagonal blocks, together; the six blocks below follow from products of blocks,
-T_10 = -T_11 A_10 T_00 and so on. No power of A is formed: they would reach 1e18 where gates are near 2.
+Rows are substituted inside the four diagonal blocks of 16, together. Two inverses with what lies below the first are
+the inverse of a block of twice the length,
+
+    [ I + A_0           ]^-1     [       T_0           ]
+    [   A_10    I + A_1 ]      = [ -T_1 A_10 T_0   T_1 ]
+
+and the pairs of one length are one product. No power of A is formed: they would reach 1e18 where gates are near 2.
+Few products of many blocks are also what compiles fast: Triton looks from each of its products, loads and stores at all
+that it is connected with, and here everything is (README.md).
 """
 
-# What Triton compiles has no Python types, and tuples that grow.
-# mypy: disable-error-code="no-untyped-def,assignment,misc,var-annotated"
+# What Triton compiles has no Python types.
+# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
@@ -13,15 +20,6 @@ import triton
 import triton.language as tl
 
 BLOCK = tl.constexpr(16)
-
-
-@triton.jit
-def _substitute(inverse, transposed, row):
-    """Row `row` of (I + A)^-1 from the rows before it:  T_row = e_row - sum_j A_row,j T_j."""
-    rows = tl.arange(0, BLOCK)
-    coefficients = tl.sum(tl.where(rows[None, :] == row, transposed, 0.0), axis=1)
-    update = tl.sum(coefficients[:, None] * inverse, axis=0)
-    return tl.where(rows[:, None] == row, inverse - update[None, :], inverse)
 
 
 @triton.jit
@@ -33,7 +31,7 @@ def _split(tile):
 
 @triton.jit
 def _product(left, right, PRECISION: tl.constexpr):
-    """[16, 16] times [16, 16], with the accuracy of fp32; of TF32 as `tf32x3`, without its care for infinities."""
+    """left right, with the accuracy of fp32; of TF32 as `tf32x3`, without its care for infinities."""
     if PRECISION == "ieee":
         return tl.dot(left, right, input_precision=PRECISION)
     else:
@@ -45,41 +43,77 @@ def _product(left, right, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def invert_diagonal(a00, a11, a22, a33):
-    """The inverses of the four diagonal blocks of I + A, from the transposes of A's."""
-    rows = tl.arange(0, BLOCK)
-    t00 = tl.where(rows[:, None] == rows[None, :], 1.0, 0.0)
-    t11, t22, t33 = t00, t00, t00
-    for row in range(1, BLOCK):
-        t00 = _substitute(t00, a00, row)
-        t11 = _substitute(t11, a11, row)
-        t22 = _substitute(t22, a22, row)
-        t33 = _substitute(t33, a33, row)
-    return t00, t11, t22, t33
+def pairs_of(level: tl.constexpr, CHUNK: tl.constexpr):
+    """The tokens of the first and of the second block of each pair of blocks of `level` tokens.  [pairs, level]"""
+    pairs: tl.constexpr = CHUNK // (2 * level)
+    first = tl.arange(0, pairs)[:, None] * (2 * level) + tl.arange(0, level)[None, :]
+    return first, first + level
 
 
 @triton.jit
-def invert_below(diagonal, a10, a21, a32, a20, a31, a30, PRECISION: tl.constexpr):
-    """All blocks of T, row by row, from those on its diagonal and the blocks of A below it."""
-    t00, t11, t22, t33 = diagonal
-    t10 = -_product(t11, _product(a10, t00, PRECISION), PRECISION)
-    t21 = -_product(t22, _product(a21, t11, PRECISION), PRECISION)
-    t32 = -_product(t33, _product(a32, t22, PRECISION), PRECISION)
-    t20 = -_product(t22, _product(a20, t00, PRECISION) + _product(a21, t10, PRECISION), PRECISION)
-    t31 = -_product(t33, _product(a31, t11, PRECISION) + _product(a32, t21, PRECISION), PRECISION)
-    t30 = _product(a30, t00, PRECISION) + _product(a31, t10, PRECISION) + _product(a32, t20, PRECISION)
-    return t00, t10, t11, t20, t21, t22, -_product(t33, t30, PRECISION), t31, t32, t33
+def invert_blocks(transposed):
+    """(I + A)^-1 of blocks of 16, from the transposes of A: row i is e_i - sum_j A_ij row j.  [blocks, 16, 16]"""
+    rows = tl.arange(0, BLOCK)
+    diagonal = rows[None, :, None] == rows[None, None, :]
+    inverse = tl.where(diagonal, 1.0, tl.zeros_like(transposed))
+    for row in range(1, BLOCK):
+        coefficients = tl.sum(tl.where(rows[None, None, :] == row, transposed, 0.0), axis=2)
+        update = tl.sum(coefficients[:, :, None] * inverse, axis=1)
+        inverse = tl.where(rows[None, :, None] == row, inverse - update[:, None, :], inverse)
+    return inverse
+
+
+@triton.jit
+def halves(blocks):
+    """The first and the second block of every pair.  [2 pairs, length, length] -> twice [pairs, length, length]"""
+    PAIRS: tl.constexpr = blocks.shape[0] // 2
+    LENGTH: tl.constexpr = blocks.shape[1]
+    return tl.split(tl.permute(tl.reshape(blocks, [PAIRS, 2, LENGTH, LENGTH]), (0, 2, 3, 1)))
+
+
+@triton.jit
+def below(first, second, system, PRECISION: tl.constexpr):
+    """-T_1 A_10 T_0 of every pair.  [pairs, length, length]"""
+    return -_product(second, _product(system, first, PRECISION), PRECISION)
+
+
+@triton.jit
+def joined(first, second, low):
+    """Blocks of twice the length.  [pairs, length, length] -> [pairs, 2 length, 2 length]"""
+    PAIRS: tl.constexpr = first.shape[0]
+    LENGTH: tl.constexpr = first.shape[1]
+    upper, lower = tl.join(first, tl.zeros_like(first)), tl.join(low, second)
+    squares = tl.permute(tl.join(upper, lower), (0, 4, 1, 3, 2))
+    return tl.reshape(squares, [PAIRS, 2 * LENGTH, 2 * LENGTH])
+
+
+@triton.jit
+def invert_chunk(transposed, near, far, PRECISION: tl.constexpr):
+    """T_0, T_1 and what lies below T_0, from A's blocks: transposed diagonal ones, and those below, of 16 and of 32.
+
+    Shapes:  transposed: 4 16 16    near: 2 16 16    far: 1 32 32    ->  thrice 1 32 32
+    """
+    first, second = halves(invert_blocks(transposed))
+    first, second = halves(joined(first, second, below(first, second, near, PRECISION)))
+    return first, second, below(first, second, far, PRECISION)
+
+
+@triton.jit
+def _store(at, plane, tile, TERMS: tl.constexpr):
+    for term in tl.static_range(TERMS):
+        leading = tile.to(at.dtype.element_ty)
+        tl.store(at + term * plane, leading)
+        tile -= leading.to(tl.float32)
 
 
 @triton.jit
 def store_inverse(at, plane, inverse, CHUNK: tl.constexpr, TERMS: tl.constexpr):
     """Write T at `at`, and what its type rounds away a plane further where there is a second term."""
-    rows = tl.arange(0, BLOCK)
-    for r in tl.static_range(4):
-        for c in tl.static_range(4):
-            place = at + (rows + r * BLOCK)[:, None] * CHUNK + (rows + c * BLOCK)[None, :]
-            rest = inverse[r * (r + 1) // 2 + c] if c <= r else tl.zeros([BLOCK, BLOCK], tl.float32)
-            for term in tl.static_range(TERMS):
-                leading = rest.to(at.dtype.element_ty)
-                tl.store(place + term * plane, leading)
-                rest -= leading.to(tl.float32)
+    HALF: tl.constexpr = CHUNK // 2
+    rows = tl.arange(0, HALF)
+    place = at + (rows[:, None] * CHUNK + rows[None, :])[None, :, :]
+    first, second, low = inverse
+    _store(place, plane, first, TERMS)
+    _store(place + HALF * (CHUNK + 1), plane, second, TERMS)
+    _store(place + HALF * CHUNK, plane, low, TERMS)
+    _store(place + HALF, plane, tl.zeros_like(first), TERMS)

@@ -80,6 +80,7 @@ class Launch:
     violent: Tiles
     chunk: int = 64
     stretch: int | None = None
+    differentiate_together: bool = False
 
 
 @lru_cache
@@ -261,14 +262,19 @@ class _Call:
         dbonus = None if self.bonus is None else self._new(self.chunks, self.h, self.n).zero_()
         # Queries leave the decays' gradients to keys, in fp32.
         flows = dg if dg.dtype == torch.float32 else self._new(*dg.shape)
-        for whole, tiles in ((True, self.launch.differentiate), (False, self.launch.violent)):
+        together = self.launch.differentiate_together
+        for whole, tiles, queries, keys in (
+            (whole, tiles, queries, keys)
+            for queries, keys in (((True, True),) if together else ((True, False), (False, True)))
+            for whole, tiles in ((True, self.launch.differentiate), (False, self.launch.violent))
+        ):
             _differentiate[(self.chunks * self.h,)](
                 self.q, self.k, self.v, self.g, self.bonus, pull, self.table, entering.least,
                 entering.kept, entering.decays, entering.crossing, entering.edge,
                 leaving.kept, leaving.decays, leaving.crossing, leaving.edge,
                 dq, dk, dg, flows, dbonus, *self.sizes, self.scale, *self.strides, pull_stride,
                 PAD_N=padded(self.n), WHOLE=whole, INITIAL=self.initial is not None, FINAL=dfinal is not None,
-                BONUS=self.bonus is not None, **self._constants(tiles),
+                BONUS=self.bonus is not None, QUERIES=queries, KEYS=keys, **self._constants(tiles),
             )  # fmt: skip
         return {
             "q": dq,
@@ -353,24 +359,6 @@ def _tile_transposed(rows, stride, base, tokens, columns, width, CHUNK: tl.const
     token = base + tl.arange(0, CHUNK)
     mask = (token < tokens)[None, :] & (columns < width)[:, None]
     return tl.load(rows + token[None, :] * stride + columns[:, None], mask=mask, other=0.0)
-
-
-@triton.jit
-def _entered(g, stride, base, tokens, columns, width, CHUNK: tl.constexpr, BEFORE: tl.constexpr):
-    """Log decays summed from the chunk's start to each token's read: nothing is taken off again.  [CHUNK, columns]"""
-    row = tl.arange(0, CHUNK) - BEFORE
-    mask = ((row >= 0) & (base + row < tokens))[:, None] & (columns < width)[None, :]
-    found = tl.load(g + (base + row)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
-    return tl.cumsum(found.to(tl.float32), axis=0)
-
-
-@triton.jit
-def _left(g, stride, base, tokens, columns, width, CHUNK: tl.constexpr):
-    """Log decays summed from after each token to the chunk's end.  [CHUNK, columns]"""
-    row = tl.arange(0, CHUNK) + 1
-    mask = ((row < CHUNK) & (base + row < tokens))[:, None] & (columns < width)[None, :]
-    found = tl.load(g + (base + row)[:, None] * stride + columns[None, :], mask=mask, other=0.0)
-    return tl.cumsum(found.to(tl.float32), axis=0, reverse=True)
 
 
 @triton.jit
@@ -572,9 +560,9 @@ def _read(
         query = _tile(q_at, q_stride, base, tokens, n, N, CHUNK).to(tl.float32) * scale
         key = _tile(k_at, k_stride, base, tokens, n, N, CHUNK).to(tl.float32)
         state = _state(kept, decayed, crossing, edge, slot, cut, crosses, sequence, head, h, n, p, N, P, EDGE)
-        entered = _entered(g_at, g_stride, base, tokens, n, N, CHUNK, BEFORE)
+        entered = totals(until(token, other, BEFORE), log_decay, PRODUCT, PRECISION)
         if REVERSE:
-            crossed = key * tl.exp2(_left(g_at, g_stride, base, tokens, n, N, CHUNK) * _LOG2_E)
+            crossed = key * decays(other > token, log_decay, PRODUCT, PRECISION)
         else:
             crossed = query * tl.exp2(entered * _LOG2_E)
         total = _times(crossed, state, total, PRODUCT, PRECISION)
@@ -663,19 +651,16 @@ def _pull(
 
     # A log decay counts in all later reads of the state before the chunk, in all earlier writes to the one after it,
     # and in its block in later reads less later writes.
-    sums = own * crossed
-    if REVERSE:
-        sums = -sums
-    if WHOLE:
-        sums += flow
-    summed = tl.cumsum(sums, axis=0, reverse=True)
-    if REVERSE:
-        summed += tl.sum(own * crossed, axis=0)[None, :]
-    if BEFORE and not REVERSE:
-        summed -= sums
-    if not WHOLE:
-        back = within(other, token, level, BEFORE and not REVERSE) & (level > 0)
-        summed += totals(back, flow, PRODUCT, PRECISION)
+    passed = own * crossed
+    back = within(other, token, level, BEFORE and not REVERSE)
+    if WHOLE and REVERSE:  # all writes less the later ones: one product is for both
+        summed = totals(back, flow - passed, PRODUCT, PRECISION) + tl.sum(passed, axis=0)[None, :]
+    elif WHOLE:
+        summed = totals(back, flow + passed, PRODUCT, PRECISION)
+    else:
+        counted = other < token if REVERSE else until(other, token, BEFORE)
+        summed = totals(counted, passed, PRODUCT, PRECISION)
+        summed += totals(back & (level > 0), flow, PRODUCT, PRECISION)
         for half in tl.range(level, LEVELS, num_stages=1, disable_licm=True):
             decay = decays(ranges(token, other, half, BEFORE), g, PRODUCT, PRECISION)
             pairs = meet(other, token, half) if REVERSE else meet(token, other, half)
@@ -695,10 +680,11 @@ def _differentiate(
     N: tl.constexpr, P: tl.constexpr, TILE_N: tl.constexpr, TILE_P: tl.constexpr, CHUNK: tl.constexpr,
     LEVELS: tl.constexpr, BEFORE: tl.constexpr, PACKED: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, PAD_N: tl.constexpr, WHOLE: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
-    BONUS: tl.constexpr,
+    BONUS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one chunk's queries, keys and log decays, and its part of the bonus's.
 
+    QUERIES leave their part of the log decays' in `flows` to KEYS, which may be another launch.
     Shapes:  dbonus: chunks h n    the rest as the inputs, and as `_summarise` and `_compose` leave it
     """
     program = tl.program_id(0)
@@ -715,82 +701,82 @@ def _differentiate(
     g_at, at = g + first * g_stride + head * N, (first * h + head) * N
     token, other = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
 
-    # Queries: what pairs of tokens and the state before the chunk ask for, over all of p.
-    score_grad = tl.zeros([CHUNK, CHUNK], tl.float32)
-    for start in tl.range(0, P, TILE_P, num_stages=1, disable_licm=True):
-        p = start + tl.arange(0, TILE_P)
-        value = _tile(v_at, v_stride, base, tokens, p, P, CHUNK)
-        pull = _tile(dy_at, dy_stride, base, tokens, p, P, CHUNK)
-        score_grad = _times(pull, tl.trans(value), score_grad, PRODUCT, PRECISION)
-    for tile in tl.range(0, N, TILE_N, num_stages=STAGES, disable_licm=True):
-        n = tile + tl.arange(0, TILE_N)
-        crossed = tl.zeros([CHUNK, TILE_N], tl.float32)
-        for start in tl.range(0, P, TILE_P, num_stages=1, disable_licm=True):
-            p = start + tl.arange(0, TILE_P)
-            pull = _tile(dy_at, dy_stride, base, tokens, p, P, CHUNK)
-            state = _state(
-                kept, decayed, crossing, initial, slot, index - sequence - 1, precedes, sequence, head, h, n, p,
-                N, P, INITIAL,
-            )  # fmt: skip
-            crossed = _times(pull, tl.trans(state), crossed, PRODUCT, PRECISION)
-        log_decay = _tile(g_at, g_stride, base, tokens, n, N, CHUNK)
-        query = _tile(q_at, q_stride, base, tokens, n, N, CHUNK).to(tl.float32) * scale
-        key = _tile(k_at, k_stride, base, tokens, n, N, CHUNK).to(tl.float32)
-        entered = _entered(g_at, g_stride, base, tokens, n, N, CHUNK, BEFORE)
-        crossed *= tl.exp2(entered * _LOG2_E)
-        grad, decay_grad = _pull(
-            query, key, log_decay, entered, crossed, score_grad, token, other, smallest,
-            CHUNK, TILE_N, LEVELS, WHOLE, BEFORE, PRODUCT, PRECISION, False,
-        )  # fmt: skip
-        if BONUS:  # a token and itself
-            weights = tl.load(bonus + head * N + n, mask=n < N, other=0.0).to(tl.float32)
-            own = tl.sum(tl.where(token == other, score_grad, 0.0), axis=1)[:, None]
-            grad += own * weights[None, :] * key
-            place = (slot.to(tl.int64) * h + head) * N
-            tl.store(dbonus + place + n, tl.sum(own * query * key, axis=0), mask=n < N)
-        _keep(dq + at, h * N, base, tokens, n, N, grad * scale, CHUNK)
-        _keep(flows + at, h * N, base, tokens, n, N, decay_grad, CHUNK)
-    # Other threads of the program read what these have written.
-    tl.debug_barrier()
-
-    # Keys, with the gradient of the state after the chunk.
-    score_grad = tl.zeros([CHUNK, CHUNK], tl.float32)
-    for start in tl.range(0, P, TILE_P, num_stages=1, disable_licm=True):
-        p = start + tl.arange(0, TILE_P)
-        value = _tile(v_at, v_stride, base, tokens, p, P, CHUNK)
-        pull = _tile(dy_at, dy_stride, base, tokens, p, P, CHUNK)
-        score_grad = _times(value, tl.trans(pull), score_grad, PRODUCT, PRECISION)
-    for tile in tl.range(0, N, TILE_N, num_stages=STAGES, disable_licm=True):
-        n = tile + tl.arange(0, TILE_N)
-        crossed = tl.zeros([CHUNK, TILE_N], tl.float32)
-        held = tl.zeros([TILE_N], tl.float32)
+    if QUERIES:  # what pairs of tokens and the state before the chunk ask for, over all of p
+        score_grad = tl.zeros([CHUNK, CHUNK], tl.float32)
         for start in tl.range(0, P, TILE_P, num_stages=1, disable_licm=True):
             p = start + tl.arange(0, TILE_P)
             value = _tile(v_at, v_stride, base, tokens, p, P, CHUNK)
-            state = _state(
-                kept, decayed, crossing, initial, slot, index - sequence - 1, precedes, sequence, head, h, n, p,
-                N, P, INITIAL,
+            pull = _tile(dy_at, dy_stride, base, tokens, p, P, CHUNK)
+            score_grad = _times(pull, tl.trans(value), score_grad, PRODUCT, PRECISION)
+        for tile in tl.range(0, N, TILE_N, num_stages=STAGES, disable_licm=True):
+            n = tile + tl.arange(0, TILE_N)
+            crossed = tl.zeros([CHUNK, TILE_N], tl.float32)
+            for start in tl.range(0, P, TILE_P, num_stages=1, disable_licm=True):
+                p = start + tl.arange(0, TILE_P)
+                pull = _tile(dy_at, dy_stride, base, tokens, p, P, CHUNK)
+                state = _state(
+                    kept, decayed, crossing, initial, slot, index - sequence - 1, precedes, sequence, head, h, n, p,
+                    N, P, INITIAL,
+                )  # fmt: skip
+                crossed = _times(pull, tl.trans(state), crossed, PRODUCT, PRECISION)
+            log_decay = _tile(g_at, g_stride, base, tokens, n, N, CHUNK)
+            query = _tile(q_at, q_stride, base, tokens, n, N, CHUNK).to(tl.float32) * scale
+            key = _tile(k_at, k_stride, base, tokens, n, N, CHUNK).to(tl.float32)
+            entered = totals(until(token, other, BEFORE), log_decay, PRODUCT, PRECISION)
+            crossed *= tl.exp2(entered * _LOG2_E)
+            grad, decay_grad = _pull(
+                query, key, log_decay, entered, crossed, score_grad, token, other, smallest,
+                CHUNK, TILE_N, LEVELS, WHOLE, BEFORE, PRODUCT, PRECISION, False,
             )  # fmt: skip
-            state_grad = _state(
-                dkept, ddecayed, dcrossing, dfinal, slot, index - sequence, follows, sequence, head, h, n, p,
-                N, P, FINAL,
+            if BONUS:  # a token and itself
+                weights = tl.load(bonus + head * N + n, mask=n < N, other=0.0).to(tl.float32)
+                own = tl.sum(tl.where(token == other, score_grad, 0.0), axis=1)[:, None]
+                grad += own * weights[None, :] * key
+                place = (slot.to(tl.int64) * h + head) * N
+                tl.store(dbonus + place + n, tl.sum(own * query * key, axis=0), mask=n < N)
+            _keep(dq + at, h * N, base, tokens, n, N, grad * scale, CHUNK)
+            _keep(flows + at, h * N, base, tokens, n, N, decay_grad, CHUNK)
+    if QUERIES and KEYS:  # other threads of the program read what these have written
+        tl.debug_barrier()
+
+    if KEYS:  # with the gradient of the state after the chunk
+        score_grad = tl.zeros([CHUNK, CHUNK], tl.float32)
+        for start in tl.range(0, P, TILE_P, num_stages=1, disable_licm=True):
+            p = start + tl.arange(0, TILE_P)
+            value = _tile(v_at, v_stride, base, tokens, p, P, CHUNK)
+            pull = _tile(dy_at, dy_stride, base, tokens, p, P, CHUNK)
+            score_grad = _times(value, tl.trans(pull), score_grad, PRODUCT, PRECISION)
+        for tile in tl.range(0, N, TILE_N, num_stages=STAGES, disable_licm=True):
+            n = tile + tl.arange(0, TILE_N)
+            crossed = tl.zeros([CHUNK, TILE_N], tl.float32)
+            held = tl.zeros([TILE_N], tl.float32)
+            for start in tl.range(0, P, TILE_P, num_stages=1, disable_licm=True):
+                p = start + tl.arange(0, TILE_P)
+                value = _tile(v_at, v_stride, base, tokens, p, P, CHUNK)
+                state = _state(
+                    kept, decayed, crossing, initial, slot, index - sequence - 1, precedes, sequence, head, h, n, p,
+                    N, P, INITIAL,
+                )  # fmt: skip
+                state_grad = _state(
+                    dkept, ddecayed, dcrossing, dfinal, slot, index - sequence, follows, sequence, head, h, n, p,
+                    N, P, FINAL,
+                )  # fmt: skip
+                held += tl.sum(state * state_grad, axis=1)
+                crossed = _times(value, tl.trans(state_grad), crossed, PRODUCT, PRECISION)
+            log_decay = _tile(g_at, g_stride, base, tokens, n, N, CHUNK)
+            held *= tl.exp2(tl.sum(log_decay.to(tl.float32), axis=0) * _LOG2_E)
+            crossed *= decays(other > token, log_decay, PRODUCT, PRECISION)
+            entered = totals(until(token, other, BEFORE), log_decay, PRODUCT, PRECISION)
+            query = _tile(q_at, q_stride, base, tokens, n, N, CHUNK).to(tl.float32) * scale
+            key = _tile(k_at, k_stride, base, tokens, n, N, CHUNK).to(tl.float32)
+            grad, decay_grad = _pull(
+                key, query, log_decay, entered, crossed, score_grad, token, other, smallest,
+                CHUNK, TILE_N, LEVELS, WHOLE, BEFORE, PRODUCT, PRECISION, True,
             )  # fmt: skip
-            held += tl.sum(state * state_grad, axis=1)
-            crossed = _times(value, tl.trans(state_grad), crossed, PRODUCT, PRECISION)
-        log_decay = _tile(g_at, g_stride, base, tokens, n, N, CHUNK)
-        query = _tile(q_at, q_stride, base, tokens, n, N, CHUNK).to(tl.float32) * scale
-        key = _tile(k_at, k_stride, base, tokens, n, N, CHUNK).to(tl.float32)
-        held *= tl.exp2(tl.sum(log_decay.to(tl.float32), axis=0) * _LOG2_E)
-        entered = _entered(g_at, g_stride, base, tokens, n, N, CHUNK, BEFORE)
-        crossed *= tl.exp2(_left(g_at, g_stride, base, tokens, n, N, CHUNK) * _LOG2_E)
-        grad, decay_grad = _pull(
-            key, query, log_decay, entered, crossed, score_grad, token, other, smallest,
-            CHUNK, TILE_N, LEVELS, WHOLE, BEFORE, PRODUCT, PRECISION, True,
-        )  # fmt: skip
-        if BONUS:
-            weights = tl.load(bonus + head * N + n, mask=n < N, other=0.0).to(tl.float32)
-            own = tl.sum(tl.where(token == other, score_grad, 0.0), axis=1)[:, None]
-            grad += own * weights[None, :] * query
-        _keep(dk + at, h * N, base, tokens, n, N, grad, CHUNK)
-        decay_grad += _tile(flows + at, h * N, base, tokens, n, N, CHUNK) + held[None, :]
-        _keep(dg + at, h * N, base, tokens, n, N, decay_grad, CHUNK)
+            if BONUS:
+                weights = tl.load(bonus + head * N + n, mask=n < N, other=0.0).to(tl.float32)
+                own = tl.sum(tl.where(token == other, score_grad, 0.0), axis=1)[:, None]
+                grad += own * weights[None, :] * query
+            _keep(dk + at, h * N, base, tokens, n, N, grad, CHUNK)
+            decay_grad += _tile(flows + at, h * N, base, tokens, n, N, CHUNK) + held[None, :]
+            _keep(dg + at, h * N, base, tokens, n, N, decay_grad, CHUNK)
