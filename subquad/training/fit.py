@@ -7,7 +7,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ from subquad.training.report import write_report
 from subquad.training.resume import check_same_data, check_same_samples, resumed_config
 from subquad.training.room import check_room
 from subquad.training.run_folder import RunFolder, disk_errors
+from subquad.training.run_page import write_run_section
 from subquad.training.sharding import is_sharded
 from subquad.training.step_clock import StepClock
 from subquad.training.stopping import EXIT_TERMINATED, Interrupts, StopAfterStep
@@ -100,22 +101,39 @@ def train(config: RunConfig, *, overrides: Sequence[str] | None = None) -> Train
     if config.resume is not None:
         folder, config = resumed_config(config, overrides)
     ranks = ranks_here(config.trainer)
-    with share_of_threads(config.trainer.devices):
+    with share_of_threads(config.trainer.devices), ExitStack() as stack:
         if ranks.from_outside and ranks.rank > 0:
             with process_group(ranks, None):
                 return _fit(_joined(RunFolder(Path(told_by_rank_zero(None))), ranks), ranks)
-        prepared = _started(config) if folder is None else _resumed(folder, config, ranks)
+        if folder is None:
+            prepared = _started(config)
+            stack.enter_context(_held(prepared.folder, "run_dir"))
+        else:
+            stack.enter_context(_held(folder, "resume"))
+            prepared = _resumed(folder, config, ranks)
         with process_group(ranks, prepared.folder.path):
             if ranks.from_outside and ranks.world_size > 1:
                 told_by_rank_zero(str(prepared.folder.path))
             with disk_errors(prepared.folder):
-                prepared, result = _fit_without_failing_kernels(prepared, ranks)
+                try:
+                    prepared, result = _fit_without_failing_kernels(prepared, ranks)
+                except (KeyboardInterrupt, SystemExit):
+                    write_run_section(prepared.folder)
+                    raise
         with disk_errors(prepared.folder):
             write_report(
                 prepared.folder, unigram_bits_per_byte=prepared.data.unigram_bits_per_byte, overrides=overrides
             )
     print(result, flush=True)
     return result
+
+
+@contextmanager
+def _held(folder: RunFolder, option: str) -> Iterator[None]:
+    with ExitStack() as stack:
+        with disk_errors(folder):
+            stack.enter_context(run_folder.held(folder, f"{option}={folder.path}"))
+        yield
 
 
 def _fit_without_failing_kernels(prepared: _Prepared, ranks: Ranks) -> tuple[_Prepared, TrainResult]:
@@ -201,6 +219,7 @@ def _resumed(folder: RunFolder, config: RunConfig, ranks: Ranks) -> _Prepared:
     with disk_errors(folder):
         folder.report.unlink(missing_ok=True)  # its presence says that the run has ended
         _write_plan(folder, config, prepared.plan)
+        write_run_section(folder)
     return prepared
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from subquad.training.module import TrainingModule
-from subquad.training.recorder import Recorder
+from subquad.training.recorder import Recorder, is_fitting
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -52,7 +52,7 @@ class ProgressBar(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._bar is not None:
             self._update(trainer)
-        else:
+        elif is_fitting(trainer):
             self._line()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
 
 from subquad.training.batch import Batch
 from subquad.training.checkpoint import remove_unfinished, write_checkpoint
@@ -42,6 +43,11 @@ class Throughput:
         rate = self.tokens / self.seconds if self.seconds else None
         self.tokens, self.seconds = 0, 0.0
         return rate
+
+
+def is_fitting(trainer: L.Trainer) -> bool:
+    """Whether steps are taken; a run with none left is only validated."""
+    return trainer.state.fn == TrainerFn.FITTING
 
 
 class Recorder(L.Callback):
@@ -111,6 +117,8 @@ class Recorder(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, TrainingModule)
+        if not is_fitting(trainer):
+            return  # no step was taken, and the row of the last one has its validation
         found = pl_module.validation
         assert found is not None
         if self._row.get("step") != found.step:
