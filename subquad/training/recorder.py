@@ -9,11 +9,13 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 
+from subquad.log import detail
 from subquad.training.batch import Batch
 from subquad.training.checkpoint import remove_unfinished, write_checkpoint
 from subquad.training.gradient_norms import GradientNorms
 from subquad.training.metrics import COLUMNS, CsvRecord, SampleRecord
 from subquad.training.module import TrainingModule
+from subquad.training.positions import position_columns
 from subquad.training.run_folder import RunFolder
 from subquad.training.sharded_checkpoint import write_sharded_checkpoint
 from subquad.training.tracking import Tracker
@@ -66,6 +68,7 @@ class Recorder(L.Callback):
         *,
         rank: int,
         records_samples: bool,
+        seq_len: int,
         resumed_at: int | None,
         spent_s: float,
     ) -> None:
@@ -74,7 +77,8 @@ class Recorder(L.Callback):
         self._samples = SampleRecord(folder.samples(rank), resumed_at) if records_samples else None
         self._metrics: CsvRecord | None = None
         if self._writes:
-            self._metrics = CsvRecord(folder.metrics, (*COLUMNS, *gradient_norms.columns), resumed_at)
+            columns = (*COLUMNS, *gradient_norms.columns, *position_columns(seq_len))
+            self._metrics = CsvRecord(folder.metrics, columns, resumed_at)
             remove_unfinished(folder.checkpoints)
         self._started = time.monotonic() - spent_s
         self._throughput = Throughput()
@@ -126,6 +130,7 @@ class Recorder(L.Callback):
         self._row |= {"val/loss": found.loss}
         if found.bits_per_byte is not None:
             self._row |= {"val/bits_per_byte": found.bits_per_byte}
+        self._row |= found.by_position
         self.last = self.last | self._row
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -175,9 +180,12 @@ class Recorder(L.Callback):
             if self._samples is not None:
                 self._samples.flush()
             data = trainer.datamodule.state_dict()  # type: ignore[attr-defined]  # of a stream from all ranks
+            begun = time.monotonic()
             if self._writes or pl_module.is_sharded:
                 self._save(trainer, pl_module, step, data)
             trainer.strategy.barrier("checkpoint")
+            if self._writes:
+                detail(f"checkpoint of step {step} written in {time.monotonic() - begun:.2f} s")
 
     def _save(self, trainer: L.Trainer, pl_module: TrainingModule, step: int, data: dict[str, Any]) -> None:
         schedule: Any = trainer.lr_scheduler_configs[0].scheduler

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from subquad.component_config import typed_config
 from subquad.errors import ConfigError, ResumeError, RunError
+from subquad.log import say
 from subquad.schema import RunConfig
 
 FORMAT_VERSION = 1
@@ -166,7 +166,7 @@ def held(folder: RunFolder, where: str) -> Iterator[None]:
         with suppress(Timeout):
             lock.acquire(timeout=0)
         if not lock.is_locked:
-            print(f"another process holds {folder.lock}: waiting for it", file=sys.stderr, flush=True)
+            say(f"another process holds {folder.lock}: waiting for it")
             lock.acquire(timeout=HELD_WAIT_S)
     except Timeout:
         raise ResumeError(

@@ -1,7 +1,7 @@
 """What became of a run, in its report.html before the plan: outcome, curves over steps, evaluation, configuration.
 
-`report.html` is begun by the compiler with the plan, before the first step; this part is written when the run ends or is
-interrupted, and again when it is evaluated. The page refers to nothing outside of itself.
+`report.html` is begun by the compiler with the plan, before the first step; this part is written when the run ends or
+is interrupted, and again when it is evaluated. The page refers to nothing outside of itself.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from subquad.compiler.svg import COLOURS, tag
 from subquad.training.compare import FIGURES, NONE, ComparedRun, read_run
 from subquad.training.compare_page import curves
 from subquad.training.gradient_norms import FAMILY_PREFIX
+from subquad.training.positions import POSITION_PREFIX
 from subquad.training.run_folder import RunFolder, write_text
 
 PLOTS: Mapping[str, Mapping[str, str]] = {
@@ -49,7 +50,12 @@ def run_section(run: ComparedRun, folder: RunFolder) -> str:
     parts += [tag("p", escape(f"{gap}.")) for gap in run.gaps]
     shown = [(label, figure(run)) for label, figure in FIGURES.items()]
     parts.append(_table([row for row in shown if row[1] != NONE]))
-    for label, columns in {**PLOTS, "gradient norm, before clipping": _gradient_norms(run)}.items():
+    norms, positions = _called(run, FAMILY_PREFIX), _called(run, POSITION_PREFIX)
+    by_column = {
+        "validation loss by tokens of the document seen": positions,
+        "gradient norm, before clipping": {"all": "gradient_norm", **norms},
+    }
+    for label, columns in {**PLOTS, **by_column}.items():
         lines = {name: line for name, column in columns.items() if (line := run.over_steps(column))}
         if lines:
             parts += [tag("h2", escape(label)), plot(lines, label)]
@@ -72,10 +78,10 @@ def plot(lines: Mapping[str, Sequence[tuple[float, float]]], label: str) -> str:
     return curves(lines, colours, label, over="steps") + (tag("p", legend) if len(lines) > 1 else "")
 
 
-def _gradient_norms(run: ComparedRun) -> dict[str, str]:
-    """The norm of the whole gradient and of each family, by their columns."""
-    columns = dict.fromkeys(column for row in run.rows for column in row if column.startswith(FAMILY_PREFIX))
-    return {"all": "gradient_norm"} | {column.removeprefix(FAMILY_PREFIX): column for column in columns}
+def _called(run: ComparedRun, prefix: str) -> dict[str, str]:
+    """The columns of metrics.csv that begin so, by what follows, in their order there."""
+    columns = dict.fromkeys(column for row in run.rows for column in row if column.startswith(prefix))
+    return {column.removeprefix(prefix): column for column in columns}
 
 
 def _evaluation(folder: RunFolder) -> list[str]:
