@@ -48,6 +48,10 @@ TARGET_PREFIXES = ("lightning.pytorch.callbacks.",)
 """Code that a recipe may name below `callbacks`; a recipe is data, which may come from anywhere."""
 HYDRA_PREFIXES = ("hydra.", "hydra_plugins.", "logging.", "colorlog.")
 """Code that a recipe may name below `hydra`: launchers, sweepers and callbacks that were installed as such; logging."""
+LAUNCHERS = {
+    "joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit", "ray": "ray", "ray_aws": "ray",
+}  # fmt: skip
+"""Hydra's launchers that an extra of the distribution installs."""
 
 
 def load_config(
@@ -410,6 +414,11 @@ def _missing_config(error: MissingConfigException, registry: Registry) -> Subqua
     if not group:
         mend = "name a YAML file of the folder given by --config-dir, or leave --config-name out"
         return NotFoundError(what=f"no root config is called '{name}'", where=f"--config-name {name}", mend=mend)
+    if group == "hydra/launcher" and name in LAUNCHERS:
+        return NotFoundError(
+            what=f"the launcher {name} is not installed", where=f"{group}={name}",
+            mend=f"pip install 'subquad[{LAUNCHERS[name]}]'",
+        )  # fmt: skip
     have = f"there are {', '.join(sorted(options))}" if options else "there are none"
     return NotFoundError(
         what=f"no {group} is called '{name}'",

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from subquad.errors import ConfigError
+from subquad.errors import ConfigError, suggestion
 
 AUTO = "auto"
 """An entry of a schedule whose mixer the compiler chooses."""
@@ -17,6 +17,7 @@ MOST_LAYERS = 10_000
 MOST_PROCESSES = 1024
 """Ranks, or workers of a loader, on one machine."""
 INFINITY = float("inf")
+LOG_LEVELS = ("debug", "info", "warning", "error")
 CHUNKED = "chunked"
 LOSSES = ("whole", CHUNKED)
 STD_RULES = ("width", "small")
@@ -252,6 +253,7 @@ class RunConfig:
     target: str = "auto"  # the machine at hand, or the name or path of a device file
     calibrate: str = "offer"  # a device that the cost model does not know: offer (a line) | auto (at once) | never
     compile: bool = False  # torch.compile the rewritten model
+    log_level: str = "info"  # debug | info | warning | error: what is said on stderr, by us and by those we call
     tracking: str = "csv"  # none | csv | wandb | tensorboard  (metrics.csv is always written)
     profile: bool = False  # three steps, as torch's profiler sees them, into trace.json
     run_dir: str | None = None  # default: runs/<date>/<time>-<model>
@@ -261,6 +263,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check_limits(self, "", seed=(-(2**63), 2**63 - 1))
+        if self.log_level not in LOG_LEVELS:
+            raise ConfigError(
+                what=f"log_level is '{self.log_level}'",
+                where="log_level",
+                mend=f"{suggestion(self.log_level, LOG_LEVELS)}use one of {', '.join(LOG_LEVELS)}",
+            )
 
 
 @dataclass(kw_only=True)

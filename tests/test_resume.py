@@ -17,7 +17,7 @@ from compared_runs import assert_same_run, weights
 from subquad.compiler.plan import Plan
 from subquad.errors import ResumeError
 from subquad.schema import ChannelMixerConfig, ModelConfig, RunConfig, TrainerConfig
-from subquad.training import fit
+from subquad.training import fit, run_folder
 from subquad.training.checkpoint import newest_checkpoint
 from subquad.training.fit import train
 from subquad.training.metrics import read_metrics
@@ -177,8 +177,11 @@ def test_a_finished_run_resumes_to_its_validation(tiny_run: TinyRun, capsys: pyt
     first = train(config)
     before = RunFolder(first.run_dir).metrics.read_text()
     assert "nothing is left to train" not in capsys.readouterr().err
-    again = train(tiny_run("done", max_steps=5, run={"resume": config.run_dir}))
-    assert "nothing is left to train: the run is at step 5 of 5; trainer.max_steps=N goes on" in capsys.readouterr().err
+    again = train(tiny_run("done", max_steps=5, progress_bar=True, run={"resume": config.run_dir}))
+    shown = capsys.readouterr().err
+    assert "nothing is left to train: the run is at step 5 of 5; trainer.max_steps=N goes on" in shown
+    assert "step      0" not in shown, "a line of a step that was not taken"
+    assert again.train_loss is None
     assert (again.step, again.validation_loss) == (first.step, first.validation_loss)
     assert RunFolder(first.run_dir).metrics.read_text() == before
 
@@ -270,3 +273,23 @@ def test_what_is_no_run_folder_is_refused(tiny_run: TinyRun, tmp_path: Path, con
         train(tiny_run("folder", run={"resume": str(folder)}))
     assert getattr(caught.value, "exit_code", None) == 2, caught.value
     assert str(folder) in str(caught.value)
+
+
+def test_a_run_that_another_process_trains_is_refused(
+    tiny_run: TinyRun, start_run: Callable[[RunConfig], Child], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_run("held", max_steps=100_000, every=1, keep=1)
+    path = Path(str(config.run_dir))
+    process = start_run(config)
+    wait_for(lambda: newest_checkpoint(path / "checkpoints"), process)
+    again = tiny_run("held", max_steps=100_000, every=1, keep=1, run={"resume": config.run_dir})
+    with monkeypatch.context() as impatient:
+        impatient.setattr(run_folder, "HELD_WAIT_S", 0.1)
+        with pytest.raises(ResumeError, match="another process trains this run"):
+            train(again)
+    process.kill()
+    process.communicate()
+    at_kill = newest_checkpoint(path / "checkpoints")
+    assert at_kill is not None
+    again.trainer.max_steps = at_kill.step + 1
+    assert train(again).step == at_kill.step + 1

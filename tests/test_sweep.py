@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,18 @@ def test_digests_tell_jobs_apart_and_one_overlooks_what_a_job_may_be_asked_anew(
 
 
 # Launchers
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_launcher_that_is_not_installed_is_named_with_its_extra(
+    launcher: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if find_spec("hydra_plugins") and find_spec(f"hydra_plugins.{LAUNCHERS[launcher]}"):
+        pytest.skip("it is installed")
+    assert main(["train", "--multirun", f"hydra/launcher={launcher}", "seed=0,1", "run_dir=out"]) == 2
+    extra = launcher.removesuffix("_local")
+    assert f"the launcher {launcher} is not installed" in (shown := capsys.readouterr().err)
+    assert f"pip install 'subquad[{extra}]'" in shown
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)

@@ -30,6 +30,7 @@ from subquad.compose import (
     to_run_config,
 )
 from subquad.errors import ConfigError, SubquadError
+from subquad.log import at_level
 from subquad.registry import Registry, load_registry
 from subquad.schema import RunConfig
 
@@ -95,7 +96,8 @@ class _Task:
                 config = to_run_config(composed, self._registry)
                 if is_sweep and config.run_dir is not None:
                     config.run_dir = str(Path(config.run_dir) / str(hydra_config.job.num))
-                self._jobs[is_sweep](config, overrides)
+                with at_level(config.log_level):
+                    self._jobs[is_sweep](config, overrides)
         except SubquadError as error:
             if is_sweep:  # Hydra runs the other jobs before it says which one failed first
                 print(f"job {hydra_config.job.num} failed: {' '.join(overrides)}\n{error}", file=sys.stderr, flush=True)

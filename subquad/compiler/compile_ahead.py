@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 
+from subquad.log import say
 from subquad_kernels.catalogue import Kernel
 from subquad_kernels.first_calls import FirstCall, cores, first_calls
 from subquad_kernels.self_check import VerdictStore
@@ -23,5 +23,5 @@ def compile_ahead(
     if not wanted:
         return []
     names = ", ".join(dict.fromkeys(kernel.key for kernel, _ in wanted))
-    print(f"compiling {names} on {cores()} cores (once)", file=sys.stderr)
+    say(f"compiling {names} on {cores()} cores (once)")
     return first_calls(wanted, device)

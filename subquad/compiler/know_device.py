@@ -7,7 +7,6 @@ never    nothing
 
 from __future__ import annotations
 
-import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from subquad.compiler.options import CompileOptions
 from subquad.compiler.profile import profile_path
 from subquad.compiler.target import Target
 from subquad.errors import ConfigError, suggestion
+from subquad.log import say
 from subquad.schema import CalibrateConfig, RunConfig
 from subquad_cost_model import LearnedEstimator
 
@@ -46,11 +46,11 @@ def know_device(target: Target, config: RunConfig) -> None:
         return
     from subquad.compiler.calibrate import calibrate_and_keep
 
-    print(f"{target.device.name} is new to the cost model: calibrating (calibrate=auto)", file=sys.stderr)
+    say(f"{target.device.name} is new to the cost model: calibrating (calibrate=auto)")
     done = calibrate_and_keep(target, CalibrateConfig(budget_s=config.compiler.calibrate_budget_s))
     if done.before is not None and done.after is not None:
         factors = f"off by a factor of {done.before.error_factor:.2f} before, {done.after.error_factor:.2f} after"
-        print(f"calibrated by {done.fitted} rows: {factors}, on shapes kept apart", file=sys.stderr)
+        say(f"calibrated by {done.fitted} rows: {factors}, on shapes kept apart")
 
 
 def is_known(target: Target, options: CompileOptions) -> bool:
@@ -74,8 +74,7 @@ def _devices_of(folder: Path) -> frozenset[str]:
 
 @lru_cache(maxsize=8)
 def _offer(name: str, budget_s: float) -> None:
-    print(
+    say(
         f"{name} is new to the cost model: `python -m subquad calibrate budget_s={budget_s:.0f}` corrects it, "
-        "calibrate=auto does so before a run, calibrate=never says nothing",
-        file=sys.stderr,
+        "calibrate=auto does so before a run, calibrate=never says nothing"
     )

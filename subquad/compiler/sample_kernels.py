@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 import uuid
 from collections import Counter, defaultdict
@@ -20,6 +19,7 @@ from subquad.compiler.shape_pool import layouts, shapes
 from subquad.compiler.target import Target
 from subquad.compiler.time_cells import CellTimer, DeviceLostError
 from subquad.compiler.workload import cost_row, phases
+from subquad.log import say
 from subquad_cost_model import LearnedEstimator, TimedRow, Trees, lower_bound_s, read_timed_rows, timed
 from subquad_cost_model import write_timed_rows as write_rows
 from subquad_cost_model.sampler import Cell, Sampler
@@ -236,7 +236,7 @@ class SampleRun:
         self._say(f"{found}; {max(0.0, self.left_s):.0f} s left")  # the last row may end after the budget
 
     def _say(self, text: str) -> None:
-        print(f"[{self._budget_s - self.left_s:5.0f} s] {text}", file=sys.stderr, flush=True)
+        say(f"[{self._budget_s - self.left_s:5.0f} s] {text}")
 
     def spent(self) -> dict[str, float]:
         """Seconds by kernel."""

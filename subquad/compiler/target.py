@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -12,6 +11,7 @@ from filelock import FileLock
 
 from subquad.cache import user_cache
 from subquad.errors import ConfigError, NotFoundError
+from subquad.log import say
 from subquad_cost_model import Device, UnknownDeviceError, load_device, probe_device, shipped_devices
 from subquad_kernels.device_limits import device_limits
 from subquad_kernels.self_check import stack_versions
@@ -99,5 +99,5 @@ def _probed(name: str, full_name: str) -> Device:
 
 
 def _probe(name: str) -> Device:
-    print(f"probing {device_limits(name).name} (once)", file=sys.stderr)
+    say(f"probing {device_limits(name).name} (once)")
     return probe_device(kind="cpu" if name == "cpu" else "cuda")

@@ -32,17 +32,45 @@ def chunked_cross_entropy(
     Shapes:  hidden: ... d    head: v d    targets: ...   ->  scalar
     Source:  Hsu et al. 2024 (Liger Kernel), section 3.2: gradients in the forward of a fused linear cross entropy.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    with torch.autocast(device, enabled=False):
+    dtype = _dtype_of_products(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
         summed: Tensor = _ChunkedCrossEntropy.apply(
             hidden.flatten(0, -2).to(dtype), head, targets.flatten(), logit_cap, ignored, torch.is_grad_enabled()
         )
     return summed
 
 
+@torch.compiler.disable
+@torch.no_grad()
+def chunked_nats(
+    hidden: Tensor, head: Tensor, targets: Tensor, *, logit_cap: float = 0.0, ignored: int = -100
+) -> Tensor:
+    """What `chunked_cross_entropy` sums, target by target and without a gradient; 0 where a target is `ignored`.
+
+    Shapes:  hidden: ... d    head: v d    targets: ...   ->  ... (float32 or wider)
+    """
+    dtype = _dtype_of_products(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        matrix, size = head.to(dtype), chunk_tokens(len(head))
+        chunks = zip(hidden.flatten(0, -2).to(dtype).split(size), targets.flatten().split(size), strict=True)
+        nats = [_of_chunk(_logits(x, matrix), target, logit_cap, ignored, False)[0] for x, target in chunks]
+    return torch.cat(nats).view(targets.shape)
+
+
+def _dtype_of_products(hidden: Tensor) -> torch.dtype:
+    """Autocast's where it is on; asked before it is switched off."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def _logits(x: Tensor, matrix: Tensor) -> Tensor:
+    return (x @ matrix.T).to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _of_chunk(logits: Tensor, targets: Tensor, cap: float, ignored: int, differentiable: bool) -> tuple[Tensor, Tensor]:
-    """Summed nats, and their gradient  softmax - one-hot  by the logits, which are overwritten.  Shapes:  logits: n v
+    """Nats, and the gradient of their sum,  softmax - one-hot,  by the logits, which are overwritten.
+
+    Shapes:  logits: n v  ->  n, n v
 
     Where it is not asked for, the gradient is empty.
     """
@@ -50,7 +78,7 @@ def _of_chunk(logits: Tensor, targets: Tensor, cap: float, ignored: int, differe
     places = targets[:, None].where(counts, 0)
     squashed = logits.div_(cap).tanh_() if cap else None
     log_p = (logits if squashed is None else cap * squashed).log_softmax(dim=-1)
-    nats = -(log_p.gather(1, places) * counts).sum()
+    nats = -(log_p.gather(1, places) * counts)[:, 0]
     if not differentiable:
         return nats, logits.new_empty(0)
     gradient = log_p.exp_().scatter_add_(1, places, -torch.ones_like(places, dtype=log_p.dtype)).mul_(counts)
@@ -71,8 +99,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         size = chunk_tokens(len(head))
         for start in range(0, len(hidden), size):
             x, target = hidden[start : start + size], targets[start : start + size]
-            nats, gradient = _of_chunk((x @ matrix.T).to(wide), target, cap, ignored, for_hidden or for_head)
-            summed += nats
+            nats, gradient = _of_chunk(_logits(x, matrix), target, cap, ignored, for_hidden or for_head)
+            summed += nats.sum()
             gradient = gradient.to(x.dtype)
             if hidden_gradient is not None:
                 torch.mm(gradient, matrix, out=hidden_gradient[start : start + size])

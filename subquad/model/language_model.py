@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from subquad.contracts import Carry
 from subquad.model.block import Block
-from subquad.model.chunked_cross_entropy import chunked_cross_entropy
+from subquad.model.chunked_cross_entropy import chunked_cross_entropy, chunked_nats
 from subquad.model.recompute import checkpointed
 from subquad.parallel.part import SequencePart
 
@@ -63,10 +63,13 @@ class LanguageModel(nn.Module):
                 block.channel_mixer.init_parameters(std)
             block.mixer.init_parameters(std)
 
-    def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, cu_seqlens: Tensor | None = None, targets: Tensor | None = None, *, each: bool = False
+    ) -> Tensor:
         """Logits of whole sequences; given targets, the sum of their cross entropy instead, computed in chunks.
 
-        Shapes:  tokens: b t    cu_seqlens: documents + 1    targets: b t (-100: none)  ->  b t vocab, or a scalar
+        With `each`, the cross entropy of every target (0 where there is none) instead of the sum, without a gradient.
+        Shapes:  tokens: b t    cu_seqlens: documents + 1    targets: b t (-100: none)  ->  b t vocab; a scalar; b t
         `cu_seqlens` bounds the documents of the flattened b t tokens, row ends included.
         """
         x = self.embedding(tokens)
@@ -86,7 +89,8 @@ class LanguageModel(nn.Module):
         if targets is None:
             return self.logits(x)
         head, hidden = self._head(), self.norm(x)
-        return chunked_cross_entropy(hidden, head, targets, logit_cap=self.logit_cap)  # type: ignore[no-any-return]
+        loss = chunked_nats if each else chunked_cross_entropy
+        return loss(hidden, head, targets, logit_cap=self.logit_cap)  # type: ignore[no-any-return]
 
     def empty_carry(self, batch_size: int) -> ModelCarry:
         """The carry before the first token."""

@@ -43,10 +43,13 @@ class ComparedRun:
         trainer = self.config.trainer
         return trainer.samples_per_step(trainer.devices) * trainer.seq_len
 
+    def over_steps(self, column: str) -> list[tuple[float, float]]:
+        """A column of metrics.csv over steps; what is no number (a run that diverged) is left out."""
+        return [(row["step"], row[column]) for row in self.rows if math.isfinite(row.get(column, math.nan))]
+
     def curve(self, column: str) -> list[tuple[float, float]]:
-        """A column of metrics.csv over tokens; what is no number (a run that diverged) is left out."""
-        found = [(row["step"] * self.tokens_per_step, row[column]) for row in self.rows if column in row]
-        return [(tokens, value) for tokens, value in found if math.isfinite(value)]
+        """The same over tokens, by which runs of other batches compare."""
+        return [(step * self.tokens_per_step, value) for step, value in self.over_steps(column)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +78,10 @@ def compare(paths: Sequence[str]) -> Comparison:
             what=f"{len(paths) or 'no'} run is named", where="compare.runs", mend="name two or more: runs=[A,B]"
         )
     folders = [Path(path).expanduser().absolute() for path in paths]
-    runs = [_read(folder, name, path) for folder, name, path in zip(folders, _names(folders), paths, strict=True)]
+    runs = [
+        read_run(folder, name, f"runs={path}")
+        for folder, name, path in zip(folders, _names(folders), paths, strict=True)
+    ]
     first, *others = runs
     return Comparison(
         runs=runs,
@@ -89,9 +95,10 @@ def compare(paths: Sequence[str]) -> Comparison:
     )
 
 
-def _read(path: Path, name: str, given: str) -> ComparedRun:
+def read_run(path: Path, name: str, where: str) -> ComparedRun:
+    """What the folder of a run holds; `where` is the option that named it.  Raises: ResumeError."""
     folder = RunFolder(path)
-    config = read_config(folder, f"runs={given}")
+    config = read_config(folder, where)
     gaps: list[str] = []
 
     def read(file: Path, reader: Callable[[Path], Any], empty: Any) -> Any:

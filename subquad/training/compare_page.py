@@ -22,6 +22,9 @@ CURVES = {
 }
 """Columns of metrics.csv that are drawn over tokens, where a run has them."""
 
+MOST_POINTS, MOST_DOTS = 2000, 60
+"""Of a line: a run of weeks makes a page of some hundred kilobytes all the same, and dots that do not hide it."""
+
 
 def write_page(comparison: Comparison, path: Path) -> None:
     """Write the page, all of it or nothing.  Raises: ConfigError."""
@@ -60,25 +63,34 @@ def page(comparison: Comparison) -> str:
     return f"<!doctype html>\n{tag('html', tag('head', head) + tag('body', chr(10).join(body)), lang='en')}\n"
 
 
-def curves(lines: Mapping[str, Sequence[tuple[float, float]]], colours: Mapping[str, str], label: str) -> str:
-    """Lines by name over tokens, from zero on, with room above and below them; a point's title says what it is."""
+def curves(
+    lines: Mapping[str, Sequence[tuple[float, float]]], colours: Mapping[str, str], label: str, over: str = "tokens"
+) -> str:
+    """Lines by name over tokens or steps, from zero on, with room above and below; a point's title says what it is."""
     points = [point for line in lines.values() for point in line]
     low, high = min(y for _, y in points), max(y for _, y in points)
     room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     plot = LogPlot(
         x=(0.0, max(x for x, _ in points) or 1.0),
         y=(low - room, high + room),
-        x_label="tokens",
+        x_label=over,
         y_label=label,
         size=(720, 320),
         linear_x=True,
         linear_y=True,
     )
     for name, line in lines.items():
-        plot.line(line, stroke=colours[name], stroke_width=1.5)
-        for x, y in line:
-            plot.point(x, y, f"{name}: {y:.6g} after {x:,.0f} tokens", colours[name], filled=False)
+        plot.line(thinned(line, MOST_POINTS), stroke=colours[name], stroke_width=1.5)
+        for x, y in thinned(line, MOST_DOTS):
+            plot.point(x, y, f"{name}: {y:.6g} after {x:,.0f} {over}", colours[name], filled=False)
     return plot.drawn()
+
+
+def thinned(line: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+    """At most so many of a line's points, evenly spaced, the first and the last among them."""
+    if len(line) <= most:
+        return list(line)
+    return [line[round(number * (len(line) - 1) / (most - 1))] for number in range(most)]
 
 
 def _table(corner: str, names: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:

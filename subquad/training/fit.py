@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import logging
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from subquad.compiler.plan import Plan
 from subquad.compiler.predict_step import predict_step
 from subquad.compiler.report import PLAN_COLUMNS, choice_table
 from subquad.errors import ConfigError, ResumeError, suggestion
+from subquad.log import at_level, caution, says
 from subquad.model.build import build_model
 from subquad.model.import_weights import import_weights
 from subquad.model.language_model import LanguageModel
@@ -61,6 +61,7 @@ from subquad.training.report import write_report
 from subquad.training.resume import check_same_data, check_same_samples, resumed_config
 from subquad.training.room import check_room
 from subquad.training.run_folder import RunFolder, disk_errors
+from subquad.training.run_page import write_run_section
 from subquad.training.sharding import is_sharded
 from subquad.training.step_clock import StepClock
 from subquad.training.stopping import EXIT_TERMINATED, Interrupts, StopAfterStep
@@ -100,22 +101,39 @@ def train(config: RunConfig, *, overrides: Sequence[str] | None = None) -> Train
     if config.resume is not None:
         folder, config = resumed_config(config, overrides)
     ranks = ranks_here(config.trainer)
-    with share_of_threads(config.trainer.devices):
+    with at_level(config.log_level), share_of_threads(config.trainer.devices), ExitStack() as stack:
         if ranks.from_outside and ranks.rank > 0:
             with process_group(ranks, None):
                 return _fit(_joined(RunFolder(Path(told_by_rank_zero(None))), ranks), ranks)
-        prepared = _started(config) if folder is None else _resumed(folder, config, ranks)
+        if folder is None:
+            prepared = _started(config)
+            stack.enter_context(_held(prepared.folder, "run_dir"))
+        else:
+            stack.enter_context(_held(folder, "resume"))
+            prepared = _resumed(folder, config, ranks)
         with process_group(ranks, prepared.folder.path):
             if ranks.from_outside and ranks.world_size > 1:
                 told_by_rank_zero(str(prepared.folder.path))
             with disk_errors(prepared.folder):
-                prepared, result = _fit_without_failing_kernels(prepared, ranks)
+                try:
+                    prepared, result = _fit_without_failing_kernels(prepared, ranks)
+                except (KeyboardInterrupt, SystemExit):
+                    write_run_section(prepared.folder)
+                    raise
         with disk_errors(prepared.folder):
             write_report(
                 prepared.folder, unigram_bits_per_byte=prepared.data.unigram_bits_per_byte, overrides=overrides
             )
     print(result, flush=True)
     return result
+
+
+@contextmanager
+def _held(folder: RunFolder, option: str) -> Iterator[None]:
+    with ExitStack() as stack:
+        with disk_errors(folder):
+            stack.enter_context(run_folder.held(folder, f"{option}={folder.path}"))
+        yield
 
 
 def _fit_without_failing_kernels(prepared: _Prepared, ranks: Ranks) -> tuple[_Prepared, TrainResult]:
@@ -132,7 +150,7 @@ def _fit_without_failing_kernels(prepared: _Prepared, ranks: Ranks) -> tuple[_Pr
             failure = error.with_traceback(None)  # lets go of the tensors of the attempt
         _write_plan(folder, config, _predicted(plan, config))
         checkpoint = newest_checkpoint(folder.checkpoints)
-        print(message(kernel, failure, checkpoint.step if checkpoint else 0), file=sys.stderr, flush=True)
+        caution(message(kernel, failure, checkpoint.step if checkpoint else 0))
         del prepared
         free_memory()
         prepared = _prepared(folder, config, checkpoint)
@@ -141,8 +159,9 @@ def _fit_without_failing_kernels(prepared: _Prepared, ranks: Ranks) -> tuple[_Pr
 def train_as_other_rank(run_dir: Path) -> None:
     """Take part in a run as one of the ranks that rank 0 started."""
     folder = RunFolder(run_dir)
-    ranks = ranks_here(run_folder.read_config(folder, "run_dir").trainer)
-    with process_group(ranks, None):
+    config = run_folder.read_config(folder, "run_dir")
+    ranks = ranks_here(config.trainer)
+    with at_level(config.log_level), process_group(ranks, None):
         _fit(_joined(folder, ranks), ranks)
 
 
@@ -189,11 +208,9 @@ def _resumed(folder: RunFolder, config: RunConfig, ranks: Ranks) -> _Prepared:
             mend="start it again in another folder",
         )
     if checkpoint.step >= config.trainer.max_steps:
-        print(
+        caution(
             f"nothing is left to train: the run is at step {checkpoint.step} of {config.trainer.max_steps}; "
-            "trainer.max_steps=N goes on",
-            file=sys.stderr,
-            flush=True,
+            "trainer.max_steps=N goes on"
         )
     check_same_samples(checkpoint, folder, config, ranks.world_size)
     prepared = _prepared(folder, config, checkpoint)
@@ -201,6 +218,7 @@ def _resumed(folder: RunFolder, config: RunConfig, ranks: Ranks) -> _Prepared:
     with disk_errors(folder):
         folder.report.unlink(missing_ok=True)  # its presence says that the run has ended
         _write_plan(folder, config, prepared.plan)
+        write_run_section(folder)
     return prepared
 
 
@@ -371,7 +389,7 @@ def _fit(prepared: _Prepared, ranks: Ranks) -> TrainResult:
     recording = range(0, ranks.world_size, config.trainer.ranks_per_group)
     recorder = Recorder(
         folder, tracker, norms, used, rank=ranks.rank, records_samples=ranks.rank in recording,
-        resumed_at=resumed_at, spent_s=spent_s,
+        seq_len=config.trainer.seq_len, resumed_at=resumed_at, spent_s=spent_s,
     )  # fmt: skip
     if ranks.rank == 0 and resumed_at is not None:
         drop_samples_of_other_ranks(folder.samples(0).parent, recording, resumed_at)
@@ -381,7 +399,7 @@ def _fit(prepared: _Prepared, ranks: Ranks) -> TrainResult:
         callbacks.append(StepClock(folder, tracker, prepared.plan.prediction))
         if config.profile:
             callbacks.append(Profile(folder))
-    if config.trainer.progress_bar and ranks.rank == 0:
+    if config.trainer.progress_bar and says("info") and ranks.rank == 0:
         callbacks.append(ProgressBar(recorder, resumed_at or 0))
     exit_code = 1
     try:
@@ -423,7 +441,7 @@ def _run(trainer: L.Trainer, module: TrainingModule, data: TextData, run_dir: Pa
         interrupted = isinstance(error.__context__, KeyboardInterrupt)
         if interrupted or error.code == EXIT_TERMINATED:
             said = f"{'interrupted' if interrupted else 'terminated'} after step {int(trainer.global_step)}"
-            print(f"{said}; go on with resume={run_dir}", file=sys.stderr, flush=True)
+            caution(f"{said}; go on with resume={run_dir}")
         if interrupted:
             raise KeyboardInterrupt from None
         raise
@@ -477,18 +495,12 @@ def _go_on_from(trainer: L.Trainer, step: int, accumulate: int) -> None:
 
 @contextmanager
 def _quiet_lightning() -> Iterator[None]:
-    """Keep Lightning's remarks on our way of using it from the terminal: each is answered here."""
-    logger = logging.getLogger("lightning.pytorch")
-    before = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            # Batches are cheap to make: no worker processes are needed.
-            warnings.filterwarnings("ignore", ".*does not have many workers.*")
-            # Lightning 2.6 with torch 2.13: it asks pytree in a way that will go away.
-            warnings.filterwarnings("ignore", ".*LeafSpec.*")
-            # We run on the CPU because the configuration says so.
-            warnings.filterwarnings("ignore", ".*GPU available but not used.*")
-            yield
-    finally:
-        logger.setLevel(before)
+    """Keep Lightning's warnings of our way of using it from the terminal: each is answered here."""
+    with warnings.catch_warnings():
+        # Batches are cheap to make: no worker processes are needed.
+        warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        # Lightning 2.6 with torch 2.13: it asks pytree in a way that will go away.
+        warnings.filterwarnings("ignore", ".*LeafSpec.*")
+        # We run on the CPU because the configuration says so.
+        warnings.filterwarnings("ignore", ".*GPU available but not used.*")
+        yield

@@ -15,6 +15,7 @@ from subquad.training.sharding import total_norm
 
 CHANNEL_MIXER, OTHER = "channel_mixer", "other"
 """The channel mixers of all blocks; embedding, head and norms."""
+FAMILY_PREFIX = "gradient_norm/"
 
 
 class GradientNorms(L.Callback):
@@ -25,7 +26,7 @@ class GradientNorms(L.Callback):
 
     def __init__(self, model: LanguageModel, settings: TrainerConfig) -> None:
         self._model, self._settings = model, settings
-        self.columns = tuple(f"gradient_norm/{family}" for family in parameters_by_family(model))
+        self.columns = tuple(f"{FAMILY_PREFIX}{family}" for family in parameters_by_family(model))
         self._step, self._norms = 0, [torch.zeros(()) for _ in self.columns]
 
     def of_step(self, step: int) -> Mapping[str, float]:

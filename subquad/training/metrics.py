@@ -12,7 +12,7 @@ COLUMNS = (
     "step", "train/loss", "val/loss", "val/bits_per_byte", "tokens_per_s", "mfu", "learning_rate", "gradient_norm",
     "seconds",
 )  # fmt: skip
-"""Of every `metrics.csv`; a gradient norm for each family of the model's mixers follows."""
+"""Of every `metrics.csv`; gradient norms by family of the model's mixers and held-out losses by position follow."""
 SAMPLE_COLUMNS = ("step", "sample_ids")
 MAX_RECORDED_IDS = 5_000_000
 """Sample numbers that a rank records (tens of megabytes); what comes later is known from the seed all the same."""

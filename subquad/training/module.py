@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
@@ -24,6 +24,7 @@ from subquad.training.batch import Batch
 from subquad.training.distributed import first_of_ranks
 from subquad.training.nonfinite import first_nonfinite
 from subquad.training.optimizers import build_optimizer, learning_rate_factor
+from subquad.training.positions import by_bucket, mean_by_bucket, position_columns, tokens_seen
 from subquad.training.sharding import average_over_row, clip_to_norm, shard_model, spread_optimizer_state
 from subquad.training.sources.source import IGNORED
 
@@ -35,6 +36,7 @@ class Validation:
     step: int
     loss: float
     bits_per_byte: float | None
+    by_position: Mapping[str, float] = field(default_factory=dict)  # nats per target, by column of metrics.csv
 
 
 def summed_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,6 +55,17 @@ def summed_loss(
     if how == CHUNKED:
         return model(tokens, cu_seqlens, targets), (targets != IGNORED).sum()
     return summed_cross_entropy(model(tokens, cu_seqlens), targets)
+
+
+def target_nats(
+    model: torch.nn.Module, tokens: Tensor, cu_seqlens: Tensor | None, targets: Tensor, *, how: str
+) -> Tensor:
+    """What `summed_loss` sums, target by target and without a gradient; 0 where there is none.  Shapes:  b t"""
+    if how == CHUNKED:
+        return model(tokens, cu_seqlens, targets, each=True)  # type: ignore[no-any-return]
+    logits = model(tokens, cu_seqlens).flatten(0, 1).float()
+    nats = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return nats.view(targets.shape)
 
 
 def step_seed(seed: int, micro_batch: int, rank: int) -> int:
@@ -167,17 +180,27 @@ class TrainingModule(L.LightningModule):
                 parameter.grad = None  # an optimizer passes over what has no gradient
 
     def on_validation_epoch_start(self) -> None:
-        self._sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # nats, targets, bytes
+        buckets = len(position_columns(self.config.trainer.seq_len))
+        self._sums = torch.zeros(2, buckets, dtype=torch.float64, device=self.device)  # nats, targets by position
+        self._bytes = torch.zeros((), dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        nats, count = self._summed_loss(batch)
-        self._sums += torch.stack([nats.double(), count.double(), nats.new_tensor(batch["target_bytes"]).double()])
+        tokens, boundaries, targets = batch["tokens"], batch["cu_seqlens"], batch["targets"]
+        nats = target_nats(self.model, tokens, boundaries, targets, how=self.config.trainer.loss)
+        part = {} if self._part is None else {"index": self._part.index, "count": self._part.count}
+        self._sums += by_bucket(nats, targets, tokens_seen(*tokens.shape, boundaries, **part), self._sums.shape[1])
+        self._bytes += batch["target_bytes"]
 
     def on_validation_epoch_end(self) -> None:
         sums = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
-        nats, count, text_bytes = (float(value) for value in sums)
-        bits_per_byte = nats / text_bytes / math.log(2) if text_bytes else None
-        self.validation = Validation(int(self.trainer.global_step), nats / max(1.0, count), bits_per_byte)
+        text_bytes = float(self.trainer.strategy.reduce(self._bytes, reduce_op="sum"))
+        nats, count = (float(value) for value in sums.sum(dim=1))
+        self.validation = Validation(
+            step=int(self.trainer.global_step),
+            loss=nats / max(1.0, count),
+            bits_per_byte=nats / text_bytes / math.log(2) if text_bytes else None,
+            by_position=mean_by_bucket(sums, self.config.trainer.seq_len),
+        )
         # For callbacks that watch it, such as early stopping. All ranks hold one value already: any is the largest.
         self.log("val/loss", self.validation.loss, sync_dist=self.trainer.world_size > 1, reduce_fx="max")
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import lightning as L
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from subquad.log import caution, say
 from subquad.training.run_folder import RunFolder
 
 FIRST_STEP, STEPS = 6, 3
@@ -43,7 +43,7 @@ class Profile(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._write()
         if self._step < FIRST_STEP:
-            print(f"no step is profiled: the run ends before step {FIRST_STEP}", file=sys.stderr, flush=True)
+            caution(f"no step is profiled: the run ends before step {FIRST_STEP}")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._write()
@@ -53,4 +53,4 @@ class Profile(L.Callback):
             self._profiler.stop()
             self._profiler.export_chrome_trace(str(self._folder.trace))
             self._profiler = None
-            print(f"steps are profiled in {self._folder.trace}", file=sys.stderr, flush=True)
+            say(f"steps are profiled in {self._folder.trace}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
@@ -10,8 +9,9 @@ import lightning as L
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from subquad.log import say
 from subquad.training.module import TrainingModule
-from subquad.training.recorder import Recorder
+from subquad.training.recorder import Recorder, is_fitting
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -52,7 +52,7 @@ class ProgressBar(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._bar is not None:
             self._update(trainer)
-        else:
+        elif is_fitting(trainer):
             self._line()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -75,7 +75,7 @@ class ProgressBar(L.Callback):
 
     def _line(self) -> None:
         self._line_at, self._line_step = time.monotonic(), self._step()
-        print(f"step {self._line_step:>6}  {self._figures()}", file=sys.stderr, flush=True)
+        say(f"step {self._line_step:>6}  {self._figures()}")
 
     def _step(self) -> int:
         return int(self._recorder.last.get("step", self._first_step))

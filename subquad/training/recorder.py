@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
 
+from subquad.log import detail
 from subquad.training.batch import Batch
 from subquad.training.checkpoint import remove_unfinished, write_checkpoint
 from subquad.training.gradient_norms import GradientNorms
 from subquad.training.metrics import COLUMNS, CsvRecord, SampleRecord
 from subquad.training.module import TrainingModule
+from subquad.training.positions import position_columns
 from subquad.training.run_folder import RunFolder
 from subquad.training.sharded_checkpoint import write_sharded_checkpoint
 from subquad.training.tracking import Tracker
@@ -44,6 +47,11 @@ class Throughput:
         return rate
 
 
+def is_fitting(trainer: L.Trainer) -> bool:
+    """Whether steps are taken; a run with none left is only validated."""
+    return trainer.state.fn == TrainerFn.FITTING
+
+
 class Recorder(L.Callback):
     """Writes a step's row and checkpoint after its validation, just before the next step begins.
 
@@ -60,6 +68,7 @@ class Recorder(L.Callback):
         *,
         rank: int,
         records_samples: bool,
+        seq_len: int,
         resumed_at: int | None,
         spent_s: float,
     ) -> None:
@@ -68,7 +77,8 @@ class Recorder(L.Callback):
         self._samples = SampleRecord(folder.samples(rank), resumed_at) if records_samples else None
         self._metrics: CsvRecord | None = None
         if self._writes:
-            self._metrics = CsvRecord(folder.metrics, (*COLUMNS, *gradient_norms.columns), resumed_at)
+            columns = (*COLUMNS, *gradient_norms.columns, *position_columns(seq_len))
+            self._metrics = CsvRecord(folder.metrics, columns, resumed_at)
             remove_unfinished(folder.checkpoints)
         self._started = time.monotonic() - spent_s
         self._throughput = Throughput()
@@ -111,6 +121,8 @@ class Recorder(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, TrainingModule)
+        if not is_fitting(trainer):
+            return  # no step was taken, and the row of the last one has its validation
         found = pl_module.validation
         assert found is not None
         if self._row.get("step") != found.step:
@@ -118,6 +130,7 @@ class Recorder(L.Callback):
         self._row |= {"val/loss": found.loss}
         if found.bits_per_byte is not None:
             self._row |= {"val/bits_per_byte": found.bits_per_byte}
+        self._row |= found.by_position
         self.last = self.last | self._row
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -167,9 +180,12 @@ class Recorder(L.Callback):
             if self._samples is not None:
                 self._samples.flush()
             data = trainer.datamodule.state_dict()  # type: ignore[attr-defined]  # of a stream from all ranks
+            begun = time.monotonic()
             if self._writes or pl_module.is_sharded:
                 self._save(trainer, pl_module, step, data)
             trainer.strategy.barrier("checkpoint")
+            if self._writes:
+                detail(f"checkpoint of step {step} written in {time.monotonic() - begun:.2f} s")
 
     def _save(self, trainer: L.Trainer, pl_module: TrainingModule, step: int, data: dict[str, Any]) -> None:
         schedule: Any = trainer.lr_scheduler_configs[0].scheduler

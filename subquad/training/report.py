@@ -1,4 +1,4 @@
-"""report.md: what a run was, what it reached, which kernels it ran, and how to repeat it."""
+"""report.md: what a run was, what it reached, which kernels it ran, and how to repeat it; report.html with pictures."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from subquad.compiler.plan import Plan
 from subquad.compiler.report import PLAN_COLUMNS, bytes_text, choice_table, failures, seconds_text, uncaptured_lines
 from subquad.training.metrics import read_metrics
 from subquad.training.run_folder import RunFolder, read_config, read_json, write_text
+from subquad.training.run_page import write_run_section
 
 
 def write_report(folder: RunFolder, *, unigram_bits_per_byte: float | None, overrides: Sequence[str] | None) -> None:
-    """Write `report.md` and `loss.png` from what the run folder holds; `overrides` make the command to repeat."""
+    """Write `report.md`, `loss.png` and the run's part of `report.html` from what the run folder holds.
+
+    `overrides` make the command to repeat.
+    """
     rows = read_metrics(folder.metrics)
     config = read_config(folder, "run_dir")
     _draw(folder, rows)
@@ -25,7 +29,11 @@ def write_report(folder: RunFolder, *, unigram_bits_per_byte: float | None, over
     lines += ["## Environment", "", *_environment(environment), ""]
     lines += ["## Again", "", "```", _command(folder, environment, overrides), "```", ""]
     lines += ["The resolved configuration is `config.yaml`, every kernel choice with its rivals is in `plan.json`,"]
-    lines += ["rooflines and the choice at other lengths and batches in `report.html`.", ""]
+    lines += [
+        "`report.html` draws the curves of every figure, rooflines, and the choice at other lengths and batches.",
+        "",
+    ]
+    write_run_section(folder)
     write_text(folder.report, "\n".join(lines))
 
 

@@ -21,6 +21,7 @@ FREE_KEYS = frozenset(
         "trainer.num_workers",
         "trainer.nonfinite",
         "trainer.progress_bar",
+        "log_level",
         "trainer.strategy",
         "trainer.devices",  # these three as long as a step takes the same samples, which is checked
         "trainer.accumulate",

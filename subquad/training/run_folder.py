@@ -7,23 +7,27 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
+from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from subquad.component_config import typed_config
 from subquad.errors import ConfigError, ResumeError, RunError
+from subquad.log import say
 from subquad.schema import RunConfig
 
 FORMAT_VERSION = 1
 DISK_ERRORS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO))
 """A disk that is full, limited, write-protected or broken."""
+HELD_WAIT_S = 20.0
+"""How long another process is waited for: workers of a loader outlive a killed run by up to 5 s, and hold its lock."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,11 @@ class RunFolder:
     @property
     def data(self) -> Path:
         return self.path / "data.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that trains the run."""
+        return self.path / "run.lock"
 
     @property
     def metrics(self) -> Path:
@@ -144,6 +153,34 @@ def create(folder: RunFolder) -> None:
         ) from None
     except OSError as error:
         raise _unwritable(folder.path, str(error.strerror)) from None
+
+
+@contextmanager
+def held(folder: RunFolder, where: str) -> Iterator[None]:
+    """Keep other processes from training this run meanwhile: two would write each other's checkpoints and figures.
+
+    `where` is the option that named the folder. Raises: ResumeError when another process does not let go of it.
+    """
+    lock = FileLock(folder.lock)
+    try:
+        with suppress(Timeout):
+            lock.acquire(timeout=0)
+        if not lock.is_locked:
+            say(f"another process holds {folder.lock}: waiting for it")
+            lock.acquire(timeout=HELD_WAIT_S)
+    except Timeout:
+        raise ResumeError(
+            what="another process trains this run",
+            where=where,
+            mend="let it end, or end it: on SIGTERM it leaves a checkpoint to go on from",
+        ) from None
+    except NotImplementedError:  # a file system without locks
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from subquad.errors import RunError
+from subquad.log import caution
 from subquad.training.module import TrainingModule
 from subquad.training.nonfinite import keep_batches
 from subquad.training.recorder import Recorder
@@ -116,7 +116,7 @@ class StopAfterStep(L.Callback):
         if config.trainer.nonfinite == "stop" or self._skipped > MOST_SKIPPED:
             raise error
         if trainer.global_rank == 0:
-            print(f"step {step} is skipped: {error.what}", file=sys.stderr, flush=True)
+            caution(f"step {step} is skipped: {error.what}")
         self._bad = None
         return False
 

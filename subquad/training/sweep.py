@@ -11,13 +11,13 @@ import dataclasses
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from subquad.log import say
 from subquad.schema import RunConfig
 from subquad.training.checkpoint import checkpoint_steps
 from subquad.training.resume import PLACES, leaves, set_key
@@ -30,6 +30,7 @@ CHANGEABLE = HORIZON | {
     "trainer.log_every_n_steps",
     "trainer.num_workers",
     "trainer.progress_bar",
+    "log_level",
     "checkpoint.every_n_steps",
     "checkpoint.keep",
     "checkpoint.artifacts",
@@ -61,17 +62,17 @@ def sweep_job(config: RunConfig, overrides: Sequence[str]) -> Iterator[tuple[Run
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        _say(f"{shown} is skipped: another process runs it in {path}")
+        say(f"{shown} is skipped: another process runs it in {path}")
         yield None
         return
     try:
         job = _to_do(folder, config, overrides)
         if job is None:
-            _say(f"{shown} is skipped: it has finished in {path}")
+            say(f"{shown} is skipped: it has finished in {path}")
         elif job[0].resume is not None:
-            _say(f"{shown} goes on in {path}")
+            say(f"{shown} goes on in {path}")
         elif path != asked:
-            _say(f"{shown} is begun in {path}: {asked} holds another job")
+            say(f"{shown} is begun in {path}: {asked} holds another job")
         if job is not None:
             record = {"sweep": path.parent.name, "overrides": list(overrides), "digests": digests}
             write_json(folder.sweep, record)
@@ -133,7 +134,3 @@ def _remove_unused(folder: RunFolder) -> None:
     with suppress(OSError):  # something else lies there
         folder.path.rmdir()
         folder.path.parent.rmdir()
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

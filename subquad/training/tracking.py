@@ -18,6 +18,7 @@ from typing import Literal, Protocol
 from urllib.parse import urlsplit
 
 from subquad.errors import ConfigError, suggestion
+from subquad.log import says
 from subquad.training.checkpoint import checkpoint_steps
 from subquad.training.metrics import read_metrics
 from subquad.training.run_folder import RunFolder, read_json
@@ -86,7 +87,9 @@ class WandbTracker:
             dir=run_dir,
             config=dict(config),
             mode=mode,
-            settings=wandb.Settings(init_timeout=INIT_S, finish_timeout=FINISH_S),
+            settings=wandb.Settings(
+                init_timeout=INIT_S, finish_timeout=FINISH_S, **({} if says("info") else {"silent": True})
+            ),
         )
         identity.write_text(f"{run_id}\n", encoding="utf-8")
 

@@ -14,13 +14,14 @@ from subquad.training.evaluation.report import write_evaluation_report
 from subquad.training.evaluation.synthetic import evaluate_task, trained_on
 from subquad.training.evaluation.text import Record, evaluate_text
 from subquad.training.run_folder import FORMAT_VERSION, RunFolder, read_json, write_json
+from subquad.training.run_page import write_run_section
 from subquad.training.tasks.catalogue import TASKS
 
 SUITES = ("text", *TASKS, "lm_eval")
 
 
 def evaluate(request: EvaluateConfig) -> tuple[RunFolder, str, Record]:
-    """Run a suite; `evaluation.json` and `evaluation.md` keep the newest record of every suite.
+    """Run a suite; `evaluation.json`, `evaluation.md` and `report.html` keep the newest record of every suite.
 
     Returns the folder, the suite, and its record. Raises: ConfigError, DataError, NotFoundError, ResumeError, RunError.
     """
@@ -36,6 +37,7 @@ def evaluate(request: EvaluateConfig) -> tuple[RunFolder, str, Record]:
     try:
         write_json(run.folder.evaluation, {"suites": suites})
         write_evaluation_report(run.folder, run.config.model.name, suites)
+        write_run_section(run.folder)
     except OSError as error:
         raise RunError(
             what=f"the evaluation cannot be written: {error.strerror}",
