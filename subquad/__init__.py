@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         Carry,
         ComponentSpec,
         Computed,
+        DecodesInPlace,
         Growth,
         ImportMap,
         ImportSpec,
@@ -54,7 +55,7 @@ _HOMES = {
     "Mixer": "contracts", "MixerContext": "contracts", "MixerSpec": "contracts", "PassOutcome": "contracts",
     "PassSpec": "contracts", "Computed": "contracts", "ImportMap": "contracts", "ImportSpec": "contracts",
     "Bidirectional": "bidirectional", "BothDirections": "bidirectional", "ReversedDocuments": "bidirectional",
-    "SharedTensor": "contracts", "Sharing": "contracts", "ProjectionSplit": "contracts",
+    "DecodesInPlace": "contracts", "SharedTensor": "contracts", "Sharing": "contracts", "ProjectionSplit": "contracts",
     "ChannelMixerConfig": "schema", "ModelConfig": "schema", "CheckpointConfig": "model.checkpoint_config",
     "import_weights": "model.import_weights", "load_model": "model.exported",
     "ConfigError": "errors", "DataError": "errors", "NotFoundError": "errors", "PluginError": "errors",
@@ -67,11 +68,11 @@ _HOMES = {
 
 __all__ = [
     "AdapterSpec", "Bidirectional", "BothDirections", "Carry", "ChannelMixerConfig", "CheckpointConfig",
-    "ComponentSpec", "Computed", "ConfigError", "DataError", "Example", "Growth", "ImportMap", "ImportSpec", "Mixer",
-    "MixerContext", "MixerSpec", "ModelConfig", "NotFoundError", "PassOutcome", "PassSpec", "PluginError",
-    "ProjectionSplit", "ResumeError", "ReversedDocuments", "RunError", "SharedTensor", "Sharing", "SubquadError",
-    "build_model", "compile_model", "copy_graph", "forward_as_written", "hookimpl", "import_weights", "load_config",
-    "load_model", "replace_forward", "train",
+    "ComponentSpec", "Computed", "ConfigError", "DataError", "DecodesInPlace", "Example", "Growth", "ImportMap",
+    "ImportSpec", "Mixer", "MixerContext", "MixerSpec", "ModelConfig", "NotFoundError", "PassOutcome", "PassSpec",
+    "PluginError", "ProjectionSplit", "ResumeError", "ReversedDocuments", "RunError", "SharedTensor", "Sharing",
+    "SubquadError", "build_model", "compile_model", "copy_graph", "forward_as_written", "hookimpl", "import_weights",
+    "load_config", "load_model", "replace_forward", "train",
 ]  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from subquad.schema import ModelConfig
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.fx import GraphModule
 
-CONTRACT_VERSION = "1.6"
+CONTRACT_VERSION = "1.7"
 """Grows by minor numbers when something is added, by major ones when something a plugin relies on is removed.
 
 A plugin says its major version by the entry-point group that it stands in: `subquad` for 1, `subquad.N` for N.
@@ -131,8 +131,32 @@ class Mixer(Protocol):
     # A mixer whose heads are independent between its projections may say so, for `trainer.tensor_parallel`:
     # def tensor_parallel_plan(self) -> ProjectionSplit
 
+    # A mixer whose carry grows, or counts tokens, may also decode in memory of one size: `DecodesInPlace`.
+
     def init_parameters(self, std: float) -> None:
         """Draw the parameters as the paper does; `std` is the model's standard deviation for linear maps."""
+
+
+@runtime_checkable
+class DecodesInPlace(Protocol):
+    """What a mixer whose carry grows, or counts tokens, may offer: a step that does the same work every time.
+
+    Only then can a step be taken down once and replayed (a CUDA graph). Its carry is made of tensors alone that keep
+    their shapes and lie where they are: a length or a position is a tensor, which the device reads. It never leaves
+    the decoder, and its first axis need not be the batch. A mixer that shares tensors with other layers is not asked.
+    """
+
+    def with_room(self, carry: Carry, tokens: int) -> Carry:
+        """The carry in memory of its own, with room for so many tokens more."""
+
+    def decode_in_place(self, x_t: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
+        """`decode`, on a carry with room; what is returned of it may be what was handed in, written over.
+
+        Nothing in it may wait for the device, nor depend on anything but shapes.  Shapes:  x_t: b d  ->  b d
+        """
+
+    def without_room(self, carry: Carry) -> Carry:
+        """The ordinary carry, as `decode` would have left it; it may show memory of the one with room."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """A small mixer that keeps every promise, and copies of it with one fault each: the conformance suite must find it.
 
-    y_t = n^-1/2 S_t^T q_t W_o,    S_t = a_h S_{t-1} + k_t v_t^T,    a_h = exp(-softplus(rate_h))
+y_t = n^-1/2 S_t^T q_t W_o,    S_t = a_h S_{t-1} + k_t v_t^T,    a_h = exp(-softplus(rate_h))
 """
 
 from __future__ import annotations
@@ -307,3 +307,34 @@ class MixesWithAnUnusedGate(Sound):
     def mix(self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         y, state = super().mix(x, state, cu_seqlens)
         return linear(torch.zeros_like(y), self.o_proj.weight) + y * 0, state
+
+
+class DecodesOtherwiseInPlace(Sound):
+    def with_room(self, carry: State, tokens: int) -> State:
+        return State(carry.state.clone())
+
+    def decode_in_place(self, x_t: Tensor, carry: State) -> tuple[Tensor, State]:
+        y_t, after = self.decode(x_t, carry)
+        return y_t, State(carry.state.copy_(after.state * (1 - 1e-6)))
+
+    def without_room(self, carry: State) -> State:
+        return carry
+
+
+class DecodesInPlaceInTheCarryItIsGiven(DecodesOtherwiseInPlace):
+    def with_room(self, carry: State, tokens: int) -> State:
+        return carry
+
+    def decode_in_place(self, x_t: Tensor, carry: State) -> tuple[Tensor, State]:
+        y_t, after = self.decode(x_t, carry)
+        return y_t, State(carry.state.copy_(after.state))
+
+
+class DecodesInPlaceInACarryThatGrows(DecodesOtherwiseInPlace):
+    def decode_in_place(self, x_t: Tensor, carry: State) -> tuple[Tensor, State]:
+        state = carry.state[: len(x_t)]
+        y_t, after = self.decode(x_t, State(state))
+        return y_t, State(torch.cat([after.state, after.state]))
+
+    def without_room(self, carry: State) -> State:
+        return State(carry.state.chunk(2)[0])

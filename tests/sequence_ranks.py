@@ -125,8 +125,8 @@ def causal_conv(draw: Draw, b: int, packed: Tensor | None) -> Case:
 
 def rotary(draw: Draw, b: int, packed: Tensor | None) -> Case:
     arguments = {
-        "q": draw(b, TOKENS, 2, 6), "k": draw(b, TOKENS, 1, 6), "cu_seqlens": packed, "start": 0 if packed is not None
-        else 7, "theta": 100.0, "kernel": "reference",
+        "q": draw(b, TOKENS, 2, 6), "k": draw(b, TOKENS, 1, 6), "cu_seqlens": packed, "position": None,
+        "start": 0 if packed is not None else 7, "theta": 100.0, "kernel": "reference",
     }  # fmt: skip
     return Case("rotary", arguments, ("q", "k"), outputs=2)
 

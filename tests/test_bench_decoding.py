@@ -81,20 +81,21 @@ def test_a_carry_is_that_of_a_prefill_of_the_whole_context(rows: list[DecodingRo
 
 def test_rows_say_which_blocks_were_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "cuda_graphs", lambda device, wanted: taped if wanted else None)
-    names, record = ["transformer", "mamba", "scout_mamba"], tmp_path / "decoding.json"
+    names, record = ["transformer", "mamba", "scout_mamba", "transformer_cla2"], tmp_path / "decoding.json"
     configs = [load_config([f"model={name}", *TINY]) for name in names]
     request = DecodingBenchConfig(models=names, contexts=[64, 96], tokens=4, out=str(record))
     rows = list(bench_decoding(configs, request))
     assert [(row.graphs, row.graph_layers, row.why_no_graph) for row in rows] == 2 * [
-        (4, {"channel_mixer": 4}, {"softmax_attention": "its carry grows"}),
+        (1, {"softmax_attention": 4, "channel_mixer": 4}, {}),
         (1, {"mamba": 4}, {}),
-        (3, {"mamba": 2, "channel_mixer": 4}, {"segment_attention": "its carry counts tokens"}),
+        (1, {"mamba": 2, "segment_attention": 2, "channel_mixer": 4}, {}),
+        (4, {"channel_mixer": 4}, {"softmax_attention": "what it shares grows"}),
     ]
-    assert decoding_line(rows[2]).endswith(", 3 graphs of 2 mamba, 4 channel_mixer")
+    assert decoding_line(rows[3]).endswith(", 4 graphs of 4 channel_mixer")
     written = json.loads(record.read_text())
     assert (written["format_version"], written["rows"][1]["graph_layers"]) == (2, {"mamba": 4})
     request = DecodingBenchConfig(models=names, contexts=[64], tokens=4, cuda_graph=False, out=str(record))
-    assert [row.graphs for row in bench_decoding(configs, request)] == [0, 0, 0]
+    assert [row.graphs for row in bench_decoding(configs, request)] == [0, 0, 0, 0]
 
 
 def test_weights_in_bfloat16_halve_a_cache_and_leave_what_is_pinned(

@@ -20,6 +20,10 @@ from subquad.model.model_carry import carry_bytes, joinable, joined, selected
 from subquad.registry import load_registry
 
 ALL = sorted(name for name, spec in load_registry().mixers.items() if spec.causal)
+IN_PLACE = ("softmax_attention", "window", "segment_attention")
+"""Mixers whose carry grows or counts, and which decode in place."""
+ROUNDING = {"cpu": 1e-12, "cuda": 1e-4}
+"""Of logits of a few units, where other kernels add up: in float64 on a CPU, in float32 on a GPU."""
 CAPTURES: list[Any] = [
     pytest.param((taped, "cpu", torch.float64), id="cpu"),
     pytest.param((None, "cuda", torch.float32), id="cuda", marks=pytest.mark.gpu),
@@ -43,6 +47,14 @@ def setting(found: tuple[Capture | None, str, torch.dtype]) -> tuple[Capture, st
         capture = cuda_graphs(torch.device(device))
         assert capture is not None
     return capture, device, dtype
+
+
+def not_in_place(model: LanguageModel) -> LanguageModel:
+    """The model of mixers that do not offer to decode in place, as a stranger's may not."""
+    for block in model.blocks:
+        mixer: Any = block.mixer
+        mixer.__class__ = type("NotInPlace", (type(mixer),), {"decode_in_place": None})
+    return model
 
 
 def replayed(decoder: Decoder) -> str:
@@ -86,13 +98,13 @@ def assert_decodes_alike(model: LanguageModel, capture: Capture, *, atol: float 
 def test_every_mixer_decodes_as_without_replays(name: str, where: tuple[Capture | None, str, torch.dtype]) -> None:
     capture, device, dtype = setting(where)
     model = model_of(name, name, dtype=dtype, device=device)
-    decoder = assert_decodes_alike(model, capture, atol=0.0 if device == "cpu" else 1e-4)
+    decoder = assert_decodes_alike(model, capture, atol=ROUNDING[device])
     _, carry = prefilled(model)
     constant = load_registry().mixer(name).carry_growth == Growth.CONSTANT
     counts = any(not isinstance(leaf, Tensor) for leaf in tree_leaves(carry))
-    expected = "0 0c 1 1c" if constant and not counts else "0c | 1c"
-    assert replayed(decoder) == expected, decoder.why_not
-    assert list(decoder.why_not) == ([] if constant and not counts else [0, 1])
+    alike = (constant and not counts) or name in IN_PLACE
+    assert replayed(decoder) == ("0 0c 1 1c" if alike else "0c | 1c"), decoder.why_not
+    assert list(decoder.why_not) == ([] if alike else [0, 1])
 
 
 @pytest.mark.parametrize("where", CAPTURES)
@@ -110,17 +122,16 @@ def test_runs_of_constant_parts_are_replayed_around_the_others(
     mixers: tuple[str, ...], graphs: str, where: tuple[Capture | None, str, torch.dtype]
 ) -> None:
     capture, device, dtype = setting(where)
-    model = model_of(*mixers, dtype=dtype, device=device)
+    model = not_in_place(model_of(*mixers, dtype=dtype, device=device))
     decoder = assert_decodes_alike(model, capture, atol=0.0 if device == "cpu" else 1e-4)
     assert replayed(decoder) == graphs
-    caches = ("softmax_attention", "window", "segment_attention")
-    assert list(decoder.why_not) == [layer for layer, mixer in enumerate(mixers) if mixer in caches]
+    assert list(decoder.why_not) == [layer for layer, mixer in enumerate(mixers) if mixer in IN_PLACE]
 
 
 @torch.inference_mode()
 def test_without_channel_mixers_nothing_but_mixers_is_replayed() -> None:
     model = model_of("softmax_attention", "mamba", "mamba", "softmax_attention", channel_mixers=False)
-    assert replayed(assert_decodes_alike(model, taped)) == "1 2"
+    assert replayed(assert_decodes_alike(not_in_place(model), taped)) == "1 2"
 
 
 @pytest.mark.parametrize("where", CAPTURES)
@@ -228,8 +239,9 @@ def test_a_replay_that_differs_from_the_step_is_not_used_and_said_so() -> None:
     # Past torch, which would notice: nothing in the work tells that it is another one each time.
     mixer.__dict__["decode"] = ReadsTheHost(mixer.decode, lambda x: float(x.numpy()[0, 0]))
     with pytest.warns(UserWarning, match=r"layers 1 to 2 \(mamba\) are decoded without a graph: a replay differs"):
-        decoder = assert_decodes_alike(model, taped)
-    assert replayed(decoder) == "0 0c"
+        decoder = assert_decodes_alike(model, taped, atol=ROUNDING["cpu"])
+    assert replayed(decoder) == "0 0c | 1"
+    assert list(decoder.why_not) == [2]
     assert "differs" in decoder.why_not[2]
 
 
@@ -241,9 +253,10 @@ def test_what_cannot_be_taken_down_runs_as_it_is_and_says_why() -> None:
         r"layers 0 to 1 \(gated_delta_net, mamba\) are decoded without a graph: RuntimeError: .* waits for the device"
     )
     with pytest.warns(UserWarning, match=said):
-        decoder = assert_decodes_alike(model, taped)
-    assert replayed(decoder) == "2c 3 3c"
-    assert decoder.why_not[0] == decoder.why_not[1] != decoder.why_not[2] == "its carry grows"
+        decoder = assert_decodes_alike(model, taped, atol=ROUNDING["cpu"])
+    assert replayed(decoder) == "2 | 2c 3 3c"
+    assert list(decoder.why_not) == [0, 1]
+    assert decoder.why_not[0] == decoder.why_not[1]
 
 
 def test_without_a_capture_every_step_is_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,5 +298,5 @@ def test_on_a_gpu_what_waits_for_the_device_runs_as_it_is_and_the_rest_goes_on(d
         decoder = assert_decodes_alike(model, capture, atol=1e-4 if dtype == torch.float32 else 0.05)
     assert torch.cuda.current_stream() == stream
     assert torch.rand(3, device="cuda").isfinite().all(), "random numbers are refused"
-    assert replayed(decoder) == "1c 2 2c"
+    assert replayed(decoder) == "1 | 1c 2 2c"
     assert "Error" in decoder.why_not[0]

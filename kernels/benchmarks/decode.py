@@ -47,6 +47,8 @@ def workloads(operator: Operator, tiny: bool) -> Iterator[Workload]:
             continue
         widths = {} if tiny else WIDTHS | ({} if "p" in example.shape else {"n": VECTOR_STATE})
         shape = {axis: widths.get(axis, length) for axis, length in example.shape.items()}
+        if operator.name == "cached_attention" and example.options["segment_len"] == 1 and not tiny:
+            shape["m"] = WIDTHS["s"]  # of all tokens, not of segments
         for b in (1, 2) if tiny else BATCHES:
             yield replace(example, shape=shape | {"b": b}, dtype="bfloat16")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from subquad_kernels.cached_attention import declaration as cached_attention
 from subquad_kernels.catalogue import CATALOGUE, Kernel, Operator
 from subquad_kernels.causal_conv import declaration as causal_conv
 from subquad_kernels.delta_rule import declaration as delta_rule
@@ -20,6 +21,7 @@ from subquad_kernels.ttt_scan import declaration as ttt_scan
 _DECLARATIONS = (
     softmax_attention,
     segment_attention,
+    cached_attention,
     selective_scan,
     causal_conv,
     rotary,

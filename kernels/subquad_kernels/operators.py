@@ -1,6 +1,7 @@
 """The operators as functions of tensors: what a mixer calls."""
 
 from subquad_kernels import builtin as _builtin  # noqa: F401 - fills the catalogue that calls look their kernel up in
+from subquad_kernels.cached_attention.operator import cached_attention
 from subquad_kernels.causal_conv.operator import causal_conv
 from subquad_kernels.delta_rule.operator import delta_rule
 from subquad_kernels.gated_linear_attention.operator import gated_linear_attention
@@ -16,6 +17,7 @@ from subquad_kernels.softmax_attention.operator import softmax_attention
 from subquad_kernels.ttt_scan.operator import ttt_scan
 
 __all__ = [
+    "cached_attention",
     "causal_conv",
     "delta_rule",
     "gated_linear_attention",

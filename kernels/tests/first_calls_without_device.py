@@ -110,7 +110,8 @@ def made(kernel: Kernel, workload: Workload, processes: int) -> dict[str, Any]:
 def ours(key: str) -> dict[str, Any]:
     """A kernel of the catalogue, and torch's operations while its launches are collected."""
     kernel = CATALOGUE.kernel(*key.split("/"))
-    steps = [one for one in CATALOGUE.operator(kernel.operator).examples if one.phase != "decode"]
+    examples = CATALOGUE.operator(kernel.operator).examples
+    steps = [one for one in examples if one.phase != "decode"] or examples
     workload = replace(next(one for one in steps if kernel.supports(one, HOPPER) is None), dtype="bfloat16")
     return {
         "threads": made(kernel, workload, processes=1),

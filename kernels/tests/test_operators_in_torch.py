@@ -30,9 +30,11 @@ def by_name(operator: Operator) -> str:
     return operator.name
 
 
+TRAINED = [operator for operator in OPERATORS if any(example.phase != "decode" for example in operator.examples)]
+"""All but those that one token calls alone."""
 FORMS = [
     pytest.param(operator, packed, id=f"{operator.name}-{'packed' if packed else 'whole'}")
-    for operator in OPERATORS
+    for operator in TRAINED
     for packed in (False, True)
     if not packed or "cu_seqlens" in operator.tensors  # one that takes each token by itself knows no documents
 ]
@@ -93,7 +95,7 @@ def test_the_op_keeps_the_rules_of_torch_library(operator: Operator, packed: boo
     torch.library.opcheck(op_of(operator), (*arguments.values(), DEFAULT))
 
 
-@pytest.mark.parametrize("operator", OPERATORS, ids=by_name)
+@pytest.mark.parametrize("operator", TRAINED, ids=by_name)
 def test_the_op_compiles_to_one_graph_for_every_batch_and_length(operator: Operator) -> None:
     torch._dynamo.reset()
     graphs: list[torch.fx.GraphModule] = []
@@ -127,7 +129,7 @@ def test_gradients_of_the_compiled_op_are_those_of_the_op(operator: Operator, pa
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("operator", OPERATORS, ids=by_name)
+@pytest.mark.parametrize("operator", TRAINED, ids=by_name)
 def test_autocast_changes_nothing_between_the_inputs_types_and_the_outputs(operator: Operator) -> None:
     """Autocast decides what a mixer's projections hand over; the op computes in that, and parameters stay in fp32."""
     for dtype in ("float32", "bfloat16"):
@@ -156,7 +158,7 @@ def test_activation_checkpointing_changes_no_bit(operator: Operator, packed: boo
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("operator", OPERATORS, ids=by_name)
+@pytest.mark.parametrize("operator", TRAINED, ids=by_name)
 def test_the_flop_counter_sees_forward_and_backward_as_declared(operator: Operator) -> None:
     workload = training(operator)
     arguments = sample(operator, workload)
@@ -170,7 +172,7 @@ def test_the_flop_counter_sees_forward_and_backward_as_declared(operator: Operat
     assert counts[backward] == operator.work(operator.torch_half.workload_of(arguments, "backward")).flops
 
 
-@pytest.mark.parametrize("operator", OPERATORS, ids=by_name)
+@pytest.mark.parametrize("operator", TRAINED, ids=by_name)
 def test_the_op_is_exported_as_one_node(operator: Operator) -> None:
     arguments = sample(operator, training(operator))
     names = floating(operator, arguments)
@@ -187,7 +189,7 @@ def test_the_op_is_exported_as_one_node(operator: Operator) -> None:
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("operator", OPERATORS, ids=by_name)
+@pytest.mark.parametrize("operator", TRAINED, ids=by_name)
 def test_without_gradients_nothing_is_recorded(operator: Operator) -> None:
     arguments = sample(operator, training(operator))
     names = floating(operator, arguments)
@@ -206,7 +208,7 @@ def test_without_gradients_nothing_is_recorded(operator: Operator) -> None:
 
 TRITON_KERNELS = [
     pytest.param(operator, kernel, id=kernel.key)
-    for operator in OPERATORS
+    for operator in TRAINED
     for kernel in CATALOGUE.kernels(operator.name)
     if "cuda" in kernel.devices and kernel.requires and kernel.name != "flex_attention"  # which is torch's own
 ]

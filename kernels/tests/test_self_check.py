@@ -54,6 +54,10 @@ def planted(
     return kernel
 
 
+TRAINED = [operator for operator in OPERATORS if any(example.phase != "decode" for example in operator.examples)]
+"""All but those that one token calls alone."""
+
+
 def training(operator: Operator, *, packed: bool = False, dtype: DType = "float32", **shape: int) -> Workload:
     """The operator's first example of training, packed or not, with other lengths of some axes."""
     example = next(
@@ -79,7 +83,7 @@ def differentiable(operator: Operator) -> list[str]:
 
 @pytest.mark.parametrize(
     ("operator", "name"),
-    [pytest.param(op, name, id=f"{op.name}-{name}") for op in OPERATORS for name in differentiable(op)],
+    [pytest.param(op, name, id=f"{op.name}-{name}") for op in TRAINED for name in differentiable(op)],
 )
 def test_one_wrong_gradient_is_found_and_named(operator: Operator, name: str) -> None:
     def one_percent_off(arguments: dict[str, Any], gradients: dict[str, Any]) -> dict[str, Any]:
@@ -139,7 +143,7 @@ def test_a_wrong_sum_over_tokens_is_found_all_the_same() -> None:
     assert judge(operator, twice, workload, errors).reason.startswith("d_log_decay is off by")
 
 
-WITH_HEADS = [operator for operator in OPERATORS if "k" in operator.examples[0].shape]
+WITH_HEADS = [operator for operator in TRAINED if "k" in operator.examples[0].shape]
 
 
 @pytest.mark.parametrize("operator", WITH_HEADS, ids=by_name)
@@ -201,7 +205,7 @@ def test_a_fault_under_strong_decay_alone_is_found() -> None:
     assert not verdict(planted(operator, outputs=strong_decays_wrong), training(operator)).passed
 
 
-@pytest.mark.parametrize("operator", OPERATORS, ids=by_name)
+@pytest.mark.parametrize("operator", TRAINED, ids=by_name)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_unwritten_last_row_is_found(operator: Operator, dtype: DType) -> None:
     def last_row_unwritten(arguments: dict[str, Any], outputs: Outputs) -> Outputs:
@@ -238,7 +242,7 @@ def test_a_verdict_is_for_one_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     assert verdict_key(kernel, workload) != before
 
 
-@pytest.mark.parametrize("operator", OPERATORS, ids=by_name)
+@pytest.mark.parametrize("operator", TRAINED, ids=by_name)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_shape_class_keeps_widths_and_is_longer_than_a_tile(operator: Operator, device: str) -> None:
     long = training(operator, t=100_000, **_keys(operator, 100_000))
@@ -266,7 +270,7 @@ def test_packed_samples_always_have_an_empty_document_and_one_of_one_token(seed:
         assert (few.diff() >= 0).all()
 
 
-@pytest.mark.parametrize("operator", OPERATORS, ids=by_name)
+@pytest.mark.parametrize("operator", TRAINED, ids=by_name)
 def test_a_check_takes_less_than_a_second(operator: Operator) -> None:
     kernel = CATALOGUE.kernel(operator.name, operator.defaults["cpu"][0])
     workload = training(operator, t=8192, **_keys(operator, 8192))

@@ -60,7 +60,7 @@ PACKED, JITTERED = 1 / 3, 1 / 2
 
 
 def layouts(operator: Operator, kind: str, count: int, *, seed: int = 0) -> list[Workload]:
-    """At most `count` different layouts, each by its smallest workload; one in four decodes.
+    """At most `count` different layouts, each by its smallest workload; one in four decodes, if not all do.
 
     Options are those of the operator's examples, in turn; where an example is packed, one layout in three is.
     """
@@ -76,7 +76,7 @@ def layouts(operator: Operator, kind: str, count: int, *, seed: int = 0) -> list
     for number in range(20 * count):
         if len(found) == count:
             break
-        decode = bool(decoded) and number % 4 == 3
+        decode = bool(decoded) and (number % 4 == 3 or base.phase == "decode")
         variants = decoded if decode else forward
         layout = replace(
             base,

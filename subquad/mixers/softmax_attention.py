@@ -11,6 +11,7 @@ from subquad.contracts import MixerContext, ProjectionSplit
 from subquad.mixers.configs import SoftmaxAttentionConfig, share_keys
 from subquad_kernels.growing_cache import appended
 from subquad_kernels.operators import rotary, softmax_attention
+from subquad_kernels.ring import Rings, attend, cache_of, places_for, rings_of
 
 
 class AttentionCarry(NamedTuple):
@@ -67,20 +68,33 @@ class SoftmaxAttention(nn.Module):
         """No keys yet."""
         return AttentionCarry(*self._empty_cache(batch_size))
 
-    def prefill(
-        self, x: Tensor, carry: AttentionCarry, shared: Mapping[str, Tensor] | None = None
-    ) -> tuple[Any, ...]:
+    def prefill(self, x: Tensor, carry: AttentionCarry, shared: Mapping[str, Tensor] | None = None) -> tuple[Any, ...]:
         """Mix the next t tokens.  Shapes:  x: b t d  ->  b t d"""
         y, keys, values = self._attend(x, carry.keys, carry.values, carry.keys.shape[1])
         after = AttentionCarry(keys, values)
         return (y, after) if shared is None else (y, after, dict(zip(self.published, (keys, values))))
 
-    def decode(
-        self, x_t: Tensor, carry: AttentionCarry, shared: Mapping[str, Tensor] | None = None
-    ) -> tuple[Any, ...]:
+    def decode(self, x_t: Tensor, carry: AttentionCarry, shared: Mapping[str, Tensor] | None = None) -> tuple[Any, ...]:
         """Mix the next token.  Shapes:  x_t: b d  ->  b d"""
         y, *rest = self.prefill(x_t.unsqueeze(1), carry, shared)
         return y.squeeze(1), *rest
+
+    def with_room(self, carry: AttentionCarry, tokens: int) -> Rings:
+        """Keys and values in memory for so many tokens more."""
+        position = carry.keys.shape[1]
+        return rings_of(carry.keys, carry.values, position, places_for(position, tokens))
+
+    def decode_in_place(self, x_t: Tensor, carry: Rings) -> tuple[Tensor, Rings]:
+        """Mix the next token, where its position is known to the device alone.  Shapes:  x_t: b d  ->  b d"""
+        q, k, v = self._project(x_t.unsqueeze(1))
+        q, k = rotary(q, k, position=carry.position, theta=self.rope_theta)
+        out, carry = attend(q, k, v, carry)
+        return self.o_proj(out.flatten(2)).squeeze(1), carry
+
+    def without_room(self, carry: Rings) -> AttentionCarry:
+        """The keys and values so far."""
+        position = int(carry.position)
+        return AttentionCarry(cache_of(carry.keys, position), cache_of(carry.values, position))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return (  # as many heads as the projections have here: ranks may share them

@@ -11,6 +11,7 @@ from subquad.contracts import MixerContext
 from subquad.mixers.configs import WindowConfig
 from subquad.mixers.softmax_attention import SoftmaxAttention
 from subquad_kernels.growing_cache import latest
+from subquad_kernels.ring import Rings, cache_of, rings_of
 
 
 class WindowCarry(NamedTuple):
@@ -47,3 +48,12 @@ class Window(SoftmaxAttention):
             latest(keys, self.window), latest(values, self.window), carry.position + x.shape[1]
         )  # fmt: skip
         return (y, after) if shared is None else (y, after, dict(zip(self.published, (keys, values))))
+
+    def with_room(self, carry: WindowCarry, tokens: int) -> Rings:  # type: ignore[override]
+        """Keys and values of the window, each of whose places is taken again."""
+        return rings_of(carry.keys, carry.values, carry.position, self.window)
+
+    def without_room(self, carry: Rings) -> WindowCarry:  # type: ignore[override]
+        """The window's keys and values, in order."""
+        position = int(carry.position)
+        return WindowCarry(cache_of(carry.keys, position), cache_of(carry.values, position), position)

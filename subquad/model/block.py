@@ -70,6 +70,11 @@ class Block(nn.Module):
         mixed, *rest = self.mixer.decode(self.norm(x_t), carry, *shared)
         return x_t + mixed, *rest
 
+    def decode_mixer_in_place(self, x_t: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
+        """`decode_mixer` on a carry with room, of a mixer that `DecodesInPlace`.  Shapes:  x_t: b d  ->  b d"""
+        mixed, after = self.mixer.decode_in_place(self.norm(x_t), carry)
+        return x_t + mixed, after
+
     def mix_channels(self, x: Tensor) -> Tensor:
         """The other half: y of h, token by token; x itself where the block has no channel mixer."""
         if self.channel_mixer is None or self.channel_norm is None:

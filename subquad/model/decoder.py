@@ -3,8 +3,9 @@
 A step of a model launches hundreds of small kernels, each from Python, and waits for the host. Channel mixers, and
 mixers whose carry is of constant size, ask for the same work every time: as many as stand in a row are taken down by a
 `Capture` (a CUDA graph) that reads and writes fixed memory, with the embedding before the first and the head behind the
-last. Mixers with a cache that grows, or with a position, run as they are between them. A step shows which those are: it
-is the carry that tells, not a name.
+last. A step shows whose carry grows, or counts tokens: it is the carry that tells, not a name. Of these, mixers that
+decode in place (`DecodesInPlace`) are given memory with room and are taken down with the others; when the room is used
+up, all is laid out with more and taken down anew. The rest run as they are, between what is replayed.
 
 The first step runs as it is and is watched. In the second, work is taken down, on other values than the step's, and
 replayed on the step's beside the step itself: what does not agree is not used, and said so. From the third on, replays.
@@ -13,7 +14,7 @@ replayed on the step's beside the step itself: what does not agree is not used, 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,12 +22,17 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from subquad.contracts import Carry
+from subquad.contracts import Carry, DecodesInPlace
 from subquad.model.block import Block
 from subquad.model.language_model import LanguageModel, ModelCarry
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 """Takes down what work does to memory, and returns what does it again. The work itself may run any number of times."""
+
+ROOM = 256
+"""Tokens that caches get room for at first, and as many again as there was room for whenever they are full: what is
+copied and taken down anew in all stays in proportion to what is decoded."""
+_NO_MEMORY = "there is no memory for another copy of its cache"
 
 
 class Part(NamedTuple):
@@ -50,12 +56,19 @@ class Decoder:
         self._carry = list(carry)
         self._stages: list[_Stage | _Replayed] | None = None
         self._taken_down = False
+        self._in_place = set[int]()  # layers whose mixers are decoded in memory with room, once taken down
+        self._room, self._left = ROOM, 0
         self.why_not: dict[int, str] = {}
 
     @property
     def carry(self) -> ModelCarry:
         """The carry after the last step, until the next one: copy what is to stay (`selected` does)."""
-        return tuple(self._carry)
+        carry = list(self._carry)
+        for stage in self._stages or ():
+            if isinstance(stage, _Replayed):
+                for layer, ordinary in stage.ordinary():
+                    carry[layer] = ordinary
+        return tuple(carry)
 
     @property
     def graphs(self) -> tuple[tuple[Part, ...], ...]:
@@ -73,45 +86,81 @@ class Decoder:
             raise ValueError("under autocast every step casts the weights: leave capture out, or narrow the weights")
         if self._stages is None:
             return self._watched(token)
+        if self._taken_down and not self._left:
+            self._grow()
         if not self._taken_down:
             return self._compared(token, self._capture)
+        self._left -= 1
         x, published = token, dict[str, Tensor]()
         for stage in self._stages:
             x = stage.run(x, self._carry, published)
         # The next step overwrites what a replay returns.
         return x.clone() if isinstance(self._stages[-1], _Replayed) else x
 
+    def _grow(self) -> None:
+        """Room for twice as many tokens more as there was room for; without memory for it, caches grow as ever."""
+        room = 2 * self._room
+        try:
+            for stage in self._stages or ():
+                if isinstance(stage, _Replayed):
+                    stage.grow(room)
+        except torch.OutOfMemoryError:
+            self._carry = list(self.carry)
+            self.why_not |= dict.fromkeys(sorted(self._in_place), _NO_MEMORY)
+            self._in_place.clear()
+            self._stages, self._taken_down = self._planned(), False
+        else:
+            self._room = self._left = room
+
     def _watched(self, token: Tensor) -> Tensor:
         """The step part by part, and which of them have a carry that stays alike."""
         before, published = list(self._carry), dict[str, Tensor]()
         x = _Stage(self._model, tuple(_parts(self._model))).run(token, self._carry, published)
         for layer, block in enumerate(_blocks(self._model)):
-            if (difference := _difference(block, before[layer], self._carry[layer])) is not None:
+            if (difference := _difference(block, before[layer], self._carry[layer])) is None:
+                continue
+            if isinstance(block.mixer, DecodesInPlace) and not block.sharing:
+                self._in_place.add(layer)
+            else:
                 self.why_not[layer] = difference
-        runs = list(_runs(_parts(self._model), self.why_not))
-        self._stages = [_Stage(self._model, run, run is runs[0], run is runs[-1]) for run in runs]
+        self._stages = self._planned()
         return x
 
+    def _planned(self, apart: Collection[int] = ()) -> list[_Stage | _Replayed]:
+        """All parts in runs, none of them taken down yet; the mixers of some layers by themselves."""
+        runs = list(_runs(_parts(self._model), {*self.why_not, *apart}))
+        return [_Stage(self._model, run, run is runs[0], run is runs[-1]) for run in runs]
+
     def _compared(self, token: Tensor, capture: Capture) -> Tensor:
-        """The step as it is, with a replay of each run of constant parts beside it."""
+        """The step as it is, with a replay of each run beside it. If one with mixers in place fails, they go apart."""
         assert self._stages is not None, "a step was watched before"
-        stages, x, published = list[_Stage | _Replayed](), token, dict[str, Tensor]()
+        stages, x, published, again = list[_Stage | _Replayed](), token, dict[str, Tensor](), False
+        self._left = self._room - 1
         for stage in self._stages:
             assert isinstance(stage, _Stage), "nothing was taken down yet"
             entered, before, known = x, list(self._carry), dict(published)
             x = stage.run(x, self._carry, published)
-            if stage.parts[0].mixes_tokens and stage.parts[0].layer in self.why_not:
+            if again or (stage.parts[0].mixes_tokens and stage.parts[0].layer in self.why_not):
                 stages.append(stage)
                 continue
             after = _Result(x, [self._carry[layer] for layer in stage.layers], published)
+            in_place = self._in_place.intersection(stage.layers)
             try:
-                replayed = _Replayed(stage, entered, before, known, after, capture)
+                replayed = _Replayed(stage, in_place, self._room, entered, before, known, after, capture)
                 off = replayed.disagreement(entered, before, known, after)
             except torch.OutOfMemoryError:
-                raise
+                if not in_place:
+                    raise
+                off, replayed = _NO_MEMORY, None
             except Exception as error:  # a stranger's mixer, or the driver, may refuse in any way
                 off, replayed = f"{type(error).__name__}: {error}".splitlines()[0], None
-            if replayed is None or off is not None:
+            if replayed is not None and off is None:
+                for layer in stage.layers:
+                    self._carry[layer] = ()  # where it lies now, the replay knows
+                stages.append(replayed)
+                continue
+            again = bool(in_place) and len(stage.parts) > 1
+            if not again:
                 self.why_not |= dict.fromkeys(stage.layers, str(off))
                 names = ", ".join(sorted({str(self._model.blocks[layer].mixer_name) for layer in stage.layers}))
                 warnings.warn(
@@ -119,12 +168,11 @@ class Decoder:
                     f" are decoded without a graph: {off}",
                     stacklevel=3,
                 )
-                stages.append(stage)
-            else:
-                for layer, own in zip(stage.layers, replayed.carries):
-                    self._carry[layer] = own
-                stages.append(replayed)
-        self._stages, self._taken_down = stages, True
+            stages.append(stage)
+        self._stages, self._taken_down = stages, not again
+        if again:  # by itself, each shows whether it is to blame
+            self._carry = list(self.carry)
+            self._stages = self._planned(apart=self._in_place)
         return x
 
 
@@ -142,13 +190,20 @@ class _Stage:
         """Those whose mixers, and carries, are among the parts."""
         return [part.layer for part in self.parts if part.mixes_tokens]
 
-    def run(self, x: Tensor, carry: list[Carry], published: dict[str, Tensor]) -> Tensor:
-        """What leaves the parts; their entries of `carry`, and what they publish, are exchanged."""
+    def run(
+        self, x: Tensor, carry: list[Carry], published: dict[str, Tensor], in_place: Collection[int] = ()
+    ) -> Tensor:
+        """What leaves the parts; their entries of `carry`, and what they publish, are exchanged.
+
+        Carries of the layers `in_place` have room.
+        """
         blocks = _blocks(self.model)
         if self.embeds:
             x = self.model.embedding(x)
         for layer, mixes_tokens in self.parts:
-            if mixes_tokens:
+            if mixes_tokens and layer in in_place:
+                x, carry[layer] = blocks[layer].decode_mixer_in_place(x, carry[layer])
+            elif mixes_tokens:
                 x, carry[layer] = self.model.decode_mixer(layer, x, carry[layer], published)
             else:
                 x = blocks[layer].mix_channels(x)
@@ -165,43 +220,26 @@ class _Result:
 
 
 class _Replayed:
-    """A run of parts on memory of its own, taken down."""
+    """A run of parts on memory of its own, taken down; mixers of the layers `in_place` have room for their caches."""
 
     def __init__(
-        self, stage: _Stage, x: Tensor, carry: list[Carry], published: Mapping[str, Tensor], after: _Result,
-        capture: Capture,
+        self, stage: _Stage, in_place: Collection[int], room: int, x: Tensor, carry: Sequence[Carry],
+        published: Mapping[str, Tensor], after: _Result, capture: Capture,
     ) -> None:  # fmt: skip
-        layers, blocks = stage.layers, [_blocks(stage.model)[layer] for layer in stage.layers]
-        self.parts, self.layers = stage.parts, layers
-        self.carries: list[Carry] = [_copied(carry[layer]) for layer in layers]
+        blocks = _blocks(stage.model)
+        self.parts, self.layers, self._stage, self._capture = stage.parts, stage.layers, stage, capture
+        self._in_place: dict[int, DecodesInPlace] = {layer: blocks[layer].mixer for layer in in_place}
         self._read = {
-            name: published[name].clone() for block in blocks for name in block.sharing.reads if name in published
+            name: published[name].clone()
+            for layer in self.layers
+            for name in blocks[layer].sharing.reads
+            if name in published
         }
-        names = [name for block in blocks for name in block.sharing.publishes]
+        names = [name for layer in self.layers for name in blocks[layer].sharing.publishes]
         self._published = {name: torch.empty_like(after.published[name]) for name in names}
         # Other values than those that it will be compared on: what the host reads off a tensor shows then.
         self._x, self._y = torch.zeros_like(x), torch.empty_like(after.x)
-        self._fixed = _tensors(self.carries)
-        addresses = {leaf.untyped_storage().data_ptr() for leaf in [self._x, *self._fixed, *self._read.values()]}
-
-        def work() -> None:
-            inside: list[Carry] = [()] * len(stage.model.blocks)
-            for layer, fixed in zip(layers, self.carries):
-                inside[layer] = fixed
-            shared = dict(self._read)
-            y = stage.run(self._x, inside, shared)
-            new = _tensors([inside[layer] for layer in layers])
-            # A mixer may hand on a part of what it was handed: it is read before anything is overwritten.
-            new = [leaf.clone() if leaf.untyped_storage().data_ptr() in addresses else leaf for leaf in new]
-            self._y.copy_(y)
-            for name, memory in self._published.items():
-                memory.copy_(shared[name])
-            for dtype in {leaf.dtype for leaf in new}:
-                places = [place for place, leaf in enumerate(new) if leaf.dtype == dtype]
-                # One launch for many.
-                torch._foreach_copy_([self._fixed[place] for place in places], [new[place] for place in places])
-
-        self._replay = capture(work)
+        self._take_down([carry[layer] for layer in self.layers], room)
 
     def run(self, x: Tensor, carry: list[Carry], published: dict[str, Tensor]) -> Tensor:
         """The output, in memory that the next call overwrites; carries are exchanged where they lie."""
@@ -214,17 +252,80 @@ class _Replayed:
         published.update(self._published)
         return self._y
 
+    def ordinary(self) -> Iterator[tuple[int, Carry]]:
+        """The layers and their carries, as `decode` would have left them."""
+        for layer, fixed in zip(self.layers, self.carries):
+            mixer = self._in_place.get(layer)
+            yield layer, fixed if mixer is None else mixer.without_room(fixed)
+
+    def grow(self, room: int) -> None:
+        """Go on from the same carries in memory with more room; where there is none for it, all is as it was."""
+        if self._in_place:
+            before = [carry for _, carry in self.ordinary()]
+            self._take_down(before, room)
+            self._lay_out(before, room)
+
     def disagreement(
-        self, x: Tensor, carry: list[Carry], published: Mapping[str, Tensor], expected: _Result
+        self, x: Tensor, carry: Sequence[Carry], published: Mapping[str, Tensor], expected: _Result
     ) -> str | None:
         """Replay from these values on, and say what is not as expected."""
-        for fixed, value in zip(self._fixed, _tensors([carry[layer] for layer in self.layers]), strict=True):
-            fixed.copy_(value)
-        found = self.run(x, carry, dict(published))
-        pairs = [(found, expected.x), *zip(self._fixed, _tensors(expected.carries), strict=True)]
+        self._lay_out([carry[layer] for layer in self.layers], self._room)
+        found = self.run(x, [], dict(published))
+        pairs = [(found, expected.x)]
+        for (_, one), other in zip(self.ordinary(), expected.carries, strict=True):
+            if _outline(one) != _outline(other):
+                return "a replay leaves another carry than the step"
+            pairs += zip(_tensors([one]), _tensors([other]), strict=True)
         pairs += [(fixed, expected.published[name]) for name, fixed in self._published.items()]
-        off = max(_relative_error(*pair) / _tolerance(pair[1]) for pair in pairs)
+        # A mixer in place may run other kernels than the step: what rounds as they do goes into every state behind it.
+        least = _tolerance(expected.x) if self._in_place else 0.0
+        off = max(_relative_error(*pair) / max(_tolerance(pair[1]), least) for pair in pairs)
         return None if off <= 1 else f"a replay differs from the step by {off:.3g} times what rounding explains"
+
+    def _take_down(self, before: Sequence[Carry], room: int) -> None:
+        """Memory of its own for these carries, and the work on it; taking it down leaves any values there."""
+        carries = [self._fixed(layer, carry, room) for layer, carry in zip(self.layers, before, strict=True)]
+        fixed = _tensors(carries)
+        addresses = {leaf.untyped_storage().data_ptr() for leaf in [self._x, *fixed, *self._read.values()]}
+
+        def work() -> None:
+            inside: list[Carry] = [()] * len(self._stage.model.blocks)
+            for layer, carry in zip(self.layers, carries):
+                inside[layer] = carry
+            shared = dict(self._read)
+            y = self._stage.run(self._x, inside, shared, self._in_place)
+            pairs = [
+                (place, leaf)
+                for place, leaf in zip(fixed, _tensors([inside[layer] for layer in self.layers]), strict=True)
+                if not _is_same(place, leaf)
+            ]
+            # A mixer may hand on a part of what it was handed: it is read before anything is overwritten.
+            pairs = [
+                (place, leaf.clone() if leaf.untyped_storage().data_ptr() in addresses else leaf)
+                for place, leaf in pairs
+            ]
+            self._y.copy_(y)
+            for name, memory in self._published.items():
+                memory.copy_(shared[name])
+            for dtype in {leaf.dtype for _, leaf in pairs}:
+                of_type = [pair for pair in pairs if pair[1].dtype == dtype]
+                # One launch for many.
+                torch._foreach_copy_([place for place, _ in of_type], [leaf for _, leaf in of_type])
+
+        self._replay = self._capture(work)
+        self.carries, self._room = carries, room
+
+    def _lay_out(self, before: Sequence[Carry], room: int) -> None:
+        """Write these carries to where the work finds them."""
+        for layer, fixed, carry in zip(self.layers, self.carries, before, strict=True):
+            value = self._fixed(layer, carry, room) if layer in self._in_place else carry
+            for place, leaf in zip(_tensors([fixed]), _tensors([value]), strict=True):
+                place.copy_(leaf)
+
+    def _fixed(self, layer: int, carry: Carry, room: int) -> Carry:
+        """A copy of a layer's carry that keeps its shapes while it is decoded."""
+        mixer = self._in_place.get(layer)
+        return _copied(carry) if mixer is None else mixer.with_room(carry, room)
 
 
 def _blocks(model: LanguageModel) -> Sequence[Block]:
@@ -241,11 +342,11 @@ def _parts(model: LanguageModel) -> list[Part]:
     return parts
 
 
-def _runs(parts: Sequence[Part], growing: Mapping[int, str]) -> Iterator[tuple[Part, ...]]:
-    """All parts in order: constant ones together, as many as stand in a row, and every other alone."""
+def _runs(parts: Sequence[Part], apart: Collection[int]) -> Iterator[tuple[Part, ...]]:
+    """All parts in order: as many together as stand in a row, but the mixers of some layers alone."""
     run: list[Part] = []
     for part in parts:
-        if part.mixes_tokens and part.layer in growing:
+        if part.mixes_tokens and part.layer in apart:
             if run:
                 yield tuple(run)
             yield (part,)
@@ -283,15 +384,27 @@ def _copied(carry: Carry) -> Carry:
     return copied
 
 
+def _outline(carry: Carry) -> list[object]:
+    """All of a carry but values: its shapes, its types, and whatever is no tensor."""
+    return [(leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in tree_leaves(carry)]
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same memory, looked at in the same way."""
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
+
+
 def _relative_error(found: Tensor, expected: Tensor) -> float:
     """The largest difference over the largest value; of what is not finite, whether it is the same."""
-    if torch.equal(found, expected):
+    differs = found != expected
+    if not differs.any():
         return 0.0
     if not expected.is_floating_point():
         return float("inf")
-    off = torch.where(found == expected, 0.0, found.double() - expected.double()).abs().nan_to_num(nan=float("inf"))
-    off = off.masked_fill(found.isnan() & expected.isnan(), 0.0)
-    scale = expected.double().where(expected.isfinite(), 0.0).abs().max()
+    # Of a long cache that is the last token at most: the rest is not copied to a wider type.
+    one, other = found[differs].double(), expected[differs].double()
+    off = (one - other).abs().nan_to_num(nan=float("inf")).masked_fill(one.isnan() & other.isnan(), 0.0)
+    scale = torch.where(expected.isfinite(), expected, 0.0).abs().max().double()
     return float(off.max() / scale.clamp_min(torch.finfo(torch.float32).tiny))
 
 

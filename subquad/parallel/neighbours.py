@@ -40,12 +40,19 @@ def causal_conv(
 
 
 def rotary(
-    part: SequencePart, q: Tensor, k: Tensor, cu_seqlens: Tensor | None, start: int, theta: float, kernel: str
+    part: SequencePart,
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor | None,
+    position: Tensor | None,
+    start: int,
+    theta: float,
+    kernel: str,
 ) -> Outputs:
     """Positions go on; when packed, in plain torch: the operator knows no document that began before its call."""
     if cu_seqlens is not None:
         return part.node(_rotated)(q, k, cu_seqlens, theta)  # type: ignore[no-any-return]
-    return ROTARY(q, k, None, part.node(_first_position)(q) + start, theta, kernel)  # type: ignore[no-any-return]
+    return ROTARY(q, k, None, position, part.node(_first_position)(q) + start, theta, kernel)  # type: ignore[no-any-return]
 
 
 def softmax_attention(

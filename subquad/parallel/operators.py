@@ -29,6 +29,7 @@ SPLIT: Mapping[str, Callable[..., Any]] = MappingProxyType(
 
 NOT_SPLIT: Mapping[str, str] = MappingProxyType(
     {
+        "cached_attention": "it takes one token a sequence",
         "log_linear_attention": "its state has as many slots as the position has bits",
         "log_linear_delta_rule": "its state has as many slots as the position has bits",
         "slstm_scan": "its state is not linear in the one before: ranks would compute one after the other",

@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from subquad.compiler.capture import Captured, capture, install, kernel_of, operator_nodes
 from subquad.compiler.example import METHODS
 from subquad.component_config import typed_config
-from subquad.contracts import NOTHING_SHARED, MixerContext, MixerSpec, SharedTensor, Sharing
+from subquad.contracts import NOTHING_SHARED, Carry, DecodesInPlace, MixerContext, MixerSpec, SharedTensor, Sharing
 from subquad.errors import SubquadError
 from subquad.model.block import Block
 from subquad.model.language_model import LanguageModel
@@ -226,10 +226,16 @@ class MixerSuite:
                 if split:
                     y, carry = mixer.prefill(x[:, :split], carry)
                     outputs.append(y)
+                begun = carry
                 for t in range(split, self.length):
                     y_t, carry = mixer.decode(x[:, t], carry)
                     outputs.append(y_t.unsqueeze(1))
-                assert_close(torch.cat(outputs, 1), whole, f"x: b=2 t={self.length}, prefill of {split}, then decode")
+                where = f"x: b=2 t={self.length}, prefill of {split}, then decode"
+                assert_close(torch.cat(outputs, 1), whole, where)
+                if isinstance(mixer, DecodesInPlace) and split < self.length:
+                    in_place, last = decoded_in_place(mixer, begun, x[:, split:], where)
+                    assert_close(in_place, whole[:, split:], f"{where} in place")
+                    assert_same_carry(last, carry, f"{where} in place")
 
     def test_prefill_in_two_parts_equals_one(self) -> None:
         mixer = self.build()
@@ -245,11 +251,7 @@ class MixerSuite:
                     first, carry = mixer.prefill(x[:, :split], mixer.empty_carry(2))
                     second, carry = mixer.prefill(x[:, split:], carry)
                     assert_close(torch.cat([first, second], 1), whole, where)
-                    for found, expected in zip(tree_leaves(carry), tree_leaves(last), strict=True):
-                        if isinstance(found, Tensor):
-                            assert_close(found, expected, f"carry, {where}")
-                        else:
-                            assert found == expected, f"{where}: the carry holds {found} instead of {expected}"
+                    assert_same_carry(carry, last, where)
 
     def test_gradients_flow_through_a_carry_as_through_a_sequence(self) -> None:
         mixer, x, pull = self.build(), self.tokens(2, self.length), self.tokens(2, self.length, seed=5)
@@ -583,6 +585,34 @@ class MixerSuite:
         for name in self.spec.no_decay:
             parameter = held.get(name)  # of another layer, if not of this
             assert all(parameter is not other for other in decayed["params"]), f"{name} is decayed"
+
+
+def decoded_in_place(mixer: DecodesInPlace, carry: Carry, x: Tensor, where: str) -> tuple[Tensor, Carry]:
+    """The outputs of tokens that are decoded with room for them, and the ordinary carry behind them.
+
+    Asserts that the carry with room is of tensors which keep their shapes, and that the one it was made from stays as
+    it is.  Shapes:  x: b t d  ->  b t d
+    """
+    before, outputs = snapshot(carry), []
+    roomy = mixer.with_room(carry, x.shape[1])
+    assert all(isinstance(leaf, Tensor) for leaf in tree_leaves(roomy)), f"{where}: the carry with room holds numbers"
+    shapes = [leaf.shape for leaf in tree_leaves(roomy)]
+    for x_t in x.unbind(1):
+        y_t, roomy = mixer.decode_in_place(x_t, roomy)
+        outputs.append(y_t)
+        found = [leaf.shape for leaf in tree_leaves(roomy)]
+        assert found == shapes, f"{where}: the carry with room has shapes {found} after a token, and had {shapes}"
+    assert same(carry, before), f"{where}: decoding in place writes into the carry from which it began"
+    return torch.stack(outputs, 1), mixer.without_room(roomy)
+
+
+def assert_same_carry(carry: Carry, wanted: Carry, where: str) -> None:
+    """Equal to rounding, and integers exactly."""
+    for found, expected in zip(tree_leaves(carry), tree_leaves(wanted), strict=True):
+        if isinstance(found, Tensor):
+            assert_close(found, expected, f"carry, {where}")
+        else:
+            assert found == expected, f"{where}: the carry holds {found} instead of {expected}"
 
 
 def assert_close(found: Tensor, expected: Tensor, what: str = "values", tolerance: float = TOLERANCE) -> None:

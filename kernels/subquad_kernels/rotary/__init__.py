@@ -3,10 +3,12 @@
     angle(p, i) = p theta^(-2 i / k)
     (x_i, x_{i + k/2}) -> (x_i cos - x_{i + k/2} sin,  x_{i + k/2} cos + x_i sin)        i = 0 .. k/2 - 1
 
-Token j stands at p = start + j, or at its place in its document when packed. Scores of rotated queries and keys depend
-on the distance of their positions alone. The gradient is the rotation by the opposite angle.
+Token j stands at p = start + position + j, or at its place in its document when packed; `position` is read on the
+device, so that a step of a decode which is taken down once turns by another angle every time. Scores of rotated queries
+and keys depend on the distance of their positions alone. The gradient is the rotation by the opposite angle.
 
-Shapes:  q: b t h k    k: b t h_kv k    cu_seqlens: documents + 1 (then b = 1)  ->  as q and k
+Shapes:  q: b t h k    k: b t h_kv k    cu_seqlens: documents + 1 (then b = 1)    position: 1 (int64)
+         ->  as q and k
          Angles are taken in fp64 and reduced to one turn before they are rounded: p theta^(..) in fp32 loses whole
          turns beyond a million tokens.
 

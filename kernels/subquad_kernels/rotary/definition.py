@@ -16,11 +16,14 @@ if TYPE_CHECKING:
     from subquad_kernels.catalogue import Argument, Arguments, Outputs
 
 
-def positions_of(length: int, start: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
-    """The position of every token.  Shapes:  cu_seqlens: documents + 1  ->  t (int64)"""
+def positions_of(
+    length: int, start: int, cu_seqlens: Tensor | None, position: Tensor | None, device: torch.device
+) -> Tensor:
+    """The position of every token.  Shapes:  cu_seqlens: documents + 1    position: 1  ->  t (int64)"""
     if cu_seqlens is not None:
         return document_positions(cu_seqlens, length)
-    return torch.arange(start, start + length, device=device)
+    places = torch.arange(start, start + length, device=device)
+    return places if position is None else places + position
 
 
 def angles(positions: Tensor, head_dim: int, theta: float) -> Tensor:
@@ -29,12 +32,14 @@ def angles(positions: Tensor, head_dim: int, theta: float) -> Tensor:
     return positions.double()[:, None] * theta**-exponent
 
 
-def reference(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, start: int, theta: float) -> Outputs:
+def reference(
+    q: Tensor, k: Tensor, cu_seqlens: Tensor | None, position: Tensor | None, start: int, theta: float
+) -> Outputs:
     """Each pair is a complex number, multiplied by e^(i angle).
 
-    Shapes:  q: b t h k    k: b t h_kv k  ->  as q and k
+    Shapes:  q: b t h k    k: b t h_kv k    position: 1  ->  as q and k
     """
-    positions = positions_of(q.shape[1], start, cu_seqlens, q.device)
+    positions = positions_of(q.shape[1], start, cu_seqlens, position, q.device)
     turn = torch.polar(torch.ones((), dtype=torch.float64, device=q.device), angles(positions, q.shape[3], theta))
 
     def rotated(x: Tensor) -> Tensor:
@@ -63,6 +68,11 @@ def check(arguments: Arguments) -> None:
     if values["start"] < 0:
         raise ValueError(f"start is {values['start']}: positions begin at 0")
     check_cu_seqlens(values["cu_seqlens"], q.shape[0])
+    position = values["position"]
+    if position is not None and (tuple(position.shape), position.dtype) != ((1,), torch.int64):
+        raise ValueError(f"position is {tuple(position.shape)} of {position.dtype}, not one int64 for all sequences")
+    if position is not None and values["cu_seqlens"] is not None:
+        raise ValueError("packed documents begin at position 0, and a position is given")
     if values["cu_seqlens"] is not None and values["start"]:
         raise ValueError(f"packed documents begin at position 0, and start is {values['start']}")
 
@@ -83,7 +93,7 @@ def batch_and_length(arguments: Arguments) -> tuple[int, int]:
 
 
 def workload_of(arguments: Arguments, phase: str) -> Workload:
-    """The call's workload; `start` is no part of it, since it changes nothing but angles."""
+    """The call's workload; `start` and `position` are no part of it, since they change nothing but angles."""
     q, k, cu_seqlens = (arguments[name] for name in ("q", "k", "cu_seqlens"))
     assert isinstance(q, Tensor)
     assert isinstance(k, Tensor)
@@ -97,12 +107,18 @@ def workload_of(arguments: Arguments, phase: str) -> Workload:
 
 
 def sample_inputs(workload: Workload, *, seed: int, device: str) -> dict[str, Argument]:
-    """Queries and keys of unit scale; unless packed, from a position of several million on."""
+    """Queries and keys of unit scale; unless packed, from a position of several million on.
+
+    One token, as in a decode, has half of it on the device.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     shape = workload.shape
     b, t, width = shape["b"], shape["t"], shape["k"]
     dtype = getattr(torch, workload.dtype)
     boundaries = draw_boundaries(shape, seed, device)
+
+    start = 0 if boundaries is not None else 3_000_017 + seed % 1000
+    position = torch.tensor([start // 2], device=device) if t == 1 and boundaries is None else None
 
     def draw(heads: int) -> Tensor:
         return torch.randn(b, t, heads, width, generator=generator, device=device).to(dtype)
@@ -111,6 +127,7 @@ def sample_inputs(workload: Workload, *, seed: int, device: str) -> dict[str, Ar
         "q": draw(shape["h"]),
         "k": draw(shape["h_kv"]),
         "cu_seqlens": boundaries,
-        "start": 0 if boundaries is not None else 3_000_017 + seed % 1000,
+        "position": position,
+        "start": start if position is None else start - start // 2,
         "theta": float(workload.options["theta"]),
     }

@@ -29,25 +29,26 @@ PROGRAMS = 1056
 """Heads are shared out until this many programs run: 8 on each of an H100's 132 multiprocessors."""
 
 
-def forward(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, start: int, theta: float) -> Outputs:
+def forward(
+    q: Tensor, k: Tensor, cu_seqlens: Tensor | None, position: Tensor | None, start: int, theta: float
+) -> Outputs:
     """Both, rotated."""
-    return _rotated(q, k, cu_seqlens, start, theta, 1.0)
+    return _rotated(q, k, cu_seqlens, position, start, theta, 1.0)
 
 
-def backward(
-    arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]
-) -> dict[str, Tensor | None]:
+def backward(arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
     """The gradients, rotated back."""
     values: dict[str, Any] = dict(arguments)
     dq, dk = (
         torch.zeros_like(values[name]) if gradient is None else gradient for name, gradient in zip("qk", gradients)
     )
-    dq, dk = _rotated(dq, dk, values["cu_seqlens"], values["start"], values["theta"], -1.0)
+    cu_seqlens, position = values["cu_seqlens"], values["position"]
+    dq, dk = _rotated(dq, dk, cu_seqlens, position, values["start"], values["theta"], -1.0)
     return {"q": dq, "k": dk}
 
 
 def _rotated(
-    q: Tensor, k: Tensor, cu_seqlens: Tensor | None, start: int, theta: float, sign: float
+    q: Tensor, k: Tensor, cu_seqlens: Tensor | None, position: Tensor | None, start: int, theta: float, sign: float
 ) -> tuple[Tensor, Tensor]:
     if q.dtype == torch.float64:
         raise TypeError("rotary/fused computes in float32; for float64 use kernel='tables'")
@@ -63,10 +64,10 @@ def _rotated(
     heads_each = ceil_div(h + h_kv, min(h + h_kv, ceil_div(PROGRAMS, max(tiles, 1))))
     if tiles:
         _rotate[(tiles, ceil_div(h + h_kv, heads_each))](
-            q, k, turned_q, turned_k, cu_seqlens,
+            q, k, turned_q, turned_k, cu_seqlens, position,
             t, start, h, h_kv, heads_each, documents, halvings(documents), *q.stride()[:3], *k.stride()[:3],
             LOG2_RATIO=-2.0 * math.log2(theta) / head_dim, SIGN=sign, HALF=half, PAD=pad, TILE_T=tile_t,
-            PACKED=cu_seqlens is not None, num_warps=4 if tile_t * pad >= 256 else 1,
+            PACKED=cu_seqlens is not None, PLACED=position is not None, num_warps=4 if tile_t * pad >= 256 else 1,
         )  # fmt: skip
     return turned_q, turned_k
 
@@ -74,11 +75,11 @@ def _rotated(
 @QuickLaunch
 @triton.jit(do_not_specialize=["t", "start", "h", "h_kv", "heads_each", "documents", "steps"])
 def _rotate(
-    q, k, turned_q, turned_k, cu_seqlens,
+    q, k, turned_q, turned_k, cu_seqlens, position,
     t, start, h, h_kv, heads_each, documents, steps,
     q_batch, q_token, q_head, k_batch, k_token, k_head,
     LOG2_RATIO: tl.constexpr, SIGN: tl.constexpr, HALF: tl.constexpr, PAD: tl.constexpr, TILE_T: tl.constexpr,
-    PACKED: tl.constexpr,
+    PACKED: tl.constexpr, PLACED: tl.constexpr,
 ):  # fmt: skip
     """Turn the heads [first, last) of a tile of tokens of one sequence; heads from h on are those of k."""
     tiles = tl.cdiv(t, TILE_T)
@@ -91,6 +92,8 @@ def _rotate(
         places = (tokens - tl.load(cu_seqlens + find_documents(cu_seqlens, documents, steps, tokens))).to(tl.float64)
     else:
         places = (start + rows).to(tl.float64)
+        if PLACED:
+            places += tl.load(position).to(tl.float64)
     # theta^(-2 i / k) in turns a token. A constant, since a float that is an argument arrives in fp32.
     rates = tl.exp2(pairs.to(tl.float64) * LOG2_RATIO) / _TWO_PI
     turns = places[:, None] * rates[None, :]

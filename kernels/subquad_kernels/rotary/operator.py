@@ -9,7 +9,9 @@ from subquad_kernels.rotary.declaration import OPERATOR
 from subquad_kernels.torch_operator import define
 
 OP = define(
-    OPERATOR, "(Tensor q, Tensor k, Tensor? cu_seqlens, int start, float theta, str kernel) -> (Tensor, Tensor)"
+    OPERATOR,
+    "(Tensor q, Tensor k, Tensor? cu_seqlens, Tensor? position, int start, float theta, str kernel)"
+    " -> (Tensor, Tensor)",
 )
 
 
@@ -18,16 +20,19 @@ def rotary(
     k: Tensor,
     cu_seqlens: Tensor | None = None,
     *,
+    position: Tensor | None = None,
     start: int = 0,
     theta: float = 1e6,
     kernel: str = DEFAULT,
 ) -> tuple[Tensor, Tensor]:
     """Rotate queries and keys by their positions:  (x_i, x_{i+k/2}) turned by  p theta^(-2 i / k).
 
-    Shapes:  q: b t h k    k: b t h_kv k    cu_seqlens: documents + 1 (int32; then b is 1)  ->  as q and k
-    Positions count from `start`; from 0 at each document when packed. `kernel` names a kernel or a table of kernels.
+    Shapes:  q: b t h k    k: b t h_kv k    cu_seqlens: documents + 1 (int32; then b is 1)    position: 1 (int64)
+             ->  as q and k
+    Positions count from `start`, and what `position` holds on the device is added; from 0 at each document when packed.
+    `kernel` names a kernel or a table of kernels.
     Raises: ValueError for shapes that do not fit; CatalogueError for an unknown kernel.
     Source: Su et al. 2021, section 3.4.2; half-split pairs.
     """
-    rotated_q, rotated_k = OP(q, k, cu_seqlens, start, theta, kernel)
+    rotated_q, rotated_k = OP(q, k, cu_seqlens, position, start, theta, kernel)
     return rotated_q, rotated_k

@@ -13,26 +13,29 @@ if TYPE_CHECKING:
     from subquad_kernels.catalogue import Arguments, Outputs
 
 
-def forward(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, start: int, theta: float) -> Outputs:
+def forward(
+    q: Tensor, k: Tensor, cu_seqlens: Tensor | None, position: Tensor | None, start: int, theta: float
+) -> Outputs:
     """Both, rotated."""
-    return _rotated((q, k), cu_seqlens, start, theta, 1)  # type: ignore[return-value]
+    return _rotated((q, k), cu_seqlens, position, start, theta, 1)  # type: ignore[return-value]
 
 
-def backward(
-    arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]
-) -> dict[str, Tensor | None]:
+def backward(arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
     """The gradients, rotated back."""
     values: dict[str, Any] = dict(arguments)
-    dq, dk = _rotated(gradients, values["cu_seqlens"], values["start"], values["theta"], -1)
+    dq, dk = _rotated(
+        gradients, values["cu_seqlens"], values["position"], values["start"], values["theta"], -1
+    )  # fmt: skip
     return {"q": dq, "k": dk}
 
 
 def _rotated(
-    tensors: tuple[Tensor | None, ...], cu_seqlens: Tensor | None, start: int, theta: float, sign: int
-) -> tuple[Tensor | None, ...]:
+    tensors: tuple[Tensor | None, ...], cu_seqlens: Tensor | None, position: Tensor | None, start: int, theta: float,
+    sign: int,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     like = next(tensor for tensor in tensors if tensor is not None)
     _, t, _, head_dim = like.shape
-    turn = angles(positions_of(t, start, cu_seqlens, like.device), head_dim, theta)
+    turn = angles(positions_of(t, start, cu_seqlens, position, like.device), head_dim, theta)
     exact = torch.promote_types(like.dtype, torch.float32)
     cos, sin = turn.cos().to(exact)[:, None], (sign * turn.sin()).to(exact)[:, None]
 

@@ -4,6 +4,9 @@ A token that is decoded sees itself and every known summary: products with one r
 token's own term and the first tile of summaries are on their way together; most caches are no longer than that, and
 what a program holds is small enough for eight of them a processor. Where sequences and heads are too few to fill the
 device, a long cache is split, and a second launch weighs the parts by their log-sum-exps.
+
+How much of the cache is there may be on the device alone (`cached_attention`, by `cached_step.py`): the launch is then
+that of a full cache, splits share out what is there, and one that finds nothing weighs nothing.
 """
 
 # What Triton compiles has no Python types.
@@ -41,6 +44,11 @@ class Launch:
     splits: int | None = None
 
 
+LOWEST: tl.constexpr = tl.constexpr(-1e30)
+"""Where the maximum of a split without the token's own term begins: finite, so that one which finds nothing has the
+log-sum-exp of nothing, and weighs nothing."""
+
+
 @lru_cache
 def launch_of(key_width: int, value_width: int, element_bytes: int) -> Launch:
     """The tile of a head of these widths."""
@@ -49,11 +57,12 @@ def launch_of(key_width: int, value_width: int, element_bytes: int) -> Launch:
 
 def decode(
     q: Tensor, k: Tensor, v: Tensor, summary_k: Tensor | None, summary_v: Tensor | None, factor: float,
-    launch: Launch | None = None,
+    launch: Launch | None = None, position: Tensor | None = None, segment_len: int = 1,
 ) -> Outputs:  # fmt: skip
-    """out and lse of one token a sequence; `factor` scales scores.
+    """out and lse of one token a sequence; `factor` scales scores. With a `position` the summaries are a ring of m.
 
-    Shapes:  q: b 1 h k    k: b 1 h_kv k    v: b 1 h_kv v    summary_k, summary_v: b m h_kv k | v  ->  b 1 h v, b h 1
+    Shapes:  q: b 1 h k    k: b 1 h_kv k    v: b 1 h_kv v    summary_k, summary_v: b m h_kv k | v
+             position: 1 (int64)  ->  b 1 h v, b h 1
     """
     b, _, h, key_width = q.shape
     h_kv, value_width = v.shape[2:]
@@ -72,11 +81,12 @@ def decode(
     block_v = padded(value_width)
     with torch.cuda.device_of(q):
         _attend_once[(heads * splits,)](
-            q, k, v, keys, values, parts, part_lse,
+            q, k, v, keys, values, position, parts, part_lse,
             q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2),
-            *keys.stride()[:3], *values.stride()[:3], h, count, span, splits, factor * LOG2E.value,
+            *keys.stride()[:3], *values.stride()[:3], h, count, span, splits, segment_len,
+            factor * LOG2E.value,
             GROUPS=h // h_kv, K=key_width, V=value_width, BLOCK_K=padded(key_width), BLOCK_V=block_v,
-            TILE_N=launch.tile_n, num_warps=launch.num_warps,
+            TILE_N=launch.tile_n, RING=position is not None, num_warps=launch.num_warps,
         )  # fmt: skip
         if splits > 1:
             _weigh[(heads,)](
@@ -88,13 +98,13 @@ def decode(
 
 @triton.jit
 def _load(
-    keys, values, keys_n, values_n, column_k, column_v, summary, to,
+    keys, values, keys_n, values_n, column_k, column_v, summary, inside,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values of a tile of summaries; zeros from `to` on."""
+    """Keys and values of a tile of summaries; zeros of those that are not `inside`."""
     place = summary.to(tl.int64)[:, None]
-    key = load(keys + place * keys_n + column_k[None, :], summary < to, column_k < K, True, K == BLOCK_K)
-    value = load(values + place * values_n + column_v[None, :], summary < to, column_v < V, True, V == BLOCK_V)
+    key = load(keys + place * keys_n + column_k[None, :], inside, column_k < K, True, K == BLOCK_K)
+    value = load(values + place * values_n + column_v[None, :], inside, column_v < V, True, V == BLOCK_V)
     return key, value
 
 
@@ -115,15 +125,17 @@ def _take(acc, total, peak, score, value):
 
 
 @QuickLaunch
-@triton.jit(do_not_specialize=["h", "count", "span", "splits"])
+@triton.jit(do_not_specialize=["h", "count", "span", "splits", "segment_len"])
 def _attend_once(
-    q, k, v, keys, values, parts, part_lse,
+    q, k, v, keys, values, position, parts, part_lse,
     q_b, q_h, k_b, k_h, v_b, v_h, keys_b, keys_n, keys_h, values_b, values_n, values_h,
-    h, count, span, splits, factor2,
+    h, count, span, splits, segment_len, factor2,
     GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    TILE_N: tl.constexpr,
+    TILE_N: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     """One head of one sequence and `span` summaries; the first split takes the token's own term.
+
+    Of a RING of `count` places those are seen that were written, but for the one which the token will overwrite.
 
     Shapes:  parts: splits (b h) v    part_lse: splits (b h)
     """
@@ -136,13 +148,20 @@ def _attend_once(
     keys += batch * keys_b + key_head * keys_h
     values += batch * values_b + key_head * values_h
     offset = tl.arange(0, TILE_N)
+    hidden = -1
+    if RING:
+        written = tl.load(position).to(tl.int32) // segment_len  # wider divisions are slow, and wait for the load
+        hidden = written % count
+        count = tl.minimum(written, count)
+        span = tl.cdiv(tl.cdiv(count, TILE_N), splits) * TILE_N
     begin = split * span
     to = tl.minimum(begin + span, count)
 
     # The tile is on its way before anything is waited for: ptxas moves no load over a barrier, but would, to save
     # registers, ask for values when scores are known.
+    inside = (begin + offset < to) & (begin + offset != hidden)
     key, value = _load(
-        keys, values, keys_n, values_n, column_k, column_v, begin + offset, to, K, V, BLOCK_K, BLOCK_V
+        keys, values, keys_n, values_n, column_k, column_v, begin + offset, inside, K, V, BLOCK_K, BLOCK_V
     )  # fmt: skip
     tl.debug_barrier()
     query = tl.load(q + batch * q_b + head * q_h + column_k, mask=k_ok, other=0.0)
@@ -150,19 +169,21 @@ def _attend_once(
     own_value = tl.load(v + batch * v_b + key_head * v_h + column_v, mask=v_ok, other=0.0)
 
     query = query.to(tl.float32) * factor2
-    score = _scores(query, key, begin + offset < to)
-    peak = tl.where(split == 0, tl.sum(query * own_key.to(tl.float32), 0), float("-inf"))
+    score = _scores(query, key, inside)
+    peak = tl.where(split == 0, tl.sum(query * own_key.to(tl.float32), 0), LOWEST)
     total = tl.where(split == 0, 1.0, 0.0)
     acc = tl.where(split == 0, own_value.to(tl.float32), 0.0)
     acc, total, peak = _take(acc, total, peak, score, value)
     for here in range(begin + TILE_N, to, TILE_N):
+        inside = (here + offset < to) & (here + offset != hidden)
         key, value = _load(
-            keys, values, keys_n, values_n, column_k, column_v, here + offset, to, K, V, BLOCK_K, BLOCK_V
+            keys, values, keys_n, values_n, column_k, column_v, here + offset, inside, K, V, BLOCK_K, BLOCK_V
         )  # fmt: skip
-        acc, total, peak = _take(acc, total, peak, _scores(query, key, here + offset < to), value)
+        acc, total, peak = _take(acc, total, peak, _scores(query, key, inside), value)
 
     place = split.to(tl.int64) * heads + batch_head
-    tl.store(parts + place * V + column_v, (acc / total).to(parts.dtype.element_ty), mask=v_ok)
+    mean = acc / tl.where(total > 0.0, total, 1.0)
+    tl.store(parts + place * V + column_v, mean.to(parts.dtype.element_ty), mask=v_ok)
     tl.store(part_lse + place, (peak + tl.log2(total)) * LN2)
 
 

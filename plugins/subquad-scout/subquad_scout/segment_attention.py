@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from subquad import MixerContext, ProjectionSplit
 from subquad_kernels.growing_cache import appended
 from subquad_kernels.operators import rotary, segment_attention
+from subquad_kernels.ring import Rings, attend, cache_of, places_for, rings_of
 from subquad_scout.config import SegmentAttentionConfig, share_summaries
 
 
@@ -73,15 +74,11 @@ class SegmentAttention(nn.Module):
         shape = (batch_size, 0, self.num_kv_heads, self.head_dim)
         return SegmentCarry(self.k_proj.weight.new_zeros(shape), self.v_proj.weight.new_zeros(shape), 0)
 
-    def prefill(
-        self, x: Tensor, carry: SegmentCarry, shared: Mapping[str, Tensor] | None = None
-    ) -> tuple[Any, ...]:
+    def prefill(self, x: Tensor, carry: SegmentCarry, shared: Mapping[str, Tensor] | None = None) -> tuple[Any, ...]:
         """Mix the next t tokens, and keep the summaries of the segments they complete.  Shapes:  x: b t d  ->  b t d"""
         q, k, v = self._project(x)
         q, k = rotary(q, k, start=carry.position, theta=self.rope_theta)
-        out = segment_attention(
-            q, k, v, carry.keys, carry.values, segment_len=self.segment_len, start=carry.position
-        )
+        out = segment_attention(q, k, v, carry.keys, carry.values, segment_len=self.segment_len, start=carry.position)
         first = self.segment_len - 1 - carry.position % self.segment_len
         after = SegmentCarry(
             appended(carry.keys, k[:, first :: self.segment_len]),
@@ -94,12 +91,28 @@ class SegmentAttention(nn.Module):
         published = (torch.cat([carry.keys, k], dim=1), torch.cat([carry.values, v], dim=1))
         return y, after, dict(zip(self.published, published))
 
-    def decode(
-        self, x_t: Tensor, carry: SegmentCarry, shared: Mapping[str, Tensor] | None = None
-    ) -> tuple[Any, ...]:
+    def decode(self, x_t: Tensor, carry: SegmentCarry, shared: Mapping[str, Tensor] | None = None) -> tuple[Any, ...]:
         """Mix the next token.  Shapes:  x_t: b d  ->  b d"""
         y, *rest = self.prefill(x_t.unsqueeze(1), carry, shared)
         return y.squeeze(1), *rest
+
+    def with_room(self, carry: SegmentCarry, tokens: int) -> Rings:
+        """Summaries in memory for those of so many tokens more."""
+        places = places_for(carry.position, tokens, self.segment_len)
+        return rings_of(carry.keys, carry.values, carry.position, places, self.segment_len)
+
+    def decode_in_place(self, x_t: Tensor, carry: Rings) -> tuple[Tensor, Rings]:
+        """Mix the next token, where its position is known to the device alone.  Shapes:  x_t: b d  ->  b d"""
+        q, k, v = self._project(x_t.unsqueeze(1))
+        q, k = rotary(q, k, position=carry.position, theta=self.rope_theta)
+        out, carry = attend(q, k, v, carry, segment_len=self.segment_len)
+        return self.o_proj(out.flatten(2)).squeeze(1), carry
+
+    def without_room(self, carry: Rings) -> SegmentCarry:
+        """The summaries so far."""
+        position = int(carry.position)
+        keys, values = (cache_of(ring, position, self.segment_len) for ring in (carry.keys, carry.values))
+        return SegmentCarry(keys, values, position)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return (  # as many heads as the projections have here: ranks may share them
