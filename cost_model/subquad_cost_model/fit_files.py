@@ -27,8 +27,9 @@ from subquad_cost_model.features import Vocabulary, schema_hash
 from subquad_cost_model.gaussian_process import SCALES, GaussianProcess
 from subquad_cost_model.head import Head
 from subquad_cost_model.learned import LearnedEstimator
-from subquad_cost_model.physics import BYTES, SECONDS, Physics
+from subquad_cost_model.physics import Physics
 from subquad_cost_model.roofline import RooflineEstimator
+from subquad_cost_model.terms import BYTES, SECONDS
 
 if TYPE_CHECKING:
     import lightgbm

@@ -23,8 +23,8 @@ from scipy.spatial.distance import cdist
 
 from subquad_cost_model.device import Device
 from subquad_cost_model.features import Floats
-from subquad_cost_model.physics import multiprocessors, programs
 from subquad_cost_model.rows import CostRow
+from subquad_cost_model.terms import multiprocessors, programs
 
 MOST_ROWS = 4000
 """Of one operator: a system of so many takes seconds to solve and megabytes to keep; above, trees answer as well."""
@@ -47,19 +47,18 @@ SCALES = (OPERATOR, KERNEL, LENGTH, WIDTH, REACH, PARALLEL, SIZE, DEVICE, GROUP,
 LENGTHS, WIDTHS = ("b", "t", "s", "m", "documents"), ("k", "v", "n", "p", "w")
 
 
-def coordinates(
-    rows: Sequence[CostRow], devices: Sequence[Device], sums: Floats, choices: tuple[str, ...] = ()
-) -> Floats:
-    """Where each row lies, one line each; `sums` are what the physics head says of them.
+def places_of(rows: Sequence[CostRow], devices: Sequence[Device]) -> Floats:
+    """Where each row lies, one line each, but for its options and for what a physics head says of it."""
+    if not rows:
+        return np.empty((0, 0))
+    return np.array([_place(row, device) for row, device in zip(rows, devices, strict=True)])
 
-    `choices` are the words and truth values of options that matter (`name=value`).
-    """
-    found = [
-        [*_place(row, device), *_chosen(tuple(row.options.items()), choices)]
-        for row, device in zip(rows, devices, strict=True)
-    ]
+
+def _coordinates(rows: Sequence[CostRow], places: Floats, sums: Floats, choices: tuple[str, ...]) -> Floats:
+    """`places`, the words and truth values of options that matter (`choices`, `name=value`), and the sums."""
+    chosen = np.array([_chosen(tuple(row.options.items()), choices) for row in rows], dtype=np.float64)
     sized = np.log2(sums) / SIZE
-    return np.round(np.column_stack([np.array(found).reshape(len(rows), -1), sized]), DIGITS)
+    return np.round(np.column_stack([places, chosen.reshape(len(rows), -1), sized]), DIGITS)
 
 
 def _place(row: CostRow, device: Device) -> list[float]:
@@ -110,7 +109,7 @@ class GaussianProcess:
 
     @classmethod
     def fit(
-        cls, rows: Sequence[CostRow], devices: Sequence[Device], sums: Floats, target: Floats, doubts: Floats
+        cls, rows: Sequence[CostRow], places: Floats, sums: Floats, target: Floats, doubts: Floats
     ) -> GaussianProcess:
         """Solve (K + noise) weights = target, the noise of a row growing with its doubt and with its own error.
 
@@ -121,7 +120,7 @@ class GaussianProcess:
         operators, kernels = _names(rows)
         variants = {tuple(row.options.items()) for row in rows}
         choices = tuple(sorted({choice for options in variants for choice in _said(options)}))
-        places = coordinates(rows, devices, sums, choices)
+        places = _coordinates(rows, places, sums, choices)
         weights = np.zeros(len(rows))
         for operator in dict.fromkeys(operators):
             here = np.array([index for index, name in enumerate(operators) if name == operator])
@@ -131,9 +130,9 @@ class GaussianProcess:
             weights[here] = _solved(covariance, target[here], doubts[here])
         return cls(places=places, choices=choices, operators=operators, kernels=kernels, weights=weights)
 
-    def predict(self, rows: Sequence[CostRow], devices: Sequence[Device], sums: Floats) -> Floats:
+    def predict(self, rows: Sequence[CostRow], places: Floats, sums: Floats) -> Floats:
         """The mean at each row: beyond all rows what it is at their edge, 0 for operators that were not among them."""
-        places = coordinates(rows, devices, sums, self.choices)
+        places = _coordinates(rows, places, sums, self.choices)
         places = np.clip(places, self.places.min(axis=0), self.places.max(axis=0))
         operators, kernels = _names(rows)
         known = np.array(self.operators)

@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,10 +19,11 @@ from numpy.typing import NDArray
 from subquad_cost_model.conformal import grouped_quantile, worst_quantile
 from subquad_cost_model.device import Device
 from subquad_cost_model.features import CATEGORIES, NAMES, Floats, Vocabulary, feature_matrix, words
-from subquad_cost_model.gaussian_process import MOST_ROWS, GaussianProcess
-from subquad_cost_model.physics import FINEST_DOUBT, Physics, layout
+from subquad_cost_model.gaussian_process import MOST_ROWS, GaussianProcess, places_of
+from subquad_cost_model.physics import FINEST_DOUBT, Physics
 from subquad_cost_model.rows import CostRow
-from subquad_cost_model.splits import fold, head_layout, shape_group
+from subquad_cost_model.splits import LENGTHS, fold, head_layout, shape_group
+from subquad_cost_model.terms import Terms
 
 if TYPE_CHECKING:
     import lightgbm
@@ -123,8 +125,8 @@ class Head:
         vocabulary = Vocabulary.of(rows)
         doubts = np.zeros(len(rows)) if doubts is None else doubts
         bounds = np.ones(len(rows)) if bounds is None else bounds
-        features = feature_matrix(rows, devices, vocabulary)
-        table = _Table(rows, devices, devices if asked is None else asked, features, z, doubts, bounds)
+        seen = _Asked.of(rows, devices, feature_matrix(rows, devices, vocabulary), terms)
+        table = _Table(seen, seen if asked is None else _Asked.of(rows, asked, seen.features, terms), z, doubts, bounds)
         folds = np.array([fold(group, FOLDS) for group in groups])
         residual = np.abs(z - table.out_of_group(folds, trees, terms))
         spreads = replace(table, z=np.log(residual + SPREAD_FLOOR))
@@ -138,11 +140,11 @@ class Head:
             found = scores(held_out, np.abs(z - table.out_of_group(held_out, trees, terms)))
             return grouped_quantile(found[out], [unit for unit, one in zip(units, out, strict=True) if one], level)
 
-        seen = scores(folds, residual)
-        seen_width = {"": grouped_quantile(seen, groups, level)}
+        scored = scores(folds, residual)
+        seen_width = {"": grouped_quantile(scored, groups, level)}
         for operator in vocabulary.words["operator"]:
             here = [index for index, row in enumerate(rows) if row.operator == operator]
-            width = grouped_quantile(seen[here], [groups[index] for index in here], level)
+            width = grouped_quantile(scored[here], [groups[index] for index in here], level)
             # Shapes too few for a quantile of their own borrow that of all.
             seen_width[operator] = width if math.isfinite(width) else seen_width[""]
         families = np.array([device.family for device in devices])
@@ -157,7 +159,7 @@ class Head:
         final = table.trained(np.ones(len(rows), dtype=bool), trees, terms)
         return cls(
             point=final.residual,
-            spread=_grow(table.features, spreads.z, trees, spread=True),
+            spread=_grow(seen.features, spreads.z, trees, spread=True),
             vocabulary=vocabulary,
             level=level,
             seen_width=seen_width,
@@ -180,8 +182,10 @@ class Head:
         """
         if not rows:
             return np.empty(0), np.empty(0)
-        features, devices = feature_matrix(rows, [device] * len(rows), self.vocabulary), [device] * len(rows)
-        z = _Point(self.point, self.physics).answer(rows, devices, features, bounds)
+        devices = [device] * len(rows)
+        features = feature_matrix(rows, devices, self.vocabulary)
+        asked = _Asked.of(rows, devices, features, () if self.physics is None else self.physics.terms)
+        z = _Point(self.point, self.physics).answer(asked, bounds)
         z = np.clip(z, self.lowest, self.highest)
         spread = np.exp(_ask(self.spread, features))
         return z, spread * np.array([self._width(row, device) for row in rows])
@@ -192,7 +196,7 @@ class Head:
         width = self.seen_width.get(row.operator, self.seen_width[""])
         if self.physics is None:
             return width
-        if layout(row) not in self.layouts.get(words(row)[1], ()):
+        if _layout(row) not in self.layouts.get(words(row)[1], ()):
             width = max(width, self.layout_width)
         return max(width, self.beyond_width) if self._beyond(row) else width
 
@@ -230,34 +234,53 @@ class Head:
 
 
 @dataclass(frozen=True)
+class _Asked:
+    """Rows on devices as a head looks at them, counted once: trees' features, a sum's terms, a process's places."""
+
+    rows: Sequence[CostRow]
+    features: Floats
+    terms: Terms
+    places: Floats
+
+    @classmethod
+    def of(cls, rows: Sequence[CostRow], devices: Sequence[Device], features: Floats, terms: tuple[str, ...]) -> _Asked:
+        """Without terms there is no sum, and no process."""
+        asked, at = (rows, devices) if terms else ((), ())
+        return cls(rows, features, Terms.count(terms, asked, at), places_of(asked, at))
+
+    def take(self, here: Sequence[int]) -> _Asked:
+        """Those of some rows."""
+        rows = [self.rows[index] for index in here]
+        if not self.terms.names:
+            return _Asked(rows, self.features[here], self.terms, self.places)
+        return _Asked(rows, self.features[here], self.terms.take(here), self.places[here])
+
+
+@dataclass(frozen=True)
 class _Point:
     """What answers for z: a physics head, where there is one, and what it leaves."""
 
     residual: lightgbm.Booster | GaussianProcess | None
     physics: Physics | None
 
-    def answer(
-        self, rows: Sequence[CostRow], devices: Sequence[Device], features: Floats, bounds: Floats | None
-    ) -> Floats:
+    def answer(self, asked: _Asked, bounds: Floats | None) -> Floats:
         """z of each row."""
-        z = np.zeros(len(rows))
-        sums = np.ones(len(rows))
+        z = np.zeros(len(asked.rows))
+        sums = np.ones(len(asked.rows))
         if self.physics is not None:
-            sums = self.physics.predict(rows, devices)
+            sums = self.physics.predict(asked.terms)
             z = np.log(sums / (1.0 if bounds is None else bounds))
         if isinstance(self.residual, GaussianProcess):
-            return z + self.residual.predict(rows, devices, sums)
-        return z if self.residual is None else z + _ask(self.residual, features)
+            return z + self.residual.predict(asked.rows, asked.places, sums)
+        return z if self.residual is None else z + _ask(self.residual, asked.features)
 
 
 @dataclass(frozen=True)
 class _Table:
-    """Rows on devices with all that a fit needs of them."""
+    """Rows as they were timed, the same as whoever asks knows their devices, and all else that a fit needs of them."""
 
-    rows: Sequence[CostRow]
-    devices: Sequence[Device]
-    asked: Sequence[Device]
-    features: Floats
+    seen: _Asked
+    asked: _Asked
     z: Floats
     doubts: Floats
     bounds: Floats
@@ -267,16 +290,16 @@ class _Table:
     ) -> _Point:
         """Physics of the rows inside, and what it leaves."""
         here: list[int] = np.flatnonzero(inside).tolist()
-        physics, target = None, self.z[here]
+        seen, doubts, physics, target = self.seen.take(here), self.doubts[here], None, self.z[here]
         if terms:
-            rows, devices = [self.rows[i] for i in here], [self.devices[i] for i in here]
-            physics = Physics.fit(terms, rows, devices, self.bounds[here] * np.exp(target), self.doubts[here])
-            sums = physics.predict(rows, devices)
+            physics = Physics.fit(seen.terms, self.bounds[here] * np.exp(target), doubts)
+            sums = physics.predict(seen.terms)
             target = target - np.log(sums / self.bounds[here])
-            if max(Counter(row.operator for row in self.rows).values()) <= MOST_ROWS:  # each has a system of its own
-                return _Point(GaussianProcess.fit(rows, devices, sums, target, self.doubts[here]), physics)
-        weights = 1 / np.maximum(self.doubts[here], FINEST_DOUBT)
-        return _Point(_grow(self.features[here], target, trees, spread=spread, weights=weights), physics)
+            most = max(Counter(row.operator for row in self.seen.rows).values())
+            if most <= MOST_ROWS:  # each operator has a system of its own
+                return _Point(GaussianProcess.fit(seen.rows, seen.places, sums, target, doubts), physics)
+        weights = 1 / np.maximum(doubts, FINEST_DOUBT)
+        return _Point(_grow(seen.features, target, trees, spread=spread, weights=weights), physics)
 
     def out_of_group(
         self, groups: NDArray[np.generic], trees: Trees, terms: tuple[str, ...], *, spread: bool = False
@@ -288,8 +311,7 @@ class _Table:
             if group == -1 or out.all():
                 continue
             point, here = self.trained(~out, trees, terms, spread=spread), np.flatnonzero(out).tolist()
-            rows, devices = [self.rows[i] for i in here], [self.asked[i] for i in here]
-            found[here] = point.answer(rows, devices, self.features[here], self.bounds[here])
+            found[here] = point.answer(self.asked.take(here), self.bounds[here])
         return found
 
 
@@ -331,6 +353,17 @@ def _ask(booster: lightgbm.Booster, features: Floats) -> Floats:
     return np.asarray(booster.predict(features, num_threads=1), dtype=np.float64)
 
 
+def _layout(row: CostRow) -> str:
+    """A short name of what a kernel is compiled for: all but batch and lengths."""
+    widths = tuple(sorted((axis, size) for axis, size in row.shape.items() if axis not in LENGTHS))
+    return _short_name((*words(row), "documents" in row.shape, *widths))
+
+
+@lru_cache(maxsize=16_384)
+def _short_name(what: tuple[object, ...]) -> str:
+    return format(fold(repr(what), 1 << 40), "x")
+
+
 def _reach(rows: Sequence[CostRow]) -> dict[str, dict[str, tuple[int, int]]]:
     reach: dict[str, dict[str, tuple[int, int]]] = {}
     for row in rows:
@@ -344,7 +377,7 @@ def _reach(rows: Sequence[CostRow]) -> dict[str, dict[str, tuple[int, int]]]:
 def _layouts(rows: Sequence[CostRow]) -> dict[str, frozenset[str]]:
     found: dict[str, set[str]] = {}
     for row in rows:
-        found.setdefault(words(row)[1], set()).add(layout(row))
+        found.setdefault(words(row)[1], set()).add(_layout(row))
     return {kernel: frozenset(layouts) for kernel, layouts in found.items()}
 
 

@@ -14,9 +14,9 @@ from subquad_cost_model.device import Device
 from subquad_cost_model.envelope import Smaller, largest_below, with_smaller
 from subquad_cost_model.estimator import Estimate, Estimator
 from subquad_cost_model.head import USUAL, Head, TooFewRowsError, Trees
-from subquad_cost_model.physics import BYTES, SECONDS
 from subquad_cost_model.roofline import RooflineEstimator
 from subquad_cost_model.rows import CostRow
+from subquad_cost_model.terms import BYTES, SECONDS
 from subquad_cost_model.timed_rows import TimedRow, timed
 
 # z may be a little below 0 on a data sheet (boost above the stated clock), and below log(1/2) on a probe

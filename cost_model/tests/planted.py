@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from subquad_cost_model import CostRow, Device, TimedRow, lower_bound_s
 from subquad_cost_model.bound import bound_terms
-from subquad_cost_model.physics import CLEARED
+from subquad_cost_model.terms import CLEARED
 
 KERNELS = ("wide", "narrow")
 

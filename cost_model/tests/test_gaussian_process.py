@@ -11,7 +11,7 @@ import planted
 import pytest
 
 from subquad_cost_model import CostRow
-from subquad_cost_model.gaussian_process import GaussianProcess
+from subquad_cost_model.gaussian_process import GaussianProcess, places_of
 
 DEVICE = planted.DEVICES[1]
 
@@ -30,12 +30,12 @@ def left(row: CostRow) -> float:
 
 
 def fitted(rows: list[CostRow], target: list[float], doubts: list[float] | None = None) -> GaussianProcess:
-    devices, sums = [DEVICE] * len(rows), np.full(len(rows), 1e-3)
-    return GaussianProcess.fit(rows, devices, sums, np.array(target), np.array(doubts or [0.0] * len(rows)))
+    places, sums = places_of(rows, [DEVICE] * len(rows)), np.full(len(rows), 1e-3)
+    return GaussianProcess.fit(rows, places, sums, np.array(target), np.array(doubts or [0.0] * len(rows)))
 
 
 def answers(process: GaussianProcess, rows: list[CostRow]) -> np.ndarray:
-    return process.predict(rows, [DEVICE] * len(rows), np.full(len(rows), 1e-3))
+    return process.predict(rows, places_of(rows, [DEVICE] * len(rows)), np.full(len(rows), 1e-3))
 
 
 def test_forty_rows_are_enough_for_a_smooth_function_of_lengths_and_widths() -> None:

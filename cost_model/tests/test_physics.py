@@ -9,9 +9,11 @@ import numpy as np
 import planted
 import pytest
 
-from subquad_cost_model import CostRow
+from subquad_cost_model import CostRow, Device
 from subquad_cost_model.bound import bound_terms
-from subquad_cost_model.physics import BYTES, CLEARED, SECONDS, Physics, _seconds
+from subquad_cost_model.head import Head, Trees
+from subquad_cost_model.physics import Physics
+from subquad_cost_model.terms import BYTES, CLEARED, SECONDS, Terms, _seconds
 
 DEVICE = planted.DEVICES[1]
 LAUNCH_S, SHARE = 4e-6, 0.25
@@ -33,11 +35,15 @@ def drawn(seed: int, kernel: str = "wide", most_t: int = 2048, count: int = 40) 
 
 
 def fitted(rows: list[CostRow], seconds: list[float], doubts: list[float] | None = None) -> Physics:
-    return Physics.fit(SECONDS, rows, [DEVICE] * len(rows), np.array(seconds), np.array(doubts or [0.01] * len(rows)))
+    return Physics.fit(asked(rows), np.array(seconds), np.array(doubts or [0.01] * len(rows)))
+
+
+def asked(rows: list[CostRow], device: Device = DEVICE) -> Terms:
+    return Terms.count(SECONDS, rows, [device] * len(rows))
 
 
 def errors(physics: Physics, rows: list[CostRow], seconds: list[float]) -> list[float]:
-    found = physics.predict(rows, [DEVICE] * len(rows))
+    found = physics.predict(asked(rows))
     return [abs(one / truth - 1) for one, truth in zip(found, seconds, strict=True)]
 
 
@@ -53,7 +59,7 @@ def test_launches_tell_kernels_of_equal_work_apart() -> None:
     rows = [*drawn(2, count=30), *(replace(row, kernel="narrow", launches=1) for row in drawn(2, count=30))]
     physics = fitted(rows, [truth_s(row) for row in rows])
     few, many = (replace(composed(name, 4096), launches=count) for name, count in (("narrow", 1), ("wide", 129)))
-    one_s, other_s = physics.predict([few, many], [DEVICE, DEVICE])
+    one_s, other_s = physics.predict(asked([few, many]))
     assert other_s - one_s == pytest.approx(128 * LAUNCH_S, rel=0.1)
 
 
@@ -77,10 +83,12 @@ def test_a_hosts_pace_is_recovered_where_rows_know_it_and_is_the_usual_one_elsew
     def fit(paced: bool) -> Physics:
         devices = [row.paced_device if paced else row.device for row in rows]
         seconds = np.array([row.seconds for row in rows])
-        return Physics.fit(SECONDS, [row.row for row in rows], devices, seconds, np.full(len(rows), 0.01))
+        terms = Terms.count(SECONDS, [row.row for row in rows], devices)
+        return Physics.fit(terms, seconds, np.full(len(rows), 0.01))
 
     def off(physics: Physics, paced: bool) -> float:
-        found = physics.predict([row.row for row in new], [row.paced_device if paced else row.device for row in new])
+        devices = [row.paced_device if paced else row.device for row in new]
+        found = physics.predict(Terms.count(SECONDS, [row.row for row in new], devices))
         return float(np.mean([abs(one / row.seconds - 1) for one, row in zip(found, new, strict=True)]))
 
     told = fit(paced=True)
@@ -90,7 +98,7 @@ def test_a_hosts_pace_is_recovered_where_rows_know_it_and_is_the_usual_one_elsew
     assert told.host_s == pytest.approx(np.median([row.host_s for row in rows]))
     one = [new[0].row]
     usual = replace(DEVICE, host_s=told.host_s)
-    assert told.predict(one, [DEVICE]) == pytest.approx(told.predict(one, [usual]))
+    assert told.predict(asked(one)) == pytest.approx(told.predict(asked(one, usual)))
 
 
 def test_a_fused_kernel_pays_for_whole_tiles_and_may_cost_more_at_one_width() -> None:
@@ -142,7 +150,7 @@ def test_known_documents_take_the_place_of_expected_ones() -> None:
     rows = drawn(5)
     physics = fitted([replace(row, shape={**row.shape, "s": row.shape["t"]}, launches=1) for row in rows],
                      [20 * bound_terms(row, DEVICE).matmul_s for row in rows])  # fmt: skip
-    short_s, expected_s, long_s = physics.predict([equal, unknown, uneven], [DEVICE] * 3)
+    short_s, expected_s, long_s = physics.predict(asked([equal, unknown, uneven]))
     assert expected_s / short_s == pytest.approx(2 * 4 / 5, rel=0.1), "parts of a broken stick"
     assert long_s / short_s == pytest.approx(4 * (4000 / 4096) ** 2, rel=0.1), "work was counted in pairs"
 
@@ -152,26 +160,26 @@ def test_float32_may_cost_a_kernel_more_than_its_work_says() -> None:
         return truth_s(row, level=6.0)
 
     half, new = drawn(12), drawn(13)
-    wide, asked = ([replace(row, dtype="float32") for row in drawn(seed)] for seed in (14, 15))
+    wide, others = ([replace(row, dtype="float32") for row in drawn(seed)] for seed in (14, 15))
     physics = fitted([*half, *wide], [*map(truth_s, half), *map(slow, wide)])
     assert max(errors(physics, new, [truth_s(row) for row in new])) < 0.1
-    assert max(errors(physics, asked, [slow(row) for row in asked])) < 0.2
+    assert max(errors(physics, others, [slow(row) for row in others])) < 0.2
 
 
 def test_a_kernel_never_measured_is_like_the_fastest_of_its_operator() -> None:
     rows = [*drawn(8, "wide"), *drawn(9, "narrow")]
     physics = fitted(rows, [truth_s(row) * (5 if row.kernel == "narrow" else 1) for row in rows])
     row = composed("wide", 1000)
-    known, unknown = physics.predict([row, replace(row, kernel="new")], [DEVICE, DEVICE])
+    known, unknown = physics.predict(asked([row, replace(row, kernel="new")]))
     assert unknown == pytest.approx(known, rel=0.3)
 
 
 def test_bytes_at_the_peak_are_a_sum_as_well() -> None:
     rows = drawn(10)
     peaks = np.array([1.5 * row.bytes_moved + row.saved_bytes for row in rows])
-    physics = Physics.fit(BYTES, rows, [DEVICE] * len(rows), peaks, np.zeros(len(rows)))
+    physics = Physics.fit(Terms.count(BYTES, rows, [DEVICE] * len(rows)), peaks, np.zeros(len(rows)))
     new = drawn(11)
-    found = physics.predict(new, [DEVICE] * len(new))
+    found = physics.predict(Terms.count(BYTES, new, [DEVICE] * len(new)))
     assert found == pytest.approx([1.5 * row.bytes_moved + row.saved_bytes for row in new], rel=0.02)
 
 
@@ -203,5 +211,19 @@ def test_a_few_long_rows_do_not_have_short_ones_begin_with_their_milliseconds() 
     physics = fitted([*known, *long], [*map(seconds, known), *map(seconds, long)])
     short = [fused(composed("wide", t), "new") for t in (64, 128)]
     assert min(map(seconds, long)) > 500 * max(map(seconds, short))
-    for one_s, truth in zip(physics.predict(short, [DEVICE] * 2), map(seconds, short), strict=True):
+    for one_s, truth in zip(physics.predict(asked(short)), map(seconds, short), strict=True):
         assert truth / 3 < one_s < 3 * truth
+
+
+def test_a_fit_counts_the_terms_of_each_row_once_and_of_float16_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[CostRow] = []
+
+    def counting(row: CostRow, device: Device) -> list[float]:
+        counted.append(row)
+        return _seconds(row, device)
+
+    monkeypatch.setattr("subquad_cost_model.terms._seconds", counting)
+    rows = [replace(row, dtype="float16" if place % 3 else "bfloat16") for place, row in enumerate(drawn(40, count=60))]
+    z = np.log([truth_s(row) for row in rows])
+    Head.fit(rows, [DEVICE] * len(rows), z, trees=Trees(rounds=5, leaves=3), terms=SECONDS)
+    assert len(counted) == 60 + 40

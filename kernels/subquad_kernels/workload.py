@@ -96,6 +96,19 @@ def document_sizes(workload: Workload) -> int:
     return min(documents, 3 * documents.bit_length() // 2) if documents else 1
 
 
+def longest_of_sizes(workload: Workload) -> tuple[int, ...]:
+    """Tokens of the longest document of each size (`document_sizes`): those of a size are laid side by side.
+
+    t where nothing is packed. Where lengths are not known, the longest to be expected, half of it, and so on.
+    """
+    longest: dict[int, int] = {}
+    for length in filter(None, workload.document_lengths):
+        size = (length - 1).bit_length()
+        longest[size] = max(length, longest.get(size, 0))
+    expected = longest_document(workload)
+    return tuple(longest.values()) or tuple(max(1, expected >> halved) for halved in range(document_sizes(workload)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Work:
     """What a workload costs on any device: counted from its shape, never measured.

@@ -37,6 +37,11 @@ A_FEW = 16
 """Launches that `one_launch` may stand for: as many as the backward of the delta rule with decays per channel makes."""
 
 
+def takes_documents(kernel: Kernel) -> bool:
+    examples = CATALOGUE.operator(kernel.operator).examples
+    return any("documents" in example.shape for example in examples)
+
+
 class Counting(TorchDispatchMode):
     """Counts calls of aten that compute something."""
 
@@ -86,6 +91,34 @@ def test_declared_launches_are_those_of_a_call(kernel: Kernel, phase: Phase) -> 
     for t in (300, 900):
         workload = workload_of(kernel, phase, t)
         assert kernel.launches(workload) == pytest.approx(counted(kernel, workload), rel=0.34), (workload.shape, phase)
+
+
+def packed(kernel: Kernel, phase: Phase, t: int, documents: int) -> Workload:
+    """The workload of this length, packed with the documents that `sample_inputs` draws."""
+    workload = workload_of(kernel, phase, t)
+    shape = {**workload.shape, "b": 1, "documents": documents}
+    boundaries = draw_boundaries(shape, 0, "cpu")
+    assert boundaries is not None
+    return replace(workload, shape=shape, document_lengths=tuple(boundaries.diff().tolist()))
+
+
+@pytest.mark.parametrize("kernel", [kernel for kernel in COMPOSED if takes_documents(kernel)], ids=lambda one: one.key)
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+@pytest.mark.parametrize(("t", "documents"), [(300, 2), (500, 24)])
+def test_launches_of_packed_documents_are_declared(kernel: Kernel, phase: Phase, t: int, documents: int) -> None:
+    """Of every size of documents, and for what each leaves: 40 times as many as of one sequence, in places."""
+    workload = packed(kernel, phase, t, documents)
+    assert kernel.launches(workload) == pytest.approx(counted(kernel, workload), rel=0.34)
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_launches_of_decays_per_channel_are_declared(low_rank: bool, phase: Phase) -> None:
+    """A chunk's last tokens take fewer steps of sixteen; transitions by vectors of their own take more each."""
+    kernel = CATALOGUE.kernel("delta_rule", "chunked")
+    for workload in (workload_of(kernel, phase, 201), packed(kernel, phase, 201, 3)):
+        asked = replace(workload, options={**workload.options, "decay": "vector", "low_rank": low_rank})
+        assert kernel.launches(asked) == pytest.approx(counted(kernel, asked), rel=0.15), asked.shape
 
 
 def counted_of_triton(kernel: Kernel, workload: Workload, monkeypatch: pytest.MonkeyPatch) -> int:

@@ -144,15 +144,16 @@ def test_gradients_pass_gradcheck(kernel: str) -> None:
     )
 
 
+@pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("seed", range(4))
-def test_gradients_of_peaked_weights_keep_what_rounded_outputs_would_lose(seed: int) -> None:
+def test_gradients_of_peaked_weights_keep_what_rounded_outputs_would_lose(name: str, seed: int) -> None:
     """Where one key has nearly all the weight the gradient of its score is a small difference of large sums."""
     shape = {"b": 2, "t": 32, "h": 2, "h_kv": 2, "k": 16, "v": 16, "m": 0}
     workload = Workload(
         operator="segment_attention", shape=shape, dtype="bfloat16", phase="backward", options={"segment_len": 16}
     )
     arguments = OPERATOR.torch_half.sample_inputs(workload, seed=seed, device="cpu")
-    kernel = CATALOGUE.kernel("segment_attention", "compacted")
+    kernel = CATALOGUE.kernel("segment_attention", name)
     errors = kernel_errors(OPERATOR, kernel, arguments, gradients=True, seed=seed)
     assert max(errors["d_q"], errors["d_k"]) < 0.005, errors
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from subquad_kernels.catalogue import Kernel, Operator, Tolerance
 from subquad_kernels.optional_packages import FLA, gated_backward_defect, half_only
-from subquad_kernels.workload import DeviceLimits, DType, Phase, Work, Workload, longest_document
+from subquad_kernels.workload import DeviceLimits, DType, Phase, Work, Workload, longest_document, longest_of_sizes
 
 _HERE = "subquad_kernels.delta_rule"
 
@@ -188,16 +188,19 @@ def _fla_recurrent_supports(workload: Workload, limits: DeviceLimits) -> str | N
 
 
 def _chunked_launches(workload: Workload) -> int:
-    """A loop over chunks; over sixteenths of them where every key channel decays by itself."""
+    """A loop over chunks, once more for each size of documents; over sixteen tokens, or what is left of a chunk, at a
+    time where every key channel decays by itself. Packed, what lies behind a document's end is masked at every step.
+    """
     if workload.phase == "decode":
         return 67
-    steps = -(-longest_document(workload) // CHUNK)
-    forward = workload.phase == "forward"
+    longest, packed = longest_of_sizes(workload), "documents" in workload.shape
+    steps, forward = sum(-(-n // CHUNK) for n in longest), workload.phase == "forward"
+    laid_out = 25 + 15 * len(longest) if packed else 10
     if workload.options["decay"] == "vector":
-        return (10 + 260 * steps) if forward else (10 + 860 * steps)
-    if workload.options["decay"] == "none":
-        return 10 + (57 if forward else 102) * steps
-    return 10 + (63 if forward else 154) * steps
+        each = (62 if forward else 149) * (3 if workload.options["low_rank"] else 2) // 2
+        return laid_out + (each + 16 * packed) * sum(-(-n // 16) for n in longest)
+    each = {"none": (57, 102), "scalar": (63, 154)}[str(workload.options["decay"])][0 if forward else 1]
+    return laid_out + (each + 24 * packed) * steps
 
 
 def _segmented_steps(workload: Workload) -> int:

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from subquad_kernels.catalogue import Kernel, Operator, Tolerance
-from subquad_kernels.workload import DeviceLimits, DType, Option, Phase, Work, Workload, longest_document
+from subquad_kernels.workload import (
+    DeviceLimits,
+    DType,
+    Option,
+    Phase,
+    Work,
+    Workload,
+    counted_documents,
+    longest_of_sizes,
+)
 
 _HERE = "subquad_kernels.log_linear_attention"
 
@@ -107,11 +116,19 @@ def _anything(workload: Workload, limits: DeviceLimits) -> str | None:
 
 
 def _chunked_launches(workload: Workload) -> int:
-    """Some for every level of the tree over chunks."""
+    """Some for every level of the tree over chunks; packed, of each size of documents, and for what each document
+    leaves, a state for every bit of its length.
+    """
     if workload.phase == "decode":
         return 73
-    levels = (-(-longest_document(workload) // CHUNK) - 1).bit_length()
-    return 50 + 13 * levels if workload.phase == "forward" else 105 + 40 * levels
+    forward = workload.phase == "forward"
+    levels = [slots(-(-longest // CHUNK) - 1) for longest in longest_of_sizes(workload)]
+    if "documents" not in workload.shape:
+        return 50 + 13 * levels[0] if forward else 105 + 40 * levels[0]
+    documents, states = workload.shape["documents"], sum(n.bit_count() for n in counted_documents(workload))
+    if forward:
+        return 30 + 60 * len(levels) + 10 * sum(levels) + 7 * documents + 2 * states
+    return 36 + 107 * len(levels) + 36 * sum(levels) + 18 * documents + 11 * states
 
 
 _BOTH = frozenset({"cpu", "cuda"})

@@ -7,7 +7,16 @@ from dataclasses import replace
 from subquad_kernels.catalogue import Kernel, Operator, Tolerance
 from subquad_kernels.log_linear_attention import declaration as log_linear
 from subquad_kernels.log_linear_attention.declaration import CHUNK, slots
-from subquad_kernels.workload import DeviceLimits, DType, Option, Phase, Work, Workload, longest_document
+from subquad_kernels.workload import (
+    DeviceLimits,
+    DType,
+    Option,
+    Phase,
+    Work,
+    Workload,
+    counted_documents,
+    longest_of_sizes,
+)
 
 _HERE = "subquad_kernels.log_linear_delta_rule"
 
@@ -100,11 +109,19 @@ def _anything(workload: Workload, limits: DeviceLimits) -> str | None:
 
 
 def _chunked_launches(workload: Workload) -> int:
-    """Some for every level of the tree over chunks."""
+    """Some for every level of the tree over chunks; packed, of each size of documents, and for what each document
+    leaves, a state for every bit of its length.
+    """
     if workload.phase == "decode":
         return 83
-    levels = slots(-(-longest_document(workload) // CHUNK) - 1)
-    return 72 + 18 * levels if workload.phase == "forward" else 140 + 48 * levels
+    forward = workload.phase == "forward"
+    levels = [slots(-(-longest // CHUNK) - 1) for longest in longest_of_sizes(workload)]
+    if "documents" not in workload.shape:
+        return 72 + 18 * levels[0] if forward else 140 + 48 * levels[0]
+    documents, states = workload.shape["documents"], sum(n.bit_count() for n in counted_documents(workload))
+    if forward:
+        return 30 + 78 * len(levels) + 11 * sum(levels) + 4 * documents + 3 * states
+    return 177 * len(levels) + 53 * sum(levels) + 2 * documents + 12 * states
 
 
 _BOTH = frozenset({"cpu", "cuda"})

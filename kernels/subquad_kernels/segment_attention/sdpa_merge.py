@@ -52,12 +52,20 @@ def forward(
 def backward(
     arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]
 ) -> dict[str, Tensor | None]:
-    """Gradients of q, k, v and of the known summaries."""
+    """Gradients of q, k, v and of the known summaries; of half precision in float32, from outputs computed again.
+
+    The fused backward takes gradient . out for the softmax's own term. Where one key has nearly all the weight, the
+    gradient of its score is a small difference of it, and rounded outputs would leave their rounding in its place.
+    """
     values: Any = arguments
+    gradient, exact = gradients[0], outputs[1].dtype
+    assert gradient is not None
+    if gradient.dtype != exact:
+        values = {name: _widened(value, exact) for name, value in arguments.items()}
+        gradient, outputs = gradient.to(exact), forward(**values)
     q, k, v, cu_seqlens = values["q"], values["k"], values["v"], values["cu_seqlens"]
     segment_len, factor = values["segment_len"], scale_of(q, values["scale"])
-    (out, lse), gradient = outputs, gradients[0]
-    assert gradient is not None
+    out, lse = outputs
     if cu_seqlens is None:
         known = (values["summary_k"], values["summary_v"])
         return _backward(gradient, q, k, v, *known, out, lse, segment_len, values["start"], factor)
@@ -73,6 +81,10 @@ def backward(
             assert whole is not None and piece is not None
             group.write(whole, piece)
     return found
+
+
+def _widened(value: object, dtype: torch.dtype) -> object:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _first_with_summary(summaries: Summaries) -> int:

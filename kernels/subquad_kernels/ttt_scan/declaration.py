@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from subquad_kernels.catalogue import Kernel, Operator, Tolerance
-from subquad_kernels.workload import DeviceLimits, DType, Option, Phase, Work, Workload, longest_document
+from subquad_kernels.workload import (
+    DeviceLimits,
+    DType,
+    Option,
+    Phase,
+    Work,
+    Workload,
+    document_sizes,
+    longest_of_sizes,
+)
 
 _HERE = "subquad_kernels.ttt_scan"
 
@@ -109,12 +118,13 @@ def _anything(workload: Workload, limits: DeviceLimits) -> str | None:
 
 
 def _dual_launches(workload: Workload) -> int:
-    """A loop over mini-batches; an inner network of two layers takes more."""
+    """A loop over mini-batches, once more for each size of documents; an inner network of two layers takes more."""
     if workload.phase == "decode":
         return 102
-    steps = -(-longest_document(workload) // int(workload.options["mini_batch"]))
+    steps = sum(-(-longest // int(workload.options["mini_batch"])) for longest in longest_of_sizes(workload))
     each = 56 if workload.phase == "forward" else 181
-    return 5 + steps * (each if workload.options["inner"] == "linear" else 5 * each // 3)
+    laid_out = 20 + 25 * document_sizes(workload) if "documents" in workload.shape else 5
+    return laid_out + steps * (each if workload.options["inner"] == "linear" else 5 * each // 3)
 
 
 _BOTH = frozenset({"cpu", "cuda"})
