@@ -1,8 +1,8 @@
 """What every kernel promises, as tests: subclass `KernelSuite` and name the operator and the kernel.
 
-class TestMyScan(KernelSuite):
-    operator, kernel = "selective_scan", "my_scan"
-    workloads = OPERATOR.examples
+    class TestMyScan(KernelSuite):
+        operator, kernel = "selective_scan", "my_scan"
+        workloads = OPERATOR.examples
 """
 
 from __future__ import annotations
