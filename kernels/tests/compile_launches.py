@@ -3,21 +3,22 @@
     python kernels/tests/compile_launches.py OPERATOR KERNEL TARGET,... [--sample | --all | --widths TYPE]
 
 Run as a script and not in the interpreter of Triton: forward and backward are called on CPU tensors, and what they
-launch is collected (`compile_processes`) and compiled. One JSON line a launch: registers a thread, bytes of memory a
-thread that registers spilled to, bytes of shared memory a program, loads and stores by tensors of pointers (with which
-Triton's time to compile grows), for Hopper the instructions that read a register which was never set
-(`unset_registers`), for Blackwell columns of tensor memory a program (more than the 512 there are:
-a trap was compiled instead). The calls are those of a training step in bfloat16, for every example of the operator;
-with --sample for one that is packed and one of a single token, with --all every case, in float32 as well. With --widths
-they are those of a step in that type, packed and not, at every pair of widths of keys and values (--pairs N,P ...: of
-these). --heads H,H_K stand for the examples' numbers of heads of values and of
-keys. --packed leaves out steps that are not, --launch NAME all other launches.
+launch is collected (`compile_processes`) and compiled. One JSON line a launch: seconds of processor time that this took
+(of no meaning where Triton's cache holds it: TRITON_ALWAYS_COMPILE=1), registers a thread, bytes of memory a thread
+that registers spilled to, bytes of shared memory a program, loads and stores by tensors of pointers (with which
+Triton's time grows), for Hopper the instructions that read a register which was never set (`unset_registers`), for
+Blackwell columns of tensor memory a program (more than the 512 there are: a trap was compiled instead). The calls are
+those of a training step in bfloat16, for every example of the operator; with --sample for one that is packed and one of
+a single token, with --all every case, in float32 as well. With --widths they are those of a step in that type, packed
+and not, at every pair of widths of keys and values (--pairs N,P ...: of these). --heads H,H_K stand for the examples'
+numbers of heads of values and of keys. --packed leaves out steps that are not, --launch NAME all other launches.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
@@ -117,9 +118,18 @@ class Compiled:
                 self._seen.add(wanted.key)
                 found = {"kernel": wanted.kernel, "target": self._target, "case": case}
                 try:
-                    print(json.dumps(found | resources(wanted.compile(), self._target)), flush=True)
+                    started = processor_seconds()
+                    compiled = wanted.compile()
+                    found["seconds"] = round(processor_seconds() - started, 2)
+                    print(json.dumps(found | resources(compiled, self._target)), flush=True)
                 except Exception as error:  # reported, and the rest is compiled all the same
                     print(json.dumps(found | {"failure": f"{type(error).__name__}: {error}"[:500]}), flush=True)
+
+
+def processor_seconds() -> float:
+    """Of this process and those that it ended: ptxas is one."""
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
 
 
 def resources(compiled: Any, target: str) -> dict[str, Any]:

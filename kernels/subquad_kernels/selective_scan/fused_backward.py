@@ -60,6 +60,7 @@ def summarise_gradients(
     steps_at = scratch + tl.program_id(0).to(tl.int64) * (CHUNK * (2 * TILE_C + PAD_N))
     pulls_at = steps_at + CHUNK * TILE_C
     C_table = pulls_at + CHUNK * TILE_C
+
     rates, offsets, within = states_of_tile(A, tile, c, N, PAD_N, TILE_C, SUB)
     last = segment == segments - 1
     carried = states_at_edge(dfinal, sequence * state_size, offsets, within, last, FINAL and not PACKED)
@@ -89,7 +90,7 @@ def summarise_gradients(
         for reverse_group in range(CHUNK // GROUP):
             base = CHUNK - GROUP - reverse_group * GROUP
             tags = load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
-            vectors = load_vectors(steps_at + base * TILE_C, 2, GROUP, CHUNK, TILE_C, PAD_N, SUB)
+            vectors = load_vectors(steps_at + base * TILE_C, 2, GROUP, CHUNK, TILE_C, PAD_N, SUB)  # steps, pulls
             reads = load_maps(C_table + base * PAD_N, 1, GROUP, CHUNK, TILE_C, PAD_N, SUB)
             for i in tl.static_range(GROUP - 1, -1, -1):
                 if PACKED and FINAL and (tags[i] & 2) != 0:
@@ -234,9 +235,9 @@ def differentiate(
         for reverse_group in range(CHUNK // GROUP):
             base = CHUNK - GROUP - reverse_group * GROUP
             tags = load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
-            vectors = load_vectors(steps_at + base * TILE_C, 2, GROUP, CHUNK, TILE_C, PAD_N, SUB)
+            vectors = load_vectors(steps_at + base * TILE_C, 2, GROUP, CHUNK, TILE_C, PAD_N, SUB)  # steps, drives
             pulls = load_vectors(pulls_at + base * TILE_C, 1, GROUP, CHUNK, TILE_C, PAD_N, SUB)
-            maps = load_maps(B_table + base * PAD_N, 2, GROUP, CHUNK, TILE_C, PAD_N, SUB)
+            maps = load_maps(B_table + base * PAD_N, 2, GROUP, CHUNK, TILE_C, PAD_N, SUB)  # of B, of C
             states = tl.load(slots + (CHUNK // GROUP - 1 - reverse_group) * (TILE_C * PAD_N) + by_state)
 
             # The states before every token of the group and its decays; dC needs the states after.

@@ -82,7 +82,7 @@ def summarise(
         for group in range(CHUNK // GROUP):
             base = group * GROUP
             tags = load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
-            vectors = load_vectors(steps_at + base * TILE_C, 2, GROUP, CHUNK, TILE_C, PAD_N, SUB)
+            vectors = load_vectors(steps_at + base * TILE_C, 2, GROUP, CHUNK, TILE_C, PAD_N, SUB)  # steps, drives
             maps = load_maps(B_table + base * PAD_N, 1, GROUP, CHUNK, TILE_C, PAD_N, SUB)
             for i in tl.static_range(GROUP):
                 if PACKED:
@@ -171,8 +171,8 @@ def walk(
         for group in range(CHUNK // GROUP):
             base = group * GROUP
             tags = load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
-            vectors = load_vectors(steps_at + base * TILE_C, 2, GROUP, CHUNK, TILE_C, PAD_N, SUB)
-            maps = load_maps(B_table + base * PAD_N, 2, GROUP, CHUNK, TILE_C, PAD_N, SUB)
+            vectors = load_vectors(steps_at + base * TILE_C, 2, GROUP, CHUNK, TILE_C, PAD_N, SUB)  # steps, drives
+            maps = load_maps(B_table + base * PAD_N, 2, GROUP, CHUNK, TILE_C, PAD_N, SUB)  # of B, of C
             sums = ()
             for i in tl.static_range(GROUP):
                 if PACKED:

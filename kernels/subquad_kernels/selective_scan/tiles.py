@@ -13,6 +13,7 @@ import triton.language as tl
 LOG2_E = tl.constexpr(math.log2(math.e))
 LN_2 = tl.constexpr(math.log(2))
 FIRST_AXES_FIRST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7))
+"""Which of the axes of an access that are equally contiguous Triton spreads over lanes."""
 
 
 @triton.jit
@@ -154,7 +155,7 @@ def restart(state, tag, initial, state_size, offsets, within, INITIAL: tl.conste
 
 @triton.jit
 def _apart(tiles):
-    """Tiles that lie beside each other along the last axis, a power of two of them."""
+    """The tiles, a power of two, that lie beside each other along the last of three axes."""
     COUNT: tl.constexpr = tiles.shape[2]
     parts = (tl.reshape(tiles, [tiles.shape[0], tiles.shape[1]]) if COUNT == 1 else tiles,)
     for level in tl.static_range(6):
@@ -173,7 +174,7 @@ def _apart(tiles):
 
 @triton.jit
 def by_lanes(tile):
-    """A tile whose last axes Triton spreads over lanes, the last first: before 3.7 it began with the first."""
+    """For accesses that Triton is to spread over lanes from the last axis on, in any version; its own inverse."""
     if FIRST_AXES_FIRST:
         tile = tl.permute(tile, (2, 1, 0, 3) if len(tile.shape) == 4 else (2, 1, 0))
     return tile
@@ -184,7 +185,10 @@ def load_vectors(
     table, TABLES: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, TILE_C: tl.constexpr, PAD_N: tl.constexpr,
     SUB: tl.constexpr,
 ):  # fmt: skip
-    """ROWS of each of TABLES, with a number for each channel, as tiles of the states."""
+    """ROWS of each of TABLES of the scratch, a number for each channel: one access.  -> tiles like the states'
+
+    Each lane loads what its states need, as it would row by row; what lies beside each other in its channels, at once.
+    """
     PARTS: tl.constexpr = TILE_C // SUB
     LANES: tl.constexpr = max(1, PAD_N // 4)
     row = tl.arange(0, TABLES * ROWS)
@@ -203,7 +207,7 @@ def load_maps(
     table, TABLES: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, TILE_C: tl.constexpr, PAD_N: tl.constexpr,
     SUB: tl.constexpr,
 ):  # fmt: skip
-    """ROWS of each of TABLES, with a number for each state, as tiles of the states."""
+    """ROWS of each of TABLES of the scratch, a number for each column of states: one access.  -> tiles like theirs"""
     LANES: tl.constexpr = max(1, PAD_N // 4)
     row = tl.arange(0, TABLES * ROWS)
     row = (row // ROWS * CHUNK + row % ROWS) * PAD_N
@@ -273,7 +277,7 @@ def sum_of_parts(tile, PARTS: tl.constexpr):
 
 @triton.jit
 def _beside(tiles):
-    """A power of two of tiles along a last axis."""
+    """A power of two of tiles along a new last axis."""
     for _ in tl.static_range(5):
         if len(tiles) > 1:
             pairs = ()
