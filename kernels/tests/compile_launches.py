@@ -6,7 +6,9 @@ Run as a script and not in the interpreter of Triton: forward and backward are c
 launch is collected (`compile_processes`) and compiled. One JSON line a launch: registers a thread, bytes of memory a
 thread that registers spilled to, bytes of shared memory a program, for Hopper the instructions that read a register
 which was never set (`unset_registers`), for Blackwell columns of tensor memory a program (more than the 512 there are:
-a trap was compiled instead). The calls are those of a training step in bfloat16, for every example of the operator;
+a trap was compiled instead); and what it takes to compile: seconds of CPU, ptxas included (none to speak of where
+Triton's folder holds it: TRITON_CACHE_DIR=$(mktemp -d)), and how many products, accesses of memory and scans Triton
+began with. The calls are those of a training step in bfloat16, for every example of the operator;
 with --sample for one that is packed and one of a single token, with --all every case, in float32 as well. With --widths
 they are those of a step in that type, packed and not, at every pair of widths of keys and values (--pairs N,P ...: of
 these). --heads H,H_K stand for the examples' numbers of heads of values and of
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import resource
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -115,9 +118,24 @@ class Compiled:
                 self._seen.add(wanted.key)
                 found = {"kernel": wanted.kernel, "target": self._target, "case": case}
                 try:
-                    print(json.dumps(found | resources(wanted.compile(), self._target)), flush=True)
+                    began = cpu_s()
+                    kernel = wanted.compile()
+                    found |= {"compile_s": round(cpu_s() - began, 2)} | operations(kernel.asm["ttir"])
+                    print(json.dumps(found | resources(kernel, self._target)), flush=True)
                 except Exception as error:  # reported, and the rest is compiled all the same
                     print(json.dumps(found | {"failure": f"{type(error).__name__}: {error}"[:500]}), flush=True)
+
+
+def cpu_s() -> float:
+    """What this process and those it waited for have computed."""
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def operations(ttir: str) -> dict[str, int]:
+    """What Triton's passes look from at all that it is connected with, and what is long in machine code."""
+    counts = {"dots": r"tt\.dot\b", "accesses": r"tt\.(load|store)\b", "scans": r'"tt\.scan"'}
+    return {name: len(re.findall(pattern, ttir)) for name, pattern in counts.items()}
 
 
 def resources(compiled: Any, target: str) -> dict[str, Any]:
