@@ -3,15 +3,16 @@
     python kernels/tests/compile_launches.py OPERATOR KERNEL TARGET,... [--sample | --all | --widths TYPE]
 
 Run as a script and not in the interpreter of Triton: forward and backward are called on CPU tensors, and what they
-launch is collected (`compile_processes`) and compiled. One JSON line a launch: seconds of processor time that this took
-(of no meaning where Triton's cache holds it: TRITON_ALWAYS_COMPILE=1), registers a thread, bytes of memory a thread
-that registers spilled to, bytes of shared memory a program, loads and stores by tensors of pointers (with which
-Triton's time grows), for Hopper the instructions that read a register which was never set (`unset_registers`), for
-Blackwell columns of tensor memory a program (more than the 512 there are: a trap was compiled instead). The calls are
-those of a training step in bfloat16, for every example of the operator; with --sample for one that is packed and one of
-a single token, with --all every case, in float32 as well. With --widths they are those of a step in that type, packed
-and not, at every pair of widths of keys and values (--pairs N,P ...: of these). --heads H,H_K stand for the examples'
-numbers of heads of values and of keys. --packed leaves out steps that are not, --launch NAME all other launches.
+launch is collected (`compile_processes`) and compiled. One JSON line a launch: registers a thread, bytes of memory a
+thread that registers spilled to, bytes of shared memory a program, for Hopper the instructions that read a register
+which was never set (`unset_registers`), for Blackwell columns of tensor memory a program (more than the 512 there are:
+a trap was compiled instead); and what it takes to compile: seconds of CPU, ptxas included (none to speak of where
+Triton's folder holds it: TRITON_CACHE_DIR=$(mktemp -d)), and how many products, accesses by tensors of pointers and
+scans Triton began with. The calls are those of a training step in bfloat16, for every example of the operator;
+with --sample for one that is packed and one of a single token, with --all every case, in float32 as well. With --widths
+they are those of a step in that type, packed and not, at every pair of widths of keys and values (--pairs N,P ...: of
+these). --heads H,H_K stand for the examples' numbers of heads of values and of
+keys. --packed leaves out steps that are not, --launch NAME all other launches.
 """
 
 from __future__ import annotations
@@ -118,10 +119,10 @@ class Compiled:
                 self._seen.add(wanted.key)
                 found = {"kernel": wanted.kernel, "target": self._target, "case": case}
                 try:
-                    started = processor_seconds()
-                    compiled = wanted.compile()
-                    found["seconds"] = round(processor_seconds() - started, 2)
-                    print(json.dumps(found | resources(compiled, self._target)), flush=True)
+                    began = processor_seconds()
+                    kernel = wanted.compile()
+                    found |= {"compile_s": round(processor_seconds() - began, 2)} | operations(kernel.asm["ttir"])
+                    print(json.dumps(found | resources(kernel, self._target)), flush=True)
                 except Exception as error:  # reported, and the rest is compiled all the same
                     print(json.dumps(found | {"failure": f"{type(error).__name__}: {error}"[:500]}), flush=True)
 
@@ -132,16 +133,20 @@ def processor_seconds() -> float:
     return spent.user + spent.system + spent.children_user + spent.children_system
 
 
+def operations(ttir: str) -> dict[str, int]:
+    """What Triton's passes look from at all that it is connected with, and what is long in machine code."""
+    counts = {"dots": r"tt\.dot\b", "accesses": r"tt\.(?:load|store) .*tensor<", "scans": r'"tt\.scan"'}
+    return {name: len(re.findall(pattern, ttir)) for name, pattern in counts.items()}
+
+
 def resources(compiled: Any, target: str) -> dict[str, Any]:
     """Registers, spilled bytes and memory on chip of a compiled kernel, and its instructions for matrix products."""
     shared = compiled.metadata.shared
-    accesses = len(re.findall(r"tt\.(?:load|store) .*tensor<", compiled.asm["ttir"]))
     if target.startswith("gfx"):
         text = compiled.asm["amdgcn"]
         registers, spilled = (_number(rf"\.{name}:\s+", text) for name in ("vgpr_count", "vgpr_spill_count"))
         products = text.count("v_mfma_")
-        found = {"registers": registers, "spilled": 4 * spilled, "shared": shared, "products": products}
-        return found | {"accesses": accesses}
+        return {"registers": registers, "spilled": 4 * spilled, "shared": shared, "products": products}
     with NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -153,7 +158,6 @@ def resources(compiled: Any, target: str) -> dict[str, Any]:
     products = len(re.findall(r"mma\.sync|mma_async|tcgen05\.mma", compiled.asm["ptx"]))
     registers, spilled = (_number(name, usage) for name in ("REG:", "STACK:"))
     found: dict[str, Any] = {"registers": registers, "spilled": spilled, "shared": shared, "products": products}
-    found["accesses"] = accesses
     if target == "sm_90":
         found["unset"] = unset_registers(sass)
     elif target == "sm_100":

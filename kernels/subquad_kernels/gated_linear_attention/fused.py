@@ -71,7 +71,7 @@ class Launch:
 
     `read` and `differentiate` are for chunks of mild decays, `violent` is both for all others. `chunk` tokens (16 or
     more, a power of two) are taken together. `stretch` tokens are walked by one program of `summarise`: the operator's
-    number unless told.
+    number unless told. Gradients of queries and those of keys are found by one launch if `differentiate_together`.
     """
 
     summarise: Tiles
@@ -559,12 +559,12 @@ def _read(
         log_decay = _tile(g_at, g_stride, base, tokens, n, N, CHUNK)
         query = _tile(q_at, q_stride, base, tokens, n, N, CHUNK).to(tl.float32) * scale
         key = _tile(k_at, k_stride, base, tokens, n, N, CHUNK).to(tl.float32)
-        state = _state(kept, decayed, crossing, edge, slot, cut, crosses, sequence, head, h, n, p, N, P, EDGE)
         entered = totals(until(token, other, BEFORE), log_decay, PRODUCT, PRECISION)
         if REVERSE:
             crossed = key * decays(other > token, log_decay, PRODUCT, PRECISION)
         else:
             crossed = query * tl.exp2(entered * _LOG2_E)
+        state = _state(kept, decayed, crossing, edge, slot, cut, crosses, sequence, head, h, n, p, N, P, EDGE)
         total = _times(crossed, state, total, PRODUCT, PRECISION)
         if BONUS:
             weights = tl.load(bonus + head * N + n, mask=n < N, other=0.0).to(tl.float32)
