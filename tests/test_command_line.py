@@ -555,3 +555,11 @@ def test_generate_says_what_is_wrong(arguments: list[str], expected: str, capsys
     shown = capsys.readouterr().err
     assert expected in shown
     assert len(shown.splitlines()) == 3
+
+
+def test_a_key_without_a_default_is_said_to_be_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("generate", "evaluate", "export", "bench"):
+        assert main([verb, "--help"]) == 0
+        shown = capsys.readouterr().out
+        assert "must be given" in shown
+        assert "???" not in shown

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from omegaconf import MISSING
+
 from subquad.component_config import defaults_of
 from subquad.errors import ConfigError, suggestion
 
@@ -28,4 +30,7 @@ def keys_with_defaults(config_class: type) -> str:
     """One line a key, for a help text."""
     defaults = defaults_of(config_class)
     width = max(map(len, defaults))
-    return "\n".join(f"  {key:<{width}}  default {value!r}" for key, value in defaults.items())
+    return "\n".join(
+        f"  {key:<{width}}  {'must be given' if value == MISSING else f'default {value!r}'}"
+        for key, value in defaults.items()
+    )

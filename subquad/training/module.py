@@ -187,8 +187,10 @@ class TrainingModule(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         tokens, boundaries, targets = batch["tokens"], batch["cu_seqlens"], batch["targets"]
         nats = target_nats(self.model, tokens, boundaries, targets, how=self.config.trainer.loss)
-        part = {} if self._part is None else {"index": self._part.index, "count": self._part.count}
-        self._sums += by_bucket(nats, targets, tokens_seen(*tokens.shape, boundaries, **part), self._sums.shape[1])
+        index, count = (0, 1) if self._part is None else (self._part.index, self._part.count)
+        rows, length = tokens.shape
+        seen = tokens_seen(rows, length, boundaries, index=index, count=count)
+        self._sums += by_bucket(nats, targets, seen, self._sums.shape[1])
         self._bytes += batch["target_bytes"]
 
     def on_validation_epoch_end(self) -> None:

@@ -49,7 +49,7 @@ class Throughput:
 
 def is_fitting(trainer: L.Trainer) -> bool:
     """Whether steps are taken; a run with none left is only validated."""
-    return trainer.state.fn == TrainerFn.FITTING
+    return trainer.state.fn is TrainerFn.FITTING
 
 
 class Recorder(L.Callback):
