@@ -27,6 +27,8 @@ NO_INDEX = {
 
 REPLAYABLE = [kernel for kernel in KERNELS if kernel.replayable and kernel.compiles]
 QUICK = ("rotary/fused", "gated_norm/fused")
+ALONE = ("cached_attention/tiled",)
+"""Those whose check launches a single kernel, which its call compiles."""
 
 
 def made(*scenarios: str) -> dict[str, dict[str, Any]]:
@@ -109,15 +111,15 @@ def test_what_is_collected_is_what_triton_would_compile(kernel: Kernel) -> None:
     threads, processes = found["threads"], found["processes"]
     assert threads["failures"] == processes["failures"] == [None] * len(threads["failures"])
     assert processes["compiled"] == threads["compiled"]
-    assert len(processes["compiled"]) > 1
-    assert processes["here"] == []
+    assert (len(processes["compiled"]) == 1) == (kernel.key in ALONE)
+    assert processes["here"] == (threads["here"] if kernel.key in ALONE else [])
     assert processes["launched"] == threads["launched"]
     assert set(found["operations"]) <= NO_INDEX
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(cores() < 2, reason="processes are for several cores")
-@pytest.mark.parametrize("kernel", [pytest.param(kernel, id=kernel.key) for kernel in REPLAYABLE])
+@pytest.mark.parametrize("kernel", [pytest.param(one, id=one.key) for one in REPLAYABLE if one.key not in ALONE])
 def test_first_calls_on_a_device_compile_nothing_themselves(
     kernel: Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
