@@ -5,7 +5,7 @@ them, and what the whole stretch writes and decays; `_compose` passes states fro
 to the final one. The state before a chunk is then what its stretch wrote so far, and what entered the stretch,
 decayed; `_read`, one program a chunk, adds up what tokens read of it and of each other. Backward, the same three with
 time reversed give the gradient of the state after each chunk and that of v, and `_differentiate`, one program a chunk,
-those of q, k and the decays from the states on both sides. No stretch holds tokens of two documents, so nothing inside
+those of q, and then, in another launch, of k and the decays, from the states on both sides. No stretch holds tokens of two documents, so nothing inside
 knows of packing.
 
 Within a chunk, blocks whose decays are mild are taken whole, by one product; longer ones meet at powers of two, where
@@ -660,13 +660,13 @@ def _pull(
     else:
         counted = other < token if REVERSE else until(other, token, BEFORE)
         summed = totals(counted, passed, PRODUCT, PRECISION)
-        summed += totals(back & (level > 0), flow, PRODUCT, PRECISION)
+        summed = totals(back & (level > 0), flow, PRODUCT, PRECISION, summed)
         for half in tl.range(level, LEVELS, num_stages=1, disable_licm=True):
             decay = decays(ranges(token, other, half, BEFORE), g, PRODUCT, PRECISION)
             pairs = meet(other, token, half) if REVERSE else meet(token, other, half)
             part = _times(tl.where(pairs, score_grad, 0.0), others * decay, nothing, PRODUCT, PRECISION) * decay
             grad += part
-            summed += totals(ranges(other, token, half, BEFORE), own * part, PRODUCT, PRECISION)
+            summed = totals(ranges(other, token, half, BEFORE), own * part, PRODUCT, PRECISION, summed)
     return grad, summed
 
 
