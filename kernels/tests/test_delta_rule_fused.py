@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from on_a_gpu import assert_a_graph_replays_with_other_boundaries, assert_within_tolerance
 from torch import Tensor
 from torch.nn import functional as F
 
 import subquad_kernels.builtin  # noqa: F401  (fills the catalogue)
 from subquad_kernels.catalogue import CATALOGUE
 from subquad_kernels.delta_rule import chunked, declaration, definition, fused
-from subquad_kernels.device_limits import device_limits
 from subquad_kernels.self_check import judge, kernel_errors
 from subquad_kernels.workload import DeviceLimits, Workload
 
@@ -348,11 +348,7 @@ def test_on_a_gpu_it_is_within_the_operators_tolerance(
     shape: dict[str, int], options: dict[str, Any], dtype: str
 ) -> None:
     case = workload(dtype=dtype, **options, **shape)
-    kernel = CATALOGUE.kernel("delta_rule", "fused")
-    assert kernel.refusal(case, device_limits("cuda")) is None
-    errors = kernel_errors(OPERATOR, kernel, sample(case, "cuda"), gradients=True)
-    verdict = judge(OPERATOR, kernel, case, errors)
-    assert verdict.passed, verdict.reason
+    assert_within_tolerance(CATALOGUE.kernel("delta_rule", "fused"), case, sample(case, "cuda"))
 
 
 @pytest.mark.gpu
@@ -364,15 +360,5 @@ def test_on_a_gpu_gates_near_two_and_repeating_keys_stay_within_tolerance(dtype:
 
 @pytest.mark.gpu
 def test_on_a_gpu_nothing_waits_for_the_host() -> None:
-    """Packed boundaries are read on the device: a call in a CUDA graph replays with other boundaries."""
     arguments = sample(workload(300, h=2, h_k=2, n=64, p=64, dtype="bfloat16", documents=4), "cuda")
-    outputs = fused.forward(**arguments)
-    fused.backward(arguments, outputs, outputs[:2])  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = fused.forward(**arguments)
-        fused.backward(arguments, outputs, outputs[:2])
-    arguments["cu_seqlens"].copy_(bounds(100, 0, 1, 199))
-    graph.replay()
-    torch.testing.assert_close(outputs[0], fused.forward(**arguments)[0])
+    assert_a_graph_replays_with_other_boundaries(fused, arguments, 100, 0, 1, 199)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl  # noqa: F401  (a jitted function wants to see it)
+from on_a_gpu import assert_within_tolerance
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,7 +25,6 @@ from subquad_kernels.delta_rule import (
     fused,
     fused_diagonal,
 )
-from subquad_kernels.device_limits import device_limits
 from subquad_kernels.self_check import judge, kernel_errors
 from subquad_kernels.workload import DeviceLimits, Workload
 
@@ -362,10 +362,7 @@ def test_on_a_gpu_it_is_within_the_operators_tolerance(
     shape: dict[str, int], options: dict[str, Any], dtype: str, free: bool
 ) -> None:
     case = workload(dtype=dtype, free=free, **options, **shape)
-    assert KERNEL.refusal(case, device_limits("cuda")) is None
-    errors = kernel_errors(OPERATOR, KERNEL, sample(case, "cuda"), gradients=True)
-    verdict = judge(OPERATOR, KERNEL, case, errors)
-    assert verdict.passed, verdict.reason
+    assert_within_tolerance(KERNEL, case, sample(case, "cuda"))
 
 
 @pytest.mark.gpu
@@ -374,6 +371,4 @@ def test_on_a_gpu_it_is_within_the_operators_tolerance(
 @pytest.mark.parametrize("n", [24, 64, 128])
 def test_on_a_gpu_every_level_is_within_the_operators_tolerance(n: int, dtype: str, free: bool) -> None:
     case = workload(130, dtype=dtype, free=free, h=6, n=n, p=64)
-    errors = kernel_errors(OPERATOR, KERNEL, with_decays_of_every_level(sample(case, "cuda")), gradients=True)
-    verdict = judge(OPERATOR, KERNEL, case, errors)
-    assert verdict.passed, verdict.reason
+    assert_within_tolerance(KERNEL, case, with_decays_of_every_level(sample(case, "cuda")))

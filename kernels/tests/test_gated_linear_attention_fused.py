@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from on_a_gpu import assert_a_graph_replays_with_other_boundaries, assert_within_tolerance
 from torch import Tensor
 
 import subquad_kernels.builtin  # noqa: F401  (fills the catalogue)
 from subquad_kernels.catalogue import CATALOGUE
-from subquad_kernels.device_limits import device_limits
 from subquad_kernels.gated_linear_attention import declaration, definition, fused
 from subquad_kernels.self_check import judge, kernel_errors
 from subquad_kernels.workload import DeviceLimits, Workload
@@ -271,10 +271,7 @@ def test_on_a_gpu_it_is_within_the_operators_tolerance(
     shape: dict[str, int], read: str, full: bool, dtype: str
 ) -> None:
     case = workload(read=read, full=full, dtype=dtype, **shape)
-    assert KERNEL.refusal(case, device_limits("cuda")) is None
-    errors = kernel_errors(OPERATOR, KERNEL, sample(case, "cuda"), gradients=True)
-    verdict = judge(OPERATOR, KERNEL, case, errors)
-    assert verdict.passed, verdict.reason
+    assert_within_tolerance(KERNEL, case, sample(case, "cuda"))
 
 
 @pytest.mark.gpu
@@ -289,15 +286,5 @@ def test_on_a_gpu_extreme_decays_neither_overflow_nor_lose_gradients(rate: float
 
 @pytest.mark.gpu
 def test_on_a_gpu_nothing_waits_for_the_host() -> None:
-    """Packed boundaries are read on the device: a call in a CUDA graph replays with other boundaries."""
     arguments = sample(workload(300, n=64, p=64, dtype="bfloat16", documents=4), "cuda")
-    outputs = fused.forward(**arguments)
-    fused.backward(arguments, outputs, outputs[:2])  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = fused.forward(**arguments)
-        fused.backward(arguments, outputs, outputs[:2])
-    arguments["cu_seqlens"].copy_(bounds(100, 0, 1, 199))
-    graph.replay()
-    torch.testing.assert_close(outputs[0], fused.forward(**arguments)[0])
+    assert_a_graph_replays_with_other_boundaries(fused, arguments, 100, 0, 1, 199)

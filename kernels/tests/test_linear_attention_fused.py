@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from on_a_gpu import assert_a_graph_replays_with_other_boundaries, assert_within_tolerance
 from torch import Tensor
 
 import subquad_kernels.builtin  # noqa: F401  (fills the catalogue)
 from subquad_kernels.catalogue import CATALOGUE
-from subquad_kernels.device_limits import device_limits
 from subquad_kernels.linear_attention import declaration, definition, fused
 from subquad_kernels.self_check import check_kernel, judge, kernel_errors
 from subquad_kernels.workload import DeviceLimits, Option, Workload
@@ -310,16 +310,13 @@ def test_on_a_gpu_it_is_within_the_operators_tolerance(
     shape: dict[str, int], decay: str, full: bool, dtype: str
 ) -> None:
     case = workload(full=full, decay=decay, dtype=dtype, **shape)
-    kernel = CATALOGUE.kernel("linear_attention", "fused")
-    assert kernel.refusal(case, device_limits("cuda")) is None
     for enough in (1, 10**9):  # walked whole, and cut
         launches = (
             replace(fused.launch_of(shape["n"], shape["p"], getattr(torch, dtype), backward=back), enough=enough)
             for back in (False, True)
         )
-        errors = kernel_errors(OPERATOR, launched(*launches), sample(case, "cuda"), gradients=True)
-        verdict = judge(OPERATOR, kernel, case, errors)
-        assert verdict.passed, verdict.reason
+        kernel = CATALOGUE.kernel("linear_attention", "fused")
+        assert_within_tolerance(kernel, case, sample(case, "cuda"), launched(*launches))
 
 
 @pytest.mark.gpu
@@ -355,15 +352,5 @@ def test_on_a_gpu_the_decays_gradient_stays_exact_over_long_sequences(h: int, h_
 @pytest.mark.gpu
 @pytest.mark.parametrize("h", [2, 8])
 def test_on_a_gpu_nothing_waits_for_the_host(h: int) -> None:
-    """Packed boundaries are read on the device: a call in a CUDA graph replays with other boundaries."""
     arguments = sample(workload(300, h=h, n=64, p=64, dtype="bfloat16", documents=4), "cuda")
-    outputs = fused.forward(**arguments)
-    fused.backward(arguments, outputs, outputs[:2])  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = fused.forward(**arguments)
-        fused.backward(arguments, outputs, outputs[:2])
-    arguments["cu_seqlens"].copy_(bounds(100, 0, 1, 199))
-    graph.replay()
-    torch.testing.assert_close(outputs[0], fused.forward(**arguments)[0])
+    assert_a_graph_replays_with_other_boundaries(fused, arguments, 100, 0, 1, 199)

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from on_a_gpu import assert_a_graph_replays_with_other_boundaries, assert_within_tolerance
 from torch import Tensor
 
 import subquad_kernels.builtin  # noqa: F401  (fills the catalogue)
 from subquad_kernels.catalogue import CATALOGUE
-from subquad_kernels.device_limits import device_limits
 from subquad_kernels.selective_scan import chunked, declaration, definition, fused, fused_forward
 from subquad_kernels.selective_scan.cuts import cut
-from subquad_kernels.self_check import judge, kernel_errors
+from subquad_kernels.self_check import kernel_errors
 from subquad_kernels.workload import DeviceLimits, Option, Workload
 
 # The interpreter computes in numpy: lanes that a mask discards may hold anything. Results are checked, for NaN too.
@@ -335,24 +335,11 @@ def test_on_a_gpu_it_is_within_the_operators_tolerance(
 ) -> None:
     case = workload(full=full, dtype=dtype, **shape)
     kernel = CATALOGUE.kernel("selective_scan", "fused")
-    assert kernel.refusal(case, device_limits("cuda")) is None
     for launch in (None, replace(fused.launch_of(shape["n"], backward=True), segment_len=64, first=0.6)):
-        errors = kernel_errors(OPERATOR, launched(launch), sample(case, "cuda", reversed=reversed), gradients=True)
-        verdict = judge(OPERATOR, kernel, case, errors)
-        assert verdict.passed, verdict.reason
+        assert_within_tolerance(kernel, case, sample(case, "cuda", reversed=reversed), launched(launch))
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_nothing_waits_for_the_host() -> None:
-    """Packed boundaries are read on the device: a call in a CUDA graph replays with other boundaries."""
     arguments = sample(workload(300, c=96, n=16, dtype="bfloat16", documents=4), "cuda")
-    outputs = fused.forward(**arguments)
-    fused.backward(arguments, outputs, outputs[:2])  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = fused.forward(**arguments)
-        fused.backward(arguments, outputs, outputs[:2])
-    arguments["cu_seqlens"].copy_(bounds(100, 0, 1, 199))
-    graph.replay()
-    torch.testing.assert_close(outputs[0], fused.forward(**arguments)[0])
+    assert_a_graph_replays_with_other_boundaries(fused, arguments, 100, 0, 1, 199)
