@@ -1,11 +1,13 @@
-"""Interpreted kernels, in less time: see `quick_interpreter.py`."""
+"""Interpreted kernels in less time (`quick_interpreter.py`), and one process for scripts (`forked_scripts.py`)."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import pytest
+from forked_scripts import FORKS
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -16,3 +18,9 @@ def _interpreter_hurries() -> None:
         from triton.runtime import interpreter
 
         hurry(interpreter, triton.language)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forks_end() -> Iterator[None]:
+    yield
+    FORKS.close()

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_scripts import FORKS
 
 pytest.importorskip("triton")
 
@@ -21,30 +19,9 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = sorted(path for path in FOLDER.glob("*.py") if path.name != "timing.py")
 
 
-HELP = """
-import contextlib, io, json, runpy, sys
-for script in sys.argv[1:]:
-    sys.argv, out = [script, "--help"], io.StringIO()
-    try:
-        with contextlib.redirect_stdout(out):
-            runpy.run_path(script, run_name="__main__")
-    except SystemExit as end:
-        print(json.dumps([script, end.code, out.getvalue()]))
-"""
-"""All scripts in one process, which imports torch and triton once."""
-
-
-def run(*arguments: str) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(FOLDER), *filter(None, sys.path)])
-    found = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr[-2000:]
-    return found.stdout
-
-
 def rows(script: str, name: str, tmp_path: Path) -> list[dict[str, Any]]:
     out = tmp_path / "out.json"
-    run(str(FOLDER / f"{script}.py"), str(out), "--tiny")
+    FORKS.run(FOLDER / f"{script}.py", str(out), "--tiny")
     record = json.loads(out.read_text(encoding="utf-8"))
     assert record["device"]
     assert not [row for row in record[name] if "failure" in row], record[name]
@@ -61,12 +38,9 @@ def test_a_record_with_a_path_is_written_at_every_row(tmp_path: Path, monkeypatc
     assert (found["device"], found["versions"]) == ("none", ["torch"])
 
 
-def test_every_script_says_how_it_is_called() -> None:
-    said = [json.loads(line) for line in run("-c", HELP, *map(str, SCRIPTS)).splitlines()]
-    assert [script for script, _, _ in said] == [str(script) for script in SCRIPTS]
-    for script, code, text in said:
-        assert code == 0
-        assert f"python kernels/benchmarks/{Path(script).name}" in text
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_every_script_says_how_it_is_called(script: Path) -> None:
+    assert f"python kernels/benchmarks/{script.name}" in FORKS.run(script, "--help")
 
 
 def test_a_decode_is_timed_for_every_operator_that_has_one(tmp_path: Path) -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_scripts import FORKS
 
 from subquad_kernels.builtin import KERNELS
 from subquad_kernels.catalogue import Kernel
@@ -59,15 +57,9 @@ TRITON_KERNELS = [pytest.param(kernel, id=kernel.key) for kernel in KERNELS if w
 
 
 def compiled(kernel: Kernel, targets: str, *flags: str) -> list[dict[str, Any]]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     script = Path(__file__).with_name("compile_launches.py")
-    run = subprocess.run(
-        [sys.executable, str(script), kernel.operator, kernel.name, targets, *flags],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-2000:]
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    printed = FORKS.run(script, kernel.operator, kernel.name, targets, *flags)
+    return [json.loads(line) for line in printed.splitlines()]
 
 
 def assert_nothing_is_unset(launches: list[dict[str, Any]]) -> None:
