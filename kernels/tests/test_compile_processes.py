@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_scripts import FORKS
 
 pytest.importorskip("triton")
 
@@ -32,14 +30,8 @@ QUICK = ("rotary/fused", "gated_norm/fused")
 
 
 def made(*scenarios: str) -> dict[str, dict[str, Any]]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    script = Path(__file__).with_name("first_calls_without_device.py")
-    run = subprocess.run(
-        [sys.executable, str(script), *scenarios], env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    return {found["scenario"]: found for found in map(json.loads, run.stdout.splitlines())}
+    printed = FORKS.run(Path(__file__).with_name("first_calls_without_device.py"), *scenarios)
+    return {found["scenario"]: found for found in map(json.loads, printed.splitlines())}
 
 
 @pytest.fixture(scope="module")
