@@ -12,7 +12,7 @@ from test_linear_attention_fused import CUT, ON_GPU, OPERATOR, assert_exact, bou
 from test_linear_attention_shared_keys import Allocations
 
 from subquad_kernels.catalogue import CATALOGUE
-from subquad_kernels.linear_attention import declaration, fused, kept_states
+from subquad_kernels.linear_attention import declaration, fused, kept_states, tiled_states
 from subquad_kernels.triton_launch import QuickLaunch
 
 pytestmark = [
@@ -61,9 +61,12 @@ TILED = replace(CUT, kept=kept_states.Kept(tile=16))
 
 
 @pytest.mark.parametrize("full", [True, False], ids=["all tensors", "required tensors"])
-@pytest.mark.parametrize(("n", "p", "pairs"), [(20, 40, 2), (12, 20, 1), (33, 9, 1)])
-def test_a_state_may_be_several_tiles(n: int, p: int, pairs: int, full: bool) -> None:
+@pytest.mark.parametrize(("n", "p", "pairs", "step"), [(20, 40, 2, 64), (12, 20, 1, 16), (33, 9, 1, 16)])
+def test_a_state_may_be_several_tiles_and_several_steps_across(
+    n: int, p: int, pairs: int, step: int, full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two heads over one of q and k; and two such pairs, of two sequences."""
+    monkeypatch.setattr(tiled_states, "_ACROSS", step)
     assert_exact(sample(workload(40, b=pairs, h=2 * pairs, h_k=pairs, n=n, p=p, full=full)), TILED)
 
 
