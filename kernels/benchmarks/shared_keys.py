@@ -33,7 +33,7 @@ from subquad_kernels.catalogue import CATALOGUE
 from subquad_kernels.linear_attention import fused
 from subquad_kernels.linear_attention.chunk_states import Size
 from subquad_kernels.linear_attention.definition import empty_outputs, sample_inputs
-from subquad_kernels.linear_attention.fused import Launch
+from subquad_kernels.linear_attention.launches import Launch
 from subquad_kernels.self_check import judge, kernel_errors
 from subquad_kernels.workload import Workload
 

@@ -3,8 +3,8 @@
     python kernels/tests/forked_scripts.py < REQUESTS
 
 A request is a line of JSON: a script and its arguments, a file for what it prints and one for its errors; the answer is
-its exit code. A fork takes some 10 ms; Python with torch and triton takes 1.9 s of a core to start (two busy cores of
-an Intel Xeon, 2026-11-30), which was a quarter of what the tests of compilation took.
+its exit code. Python with torch and triton, `python -c "import compile_launches"`, takes 1.9 s of a core to start, a
+fork some 10 ms (two busy cores of an AMD EPYC, 2026-11-30).
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ from test_linear_attention_fused import CUT, ON_GPU, OPERATOR, assert_exact, bou
 from test_linear_attention_shared_keys import Allocations
 
 from subquad_kernels.catalogue import CATALOGUE
-from subquad_kernels.linear_attention import declaration, fused, kept_states
+from subquad_kernels.linear_attention import declaration, fused, kept_states, tiled_states
+from subquad_kernels.triton_launch import QuickLaunch
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
@@ -60,9 +61,13 @@ TILED = replace(CUT, kept=kept_states.Kept(tile=16))
 
 
 @pytest.mark.parametrize("full", [True, False], ids=["all tensors", "required tensors"])
-@pytest.mark.parametrize(("n", "p"), [(20, 40), (12, 20), (33, 9)])
-def test_a_state_may_be_several_tiles(n: int, p: int, full: bool) -> None:
-    assert_exact(sample(workload(40, b=2, h=4, h_k=2, n=n, p=p, full=full)), TILED)
+@pytest.mark.parametrize(("n", "p", "pairs", "step"), [(20, 40, 2, 64), (12, 20, 1, 16), (33, 9, 1, 16)])
+def test_a_state_may_be_several_tiles_and_several_steps_across(
+    n: int, p: int, pairs: int, step: int, full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two heads over one of q and k; and two such pairs, of two sequences."""
+    monkeypatch.setattr(tiled_states, "_ACROSS", step)
+    assert_exact(sample(workload(40, b=pairs, h=2 * pairs, h_k=pairs, n=n, p=p, full=full)), TILED)
 
 
 def test_packed_states_may_be_several_tiles() -> None:
@@ -138,8 +143,11 @@ def test_the_package_keeps_states_of_more_than_64_rows_and_columns_in_half_preci
     ("n", "p", "decay"),
     [(80, 70, "token"), (80, 70, "head"), (80, 70, "none"), (130, 270, "token"), (130, 270, "none")],
 )
-def test_declared_scratch_is_what_a_backward_allocates(n: int, p: int, decay: str, documents: int) -> None:
-    """Beside what it returns, and the table of packed documents' chunks."""
+def test_declared_scratch_is_what_a_backward_allocates(
+    n: int, p: int, decay: str, documents: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside what it returns, and the table of packed documents' chunks. Nothing is computed."""
+    monkeypatch.setattr(QuickLaunch, "_launch", lambda *_, **__: None)
     packed = {"documents": documents} if documents else {}
     case = workload(300, h=1, n=n, p=p, full=False, decay=decay, dtype="float16", **packed)
     arguments = sample(case)

@@ -115,7 +115,7 @@ def test_the_package_takes_several_heads_where_eight_share_keys_of_fitting_width
 
 def test_the_residual_has_the_shape_that_the_operator_declares(monkeypatch: pytest.MonkeyPatch) -> None:
     """In chunks of 128 too, and of 64 where documents are packed."""
-    monkeypatch.setattr(fused, "_has_room", lambda device: True)
+    monkeypatch.setattr(fused, "has_room", lambda device: True)
     halves = {"dtype": "float16", "h": 8, "n": 64, "p": 64, "full": False}
     for case in (workload(300, **halves), workload(90, documents=3, **halves)):  # type: ignore[arg-type]
         arguments = sample(case)

@@ -33,7 +33,8 @@ from subquad_kernels.triton_launch import QuickLaunch
 from subquad_kernels.triton_precision import fp32_products
 
 if TYPE_CHECKING:
-    from subquad_kernels.linear_attention.fused import Call, Launch
+    from subquad_kernels.linear_attention.fused import Call
+    from subquad_kernels.linear_attention.launches import Launch
 
 
 @dataclass(frozen=True, kw_only=True)

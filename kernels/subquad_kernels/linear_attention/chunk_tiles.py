@@ -30,6 +30,17 @@ def walk_stages(stages, loads_states):
 
 
 @triton.jit
+def find_place(b, h, group, P: tl.constexpr, TILE_P: tl.constexpr):
+    """Tile, head, its head of q and k, sequence (64 bits) and segment (or walk); neighbours share q and k."""
+    program = tl.program_id(0)
+    TILES: tl.constexpr = (P + TILE_P - 1) // TILE_P
+    tile = program % TILES
+    head = (program // TILES) % h
+    sequence = ((program // (TILES * h)) % b).to(tl.int64)
+    return tile, head, head // group, sequence, program // (TILES * h * b)
+
+
+@triton.jit
 def count_chunks(table, chunks, PACKED: tl.constexpr):
     """How many chunks there are; when packed only the device knows."""
     if PACKED:

@@ -25,7 +25,8 @@ from subquad_kernels.linear_attention.chunk_tiles import fades_between, find_chu
 from subquad_kernels.triton_launch import QuickLaunch
 
 if TYPE_CHECKING:
-    from subquad_kernels.linear_attention.fused import Call, Launch
+    from subquad_kernels.linear_attention.fused import Call
+    from subquad_kernels.linear_attention.launches import Launch
 
 
 @dataclass(frozen=True, kw_only=True)
