@@ -26,6 +26,7 @@ from subquad.compiler.time_cells import CellTimer, DeviceLostError, PacedClock
 from subquad.compiler.workload import cost_row
 from subquad.errors import ConfigError, NotFoundError
 from subquad_cost_model import TimedRow, lower_bound_s, read_timed_rows, timed
+from subquad_cost_model.terms import CLEARED
 from subquad_kernels.builtin import CATALOGUE, OPERATORS
 from subquad_kernels.catalogue import Kernel, Operator
 from subquad_kernels.self_check import shape_class
@@ -206,6 +207,11 @@ def test_the_hosts_pace_is_asked_right_before_and_after_each_loop() -> None:
     assert events == ["pace", "run", "run", "pace", "pace", "other", "pace"]
     assert clock.host_s(run) == pytest.approx(2e-6)
     assert clock.host_s(other) == pytest.approx(7e-6)
+
+
+def test_the_cost_model_knows_the_head_start_that_rows_are_timed_with() -> None:
+    """A buffer that the clock clears is of twice the cache (`CudaClock`)."""
+    assert CLEARED == 2 * time_cells.MOST_CLEARS
 
 
 @pytest.mark.parametrize(("spread", "loops"), [(0.01, [1, 1, 1]), (0.2, [1, 1, 1, 5, 5, 5])])

@@ -48,3 +48,10 @@ def test_an_earlier_row_of_a_changed_workload_is_stale_and_others_are_not(tool: 
     assert not tool.is_stale(replace(wide, row=replace(wide.row, phase="decode")))
     assert not tool.is_stale(replace(wide, date="2026-12-01T00:00:00+00:00"))
     assert not tool.is_stale(replace(wide, row=replace(wide.row, shape={**shape, "n": 128, "p": 128})))
+    forward = next(r for r in rows if (r.row.operator, r.row.kernel, r.row.phase) == ("segment_attention", "sdpa_merge",
+                                                                                      "forward"))  # fmt: skip
+    gradient = replace(forward, date=before.date, row=replace(forward.row, phase="backward", dtype="bfloat16"))
+    assert tool.is_stale(gradient)
+    assert not tool.is_stale(replace(gradient, row=replace(gradient.row, dtype="float32"))), "computed as before"
+    assert tool.is_stale(replace(gradient, row=replace(gradient.row, kernel="compacted", dtype="float32")))
+    assert not tool.is_stale(replace(forward, row=replace(forward.row, kernel="compacted")))

@@ -38,11 +38,18 @@ def tiled_heads(row: CostRow) -> bool:
     return row.dtype in ("bfloat16", "float16") and wide
 
 
+def half_backward(row: CostRow) -> bool:
+    """Gradients in half precision."""
+    return row.phase == "backward" and row.dtype in ("bfloat16", "float16")
+
+
 STALE: Mapping[str, tuple[tuple[str, Callable[[CostRow], bool]], ...]] = {
     "gated_linear_attention/fused": (("2026-11-29T10", lambda row: True),),
     "delta_rule/fused": (("2026-11-30", lambda row: True),),
     "delta_rule/fused_diagonal": (("2026-11-30", lambda row: True),),
     "segment_attention/tiled": (("2026-11-30", lambda row: True),),
+    "segment_attention/compacted": (("2026-11-30T07:16", lambda row: row.phase == "backward"),),
+    "segment_attention/sdpa_merge": (("2026-11-30T14", half_backward),),
     "causal_conv/fused": (("2026-11-30", lambda row: row.phase == "decode"),),
     "selective_scan/fused": (("2026-11-30", lambda row: row.phase != "decode"),),
     "linear_attention/fused": (("2026-11-30", other_heads), ("2026-11-30T06", tiled_heads)),

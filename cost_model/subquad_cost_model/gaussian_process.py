@@ -58,7 +58,8 @@ def _coordinates(rows: Sequence[CostRow], places: Floats, sums: Floats, choices:
     """`places`, the words and truth values of options that matter (`choices`, `name=value`), and the sums."""
     chosen = np.array([_chosen(tuple(row.options.items()), choices) for row in rows], dtype=np.float64)
     sized = np.log2(sums) / SIZE
-    return np.round(np.column_stack([places, chosen.reshape(len(rows), -1), sized]), DIGITS)
+    found = np.column_stack([places, chosen.reshape(len(rows), -1), sized])
+    return np.asarray(np.round(found, DIGITS), dtype=np.float64)
 
 
 def _place(row: CostRow, device: Device) -> list[float]:

@@ -74,7 +74,7 @@ class Physics:
         paces_s = [pace_s for pace_s in asked.paces_s if pace_s is not None]
         host_s = statistics.median(paces_s) if paces_s else None
         terms, rows, own, weights = asked.names, asked.rows, _own(asked.names), 1 / np.maximum(doubts, FINEST_DOUBT)
-        most = np.array([math.inf if t in (*STARTS, "host") else 1.0 if t == "head start" else MOST for t in terms])
+        most = np.array([math.inf if t in (*STARTS, "host") else 1.0 if t == "clears" else MOST for t in terms])
 
         def factors(here: Sequence[int], near: Floats, pull: float, firm: float = 0.0) -> Floats:
             held = np.where(begins, firm, 0.0)

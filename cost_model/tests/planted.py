@@ -120,8 +120,8 @@ def hosted(*, seed: int, shapes: int, on: Device = DEVICES[1]) -> list[TimedRow]
     draw = random.Random(seed)
     rows = []
     for _ in range(shapes):
-        t, pace_s = draw.randint(64, 8192), 5e-6 * 2 ** draw.uniform(-1, 1)
-        composed = replace(row("wide", draw.randint(1, 64), t, 8), launches=1 + 2 * -(-t // 64))
+        t, pace_s = draw.randint(192, 24_576), 5e-6 * 2 ** draw.uniform(-1, 1)
+        composed = replace(row("wide", draw.randint(1, 16), t, 8), launches=1 + 2 * -(-t // 64))
         terms = bound_terms(composed, on)
         head_s = CLEARED * on.cache_bytes / on.bytes_per_s
         seconds = max(4e-6 * composed.launches + 4 * terms.memory_s, 4 * pace_s * composed.launches - head_s)

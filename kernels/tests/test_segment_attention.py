@@ -119,9 +119,7 @@ def test_segments_restart_at_every_document(kernel: str, lengths: list[int]) -> 
 @pytest.mark.parametrize("kernel", ["reference", *KERNELS])
 def test_segments_of_one_token_are_causal_attention(kernel: str) -> None:
     q, k, v = draw(13)
-    close(
-        [segment_attention(q, k, v, segment_len=1, kernel=kernel)], [softmax_attention(q, k, v, kernel="reference")]
-    )
+    close([segment_attention(q, k, v, segment_len=1, kernel=kernel)], [softmax_attention(q, k, v, kernel="reference")])
 
 
 @pytest.mark.parametrize("kernel", ["reference", *KERNELS])

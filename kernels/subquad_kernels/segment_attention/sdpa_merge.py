@@ -49,9 +49,7 @@ def forward(
     return out, lse.transpose(1, 2)
 
 
-def backward(
-    arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]
-) -> dict[str, Tensor | None]:
+def backward(arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
     """Gradients of q, k, v and of the known summaries; of half precision in float32, from outputs computed again.
 
     The fused backward takes gradient . out for the softmax's own term. Where one key has nearly all the weight, the
@@ -195,9 +193,7 @@ def _backward(
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, factor: float) -> tuple[Tensor, Tensor]:
     """Shapes:  q: b h t k    k, v: b h n k    mask: 1 1 t n  ->  b h t k,  b h t"""
     if q.device.type == "cpu":
-        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, False, attn_mask=mask, scale=factor
-        )
+        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask, scale=factor)
         return out, lse
     wide = mask.expand(q.shape[0], q.shape[1], -1, -1)
     out, lse, _, _ = _aten._scaled_dot_product_efficient_attention(q, k, v, wide, True, 0.0, False, scale=factor)
