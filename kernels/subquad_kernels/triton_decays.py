@@ -22,18 +22,18 @@ _MILD = tl.constexpr(60.0)
 
 
 @triton.jit
-def totals(summed, terms, PRODUCT: tl.constexpr, PRECISION: tl.constexpr, total=None):
-    """Terms summed over each row's range and added to a total, as exact as the products that they take part in.
+def totals(summed, terms, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
+    """Terms summed over each row's range, as exact as the products that they take part in.
 
     An fp32 term is two bf16 numbers but for 2^-17 of it.  [CHUNK, CHUNK], [CHUNK, N]
     """
     if terms.dtype != tl.float32:
-        return tl.dot(summed.to(terms.dtype), terms, total)
+        return tl.dot(summed.to(terms.dtype), terms)
     elif tl.float32 == PRODUCT:
-        return tl.dot(summed.to(tl.float32), terms, total, input_precision=PRECISION)
+        return tl.dot(summed.to(tl.float32), terms, input_precision=PRECISION)
     else:
         high = terms.to(PRODUCT)
-        total = tl.dot(summed.to(PRODUCT), high, total)
+        total = tl.dot(summed.to(PRODUCT), high)
         return tl.dot(summed.to(PRODUCT), (terms - high.to(tl.float32)).to(PRODUCT), total)
 
 
@@ -41,6 +41,12 @@ def totals(summed, terms, PRODUCT: tl.constexpr, PRECISION: tl.constexpr, total=
 def decays(summed, g, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
     """exp of the log decays summed over each row's range.  [CHUNK, CHUNK], [CHUNK, N]"""
     return tl.exp2(totals(summed, g, PRODUCT, PRECISION) * _LOG2_E)
+
+
+@triton.jit
+def sums(summed, terms, total, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
+    """Terms summed over each row's range, added to total.  [CHUNK, CHUNK], [CHUNK, N]"""
+    return tl.dot(summed.to(PRODUCT), terms.to(PRODUCT), total, input_precision=PRECISION)
 
 
 @triton.jit

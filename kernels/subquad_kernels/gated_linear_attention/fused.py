@@ -660,13 +660,13 @@ def _pull(
     else:
         counted = other < token if REVERSE else until(other, token, BEFORE)
         summed = totals(counted, passed, PRODUCT, PRECISION)
-        summed = totals(back & (level > 0), flow, PRODUCT, PRECISION, summed)
+        summed += totals(back & (level > 0), flow, PRODUCT, PRECISION)
         for half in tl.range(level, LEVELS, num_stages=1, disable_licm=True):
             decay = decays(ranges(token, other, half, BEFORE), g, PRODUCT, PRECISION)
             pairs = meet(other, token, half) if REVERSE else meet(token, other, half)
             part = _times(tl.where(pairs, score_grad, 0.0), others * decay, nothing, PRODUCT, PRECISION) * decay
             grad += part
-            summed = totals(ranges(other, token, half, BEFORE), own * part, PRODUCT, PRECISION, summed)
+            summed += totals(ranges(other, token, half, BEFORE), own * part, PRODUCT, PRECISION)
     return grad, summed
 
 
