@@ -34,7 +34,14 @@ from subquad_kernels.workload import Workload
 SIZES = {"b": 8, "t": 2_048, "h": 16, "h_k": 16, "h_kv": 16, "k": 64, "v": 64, "c": 2_048, "n": 64, "p": 64}
 STATES = 16
 """Of the selective scan; a state of matrices has more."""
-TIMED = tuple(kernel.key for kernel in KERNELS if kernel.compiles and kernel.replayable)
+TIMED = tuple(
+    kernel.key
+    for kernel in KERNELS
+    if kernel.compiles
+    and kernel.replayable
+    and any(example.phase != "decode" for example in CATALOGUE.operator(kernel.operator).examples)
+)
+"""Those of a training step: an operator of decodes alone has none."""
 
 
 def step(kernel: Kernel) -> Workload:

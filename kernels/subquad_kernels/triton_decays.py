@@ -44,12 +44,6 @@ def decays(summed, g, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def sums(summed, terms, total, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
-    """Terms summed over each row's range, added to total.  [CHUNK, CHUNK], [CHUNK, N]"""
-    return tl.dot(summed.to(PRODUCT), terms.to(PRODUCT), total, input_precision=PRECISION)
-
-
-@triton.jit
 def until(token, summed, BEFORE: tl.constexpr):
     """The log decays between the chunk's start and a token's read: the token's own is among them unless BEFORE."""
     if BEFORE:

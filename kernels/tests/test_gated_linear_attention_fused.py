@@ -113,10 +113,6 @@ def test_chunks_of_other_lengths_agree() -> None:
     assert_exact(sample(workload(135)), launch(chunk=64, tile=32, stretch=128))
 
 
-def test_gradients_of_queries_and_keys_are_the_same_in_one_launch() -> None:
-    assert_exact(sample(workload(40)), replace(CUT, differentiate_together=True))
-
-
 def test_the_sizes_it_chooses_itself_agree_too() -> None:
     """A stretch of the operator's own length, and one that it is followed by."""
     assert_exact(sample(workload(declaration.stretch_len(5, 20) + 3)), None)

@@ -175,7 +175,7 @@ def _groups_without_copies() -> Iterator[None]:
             return loader.repository.get_group_options(group_name, results_filter)
         return copying(loader, group_name, results_filter, config_name, overrides)
 
-    ConfigLoaderImpl.get_group_options = options  # type: ignore[method-assign]
+    ConfigLoaderImpl.get_group_options = options  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:

@@ -29,6 +29,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,7 +72,7 @@ class Launch:
 
     `read` and `differentiate` are for chunks of mild decays, `violent` is both for all others. `chunk` tokens (16 or
     more, a power of two) are taken together. `stretch` tokens are walked by one program of `summarise`: the operator's
-    number unless told. Gradients of queries and those of keys are found by one launch if `differentiate_together`.
+    number unless told.
     """
 
     summarise: Tiles
@@ -80,7 +81,6 @@ class Launch:
     violent: Tiles
     chunk: int = 64
     stretch: int | None = None
-    differentiate_together: bool = False
 
 
 @lru_cache
@@ -262,19 +262,15 @@ class _Call:
         dbonus = None if self.bonus is None else self._new(self.chunks, self.h, self.n).zero_()
         # Queries leave the decays' gradients to keys, in fp32.
         flows = dg if dg.dtype == torch.float32 else self._new(*dg.shape)
-        together = self.launch.differentiate_together
-        for whole, tiles, queries, keys in (
-            (whole, tiles, queries, keys)
-            for queries, keys in (((True, True),) if together else ((True, False), (False, True)))
-            for whole, tiles in ((True, self.launch.differentiate), (False, self.launch.violent))
-        ):
+        kinds = (True, self.launch.differentiate), (False, self.launch.violent)
+        for keys, (whole, tiles) in product((False, True), kinds):
             _differentiate[(self.chunks * self.h,)](
                 self.q, self.k, self.v, self.g, self.bonus, pull, self.table, entering.least,
                 entering.kept, entering.decays, entering.crossing, entering.edge,
                 leaving.kept, leaving.decays, leaving.crossing, leaving.edge,
                 dq, dk, dg, flows, dbonus, *self.sizes, self.scale, *self.strides, pull_stride,
                 PAD_N=padded(self.n), WHOLE=whole, INITIAL=self.initial is not None, FINAL=dfinal is not None,
-                BONUS=self.bonus is not None, QUERIES=queries, KEYS=keys, **self._constants(tiles),
+                BONUS=self.bonus is not None, KEYS=keys, **self._constants(tiles),
             )  # fmt: skip
         return {
             "q": dq,
@@ -680,11 +676,11 @@ def _differentiate(
     N: tl.constexpr, P: tl.constexpr, TILE_N: tl.constexpr, TILE_P: tl.constexpr, CHUNK: tl.constexpr,
     LEVELS: tl.constexpr, BEFORE: tl.constexpr, PACKED: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, PAD_N: tl.constexpr, WHOLE: tl.constexpr, INITIAL: tl.constexpr, FINAL: tl.constexpr,
-    BONUS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    BONUS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one chunk's queries, keys and log decays, and its part of the bonus's.
 
-    QUERIES leave their part of the log decays' in `flows` to KEYS, which may be another launch.
+    Queries leave their part of the log decays' in `flows` to KEYS, which are a later launch.
     Shapes:  dbonus: chunks h n    the rest as the inputs, and as `_summarise` and `_compose` leave it
     """
     program = tl.program_id(0)
@@ -701,7 +697,7 @@ def _differentiate(
     g_at, at = g + first * g_stride + head * N, (first * h + head) * N
     token, other = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
 
-    if QUERIES:  # what pairs of tokens and the state before the chunk ask for, over all of p
+    if not KEYS:  # what pairs of tokens and the state before the chunk ask for, over all of p
         score_grad = tl.zeros([CHUNK, CHUNK], tl.float32)
         for start in tl.range(0, P, TILE_P, num_stages=1, disable_licm=True):
             p = start + tl.arange(0, TILE_P)
@@ -736,10 +732,7 @@ def _differentiate(
                 tl.store(dbonus + place + n, tl.sum(own * query * key, axis=0), mask=n < N)
             _keep(dq + at, h * N, base, tokens, n, N, grad * scale, CHUNK)
             _keep(flows + at, h * N, base, tokens, n, N, decay_grad, CHUNK)
-    if QUERIES and KEYS:  # other threads of the program read what these have written
-        tl.debug_barrier()
-
-    if KEYS:  # with the gradient of the state after the chunk
+    else:  # with the gradient of the state after the chunk
         score_grad = tl.zeros([CHUNK, CHUNK], tl.float32)
         for start in tl.range(0, P, TILE_P, num_stages=1, disable_licm=True):
             p = start + tl.arange(0, TILE_P)
