@@ -5,8 +5,8 @@ them, and what the whole stretch writes and decays; `_compose` passes states fro
 to the final one. The state before a chunk is then what its stretch wrote so far, and what entered the stretch,
 decayed; `_read`, one program a chunk, adds up what tokens read of it and of each other. Backward, the same three with
 time reversed give the gradient of the state after each chunk and that of v, and `_differentiate`, one program a chunk,
-those of q, and then, in another launch, of k and the decays, from the states on both sides. No stretch holds tokens of two documents, so nothing inside
-knows of packing.
+those of q, and then, in another launch, of k and the decays, from the states on both sides. No stretch holds tokens of
+two documents, so nothing inside knows of packing.
 
 Within a chunk, blocks whose decays are mild are taken whole, by one product; longer ones meet at powers of two, where
 no exponent is positive (`triton_decays`). How long mild blocks are is found for every chunk: ordinary decays take one
