@@ -17,7 +17,6 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_automatic_config_search_path, get_args_parser
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.object_type import ObjectType
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -58,7 +57,6 @@ def run_with_hydra(verb: str, arguments: Sequence[str], job: Job, job_of_sweep: 
             composition_errors(registry),
             hydra_for(registry, parsed.config_dir),
             _hydras_world(verb, arguments, parsed),
-            _groups_without_copies(),
         ):
             if not (parsed.help or parsed.hydra_help or parsed.cfg or parsed.info or parsed.shell_completion):
                 _check_beforehand(parsed, registry)
@@ -153,33 +151,6 @@ def _hydras_world(verb: str, arguments: Sequence[str], parsed: Namespace) -> Ite
             os.environ.pop(name, None)
             if name in environment:
                 os.environ[name] = environment[name]
-
-
-@contextmanager
-def _groups_without_copies() -> Iterator[None]:
-    """What is installed is listed from Hydra's repository itself.
-
-    Hydra copies it, our schema included, each time that it looks into a group, since overrides may add to a copy's
-    search path. `--help` looks 1,300 times and has none: 17 of its 18 s went into copies.
-    """
-    copying = ConfigLoaderImpl.get_group_options
-
-    def options(
-        loader: ConfigLoaderImpl,
-        group_name: str,
-        results_filter: ObjectType | None = ObjectType.CONFIG,
-        config_name: str | None = None,
-        overrides: list[str] | None = None,
-    ) -> list[str]:
-        if config_name is None and not overrides:
-            return loader.repository.get_group_options(group_name, results_filter)
-        return copying(loader, group_name, results_filter, config_name, overrides)
-
-    ConfigLoaderImpl.get_group_options = options  # type: ignore[assignment,method-assign]
-    try:
-        yield
-    finally:
-        ConfigLoaderImpl.get_group_options = copying  # type: ignore[method-assign]
 
 
 def _parsed(verb: str, arguments: Sequence[str]) -> Namespace:
