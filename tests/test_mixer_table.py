@@ -123,6 +123,10 @@ def test_a_layer_that_was_timed_stands_for_its_operator_beside_its_fastest_rival
     for date, rows in (("2026-12-02", newest), ("2026-12-01", older)):
         (tool.LAYERS / f"mixers_gpu_{date}.json").write_text(json.dumps({"device": "GPU", "layers": rows}))
     assert cells(tool, "gla")["on a GPU, beside rivals"] == "layer 5.00 ms (width 1024), no rival timed"
+    operator = {"device": "GPU", "timings": [{"case": {"name": "D64", "t": 8192, "n": 64, "p": 64}, "both_ms": 2.0}]}
+    (tool.BENCHMARKS / "gated_linear_attention_gpu_2026-12-01.json").write_text(json.dumps(operator))
+    beside = "layer 5.00 ms (width 1024), no rival timed; `gated_linear_attention` 2.00 ms (n 64, p 64), no rival timed"
+    assert cells(tool, "gla")["on a GPU, beside rivals"] == beside
     shown = cells(tool, "retnet")["on a GPU, beside rivals"]
     assert shown == "layer 3.00 ms (width 1024), fla `linear_attention/fla_chunked` 3.50 ms"
     assert "Layers (GPU)" in tool.table()

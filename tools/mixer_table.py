@@ -7,8 +7,8 @@
     python tools/mixer_table.py write               # puts it where README.md and plugins/README.md have it
 
 A cell says `yes` where every promise of its column is kept, `NO` where one is broken, `-` where no record says.
-Times on a GPU are of the whole layer, from the newest record in plugins/benchmarks/results; where there is none, of the
-operator that the mixer spends its work in, from the records in kernels/benchmarks/results.
+Times on a GPU are of the whole layer, from the newest record in plugins/benchmarks/results; where there is none, or none
+of a rival, of the operator that the mixer spends its work in, from the records in kernels/benchmarks/results.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ def _row(
         f"`{name}` {times.get(f'{name} {spec.name}', times[name])}" for name in main_operators if name in times
     ]
     if spec.name in layers:
-        gpu = [f"layer {layers[spec.name]}"]
+        layer = layers[spec.name]
+        gpu = [f"layer {layer}", *(gpu if layer.rival is None else ())]
     return [
         f"`{spec.name}`", *cells, _both_sides(spec, kept["cpu"]), _count(kept["cpu"]), _count(kept["cuda"]),
         _oracle(oracles.get(spec.name)), shown, "; ".join(gpu) or "-",
