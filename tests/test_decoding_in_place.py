@@ -11,11 +11,13 @@ from decoding_models import model_of, taped
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from subquad import load_config
 from subquad.model import decoder as module
 from subquad.model.cuda_graph import cuda_graphs
 from subquad.model.decoder import Capture, Decoder
 from subquad.model.language_model import LanguageModel, ModelCarry
 from subquad.model.narrow import narrow
+from subquad.training.compilation import compile_for_generation
 
 MODELS = {
     "transformer": ("softmax_attention", "softmax_attention"),
@@ -175,6 +177,20 @@ def test_without_memory_for_a_copy_caches_grow_as_ever(most: int, monkeypatch: p
         torch.testing.assert_close(logits, model(tokens)[:, 3:], rtol=0, atol=ATOL[torch.float64])
     assert list(decoder.why_not) == ([] if most == 1000 else [1])
     assert len(decoder.graphs) == (1 if most == 1000 else 2)
+
+
+def test_where_a_kernel_that_decodes_in_place_is_denied_caches_grow_by_the_chosen_ones() -> None:
+    """Nobody chooses what decodes in place, the operators' defaults do: what a recipe forbids must not run."""
+    run = ("model=transformer", "model.context_len=32", "trainer.accelerator=cpu", "compiler=constant")
+    free, model = model_of("mamba", "softmax_attention"), model_of("mamba", "softmax_attention")
+    compile_for_generation(free, load_config([*run, "deny=[sdpa_efficient]"]))
+    assert free.decodes_in_place  # it is no default on this device
+    compile_for_generation(model, load_config([*run, "deny=[cached_attention/reference]"]))
+    tokens = drawn(2, 12)
+    logits, decoder = decoded(model, tokens, 3)
+    assert decoder.why_not == {1: "its carry grows, and a kernel that decodes in place is denied"}
+    with torch.inference_mode():
+        torch.testing.assert_close(logits, model(tokens)[:, 3:], rtol=0, atol=ATOL[torch.float64])
 
 
 @pytest.mark.gpu

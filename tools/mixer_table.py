@@ -7,8 +7,8 @@
     python tools/mixer_table.py write               # puts it where README.md and plugins/README.md have it
 
 A cell says `yes` where every promise of its column is kept, `NO` where one is broken, `-` where no record says.
-Times on a GPU are of the whole layer, from the newest record in plugins/benchmarks/results; where there is none, or none
-of a rival, of the operator that the mixer spends its work in, from the records in kernels/benchmarks/results.
+Times on a GPU are of the whole layer, from the newest record in plugins/benchmarks/results; where there is none, or
+none of a rival, of the operator that the mixer spends its work in, from the records in kernels/benchmarks/results.
 """
 
 from __future__ import annotations

@@ -119,10 +119,12 @@ class Decoder:
         for layer, block in enumerate(_blocks(self._model)):
             if (difference := _difference(block, before[layer], self._carry[layer])) is None:
                 continue
-            if isinstance(block.mixer, DecodesInPlace) and not block.sharing:
-                self._in_place.add(layer)
-            else:
+            if not isinstance(block.mixer, DecodesInPlace) or block.sharing:
                 self.why_not[layer] = difference
+            elif not self._model.decodes_in_place:
+                self.why_not[layer] = f"{difference}, and a kernel that decodes in place is denied"
+            else:
+                self._in_place.add(layer)
         self._stages = self._planned()
         return x
 
