@@ -106,6 +106,23 @@ def test_parameters_loaded_moved_or_replaced_later_reach_the_graphs() -> None:
     assert (model(tokens) - other.double()(tokens)).abs().max() < 1e-6
 
 
+def test_a_model_may_be_compiled_again() -> None:
+    """For other shapes or options; what is captured is each mixer as it is written, not the graphs that it runs."""
+    config = small_config("mamba", "segment_attention", "softmax_attention")
+    model, tokens = build_model(config).eval(), torch.randint(0, 40, (2, 12))
+    with torch.no_grad():
+        expected = model(tokens)
+        for length in (16, 32):
+            example = Example(tokens_shape=(2, length), decoding=True)
+            plan = compile_model(model, example, target="cpu", options=QUIET)[1]
+            assert not plan.uncaptured
+            prefilled, carry = model.prefill(tokens[:, :-1], model.empty_carry(2))
+            last, _ = model.decode(tokens[:, -1], carry)
+            found = torch.cat([prefilled, last.unsqueeze(1)], dim=1)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(model(tokens), expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:`isinstance:FutureWarning")  # torch's pytree, about itself
 def test_a_deep_copy_has_graphs_of_its_own() -> None:
     model, _ = compile_model(small_model("segment_attention"), EXAMPLE, target="cpu", options=QUIET)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from subquad_kernels.torch_operator import named_arguments
 
 Graphs = dict[Method, fx.GraphModule]
 _GRAPHS = "_subquad_graphs"
+_INSTALLED = ("forward", "prefill", "decode")
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,28 @@ class Captured:
 def capture(mixer: nn.Module, sharing: Sharing = NOTHING_SHARED) -> Captured:
     """Trace every method of a mixer. A method whose Python depends on values is declined, and runs as it is.
 
-    Of one that shares tensors with other layers, what is traced reads and publishes them.
+    Of one that shares tensors with other layers, what is traced reads and publishes them. Of one that was compiled
+    before, what is traced is the mixer as it is written.
     """
     graphs: Graphs = {}
     declined: dict[str, str] = {}
-    for method in METHODS:
-        try:
-            graphs[method] = _trace(mixer, method, sharing)
-        except Exception as error:  # tracing runs a stranger's code on proxies; whatever it raises, it was not captured
-            declined[method] = _reason(error, mixer)
+    with _as_written(mixer):
+        for method in METHODS:
+            try:
+                graphs[method] = _trace(mixer, method, sharing)
+            except Exception as error:  # tracing runs a stranger's code on proxies; whatever it raises is a reason
+                declined[method] = _reason(error, mixer)
     return Captured(graphs, declined)
+
+
+@contextmanager
+def _as_written(mixer: nn.Module) -> Iterator[None]:
+    """Without the graphs that `install` let its methods run: their signatures are flat, and their kernels chosen."""
+    held = {name: mixer.__dict__.pop(name) for name in _INSTALLED if installed_graphs(mixer) and name in mixer.__dict__}
+    try:
+        yield
+    finally:
+        mixer.__dict__.update(held)
 
 
 def _reason(error: Exception, mixer: nn.Module) -> str:
@@ -103,7 +117,7 @@ def install(mixer: nn.Module, graphs: Graphs) -> None:
     # Plain attributes, not submodules: the graphs must not appear in state_dict, nor be visited by `apply`.
     original: Callable[..., Tensor] = type(mixer).forward.__get__(mixer)
     mixer.__dict__["forward"] = _Forward(graphs.get("forward"), graphs.get("packed"), original)
-    for method in ("prefill", "decode"):
+    for method in _INSTALLED[1:]:
         if method in graphs:
             mixer.__dict__[method] = graphs[method]
         else:
