@@ -41,7 +41,9 @@ def cases(**request: Any) -> list[Case]:
 # --- what is measured ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
+@pytest.mark.parametrize(
+    "operator", [operator for operator in OPERATORS if operator.takes_sequences], ids=lambda operator: operator.name
+)
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_an_operator_has_a_series_in_which_the_length_doubles(operator: Operator, kind: str) -> None:
     series = bench_workloads(operator, kind, BenchConfig(operator=operator.name))
@@ -49,6 +51,11 @@ def test_an_operator_has_a_series_in_which_the_length_doubles(operator: Operator
     assert lengths == [lengths[0] * 2**doubling for doubling in range(bench_module.LENGTHS[kind])]
     assert all(workload.shape.get("s", workload.shape["t"]) == workload.shape["t"] for workload in series)
     assert {workload.dtype for workload in series} == {"float32" if kind == "cpu" else "bfloat16"}
+
+
+def test_an_operator_of_single_tokens_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="cached_attention takes one token"):
+        bench_workloads(CATALOGUE.operator("cached_attention"), "cpu", BenchConfig(operator="cached_attention"))
 
 
 def test_an_operator_without_a_series_grows_from_its_first_example() -> None:

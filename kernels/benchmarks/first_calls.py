@@ -37,11 +37,8 @@ STATES = 16
 TIMED = tuple(
     kernel.key
     for kernel in KERNELS
-    if kernel.compiles
-    and kernel.replayable
-    and any(example.phase != "decode" for example in CATALOGUE.operator(kernel.operator).examples)
+    if kernel.compiles and kernel.replayable and CATALOGUE.operator(kernel.operator).takes_sequences
 )
-"""Those of a training step: an operator of decodes alone has none."""
 
 
 def step(kernel: Kernel) -> Workload:

@@ -125,6 +125,11 @@ class Operator:
         """The name of the torch.library operator."""
         return f"subquad::{self.name}"
 
+    @property
+    def takes_sequences(self) -> bool:
+        """False for one that decodes alone: all its examples take a single token behind a carry."""
+        return any(example.phase != "decode" for example in self.examples)
+
     @cached_property
     def torch_half(self) -> OperatorDefinition:
         """The definition, imported on first use."""

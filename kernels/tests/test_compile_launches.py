@@ -145,7 +145,7 @@ FAST_TO_COMPILE = {
 }
 
 
-@pytest.mark.parametrize(("key", "launch"), FAST_TO_COMPILE, ids=" ".join)
+@pytest.mark.parametrize(("key", "launch"), FAST_TO_COMPILE, ids=str)
 def test_what_took_longest_to_compile_stays_small(key: str, launch: str) -> None:
     """Counted, as seconds depend on what else the machine does. The others compile beside it (`first_calls`)."""
     (kernel,) = (kernel for kernel in KERNELS if kernel.key == key)

@@ -275,7 +275,7 @@ def test_the_residual_has_the_shape_that_the_operator_declares() -> None:
 def test_time_is_cut_only_where_programs_are_few() -> None:
     def walks(b: int, t: int, h: int) -> int:
         call = fused.Call.__new__(fused.Call)
-        call.b, call.t, call.h, call.p, call.documents, call.cu_seqlens = b, t, h, 64, 0, None
+        call.b, call.t, call.h, call.n, call.p, call.documents, call.cu_seqlens = b, t, h, 64, 64, 0, None
         call.cut(fused.launch_of(64, 64, torch.bfloat16, backward=False))
         return call.walks
 

@@ -30,8 +30,7 @@ def by_name(operator: Operator) -> str:
     return operator.name
 
 
-TRAINED = [operator for operator in OPERATORS if any(example.phase != "decode" for example in operator.examples)]
-"""All but those that one token calls alone."""
+TRAINED = [operator for operator in OPERATORS if operator.takes_sequences]
 FORMS = [
     pytest.param(operator, packed, id=f"{operator.name}-{'packed' if packed else 'whole'}")
     for operator in TRAINED

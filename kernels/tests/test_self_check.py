@@ -54,8 +54,7 @@ def planted(
     return kernel
 
 
-TRAINED = [operator for operator in OPERATORS if any(example.phase != "decode" for example in operator.examples)]
-"""All but those that one token calls alone."""
+TRAINED = [operator for operator in OPERATORS if operator.takes_sequences]
 
 
 def training(operator: Operator, *, packed: bool = False, dtype: DType = "float32", **shape: int) -> Workload:

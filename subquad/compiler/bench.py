@@ -186,6 +186,12 @@ def bench_workloads(operator: Operator, kind: str, request: BenchConfig) -> list
     An axis that a shape leaves out is as in the series; `s` follows `t`, and a packed sequence has batch 1.
     Raises: ConfigError.
     """
+    if operator.examples and not operator.takes_sequences:
+        raise ConfigError(
+            what=f"{operator.name} takes one token behind a carry, and no sequences whose length could double",
+            where=f"operator={operator.name}",
+            mend="time decoding with whole models: bench models=[transformer]",
+        )
     smallest = operator.benchmarks.get(kind) or next(iter(operator.examples), None)
     if smallest is None:
         raise ConfigError(
