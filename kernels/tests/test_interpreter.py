@@ -66,8 +66,9 @@ def test_a_launch_that_raises_leaves_the_language_as_it_was() -> None:
     assert is_builtin(tl.load)
 
 
+@pytest.mark.skipif(not triton.__version__.startswith("3.7."), reason="counts functions that are private to triton 3.7")
 def test_what_was_made_in_one_launch_is_not_made_in_the_next() -> None:
-    """By functions of triton 3.7.1. Each part of the language is replaced at every launch; pointers are new in it."""
+    """Each part of the language is replaced at every launch; pointers are new in it."""
     x = torch.ones(16)
     _double[(1,)](x, x, 16)
     with calls() as found:
