@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +44,6 @@ SPILLS = {
     ("rotary/fused", "_rotate", "sm_90"): 32,
 }
 """Bytes a thread may spill at most, where any."""
-ACCESSES = {
-    # With a load a row of their vectors, 97 and 67 of them took Triton 2.9 and 1.2 s of a core (README).
-    ("selective_scan/fused", "scan", "sm_90"): 60,
-    ("selective_scan/fused", "differentiate", "sm_90"): 50,
-}
-"""Loads and stores by tensors of pointers, of kernels of so many operations that Triton compiles them for seconds."""
 
 
 def named(*keys: str) -> list[Any]:
@@ -89,12 +82,6 @@ def assert_sound(kernel: Kernel, launches: list[dict[str, Any]]) -> None:
         if launch["spilled"] > SPILLS.get((kernel.key, launch["kernel"], launch["target"]), 0)
     ]
     assert not spilling, spilling
-    slow = [
-        launch
-        for launch in launches
-        if launch["accesses"] > ACCESSES.get((kernel.key, launch["kernel"], launch["target"]), math.inf)
-    ]
-    assert not slow, slow
 
 
 TENSOR_MEMORY = 512
@@ -135,14 +122,18 @@ def test_keys_and_values_of_two_widths_leave_no_register_unset(kernel: Kernel) -
     )
 
 
-# (products, accesses of memory, scans) that Triton begins with. The time of two of its passes goes with the products
-# times, and the accesses times, all that these are connected with; a scan over the tokens of a chunk is thousands of
-# instructions. Before they were cut down `_invert` had 58 and 66, `invert` 48 and 42, `_differentiate` 24, 35 and 5.
+# (products, accesses by tensors of pointers, scans) that Triton begins with. The time of two of its passes goes with
+# the products times, and the accesses times, all that these are connected with; a scan over the tokens of a chunk is
+# thousands of instructions. Before they were cut down `_invert` had 58 and 66, `invert` 48 and 42, `_differentiate` 24,
+# 35 and 5; of the selective scan, whose loads of a row each took Triton 2.9 and 1.2 s of a core, `scan` had 97 accesses
+# and `differentiate` 67.
 FAST_TO_COMPILE = {
     ("delta_rule/fused", "_invert"): (16, 32, 1),
     ("delta_rule/fused_diagonal", "invert"): (12, 12, 0),
     ("gated_linear_attention/fused", "_read"): (16, 16, 0),
     ("gated_linear_attention/fused", "_differentiate"): (20, 24, 0),
+    ("selective_scan/fused", "scan"): (0, 60, 0),
+    ("selective_scan/fused", "differentiate"): (0, 50, 0),
 }
 
 
