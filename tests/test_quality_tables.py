@@ -264,7 +264,9 @@ def test_a_process_that_dies_is_named_and_replaced(tools: Any, tmp_path: Path, m
     worker.close()
 
 
-def test_a_cell_trains_and_is_judged(tools: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def tiny_cell(tools: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Asks for a cell of some steps that takes a second on a CPU, for at most `max_seconds`, in one folder."""
     import quality_cell
 
     tiny = replace(
@@ -275,12 +277,29 @@ def test_a_cell_trains_and_is_judged(tools: Any, tmp_path: Path, monkeypatch: py
         monkeypatch.setattr(module, "SETTINGS", {("mixers", "mqar"): tiny, ("mixers", "text"): tiny})
     monkeypatch.setattr(quality_cell, "SIZES", (1, 2))
     monkeypatch.setattr(quality_cell, "SAMPLES", 4)
-    cell = tools[0].cells("mixers", ("window",), steps=2)[0]
-    request = {"cell": asdict(cell), "run_dir": str(tmp_path / "run"), "max_seconds": 60.0, "accelerator": "cpu"}
-    found = quality_cell.answered(request)
+
+    def ask(run_dir: Path, steps: int, max_seconds: float = 60.0) -> dict[str, Any]:
+        cell = tools[0].cells("mixers", ("window",), steps=steps)[0]
+        request = {"cell": asdict(cell), "run_dir": str(run_dir), "max_seconds": max_seconds, "accelerator": "cpu"}
+        return quality_cell.answered(request)
+
+    return ask
+
+
+def test_a_cell_trains_and_is_judged(tiny_cell: Any, tmp_path: Path) -> None:
+    found = tiny_cell(tmp_path / "run", steps=2)
     assert found["made_steps"] == 2
     assert found["kernels"]["called"]["softmax_attention"] in ("sdpa_flash", "sdpa_efficient", "windowed")
     assert found["kernels"]["failed"] == {}
     assert set(found["accuracy"]) == set(found["row_guess"]) == {"1", "2"}
     assert found["carry_bytes"] > 0
     assert found["command"].startswith("python -m subquad train ")
+
+
+def test_a_cell_that_was_cut_short_goes_on_in_its_folder(tiny_cell: Any, tmp_path: Path) -> None:
+    cut = tiny_cell(tmp_path / "run", steps=4, max_seconds=0.001)
+    assert 0 < cut["made_steps"] < 4
+    found = tiny_cell(tmp_path / "run", steps=4)
+    whole = tiny_cell(tmp_path / "whole", steps=4)
+    assert found["made_steps"] == 4
+    assert found["validation_loss"] == whole["validation_loss"] != cut["validation_loss"]

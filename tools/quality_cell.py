@@ -23,10 +23,12 @@ from subquad import Example, build_model, compile_model, load_config, train
 from subquad.compiler.options import CompileOptions
 from subquad.model.model_carry import carry_bytes
 from subquad.schema import EvaluateConfig, RunConfig
+from subquad.training.checkpoint import newest_checkpoint
 from subquad.training.compilation import compiled, device_of, target_of, uses_bfloat16
 from subquad.training.evaluation.evaluate import evaluate
 from subquad.training.module import summed_cross_entropy
 from subquad.training.optimizers import build_optimizer
+from subquad.training.run_folder import RunFolder
 
 VOCAB_SIZE = 256
 """Bytes, and the symbols of the task."""
@@ -79,7 +81,13 @@ def answered(request: Record) -> Record:
     }
     if cell.task == "speed":
         return common | {"made_steps": cell.steps, "speed": [speed(config, *shape) for shape in TIMED_SHAPES]}
-    config.run_dir, config.trainer.max_seconds = request["run_dir"], request["max_seconds"]
+    config.trainer.max_seconds = request["max_seconds"]
+    begun = newest_checkpoint(RunFolder(Path(request["run_dir"])).checkpoints)
+    if begun is None:
+        config.run_dir = request["run_dir"]
+    else:  # the budget cut it short, and its folder was kept
+        config.resume = request["run_dir"]
+        config.trainer.max_seconds += begun.trainer_outline()["seconds"]
     result = train(config)
     record = common | {
         "kernels": kernels_of(request["run_dir"]),

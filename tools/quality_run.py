@@ -4,8 +4,9 @@
 
 Cells that the record holds are passed over: the command goes on where it stopped. No cell is begun that would not end
 within the budget by what its like took before; one that the budget cuts short is kept with the steps that it made, and
-made again next time. A cell that fails is kept as such, and tried again with failed=again. Models are small, so that a
-device is shared by as many processes as there are cores; what is timed (`speed`) comes first and has it alone.
+made again next time, from where it stopped if runs=FOLDER holds what it left. A cell that fails is kept as such, and
+tried again with failed=again. Models are small, so that a device is shared by as many processes as there are cores;
+what is timed (`speed`) comes first and has it alone.
 Further keys: models=[gla,retnet], tasks=[text], steps=3, accelerator=cpu, and runs=FOLDER for what training leaves
 (else removed).
 """
