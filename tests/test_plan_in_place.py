@@ -28,6 +28,7 @@ from subquad.compiler.workload import node_workloads
 from subquad.errors import ConfigError
 from subquad.mixers.softmax_attention import SoftmaxAttention
 from subquad.model.build import build_model
+from subquad.model.cuda_graph import cuda_graphs
 from subquad.model.decoder import ROOM, Decoder
 from subquad.model.language_model import LanguageModel
 from subquad.training.denial import without_denied
@@ -276,3 +277,20 @@ def test_a_run_that_does_not_decode_drops_a_denied_choice_in_place() -> None:
     after = without_denied(plan, config, packed=False)
     assert not [choice for choice in after.choices if choice.operator == "cached_attention"]
     assert [choice for choice in after.choices if choice.method == IN_PLACE and choice.operator == "rotary"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("deny", "kernel"), [((), "tiled"), (("cached_attention/tiled",), "reference")])
+def test_on_a_gpu_the_chosen_kernel_is_in_the_graph(deny: tuple[str, ...], kernel: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    plain, model = (model_of(*MIXERS, dtype=torch.float32, device="cuda") for _ in range(2))
+    compile_model(model, EXAMPLE, target="cuda", options=CompileOptions(measure=False, deny=deny))
+    assert [kernels_in_place(model, layer)["cached_attention"] for layer in range(3)] == [kernel] * 3
+    tokens = torch.randint(16, (2, 40), generator=torch.Generator().manual_seed(1)).cuda()
+    with torch.inference_mode():
+        carry = model.prefill(tokens[:, :5], model.empty_carry(2))[1]
+        decoder = Decoder(model, carry, capture=cuda_graphs(torch.device("cuda")))
+        logits = torch.stack([decoder.step(token) for token in tokens[:, 5:].T], dim=1)
+        torch.testing.assert_close(logits, plain(tokens)[:, 5:], rtol=0, atol=1e-3)
+    assert (len(decoder.graphs), decoder.why_not) == (1, {})
