@@ -144,10 +144,13 @@ class DecodesInPlace(Protocol):
     Only then can a step be taken down once and replayed (a CUDA graph). Its carry is made of tensors alone that keep
     their shapes and lie where they are: a length or a position is a tensor, which the device reads. It never leaves
     the decoder, and its first axis need not be the batch. A mixer that shares tensors with other layers is not asked.
+
+    As `decode` is, `decode_in_place` is captured as a graph whose operators run chosen kernels; its writes keep their
+    order. Where it cannot be, a compiled mixer decodes as ever.
     """
 
     def with_room(self, carry: Carry, tokens: int) -> Carry:
-        """The carry in memory of its own, with room for so many tokens more."""
+        """The carry in memory of its own, with room for so many tokens more; made by shapes and integers alone."""
 
     def decode_in_place(self, x_t: Tensor, carry: Carry) -> tuple[Tensor, Carry]:
         """`decode`, on a carry with room; what is returned of it may be what was handed in, written over.

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from subquad.compiler.capture import install
+from subquad.compiler.example import Example
 from subquad.compiler.pipeline import capture_model
 from subquad.model.build import build_model
 from subquad.model.language_model import LanguageModel
@@ -60,7 +61,7 @@ def _model(dtype: torch.dtype, *, captured: bool) -> LanguageModel:
     torch.manual_seed(3)
     model = build_model(MODEL).to(dtype)
     if captured:
-        for block, graphs in zip(model.blocks, capture_model(model)):
+        for block, graphs in zip(model.blocks, capture_model(model, Example(tokens_shape=(1, 8)))):
             install(block.mixer, graphs.graphs)  # type: ignore[arg-type]
     return model
 
@@ -92,9 +93,7 @@ def _errors(
             if chunked:
                 return model(tokens, bounds, targets)  # type: ignore[no-any-return]
             logits = model(tokens, bounds)
-        return torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1).to(dtype), targets.flatten(), reduction="sum"
-        )
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).to(dtype), targets.flatten(), reduction="sum")
 
     ours, theirs = loss(shared), loss(whole)
     pairs = [(ours, theirs)]

@@ -179,18 +179,16 @@ def test_without_memory_for_a_copy_caches_grow_as_ever(most: int, monkeypatch: p
     assert len(decoder.graphs) == (1 if most == 1000 else 2)
 
 
-def test_where_a_kernel_that_decodes_in_place_is_denied_caches_grow_by_the_chosen_ones() -> None:
-    """Nobody chooses what decodes in place, the operators' defaults do: what a recipe forbids must not run."""
+@pytest.mark.parametrize("name", MODELS)
+def test_by_graphs_and_chosen_kernels_it_is_the_same(name: str) -> None:
     run = ("model=transformer", "model.context_len=32", "trainer.accelerator=cpu", "compiler=constant")
-    free, model = model_of("mamba", "softmax_attention"), model_of("mamba", "softmax_attention")
-    compile_for_generation(free, load_config([*run, "deny=[sdpa_efficient]"]))
-    assert free.decodes_in_place  # it is no default on this device
-    compile_for_generation(model, load_config([*run, "deny=[cached_attention/reference]"]))
-    tokens = drawn(2, 12)
-    logits, decoder = decoded(model, tokens, 3)
-    assert decoder.why_not == {1: "its carry grows, and a kernel that decodes in place is denied"}
+    plain, model = model_of(*MODELS[name]), model_of(*MODELS[name])
+    compile_for_generation(model, load_config([*run]), batch_size=3)
+    tokens = drawn(3, 40)
+    logits, decoder = decoded(model, tokens, 7, taped)
+    assert (len(decoder.graphs), decoder.why_not) == (1, {})
     with torch.inference_mode():
-        torch.testing.assert_close(logits, model(tokens)[:, 3:], rtol=0, atol=ATOL[torch.float64])
+        torch.testing.assert_close(logits, plain(tokens)[:, 7:], rtol=0, atol=ATOL[torch.float64])
 
 
 @pytest.mark.gpu

@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from decoding_models import taped, types_that_kernels_are_chosen_for
 
 from subquad.errors import ConfigError, DataError, NotFoundError
+from subquad.model.decoder import Decoder
 from subquad.schema import EvaluateConfig, RunConfig
+from subquad.training.evaluation import likelihood as likelihood_module
 from subquad.training.evaluation.evaluate import evaluate
 from subquad.training.evaluation.likelihood import Likelihood, windows_of
 from subquad.training.evaluation.lm_eval_adapter import metrics_of
@@ -67,6 +70,30 @@ def test_a_likeliest_continuation_is_greedy_and_another_is_not(run: Path) -> Non
     assert plain(run, b"the quick", likeliest.encode(), 64)[1]
     stop = likeliest[2]
     assert likelihood.continuation("the quick", ["never", stop], 4) == likeliest[: likeliest.index(stop)]
+
+
+def test_texts_are_written_on_the_same_weights_by_kernels_for_decoding(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of whole rows are chosen for the precision of training; every step is replayed where texts are long."""
+    loaded = load(run, "run")
+    expected = Likelihood(loaded, ByteTokenizer(), max_len=64).continuation("the quick", [], 48)
+    types = types_that_kernels_are_chosen_for(monkeypatch)
+    decoders = list[Decoder]()
+
+    def decoder(*arguments: Any, **rest: Any) -> Decoder:
+        decoders.append(Decoder(*arguments, **rest))
+        return decoders[-1]
+
+    monkeypatch.setattr(likelihood_module, "Decoder", decoder)
+    monkeypatch.setattr(likelihood_module, "cuda_graphs", lambda device, wanted: taped if wanted else None)
+    likelihood = Likelihood(loaded, ByteTokenizer(), max_len=64)
+    assert likelihood.continuation("the quick", [], 48) == expected
+    assert likelihood.continuation("the quick", [], 5) == expected[:5]
+    assert types == ["float32"]
+    assert [bool(one.graphs) for one in decoders] == [True, False]
+    of_decoder, of_run = (list(model.parameters()) for model in (decoders[0]._model, loaded.model))
+    assert [one.data_ptr() for one in of_decoder] == [one.data_ptr() for one in of_run]
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 20, 24])

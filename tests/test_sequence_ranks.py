@@ -107,8 +107,9 @@ def test_a_mixer_that_cannot_be_shared_is_refused_by_name(name: str) -> None:
         )
     )
     for packed in (False, True):
+        example = Example(tokens_shape=(1, 4), packed=packed)
         with pytest.raises(ConfigError, match=f"the mixer '{name}' of layer 0") as error:
-            split_model(model, capture_model(model), Example(tokens_shape=(1, 4), packed=packed), SequencePart(2))
+            split_model(model, capture_model(model, example), example, SequencePart(2))
         assert packed or REFUSED[name] in error.value.what
 
 

@@ -21,6 +21,8 @@ from quality_cells import SETTINGS, SIZES, Cell, overrides
 
 from subquad import Example, build_model, compile_model, load_config, train
 from subquad.compiler.options import CompileOptions
+from subquad.model.cuda_graph import cuda_graphs
+from subquad.model.decoder import Decoder
 from subquad.model.model_carry import carry_bytes
 from subquad.schema import EvaluateConfig, RunConfig
 from subquad.training.checkpoint import newest_checkpoint
@@ -206,7 +208,7 @@ def training_step_s(config: RunConfig, timed: int = 10) -> float:
 
 @torch.no_grad()
 def decoding(config: RunConfig) -> Record:
-    """Tokens/s of all sequences together, one token at a time, behind a prefill of the whole row."""
+    """Tokens/s of all sequences together, one token at a time as `generate` does, behind a prefill of the whole row."""
     device, trainer = device_of(config), config.trainer
     model = build_model(config.model).to(device).eval()
     example = Example(tokens_shape=(trainer.batch_size, trainer.seq_len), decoding=True)
@@ -217,12 +219,9 @@ def decoding(config: RunConfig) -> Record:
     for piece in torch.randint(VOCAB_SIZE, (trainer.batch_size, trainer.seq_len), device=device).split(PIECE, dim=1):
         _, carry = model.prefill(piece, carry)
     size = sum(carry_bytes(model, carry).values())
-
-    def step() -> None:
-        nonlocal carry
-        _, carry = model.decode(token, carry)
-
-    seconds = _seconds(step, before=8, timed=DECODED, device=device)
+    decoder = Decoder(model, carry, capture=cuda_graphs(device))
+    del carry  # held by the decoder alone
+    seconds = _seconds(lambda: decoder.step(token), before=8, timed=DECODED, device=device)
     return {"decoding_tokens_per_s": trainer.batch_size / seconds, "carry_bytes": size // trainer.batch_size}
 
 

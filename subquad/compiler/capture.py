@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,15 +19,16 @@ from torch import Tensor, fx, nn
 from torch.fx._symbolic_trace import PH, _assert_is_none
 from torch.utils._pytree import tree_map
 
-from subquad.compiler.example import METHODS, Method
+from subquad.compiler.example import IN_PLACE, METHODS, Method
+from subquad.compiler.shapes_only import shapes_only
 from subquad.compiler.tracer import MixerTracer
-from subquad.contracts import NOTHING_SHARED, Sharing
+from subquad.contracts import NOTHING_SHARED, DecodesInPlace, Sharing
 from subquad_kernels.catalogue import CATALOGUE, Operator
 from subquad_kernels.torch_operator import named_arguments
 
 Graphs = dict[Method, fx.GraphModule]
 _GRAPHS = "_subquad_graphs"
-_INSTALLED = ("forward", "prefill", "decode")
+_INSTALLED = ("forward", "prefill", "decode", "decode_in_place")
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,19 @@ class Captured:
     reports: tuple[str, ...] = ()
 
 
-def capture(mixer: nn.Module, sharing: Sharing = NOTHING_SHARED) -> Captured:
-    """Trace every method of a mixer. A method whose Python depends on values is declined, and runs as it is.
+def capture(mixer: nn.Module, sharing: Sharing = NOTHING_SHARED, methods: Sequence[Method] = METHODS) -> Captured:
+    """Trace methods of a mixer. A method whose Python depends on values is declined, and runs as it is.
 
     Of one that shares tensors with other layers, what is traced reads and publishes them. Of one that was compiled
-    before, what is traced is the mixer as it is written.
+    before, what is traced is the mixer as it is written. What decodes in place is traced where a mixer offers it and
+    shares nothing; its graph writes to the carry it is given, in the order in which the mixer does.
     """
     graphs: Graphs = {}
     declined: dict[str, str] = {}
     with _as_written(mixer):
-        for method in METHODS:
+        for method in methods:
+            if method == IN_PLACE and (sharing or not isinstance(mixer, DecodesInPlace)):
+                continue
             try:
                 graphs[method] = _trace(mixer, method, sharing)
             except Exception as error:  # tracing runs a stranger's code on proxies; whatever it raises is a reason
@@ -85,6 +89,10 @@ def _trace(mixer: nn.Module, method: Method, sharing: Sharing) -> fx.GraphModule
     elif method in ("prefill", "decode"):
         carry: Any = mixer.empty_carry(1)  # type: ignore[operator]
         concrete["carry"] = tree_map(lambda leaf: PH, carry)
+    elif method == IN_PLACE:
+        with shapes_only(next(mixer.parameters(), None)):
+            roomy: Any = mixer.with_room(mixer.empty_carry(1), 1)  # type: ignore[operator]
+        concrete["carry"] = tree_map(lambda leaf: PH, roomy)
     if sharing:
         concrete["shared"] = dict.fromkeys(sharing.reads, PH)
     graph = tracer.trace(mixer, concrete_args=concrete or None)

@@ -79,6 +79,11 @@ class Chooser:
         pinned = self._options.pins.get(operator.name)
         return [kernel for name, kernel in candidates.items() if pinned in (None, name)]
 
+    def nothing_left(self, operator: Operator, workload: Workload) -> str | None:
+        """Why no kernel may compute a workload; None where one may."""
+        candidates, declined = self._sorted_out(operator, (workload,))
+        return None if candidates else _none_left(operator, declined)
+
     def choose(self, operator: Operator, workload: Workload, *, training: bool, used: bool) -> Choice:
         """The choice for a node. One that this run does not use keeps its default, neither checked nor measured."""
         key = (workload.key, training, used)
@@ -155,6 +160,14 @@ class Chooser:
     def _candidates(
         self, operator: Operator, workloads: tuple[Workload, ...]
     ) -> tuple[dict[str, Kernel], dict[str, str]]:
+        candidates, declined = self._sorted_out(operator, workloads)
+        if not candidates:
+            raise ConfigError(what=_none_left(operator, declined), where="deny", mend="deny fewer kernels")
+        return candidates, declined
+
+    def _sorted_out(
+        self, operator: Operator, workloads: tuple[Workload, ...]
+    ) -> tuple[dict[str, Kernel], dict[str, str]]:
         candidates: dict[str, Kernel] = {}
         declined: dict[str, str] = {}
         for kernel in CATALOGUE.kernels(operator.name):
@@ -166,13 +179,6 @@ class Chooser:
                 candidates[kernel.name] = kernel
             else:
                 declined[kernel.name] = refusal
-        if not candidates:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in declined.items())
-            raise ConfigError(
-                what=f"no kernel of {operator.name} is left ({reasons})",
-                where="deny",
-                mend="deny fewer kernels",
-            )
         return candidates, declined
 
     def _drop_failing(
@@ -226,6 +232,11 @@ class Chooser:
             source=figure.source,  # type: ignore[arg-type]
             note=figure.note,
         )
+
+
+def _none_left(operator: Operator, declined: Mapping[str, str]) -> str:
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in declined.items())
+    return f"no kernel of {operator.name} is left ({reasons})"
 
 
 def _first(wanted: tuple[str, ...], candidates: Mapping[str, Kernel]) -> str:

@@ -70,7 +70,7 @@ def plan_of_shapes(config: RunConfig, target: Target, chooser: Chooser) -> Plan:
         keep_share(model.blocks, sharing)  # type: ignore[arg-type]
     packed = is_packed(config)
     example, part = training_example(config, target, packed=packed), part_of(config, packed=packed)
-    captured = capture_model(model)
+    captured = capture_model(model, example)
     if part is not None:
         captured = split_model(model, captured, example, part)
     if sharing > 1:  # ranks share projections in training alone; carries are of whole models

@@ -78,7 +78,7 @@ def _layer_costs(
         built = build_model(candidates)
         carries = [_carry_bytes(block, example) for block in _blocks(built)]
     # Outside of the fake world: choosing runs kernels to check them.
-    plan = make_plan(built, capture_model(built), example, target, chooser)
+    plan = make_plan(built, capture_model(built, example), example, target, chooser)
     works = work_of_blocks(candidates, example, kind=target.kind, checkpointing=checkpointing, choices=plan.choices)
     timed: dict[str, Estimate] = {}
     declined: dict[str, str] = {}

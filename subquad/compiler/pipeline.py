@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import fx, nn
 
 from subquad.compiler.capture import Captured, Graphs, capture, install, installed_graphs, kernel_of, operator_nodes
 from subquad.compiler.choose import Choice, Chooser
-from subquad.compiler.example import METHODS, Example, Method
+from subquad.compiler.example import IN_PLACE, METHODS, Example, Method
 from subquad.compiler.layer_numbers import layer_numbers
 from subquad.compiler.options import CompileOptions
 from subquad.compiler.passes.select_kernels import select_kernels
@@ -42,12 +42,13 @@ def compile_model(
     """Rewrite the model in place, so that each operator runs the kernel chosen for the target; return it and the plan.
 
     Parameters, state_dict keys, attributes and submodules stay. With a `plan`, its choices are followed and nothing is
-    estimated or measured; a node it does not name keeps its operator's default. With a `part` the example is that part
-    of every sequence, and the model's methods compute on it once the part has joined the other ranks.
+    estimated or measured; a node it does not name keeps its operator's default, and the plan that is returned says so.
+    With a `part` the example is that part of every sequence, and the model's methods compute on it once the part has
+    joined the other ranks.
     Raises: ConfigError, NotFoundError.
     """
     where = resolve_target(target) if isinstance(target, str) else target
-    captured = capture_model(model)
+    captured = capture_model(model, example)
     if part is not None:
         captured = split_model(model, captured, example, part)
     if plan is None:
@@ -58,14 +59,16 @@ def compile_model(
             where="plan",
             mend="use a plan of this model, or leave it out to choose anew",
         )
+    else:
+        plan = _with_unnamed(model, captured, example, plan)
     rewrite(model, captured, plan)
     model.part = part
     return model, plan
 
 
-def capture_model(model: LanguageModel) -> list[Captured]:
-    """The graphs of every block's mixer, after the passes that plugins add."""
-    return [_with_plugin_passes(capture(block.mixer, block.sharing)) for block in _blocks(model)]
+def capture_model(model: LanguageModel, example: Example) -> list[Captured]:
+    """The graphs of every block's mixer that a use needs, after the passes that plugins add."""
+    return [_with_plugin_passes(capture(block.mixer, block.sharing, example.captured)) for block in _blocks(model)]
 
 
 def split_model(model: LanguageModel, captured: list[Captured], example: Example, part: SequencePart) -> list[Captured]:
@@ -111,6 +114,13 @@ def make_plan(
     nodes = sorted(
         _described_nodes(model, captured, example), key=lambda node: (node[1] not in example.methods, node[0])
     )
+    # A layer whose operators have no kernel left to decode in place does without: `decode` is what it had anyway.
+    left_out = {
+        layer: reason
+        for layer, method, _, operator, workload in nodes
+        if method == IN_PLACE and (reason := chooser.nothing_left(operator, workload)) is not None
+    }
+    nodes = [node for node in nodes if node[1] != IN_PLACE or node[0] not in left_out]
     chooser.compile_ahead(
         (operator, workload, _trains(example, method))
         for _, method, _, operator, workload in nodes
@@ -126,6 +136,9 @@ def make_plan(
         Uncaptured(layer=block.layer_index, mixer=block.mixer_name, method=method, reason=reason)
         for block, of_block in zip(_blocks(model), captured)
         for method, reason in of_block.declined.items()
+    ) + tuple(
+        Uncaptured(layer=layer, mixer=_blocks(model)[layer].mixer_name, method=IN_PLACE, reason=reason)
+        for layer, reason in left_out.items()
     )
     notes = [f"measured for {chooser.measured_s:.1f} s"] if chooser.measured_s else []
     done: dict[str, list[int]] = {}
@@ -146,10 +159,13 @@ def make_plan(
 
 
 def rewrite(model: LanguageModel, captured: list[Captured], plan: Plan) -> None:
-    """Let every mixer run its graphs with the plan's kernels."""
+    """Let every mixer run its graphs with the plan's kernels; what the plan leaves out does not decode in place."""
     for block, of_block in zip(_blocks(model), captured):
         graphs: Graphs = {}
+        block.not_in_place = of_block.declined.get(IN_PLACE) or _why_left_out(plan, block)
         for method, graph_module in of_block.graphs.items():
+            if method == IN_PLACE and block.not_in_place is not None:
+                continue
             chosen = {
                 choice.node: choice.kernel
                 for choice in plan.choices
@@ -202,6 +218,30 @@ def _described_nodes(
             for node, operator in operator_nodes(graph_module.graph):
                 described.append((block.layer_index, method, node.name, operator, known[key][node.name]))
     return described
+
+
+def _why_left_out(plan: Plan, block: Block) -> str | None:
+    """Why a plan does not let a block decode in place; None if it does."""
+    left_out = (entry for entry in plan.uncaptured if entry.layer == block.layer_index and not entry.runs)
+    return next((entry.reason for entry in left_out), None)
+
+
+def _with_unnamed(model: LanguageModel, captured: list[Captured], example: Example, plan: Plan) -> Plan:
+    """The plan, with a note on the nodes of this use that it does not name: it may be older than their method."""
+    named = {choice.place for choice in plan.choices}
+    unnamed: dict[tuple[str, Method, str], list[int]] = {}
+    for block, of_block in zip(_blocks(model), captured):
+        for method, graph_module in of_block.graphs.items():
+            if method not in example.methods or (method == IN_PLACE and _why_left_out(plan, block) is not None):
+                continue
+            for node, operator in operator_nodes(graph_module.graph):
+                if (block.layer_index, method, node.name) not in named:
+                    unnamed.setdefault((block.mixer_name, method, operator.name), []).append(block.layer_index)
+    notes = tuple(
+        f"layer {layer_numbers(layers)} {mixer}.{method}: the plan names no kernel of {operator}, its default runs"
+        for (mixer, method, operator), layers in unnamed.items()
+    )
+    return replace(plan, notes=tuple(dict.fromkeys((*plan.notes, *notes)))) if notes else plan
 
 
 def _looks(mixer: nn.Module) -> tuple[str, ...]:

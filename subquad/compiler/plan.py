@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from subquad.compiler.assignment import Assignment
+from subquad.compiler.example import IN_PLACE
 from subquad.errors import ConfigError
 from subquad_cost_model import Estimate
 
@@ -90,12 +91,20 @@ class NodeChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class Uncaptured:
-    """A method of a mixer that could not be captured and runs as written."""
+    """A method of a mixer that runs as written, or if it decodes in place not at all: `decode` does the same.
+
+    It could not be captured, or (in place) no kernel of one of its operators is left.
+    """
 
     layer: int
     mixer: str
     method: str
     reason: str
+
+    @property
+    def runs(self) -> bool:
+        """Whether it runs as written, or not at all."""
+        return self.method != IN_PLACE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,14 +39,15 @@ def format_plan(plan: Plan) -> str:
 
 
 def uncaptured_lines(plan: Plan) -> list[str]:
-    """What runs as written, and why: one line for equal layers and methods."""
-    equal: dict[tuple[str, str], list[Uncaptured]] = {}
+    """What runs as written or is left out, and why: one line for equal layers and methods."""
+    equal: dict[tuple[str, str, bool], list[Uncaptured]] = {}
     for entry in plan.uncaptured:
-        equal.setdefault((entry.mixer, entry.reason), []).append(entry)
+        equal.setdefault((entry.mixer, entry.reason, entry.runs), []).append(entry)
     return [
         f"layer {layer_numbers(entry.layer for entry in entries)} {mixer}."
-        f"{', '.join(dict.fromkeys(entry.method for entry in entries))} runs as written: {reason}"
-        for (mixer, reason), entries in equal.items()
+        f"{', '.join(dict.fromkeys(entry.method for entry in entries))}"
+        f" {'runs as written' if runs else 'is left out'}: {reason}"
+        for (mixer, reason, runs), entries in equal.items()
     ]
 
 
@@ -217,5 +218,5 @@ def _total(plan: Plan) -> str:
     sources = {choice.figure.source for choice in plan.choices if choice.used and choice.figure}
     if not sources:
         return "no operator was estimated"
-    left_out = ", without what runs as written" if plan.uncaptured else ""
+    left_out = ", without what runs as written" if any(entry.runs for entry in plan.uncaptured) else ""
     return f"total {seconds_text(plan.seconds)} for all operators ({', '.join(sorted(sources))}){left_out}"

@@ -11,13 +11,13 @@ from torch import fx, nn
 
 
 class MixerTracer(fx.Tracer):
-    """Traces `forward`, `prefill` or `decode` of a mixer; `shares`: it takes tensors of other layers, last."""
+    """Traces a method of a mixer; `shares`: it takes tensors of other layers, last."""
 
     def __init__(self, method: str, *, shares: bool) -> None:
         super().__init__()
         self.traced_func_name = method
         self._shares = shares
-        self._input_dims = 2 if method == "decode" else 3  # x_t: b d, else x: b t d
+        self._input_dims = 2 if method in ("decode", "decode_in_place") else 3  # x_t: b d, else x: b t d
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         if "shared" in inspect.signature(root_fn).parameters:

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from subquad.compiler.capture import operator_of
-from subquad.compiler.example import Example, Method
+from subquad.compiler.example import IN_PLACE, Example, Method
+from subquad.compiler.shapes_only import shapes_only
 from subquad.contracts import NOTHING_SHARED, Sharing
+from subquad.model.decoder import ROOM
 from subquad_cost_model import CostRow
 from subquad_kernels.catalogue import CATALOGUE, Kernel, Operator
 from subquad_kernels.torch_operator import named_arguments
@@ -49,14 +50,15 @@ def node_workloads(
 ) -> dict[str, Workload]:
     """The forward (or decode) workload of every operator node, by node name; nothing is computed.
 
-    A prefill stands after an empty carry; a decode after t tokens, whose carry a prefill on shapes leaves. Packed
-    documents are whole rows unless the example says how many there are, of lengths that nobody knows.
+    A prefill stands after an empty carry; a decode after t tokens, whose carry a prefill on shapes leaves, and which in
+    place has the room that a `Decoder` begins with. Packed documents are whole rows unless the example says how many
+    there are, of lengths that nobody knows.
     """
     reference = next(mixer.parameters(), None)
     device = torch.device("cpu") if reference is None else reference.device
     b, t = example.tokens_shape
-    with _shapes_only(reference), torch.no_grad(), autocast(device, example.dtype):
-        recorder = _Recorder(graph_module, "decode" if method == "decode" else "forward")
+    with shapes_only(reference), torch.no_grad(), autocast(device, example.dtype):
+        recorder = _Recorder(graph_module, "decode" if method in ("decode", IN_PLACE) else "forward")
         dtype = torch.float32 if reference is None else reference.dtype
 
         def empty(*size: int) -> torch.Tensor:
@@ -64,9 +66,7 @@ def node_workloads(
 
         def shared(b: int, t: int, before: int = 0) -> dict[str, torch.Tensor]:
             """What is read of earlier layers, with as many tokens as came before where it is a history."""
-            return {
-                name: empty(b, tensor.length(t, before), *tensor.shape) for name, tensor in sharing.reads.items()
-            }
+            return {name: empty(b, tensor.length(t, before), *tensor.shape) for name, tensor in sharing.reads.items()}
 
         owner: Any = mixer
         if method == "forward":
@@ -79,6 +79,8 @@ def node_workloads(
         else:
             read = (shared(b, t),) if sharing else ()
             _, carry, *_ = type(owner).prefill(owner, empty(b, t, d_model), owner.empty_carry(b), *read)
+            if method == IN_PLACE:
+                carry = owner.with_room(carry, ROOM)
             recorder.run(empty(b, d_model), *tree_leaves(carry), *shared(b, 1, t).values())
     if method != "packed" or example.documents:
         return recorder.workloads
@@ -86,12 +88,6 @@ def node_workloads(
         name: replace(workload, document_lengths=(t,) * b) if "documents" in workload.shape else workload
         for name, workload in recorder.workloads.items()
     }
-
-
-def _shapes_only(parameter: torch.Tensor | None) -> contextlib.AbstractContextManager[Any]:
-    if isinstance(parameter, FakeTensor):
-        return parameter.fake_mode  # type: ignore[no-any-return]
-    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def autocast(device: torch.device, dtype: str) -> contextlib.AbstractContextManager[Any]:

@@ -37,6 +37,8 @@ class Block(nn.Module):
         self.norm = nn.RMSNorm(d_model, eps=norm_eps)
         # A Mixer is a Protocol over nn.Module; its own methods are called by name below.
         self.mixer: Any = mixer
+        # Why a mixer that `DecodesInPlace` must not, once compiled: as written it would run kernels that nobody chose.
+        self.not_in_place: str | None = None
         self.channel_norm = None if channel_mixer is None else nn.RMSNorm(d_model, eps=norm_eps)
         self.channel_mixer = channel_mixer
 

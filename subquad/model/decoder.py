@@ -121,8 +121,8 @@ class Decoder:
                 continue
             if not isinstance(block.mixer, DecodesInPlace) or block.sharing:
                 self.why_not[layer] = difference
-            elif not self._model.decodes_in_place:
-                self.why_not[layer] = f"{difference}, and a kernel that decodes in place is denied"
+            elif block.not_in_place is not None:
+                self.why_not[layer] = f"{difference}, and it does not decode in place: {block.not_in_place}"
             else:
                 self._in_place.add(layer)
         self._stages = self._planned()

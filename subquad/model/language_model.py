@@ -51,8 +51,6 @@ class LanguageModel(nn.Module):
         self.activation_checkpointing = False
         self.recompute = "all"
         self.part: SequencePart | None = None
-        # Whether mixers may decode in place (`DecodesInPlace`), which their operators' default kernels do.
-        self.decodes_in_place = True
         self._no_decay = dict(no_decay)
 
     def init_parameters(self, std: float) -> None:

@@ -19,7 +19,6 @@ from subquad.compiler.target import Target, require_local, resolve_target
 from subquad.errors import ConfigError
 from subquad.model.language_model import LanguageModel
 from subquad.schema import RunConfig
-from subquad_kernels.catalogue import CATALOGUE
 
 
 def device_of(config: RunConfig) -> torch.device:
@@ -63,18 +62,12 @@ def compile_for_generation(
 
     The run's plan is for training's shapes.
 
-    Nothing is measured, so that the first token comes soon; what the run forbids stays forbidden: mixers decode in
-    place by default kernels, and do not where one of them is denied.
+    Nothing is measured, so that the first token comes soon; what the run forbids stays forbidden, also where mixers
+    decode in place.
     """
     example = Example(tokens_shape=(batch_size, config.model.context_len), dtype=dtype, decoding=True)
     options = replace(CompileOptions.of_run(config), measure=False, pins={})
-    target = target_of(config)
-    compile_model(model, example, target=target, options=options)
-    model.decodes_in_place = not any(
-        options.denies(operator.name, kernel)
-        for operator in CATALOGUE
-        for kernel in operator.defaults.get(target.kind, ())
-    )
+    compile_model(model, example, target=target_of(config), options=options)
 
 
 def plan_of(config: RunConfig) -> Plan | None:

@@ -57,7 +57,12 @@ def without_denied(plan: Plan, config: RunConfig, *, packed: bool) -> Plan:
     kernels = sorted({f"{choice.operator}/{choice.chosen}" for choice in denied})
     return replace(
         plan,
-        choices=tuple(chosen[choice.place] if choice.place in places else choice for choice in plan.choices),
+        # What this run does not capture (a plan that decodes in place) has no choice anew, and none is needed.
+        choices=tuple(
+            chosen[choice.place] if choice.place in places else choice
+            for choice in plan.choices
+            if choice.place not in places or choice.place in chosen
+        ),
         notes=(*plan.notes, f"denied since the run began: {', '.join(kernels)}"),
     )
 

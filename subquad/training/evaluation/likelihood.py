@@ -7,12 +7,17 @@ predicted from a line's end, as `generate` begins one. Of a context that is too 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
 from subquad.errors import DataError
+from subquad.model.cuda_graph import cuda_graphs
+from subquad.model.decoder import Decoder
+from subquad.model.language_model import LanguageModel
+from subquad.training.continuation import WORTH_A_GRAPH
 from subquad.training.evaluation.loaded_run import LoadedRun
 from subquad.training.generate import FIRST_BYTE
 from subquad.training.tokenizer import Tokenizer
@@ -69,10 +74,11 @@ class Likelihood:
 
     @torch.inference_mode()
     def continuation(self, context: str, stops: Sequence[str], max_tokens: int) -> str:
-        """The likeliest token each time, up to the first stop, which is left out."""
-        model, device = self._run.model, self._run.device
+        """The likeliest token each time, in float32, up to the first stop, which is left out."""
+        model, device = self._writer, self._run.device
         prompt = (self._tokenizer.encode(context) or [self._prefix])[-self.max_len :]
         logits, carry = model.prefill(torch.tensor([prompt], device=device), model.empty_carry(1))
+        decoder = Decoder(model, carry, capture=cuda_graphs(device, wanted=max_tokens > WORTH_A_GRAPH))
         last, written, text = logits[:, -1], list[int](), ""
         for _ in range(max_tokens):
             token = last.argmax(-1)
@@ -81,8 +87,13 @@ class Likelihood:
             ends = [text.find(stop) for stop in stops if stop and stop in text]
             if ends:
                 return text[: min(ends)]
-            last, carry = model.decode(token, carry)
+            last = decoder.step(token)
         return text
+
+    @cached_property
+    def _writer(self) -> LanguageModel:
+        """The run's model on the same weights, with kernels for decoding: those of rows may compute in bfloat16."""
+        return self._run.to_decode()
 
     def _tokens(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Both as tokens. They are cut before the spaces that end the context: tokens often begin with a space."""

@@ -17,7 +17,7 @@ from subquad.model.build import build_model
 from subquad.model.language_model import LanguageModel
 from subquad.schema import RunConfig
 from subquad.training.checkpoint import newest_checkpoint
-from subquad.training.compilation import device_of, target_of, uses_bfloat16
+from subquad.training.compilation import compile_for_generation, device_of, target_of, uses_bfloat16
 from subquad.training.run_folder import RunFolder, read_config
 
 
@@ -40,6 +40,13 @@ class LoadedRun:
         bounds = None if cu_seqlens is None else cu_seqlens.to(self.device)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=uses_bfloat16(self.config)):
             return self.model(tokens.to(self.device), bounds).float()  # type: ignore[no-any-return]
+
+    def to_decode(self) -> LanguageModel:
+        """A model on the same weights, with kernels chosen as `generate` has them: to decode one text in float32."""
+        model = build_model(self.config.model, device="meta").eval()
+        model.load_state_dict(self.model.state_dict(), assign=True)
+        compile_for_generation(model, self.config)
+        return model
 
 
 def load(path: Path, where: str, batch_size: int = 0) -> LoadedRun:
