@@ -17,7 +17,7 @@ from subquad_kernels.cached_attention.definition import reference, sample_inputs
 from subquad_kernels.operators import cached_attention, segment_attention, softmax_attention
 from subquad_kernels.ring import attend, cache_of, places_for, rings_of
 from subquad_kernels.segment_attention import tiled_step
-from subquad_kernels.segment_attention.tiled_step import Launch
+from subquad_kernels.segment_attention.tilings import StepLaunch
 from subquad_kernels.workload import DType, Workload
 
 # The interpreter computes in numpy: lanes that a mask discards may hold anything. Results are checked, for NaN too.
@@ -37,7 +37,7 @@ def inputs(filling: str, dtype: DType = "float32", segment_len: int = 1, **shape
     return dict(sample_inputs(case, seed=FILLINGS[filling], device=DEVICE))
 
 
-def assert_equals_reference(arguments: dict[str, Any], launch: Launch | None = None) -> Tensor:
+def assert_equals_reference(arguments: dict[str, Any], launch: StepLaunch | None = None) -> Tensor:
     tensors = (arguments[name] for name in ("q", "k", "v", "keys", "values"))
     out, _ = tiled_step.decode(
         *tensors, scale_of(arguments["q"], arguments["scale"]), launch,
@@ -51,12 +51,12 @@ def assert_equals_reference(arguments: dict[str, Any], launch: Launch | None = N
 
 
 @pytest.mark.parametrize(
-    "launch", [None, Launch(tile_n=8), Launch(tile_n=8, splits=2), Launch(tile_n=4, splits=5)], ids=str
+    "launch", [None, StepLaunch(tile_n=16), StepLaunch(tile_n=16, splits=2), StepLaunch(tile_n=16, splits=5)], ids=str
 )
 @pytest.mark.parametrize("filling", FILLINGS)
 @pytest.mark.parametrize(("m", "segment_len"), [(1, 1), (8, 1), (37, 1), (9, 4)])
 def test_a_token_equals_the_reference_for_any_filling_tile_and_split(
-    m: int, segment_len: int, filling: str, launch: Launch | None
+    m: int, segment_len: int, filling: str, launch: StepLaunch | None
 ) -> None:
     """What is not seen is NaN, and splits of a ring that has little are empty."""
     assert_equals_reference(inputs(filling, segment_len=segment_len, m=m), launch)
@@ -68,13 +68,13 @@ def test_a_token_equals_the_reference_for_any_filling_tile_and_split(
     ids=str,
 )
 def test_heads_may_be_shared_and_of_any_width(shape: dict[str, int]) -> None:
-    assert_equals_reference(inputs("turned over", **shape), Launch(tile_n=8, splits=3))
+    assert_equals_reference(inputs("turned over", **shape), StepLaunch(tile_n=16, splits=3))
 
 
 @pytest.mark.parametrize("filling", FILLINGS)
 def test_half_precision_stays_within_its_tolerance(filling: str) -> None:
     # float16 stands for both: the interpreter computes wrongly in bfloat16.
-    assert_equals_reference(inputs(filling, "float16"), Launch(tile_n=16))
+    assert_equals_reference(inputs(filling, "float16"), StepLaunch(tile_n=16))
 
 
 @pytest.mark.parametrize("of", ["own", "ring"])
@@ -82,7 +82,7 @@ def test_scores_far_apart_do_not_overflow(of: str) -> None:
     arguments = inputs("half")
     for name in ("k",) if of == "own" else ("keys",):
         arguments[name] = 300 * arguments[name]
-    assert_equals_reference(arguments, Launch(tile_n=8, splits=3))
+    assert_equals_reference(arguments, StepLaunch(tile_n=16, splits=3))
 
 
 def drawn(t: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
