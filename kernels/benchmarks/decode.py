@@ -7,15 +7,13 @@ bfloat16, states in float32; sequences 1, 16, 64, 256 at once; 16 heads of 64, 2
 tensors of its own: `sets` of them, together more than twice the L2 cache, so that every call finds it cold. `bytes` are
 those of every input and output once, `floor_us` what a copy of as many takes. `error` (one sequence) is the largest
 distance of an output from the reference's. Without a GPU, or with --tiny, widths are small and calls are simply timed.
-A kernel with other forms of its decode (`FORMS`) is timed in each of them as well, called directly.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +35,6 @@ WIDTHS = {"h": 16, "h_kv": 16, "h_k": 16, "k": 64, "v": 64, "n": 64, "p": 64, "c
 VECTOR_STATE = 16
 """Numbers of a channel's state, where states are vectors."""
 MOST_SETS = 512
-Form = Callable[..., tuple[Tensor, ...]]
 
 
 def workloads(operator: Operator, tiny: bool) -> Iterator[Workload]:
@@ -62,46 +59,6 @@ def kernels(operator: Operator, case: Workload, device: str) -> list[str]:
     return list(dict.fromkeys([*taken[:1], *(name for name in taken if name == "fused")]))
 
 
-def segment_forms() -> dict[str, Form]:
-    """As any other length, and by tiles of summaries and warps other than the kernel's own."""
-    from subquad_kernels.segment_attention import tiled, tiled_step
-    from subquad_kernels.segment_attention.definition import scale_of
-
-    def step(launch: tiled_step.Launch, q: Tensor, k: Tensor, v: Tensor, **rest: Any) -> tuple[Tensor, ...]:
-        return tiled_step.decode(q, k, v, rest["summary_k"], rest["summary_v"], scale_of(q, rest["scale"]), launch)
-
-    def tiled_form(**arguments: Any) -> tuple[Tensor, ...]:
-        with torch.cuda.device_of(arguments["q"]):
-            return tiled.by_tiles(**arguments)
-
-    sizes = [(64, 4), (64, 2), (64, 1), (32, 4), (32, 2), (32, 1), (128, 8), (128, 4)]
-    launches = {f"step {n}x{warps}": tiled_step.Launch(tile_n=n, num_warps=warps) for n, warps in sizes}
-    launches["step 64x4 unsplit"] = tiled_step.Launch(tile_n=64, splits=1)
-    return {"by tiles": tiled_form} | {name: partial(step, launch) for name, launch in launches.items()}
-
-
-FORMS = {"segment_attention": segment_forms}
-LONG_CACHE = {"m": 2_048}
-"""Summaries that few sequences split; forms are timed on these as well."""
-
-
-def form_cases(cases: list[Workload]) -> list[Workload]:
-    """A decode's own, and those of a long cache."""
-    return cases + [replace(case, shape={**case.shape, **LONG_CACHE}) for case in cases if case.shape["b"] <= 64]
-
-
-def compile_forms(operator: Operator, forms: dict[str, Form], case: Workload, device: str) -> None:
-    """First calls beside each other: most of a compilation is no Python."""
-    arguments = operator.torch_half.sample_inputs(case, seed=0, device=device)
-
-    def first(form: Form) -> None:
-        with surviving({}):  # its row will say
-            form(**arguments)
-
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(first, forms.values()))
-
-
 def copy_bytes_per_s(device: str, size: int) -> float:
     """Bytes read and written a second by a copy."""
     source = torch.empty(size, dtype=torch.uint8, device=device)
@@ -117,17 +74,15 @@ def tensors(results: object) -> list[Tensor]:
     return [results] if isinstance(results, Tensor) else list(results)  # type: ignore[call-overload]
 
 
-def time_decode(
-    operator: Operator, case: Workload, kernel: str, device: str, rate: float, form: Form | None
-) -> dict[str, Any]:
-    """One row: a kernel through the operator, or a form of one called directly."""
+def time_decode(operator: Operator, case: Workload, kernel: str, device: str, rate: float) -> dict[str, Any]:
+    """One row: a kernel through the operator."""
     work = operator.work(case)
     row: dict[str, Any] = {"operator": operator.name, "kernel": kernel, "b": case.shape["b"], "shape": dict(case.shape)}
     row |= {"bytes": work.bytes_moved, "floor_us": 1e6 * work.bytes_moved / rate}
     with surviving(row), torch.no_grad():
         arguments = operator.torch_half.sample_inputs(case, seed=0, device=device)
-        op: Callable[..., Any] = getattr(subquad_kernels.operators, operator.name)
-        call = form or partial(op, kernel=kernel)
+        op = getattr(subquad_kernels.operators, operator.name)
+        call = partial(op, kernel=kernel)
         if case.shape["b"] == 1:
             pairs = zip(tensors(call(**arguments)), tensors(op(**arguments, kernel="reference")))
             row["error"] = max(distance(found, expected) for found, expected in pairs)
@@ -153,15 +108,15 @@ def main() -> None:
     record.add("copy", {"gigabytes_per_s": rate / 1e9})
     print(record.device, *record.versions, f"copy {rate / 1e9:.0f} GB/s", sep=" | ", flush=True)
 
-    def report(operator: Operator, case: Workload, name: str, form: Form | None = None) -> None:
+    def report(operator: Operator, case: Workload, name: str) -> None:
         if limit.over():
             print("time is up: left out", operator.name, name, case.shape)
             return
-        row = time_decode(operator, case, name, device, rate, form)
-        record.add("decode" if form is None else "forms", row)
+        row = time_decode(operator, case, name, device, rate)
+        record.add("decode", row)
         shown = {name: row[name] for name in ("us", "floor_us", "gigabytes_per_s", "error") if name in row}
         print(
-            f"{operator.name:24}{name:18} b={row['b']:<4}", f"m={case.shape['m']}" if form else "",
+            f"{operator.name:24}{name:18} b={row['b']:<4}",
             *(f"{name} {value:.4g}" for name, value in shown.items()), row.get("failure", ""),
             flush=True,
         )  # fmt: skip
@@ -174,12 +129,6 @@ def main() -> None:
         for case in cases:
             for kernel in kernels(operator, case, device):
                 report(operator, case, kernel)
-        if operator.name in FORMS and device == "cuda":
-            forms = FORMS[operator.name]()
-            compile_forms(operator, forms, cases[0], device)
-            for case in form_cases(cases):
-                for name, form in forms.items():
-                    report(operator, case, name, form)
         if device == "cuda":
             torch.cuda.empty_cache()
 

@@ -7,12 +7,15 @@ place does not count as written (`cached_attention`), and the next token takes i
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from subquad_kernels.operators import cached_attention
+
+_TRITON = find_spec("triton") is not None
 
 
 class Rings(NamedTuple):
@@ -49,8 +52,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rings: Rings, *, segment_len: int = 
     """
     keys, values, position = rings
     out = cached_attention(q, k, v, keys, values, position, segment_len=segment_len)
-    place = (position if segment_len == 1 else position // segment_len) % keys.shape[1]
-    return out, Rings(keys.index_copy_(1, place, k), values.index_copy_(1, place, v), position.add_(1))
+    _write(rings, k, v, segment_len)
+    return out, Rings(keys, values, position.add_(1))
 
 
 def cache_of(ring: Tensor, position: int, segment_len: int = 1) -> Tensor:
@@ -62,6 +65,19 @@ def cache_of(ring: Tensor, position: int, segment_len: int = 1) -> Tensor:
     if written <= places:
         return ring[:, :written]
     return ring.index_select(1, torch.arange(written - places, written, device=ring.device) % places)
+
+
+def _write(rings: Rings, k: Tensor, v: Tensor, segment_len: int) -> None:
+    """The token takes its place; `position` stays."""
+    keys, values, position = rings
+    if keys.is_cuda and _TRITON:
+        from subquad_kernels.triton_ring import write
+
+        write(keys, values, position, k, v, segment_len)
+    else:
+        place = position // segment_len % keys.shape[1]
+        keys.index_copy_(1, place, k)
+        values.index_copy_(1, place, v)
 
 
 def _ring(cache: Tensor, written: int, places: int) -> Tensor:

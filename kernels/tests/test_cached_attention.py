@@ -15,9 +15,10 @@ import subquad_kernels.builtin  # noqa: F401  (fills the catalogue)
 from subquad_kernels.cached_attention.declaration import OPERATOR
 from subquad_kernels.cached_attention.definition import reference, sample_inputs, scale_of
 from subquad_kernels.operators import cached_attention, segment_attention, softmax_attention
-from subquad_kernels.ring import attend, cache_of, places_for, rings_of
+from subquad_kernels.ring import Rings, attend, cache_of, places_for, rings_of
 from subquad_kernels.segment_attention import tiled_step
-from subquad_kernels.segment_attention.tiled_step import Launch
+from subquad_kernels.segment_attention.tilings import StepLaunch, step_launch
+from subquad_kernels.triton_ring import write
 from subquad_kernels.workload import DType, Workload
 
 # The interpreter computes in numpy: lanes that a mask discards may hold anything. Results are checked, for NaN too.
@@ -37,7 +38,7 @@ def inputs(filling: str, dtype: DType = "float32", segment_len: int = 1, **shape
     return dict(sample_inputs(case, seed=FILLINGS[filling], device=DEVICE))
 
 
-def assert_equals_reference(arguments: dict[str, Any], launch: Launch | None = None) -> Tensor:
+def assert_equals_reference(arguments: dict[str, Any], launch: StepLaunch | None = None) -> Tensor:
     tensors = (arguments[name] for name in ("q", "k", "v", "keys", "values"))
     out, _ = tiled_step.decode(
         *tensors, scale_of(arguments["q"], arguments["scale"]), launch,
@@ -51,12 +52,12 @@ def assert_equals_reference(arguments: dict[str, Any], launch: Launch | None = N
 
 
 @pytest.mark.parametrize(
-    "launch", [None, Launch(tile_n=8), Launch(tile_n=8, splits=2), Launch(tile_n=4, splits=5)], ids=str
+    "launch", [None, StepLaunch(tile_n=16), StepLaunch(tile_n=16, splits=2), StepLaunch(tile_n=16, splits=5)], ids=str
 )
 @pytest.mark.parametrize("filling", FILLINGS)
-@pytest.mark.parametrize(("m", "segment_len"), [(1, 1), (8, 1), (37, 1), (9, 4)])
+@pytest.mark.parametrize(("m", "segment_len"), [(1, 1), (16, 1), (37, 1), (100, 1), (20, 4)])
 def test_a_token_equals_the_reference_for_any_filling_tile_and_split(
-    m: int, segment_len: int, filling: str, launch: Launch | None
+    m: int, segment_len: int, filling: str, launch: StepLaunch | None
 ) -> None:
     """What is not seen is NaN, and splits of a ring that has little are empty."""
     assert_equals_reference(inputs(filling, segment_len=segment_len, m=m), launch)
@@ -68,13 +69,32 @@ def test_a_token_equals_the_reference_for_any_filling_tile_and_split(
     ids=str,
 )
 def test_heads_may_be_shared_and_of_any_width(shape: dict[str, int]) -> None:
-    assert_equals_reference(inputs("turned over", **shape), Launch(tile_n=8, splits=3))
+    assert_equals_reference(inputs("turned over", **shape), StepLaunch(tile_n=16, splits=3))
+
+
+@pytest.mark.parametrize("rows", [16, 32])
+@pytest.mark.parametrize("splits", [1, 2])
+def test_query_heads_of_a_group_may_be_more_than_a_program_takes(rows: int, splits: int) -> None:
+    """17 of each key head, in two blocks or one."""
+    arguments = inputs("turned over", h=34, h_kv=2)
+    assert_equals_reference(arguments, StepLaunch(tile_n=16, rows=rows, splits=splits))
+
+
+@pytest.mark.parametrize(("h", "h_kv"), [(16, 16), (16, 4), (16, 1), (100, 1)])
+@pytest.mark.parametrize("m", [1, 64, 512, 4_096, 32_768])
+@pytest.mark.parametrize("b", [1, 16, 256])
+@pytest.mark.parametrize("element_bytes", [2, 4])
+def test_parts_cover_a_cache_and_none_is_empty(h: int, h_kv: int, m: int, b: int, element_bytes: int) -> None:
+    launch = step_launch(b, h, h_kv, 64, 64, m, element_bytes=element_bytes)
+    splits, span = launch.parts(m)
+    assert (splits - 1) * span < m <= splits * span
+    assert span % launch.tile_n == 0 and launch.rows >= min(16, h // h_kv)
 
 
 @pytest.mark.parametrize("filling", FILLINGS)
 def test_half_precision_stays_within_its_tolerance(filling: str) -> None:
     # float16 stands for both: the interpreter computes wrongly in bfloat16.
-    assert_equals_reference(inputs(filling, "float16"), Launch(tile_n=16))
+    assert_equals_reference(inputs(filling, "float16"), StepLaunch(tile_n=16))
 
 
 @pytest.mark.parametrize("of", ["own", "ring"])
@@ -82,7 +102,7 @@ def test_scores_far_apart_do_not_overflow(of: str) -> None:
     arguments = inputs("half")
     for name in ("k",) if of == "own" else ("keys",):
         arguments[name] = 300 * arguments[name]
-    assert_equals_reference(arguments, Launch(tile_n=8, splits=3))
+    assert_equals_reference(arguments, StepLaunch(tile_n=16, splits=3))
 
 
 def drawn(t: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,6 +151,24 @@ def test_with_segments_it_is_segment_attention(segment_len: int, begun: int) -> 
     out, ring = decoded(q, k, v, begun, places_for(begun, 17 - begun, segment_len), segment_len=segment_len)
     assert_close(out, segment_attention(q, k, v, segment_len=segment_len, kernel="reference")[:, begun:])
     assert torch.equal(cache_of(ring, 17, segment_len), k[:, segment_len - 1 :: segment_len])
+
+
+@pytest.mark.parametrize("segment_len", [1, 4])
+@pytest.mark.parametrize("position", [0, 5, 23, 100])
+@pytest.mark.parametrize(("h_kv", "k", "v"), [(2, 16, 16), (19, 20, 48)])
+def test_a_launch_writes_a_token_where_torch_does(
+    h_kv: int, k: int, v: int, position: int, segment_len: int
+) -> None:  # fmt: skip
+    """And nothing else, from memory of any layout."""
+    given = [torch.randn(2, w, h_kv, 1, device=DEVICE).transpose(1, 3) for w in (k, v)]
+    rings = Rings(
+        *(torch.randn(2, 7, h_kv, w, device=DEVICE) for w in (k, v)), torch.tensor([position], device=DEVICE)
+    )  # fmt: skip
+    place = torch.tensor([position // segment_len % 7], device=DEVICE)
+    expected = [ring.index_copy(1, place, x) for ring, x in zip(rings, given)]
+    write(rings.keys, rings.values, rings.position, *given, segment_len)
+    assert torch.equal(rings.keys, expected[0]) and torch.equal(rings.values, expected[1])
+    assert int(rings.position) == position
 
 
 @pytest.mark.parametrize("held", [3, 4, 6])

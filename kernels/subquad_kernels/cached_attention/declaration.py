@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from subquad_kernels.catalogue import Kernel, Operator, Tolerance
-from subquad_kernels.segment_attention.tilings import step_splits, step_tile
+from subquad_kernels.segment_attention.tilings import step_of
 from subquad_kernels.workload import DeviceLimits, DType, Work, Workload
 
 _HERE = "subquad_kernels.cached_attention"
@@ -69,22 +69,14 @@ def _tiled_supports(workload: Workload, limits: DeviceLimits) -> str | None:
     return None
 
 
-def _splits(workload: Workload) -> tuple[int, int]:
-    """Into how many parts a full ring is split, and tiles of a part."""
-    shape = workload.shape
-    tile = step_tile(shape["k"], shape["v"], workload.element_bytes)
-    splits, span = step_splits(shape["m"], shape["b"] * shape["h"], tile)
-    return splits, span // tile
-
-
 def _tiled_launches(workload: Workload) -> int:
     """One, and one that weighs the parts of a ring which is split."""
-    return 2 if _splits(workload)[0] > 1 else 1
+    return 2 if step_of(workload)[0] > 1 else 1
 
 
 def _tiled_steps(workload: Workload) -> int:
     """Tiles of a part."""
-    return _splits(workload)[1]
+    return step_of(workload)[1]
 
 
 _BOTH = frozenset({"cpu", "cuda"})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from subquad_kernels.catalogue import Kernel, Operator, Tolerance
-from subquad_kernels.segment_attention.tilings import step_splits, step_tile, walks
+from subquad_kernels.segment_attention.tilings import step_of, walks
 from subquad_kernels.workload import (
     DeviceLimits,
     DType,
@@ -118,9 +118,7 @@ def _step_of(workload: Workload) -> tuple[int, int] | None:
     shape = workload.shape
     if workload.phase == "backward" or shape["t"] > 1 or "documents" in shape:
         return None
-    tile = step_tile(shape["k"], shape["v"], workload.element_bytes)
-    splits, span = step_splits(shape["m"], shape["b"] * shape["h"], tile)
-    return splits, span // tile
+    return step_of(workload)
 
 
 def _tiled_launches(workload: Workload) -> int:

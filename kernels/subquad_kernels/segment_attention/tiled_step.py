@@ -14,7 +14,6 @@ that of a full cache, splits share out what is there, and one that finds nothing
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -24,25 +23,16 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad_kernels.segment_attention.tiles import LN2, LOG2E, load, rows
-from subquad_kernels.segment_attention.tilings import step_splits, step_tile
-from subquad_kernels.tile_sizes import padded
+from subquad_kernels.segment_attention.tilings import StepLaunch, step_launch
+from subquad_kernels.tile_sizes import ceil_div, padded, power_of_two
 from subquad_kernels.triton_launch import QuickLaunch
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Outputs
 
 
-@dataclass(frozen=True, kw_only=True)
-class Launch:
-    """How a call is laid out: summaries of a tile (a power of two), warps, and splits of the cache unless one by size.
-
-    Changes speed, never results beyond rounding.
-    """
-
-    tile_n: int
-    num_warps: int = 1
-    splits: int | None = None
-
+WEIGHED_COLUMNS = 32
+"""Of a program that weighs parts: those of 256 splits fit its registers."""
 
 LOWEST: tl.constexpr = tl.constexpr(-1e30)
 """Where the maximum of a split without the token's own term begins: finite, so that one which finds nothing has the
@@ -50,14 +40,14 @@ log-sum-exp of nothing, and weighs nothing."""
 
 
 @lru_cache
-def launch_of(key_width: int, value_width: int, element_bytes: int) -> Launch:
-    """The tile of a head of these widths."""
-    return Launch(tile_n=step_tile(key_width, value_width, element_bytes))
+def launch_of(shape: tuple[int, ...], element_bytes: int) -> StepLaunch:
+    """The launch of `b h h_kv k v` and so many summaries."""
+    return step_launch(*shape, element_bytes=element_bytes)
 
 
 def decode(
     q: Tensor, k: Tensor, v: Tensor, summary_k: Tensor | None, summary_v: Tensor | None, factor: float,
-    launch: Launch | None = None, position: Tensor | None = None, segment_len: int = 1,
+    launch: StepLaunch | None = None, position: Tensor | None = None, segment_len: int = 1,
 ) -> Outputs:  # fmt: skip
     """out and lse of one token a sequence; `factor` scales scores. With a `position` the summaries are a ring of m.
 
@@ -69,29 +59,31 @@ def decode(
     q, k, v = rows(q), rows(k), rows(v)
     count = 0 if summary_k is None else summary_k.shape[1]
     keys, values = (k if summary_k is None else rows(summary_k)), (v if summary_v is None else rows(summary_v))
-    launch = launch or launch_of(key_width, value_width, q.element_size())
-    heads = b * h
-    splits, span = step_splits(count, heads, launch.tile_n, launch.splits)
+    launch = launch or launch_of((b, h, h_kv, key_width, value_width, count), q.element_size())
+    splits, span = launch.parts(count)
 
     out = q.new_empty(b, 1, h, value_width)
     lse = q.new_empty(b, h, 1, dtype=torch.float32)
     parts, part_lse = out, lse
     if splits > 1:
-        parts, part_lse = lse.new_empty(splits, heads, value_width), lse.new_empty(splits, heads)
-    block_v = padded(value_width)
+        parts, part_lse = lse.new_empty(splits, b * h, value_width), lse.new_empty(splits, b * h)
+    groups = h // h_kv
+    blocks = ceil_div(groups, launch.rows)
     with torch.cuda.device_of(q):
-        _attend_once[(heads * splits,)](
+        _attend_once[(b * splits * h_kv * blocks,)](
             q, k, v, keys, values, position, parts, part_lse,
             q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2),
-            *keys.stride()[:3], *values.stride()[:3], h, count, span, splits, segment_len,
+            *keys.stride()[:3], *values.stride()[:3], h, groups, blocks, count, span, splits, segment_len,
             factor * LOG2E.value,
-            GROUPS=h // h_kv, K=key_width, V=value_width, BLOCK_K=padded(key_width), BLOCK_V=block_v,
-            TILE_N=launch.tile_n, RING=position is not None, num_warps=launch.num_warps,
+            ROWS=launch.rows, K=key_width, V=value_width, BLOCK_K=padded(key_width),
+            BLOCK_V=padded(value_width), TILE_N=launch.tile_n, STAGES=launch.num_stages if span > launch.tile_n else 0,
+            RING=position is not None, num_warps=launch.num_warps,
         )  # fmt: skip
         if splits > 1:
-            _weigh[(heads,)](
-                parts, part_lse, out, lse, splits, heads,
-                V=value_width, BLOCK_V=block_v, BLOCK_S=1 << (splits - 1).bit_length(), num_warps=4,
+            columns = min(padded(value_width), WEIGHED_COLUMNS)
+            _weigh[(b * h, ceil_div(value_width, columns))](
+                parts, part_lse, out, lse, splits, b * h,
+                V=value_width, BLOCK_V=columns, BLOCK_S=power_of_two(splits), num_warps=4,
             )  # fmt: skip
     return out, lse
 
@@ -109,40 +101,40 @@ def _load(
 
 
 @triton.jit
-def _scores(query, key, inside):
-    """Scores of a tile of summaries."""
-    return tl.where(inside, tl.sum(key.to(tl.float32) * query[None, :], 1), float("-inf"))
-
-
-@triton.jit
-def _take(acc, total, peak, score, value):
-    """Take a tile of summaries into the online softmax of one row."""
-    new_peak = tl.maximum(peak, tl.max(score, 0))
-    shrink, weight = tl.exp2(peak - new_peak), tl.exp2(score - new_peak)
-    total = total * shrink + tl.sum(weight, 0)
-    acc = acc * shrink + tl.sum(weight[:, None] * value.to(tl.float32), 0)
+def _take(acc, total, peak, query, key, value, inside, factor2):
+    """Take a tile of summaries into the online softmax of rows.  Shapes:  acc: ROWS v    total, peak: ROWS"""
+    score = tl.dot(query, tl.trans(key), input_precision="ieee") * factor2
+    score = tl.where(inside[None, :], score, float("-inf"))  # [ROWS, TILE_N]
+    new_peak = tl.maximum(peak, tl.max(score, 1))
+    shrink, weight = tl.exp2(peak - new_peak), tl.exp2(score - new_peak[:, None])
+    total = total * shrink + tl.sum(weight, 1)
+    acc = tl.dot(weight.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
     return acc, total, new_peak
 
 
 @QuickLaunch
-@triton.jit(do_not_specialize=["h", "count", "span", "splits", "segment_len"])
+@triton.jit(do_not_specialize=["h", "groups", "blocks", "count", "span", "splits", "segment_len"])
 def _attend_once(
     q, k, v, keys, values, position, parts, part_lse,
     q_b, q_h, k_b, k_h, v_b, v_h, keys_b, keys_n, keys_h, values_b, values_n, values_h,
-    h, count, span, splits, segment_len, factor2,
-    GROUPS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    TILE_N: tl.constexpr, RING: tl.constexpr,
+    h, groups, blocks, count, span, splits, segment_len, factor2,
+    ROWS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, TILE_N: tl.constexpr, STAGES: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
-    """One head of one sequence and `span` summaries; the first split takes the token's own term.
+    """ROWS query heads of one key head and `span` summaries; the first split takes the token's own term.
 
     Of a RING of `count` places those are seen that were written, but for the one which the token will overwrite.
+    STAGES 0: a span is one tile.
 
     Shapes:  parts: splits (b h) v    part_lse: splits (b h)
     """
-    batch_head, split = tl.program_id(0) // splits, tl.program_id(0) % splits
-    heads = tl.num_programs(0) // splits
-    batch, head = (batch_head // h).to(tl.int64), (batch_head % h).to(tl.int64)
-    key_head = head // GROUPS
+    # Key heads lie beside each other in memory: programs beside each other ask for them, at about the same time.
+    program, across = tl.program_id(0), h // groups * blocks
+    block, split, batch = program % across, program // across % splits, (program // across // splits).to(tl.int64)
+    key_head = (block // blocks).to(tl.int64)
+    row = block % blocks * ROWS + tl.arange(0, ROWS)
+    row_ok = row < groups
+    head = key_head * groups + row
     column_k, column_v = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
     k_ok, v_ok = column_k < K, column_v < V
     keys += batch * keys_b + key_head * keys_h
@@ -157,34 +149,41 @@ def _attend_once(
     begin = split * span
     to = tl.minimum(begin + span, count)
 
-    # The tile is on its way before anything is waited for: ptxas moves no load over a barrier, but would, to save
-    # registers, ask for values when scores are known.
-    inside = (begin + offset < to) & (begin + offset != hidden)
-    key, value = _load(
-        keys, values, keys_n, values_n, column_k, column_v, begin + offset, inside, K, V, BLOCK_K, BLOCK_V
-    )  # fmt: skip
-    tl.debug_barrier()
-    query = tl.load(q + batch * q_b + head * q_h + column_k, mask=k_ok, other=0.0)
+    if STAGES == 0:
+        # The tile is on its way before anything is waited for: ptxas moves no load over a barrier, but would, to save
+        # registers, ask for values when scores are known.
+        inside = (begin + offset < to) & (begin + offset != hidden)
+        key, value = _load(
+            keys, values, keys_n, values_n, column_k, column_v, begin + offset, inside, K, V, BLOCK_K, BLOCK_V
+        )  # fmt: skip
+        tl.debug_barrier()
+    query = tl.load(
+        q + batch * q_b + head[:, None] * q_h + column_k[None, :], mask=row_ok[:, None] & k_ok[None, :], other=0.0
+    )
     own_key = tl.load(k + batch * k_b + key_head * k_h + column_k, mask=k_ok, other=0.0)
     own_value = tl.load(v + batch * v_b + key_head * v_h + column_v, mask=v_ok, other=0.0)
 
-    query = query.to(tl.float32) * factor2
-    score = _scores(query, key, inside)
-    peak = tl.where(split == 0, tl.sum(query * own_key.to(tl.float32), 0), LOWEST)
-    total = tl.where(split == 0, 1.0, 0.0)
-    acc = tl.where(split == 0, own_value.to(tl.float32), 0.0)
-    acc, total, peak = _take(acc, total, peak, score, value)
-    for here in range(begin + TILE_N, to, TILE_N):
-        inside = (here + offset < to) & (here + offset != hidden)
-        key, value = _load(
-            keys, values, keys_n, values_n, column_k, column_v, here + offset, inside, K, V, BLOCK_K, BLOCK_V
-        )  # fmt: skip
-        acc, total, peak = _take(acc, total, peak, _scores(query, key, inside), value)
+    own_score = tl.sum(query.to(tl.float32) * own_key.to(tl.float32)[None, :], 1) * factor2
+    peak = tl.where(split == 0, own_score, LOWEST)
+    total = tl.where(split == 0, 1.0, 0.0) + tl.zeros([ROWS], tl.float32)
+    acc = tl.where(split == 0, own_value.to(tl.float32), 0.0)[None, :] + tl.zeros([ROWS, BLOCK_V], tl.float32)
+    if STAGES == 0:
+        acc, total, peak = _take(acc, total, peak, query, key, value, inside, factor2)
+    else:
+        for here in tl.range(begin, to, TILE_N, num_stages=STAGES):
+            inside = (here + offset < to) & (here + offset != hidden)
+            key, value = _load(
+                keys, values, keys_n, values_n, column_k, column_v, here + offset, inside, K, V, BLOCK_K, BLOCK_V
+            )  # fmt: skip
+            acc, total, peak = _take(acc, total, peak, query, key, value, inside, factor2)
 
-    place = split.to(tl.int64) * heads + batch_head
-    mean = acc / tl.where(total > 0.0, total, 1.0)
-    tl.store(parts + place * V + column_v, mean.to(parts.dtype.element_ty), mask=v_ok)
-    tl.store(part_lse + place, (peak + tl.log2(total)) * LN2)
+    place = split.to(tl.int64) * (tl.num_programs(0) // across // splits * h) + batch * h + head
+    mean = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+    tl.store(
+        parts + place[:, None] * V + column_v[None, :], mean.to(parts.dtype.element_ty),
+        mask=row_ok[:, None] & v_ok[None, :],
+    )  # fmt: skip
+    tl.store(part_lse + place, (peak + tl.log2(total)) * LN2, mask=row_ok)
 
 
 @QuickLaunch
@@ -192,14 +191,14 @@ def _attend_once(
 def _weigh(
     parts, part_lse, out, lse, splits, heads, V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr
 ):  # fmt: skip
-    """The mean of a head's parts, weighed by exp(part_lse): the softmax over all of them.
+    """The mean of a head's parts, weighed by exp(part_lse): the softmax over all of them, in some columns.
 
     Shapes:  out: (b h) v    lse: (b h)
     """
     head = tl.program_id(0).to(tl.int64)
-    split, column = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_V)
+    split, column = tl.arange(0, BLOCK_S), tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     place = split.to(tl.int64) * heads + head
-    part = load(parts + place[:, None] * V + column[None, :], split < splits, column < V, True, V == BLOCK_V)
+    part = load(parts + place[:, None] * V + column[None, :], split < splits, column < V, True, V % BLOCK_V == 0)
     sums = tl.load(part_lse + place, mask=split < splits, other=float("-inf")) * LOG2E
     highest = tl.max(sums, 0)
     weight = tl.exp2(sums - highest)

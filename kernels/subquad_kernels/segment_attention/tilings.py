@@ -19,12 +19,12 @@ SPLIT_T = 1024
 """Queries that one program of the summaries' gradients takes at least, when they are split to fill the device."""
 
 STEP_BYTES = 16_384
-"""Keys and values that a program of one token asks for at once: eight programs a processor hide the way to memory."""
+"""Keys and values of a tile where one token is decoded, of which a program has some on their way at once."""
 MOST_ROWS = 64
-"""Summaries of its tile of narrow heads: a cache seldom has many more."""
-LEAST_TILES = 4
-"""Tiles of a split of a long cache: their time is about that of the second launch, which weighs the parts."""
-MOST_SPLITS = 64
+"""Summaries of such a tile, and query heads of a program."""
+LEAST_TILES = 8
+"""Tiles of a cache that is split: what that saves is more than the second launch, which weighs the parts."""
+MOST_SPLITS = 256
 
 
 @dataclass(frozen=True)
@@ -63,21 +63,43 @@ def parts_of(programs: int, t: int) -> int:
     return max(1, min(ceil_div(PROGRAMS, programs), t // SPLIT_T))
 
 
-def step_tile(key_width: int, value_width: int, element_bytes: int) -> int:
-    """Summaries of a tile where one token is decoded."""
-    widest = max(padded(key_width), padded(value_width))
-    return min(MOST_ROWS, STEP_BYTES // (2 * widest * element_bytes))
+@dataclass(frozen=True, kw_only=True)
+class StepLaunch:
+    """How one token is decoded: summaries of a tile and query heads of a program (powers of two, 16 or more, what a
+    product of matrices takes), warps, stages of the pipeline of tiles, and splits of the cache.
 
-
-def step_splits(count: int, heads: int, tile_n: int, wanted: int | None = None) -> tuple[int, int]:
-    """Into how many parts a cache of so many summaries is split where one token is decoded, and summaries of a part.
-
-    `heads` are those of all sequences. None is empty.
+    Changes speed, never results beyond rounding.
     """
-    tiles = ceil_div(count, tile_n)
-    splits = wanted or min(MOST_SPLITS, max(1, tiles // LEAST_TILES), ceil_div(PROGRAMS, heads))
-    span = max(1, ceil_div(tiles, splits)) * tile_n
-    return max(1, ceil_div(count, span)), span
+
+    tile_n: int
+    rows: int = 16
+    num_warps: int = 4
+    num_stages: int = 3
+    splits: int = 1
+
+    def parts(self, count: int) -> tuple[int, int]:
+        """Into how many parts a cache of so many summaries is split, none of them empty, and summaries of a part."""
+        tiles = ceil_div(count, self.tile_n)
+        span = max(1, ceil_div(tiles, self.splits)) * self.tile_n
+        return max(1, ceil_div(count, span)), span
+
+
+def step_launch(b: int, h: int, h_kv: int, k: int, v: int, count: int, *, element_bytes: int) -> StepLaunch:
+    """The launch for b sequences that see so many summaries each."""
+    widest = max(padded(k), padded(v))
+    tile_n = max(16, min(MOST_ROWS, STEP_BYTES // (2 * widest * element_bytes)))
+    rows = 16 if element_bytes > 2 else min(MOST_ROWS, padded(h // h_kv))
+    tiles, programs = ceil_div(count, tile_n), b * h_kv * ceil_div(h // h_kv, rows)
+    splits = min(MOST_SPLITS, tiles, ceil_div(PROGRAMS, programs)) if tiles >= LEAST_TILES else 1
+    return StepLaunch(tile_n=tile_n, rows=rows, splits=splits)
+
+
+def step_of(workload: Workload) -> tuple[int, int]:
+    """Parts of the cache (a ring counts as full) where one token is decoded, and tiles of a part."""
+    b, h, h_kv, k, v, m = (workload.shape[axis] for axis in ("b", "h", "h_kv", "k", "v", "m"))
+    launch = step_launch(b, h, h_kv, k, v, m, element_bytes=workload.element_bytes)
+    splits, span = launch.parts(m)
+    return splits, span // launch.tile_n
 
 
 @dataclass(frozen=True)
