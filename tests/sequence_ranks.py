@@ -134,8 +134,8 @@ def rotary(draw: Draw, b: int, packed: Tensor | None) -> Case:
 def gated_norm(draw: Draw, b: int, packed: Tensor | None) -> Case:
     arguments = {
         "x": draw(b, TOKENS, 6), "z": draw(b, TOKENS, 6), "weight": draw(6), "bias": draw(6),
-        "skip": draw(b, TOKENS, 6), "skip_weight": draw(2), "groups": 3, "gate_first": True, "centre": False,
-        "activation": "silu", "eps": 1e-5, "kernel": "composed",
+        "skip": draw(b, TOKENS, 6), "skip_weight": draw(2), "groups": 3, "gate_first": True, "norm": True,
+        "centre": False, "activation": "silu", "eps": 1e-5, "kernel": "composed",
     }  # fmt: skip
     return Case("gated_norm", arguments, ("x", "z", "skip"))
 

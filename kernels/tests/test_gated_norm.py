@@ -34,6 +34,8 @@ WAYS = {
         "centre": True, "bias": True, "activation": "identity", "shared": True,
     },
     "no gate": {"activation": "none"},
+    "a skip and a gate, no norm": {"norm": False, "weight": False, "skip": True},
+    "no norm, the gate first": {"norm": False, "gate_first": True, "bias": True, "skip": True},
     "no gate, centred": {"activation": "none", "centre": True, "bias": True, "skip": True},
 }
 
@@ -76,7 +78,9 @@ def test_the_equation_is_torch_s_norm_with_a_gate(way: str) -> None:
         own, added = (
             given if given is None or len(given) == 8 else given[8 * i : 8 * i + 8] for given in (weight, bias)
         )
-        if arguments["centre"]:
+        if not arguments["norm"]:
+            parts.append(part * (1 if own is None else own) + (0 if added is None else added))
+        elif arguments["centre"]:
             parts.append(F.layer_norm(part, (8,), own, added, 1e-5))
         else:
             parts.append(F.rms_norm(part, (8,), own, 1e-5) + (0 if added is None else added))
@@ -184,6 +188,7 @@ def test_where_the_gate_stands_is_seen() -> None:
         ({"skip": torch.zeros(2, 5, 24), "skip_weight": torch.zeros(7)}, "no divisor"),
         ({"bias": torch.ones(7)}, "bias is"),
         ({"z": None, "gate_first": True}, "needs a gate"),
+        ({"norm": False, "centre": True}, "part of the norm"),
         ({"activation": "relu"}, "silu, sigmoid"),
         ({"eps": 0.0}, "more than 0"),
     ],

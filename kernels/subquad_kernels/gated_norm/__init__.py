@@ -5,12 +5,13 @@
     gate last:    y = ( N( v ) weight + bias ) act(z)     RetNet, GLA, Gated DeltaNet, Lightning attention, RWKV, mLSTM
     no gate:      y = N( v ) weight + bias                the heads of DeltaNet; vectors of length one (weight n^-1/2)
     N(s) = s / sqrt( mean s^2 + eps )                     over each of g groups of c / g channels by itself;
-                                                          with `centre` of s - mean s, the group norm
+                                                          with `centre` of s - mean s, the group norm;
+                                                          with norm=False s itself: Mamba-3
 
 With r = 1 / sqrt(mean s^2 + eps), n = r s, e = dy (times act(z) where the gate comes last) and m = e weight, the
 backward is
 
-    ds = r ( m - n mean(m n) )  less r mean(m) where centred      dweight, dbias = sums over tokens of e n, of e
+    ds = r ( m - n mean(m n) )  less r mean(m) where centred, or m      dweight, dbias = sums over tokens of e n, of e
 
 and the chain rule on either side. Nothing is kept from the forward: x, z and skip say it all again.
 

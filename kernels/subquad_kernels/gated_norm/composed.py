@@ -28,6 +28,7 @@ def forward(
     skip_weight: Tensor | None,
     groups: int,
     gate_first: bool,
+    norm: bool,
     centre: bool,
     activation: str,
     eps: float,
@@ -37,7 +38,7 @@ def forward(
     value = _with_skip(x.to(exact), skip, skip_weight)
     opened = None if z is None else _ACTIVATIONS[activation](z.to(exact))
     size = _sized(value if opened is None or not gate_first else value * opened, groups, centre)
-    normal = _weighed((size * _reciprocal(size, eps)).flatten(-2), weight, bias)
+    normal = _weighed((size * _reciprocal(size, eps) if norm else size).flatten(-2), weight, bias)
     return ((normal if opened is None or gate_first else normal * opened).to(x.dtype),)
 
 
@@ -56,14 +57,17 @@ def backward(
     dy, value = dy.to(exact), _with_skip(x.to(exact), skip, skip_weight)
     opened, slope = (None, None) if z is None else _opened_and_slope(z.to(exact), values["activation"])
     size = _sized(value if opened is None or not gate_first else value * opened, groups, values["centre"])
-    reciprocal = _reciprocal(size, values["eps"])
-    normal = size * reciprocal
+    reciprocal = _reciprocal(size, values["eps"]) if values["norm"] else None
+    normal = size if reciprocal is None else size * reciprocal
     scaled = dy if opened is None or gate_first else dy * opened
     by_group = (scaled if weight is None else scaled * _by_channel(weight, c, exact)).unflatten(-1, (groups, -1))
-    d_size = by_group - normal * (by_group * normal).mean(-1, keepdim=True)
-    if values["centre"]:
-        d_size = d_size - by_group.mean(-1, keepdim=True)
-    d_size, normal = (reciprocal * d_size).flatten(-2), normal.flatten(-2)
+    d_size = by_group
+    if reciprocal is not None:
+        d_size = d_size - normal * (by_group * normal).mean(-1, keepdim=True)
+        if values["centre"]:
+            d_size = d_size - by_group.mean(-1, keepdim=True)
+        d_size = reciprocal * d_size
+    d_size, normal = d_size.flatten(-2), normal.flatten(-2)
     d_value = d_size if opened is None or not gate_first else d_size * opened
     found: dict[str, Tensor | None] = {"x": d_value}
     if slope is not None:

@@ -16,18 +16,19 @@ def work(workload: Workload) -> Work:
     b, t, c = (shape[axis] for axis in ("b", "t", "c"))
     skips, weighs = bool(options["skip"]), bool(options["weight"]) + bool(options.get("bias"))
     gated, centred = options["activation"] != "none", bool(options.get("centre"))
+    normed = bool(options.get("norm", True))
     curved = options["activation"] in ("silu", "sigmoid")
     channels = b * t * c
     inputs = channels * (1 + gated + skips) * e
     weights = max(4, e) * (weighs * c // (shape["g"] if options["shared"] else 1))
     if workload.phase == "backward":
         return Work(
-            vector_flops=channels * (10 + 8 * gated + 2 * weighs + 5 * skips + 4 * centred),
+            vector_flops=channels * (10 * normed + 8 * gated + 2 * weighs + 5 * skips + 4 * centred),
             transcendental_ops=channels * curved,
             bytes_moved=2 * (inputs + weights) + channels * e,
         )
     return Work(
-        vector_flops=channels * (4 + 2 * gated + weighs + 2 * skips + 2 * centred),
+        vector_flops=channels * (4 * normed + 2 * gated + weighs + 2 * skips + 2 * centred),
         transcendental_ops=channels * curved,
         bytes_moved=inputs + weights + channels * e,
         saved_bytes=0 if workload.phase == "decode" else inputs + weights + channels * e,
@@ -43,6 +44,7 @@ def _example(
     activation: str = "silu",
     skip: bool = False,
     weight: bool = True,
+    norm: bool = True,
     centre: bool = False,
     bias: bool = False,
     **shape: int,
@@ -56,6 +58,7 @@ def _example(
         "skip": skip,
         "eps": 1e-5,
     }
+    options |= {} if norm else {"norm": False}
     options |= {"centre": True} if centre else {}
     options |= {"bias": True} if bias else {}
     return Workload(operator="gated_norm", shape=axes, dtype=dtype, phase=phase, options=options)
@@ -83,6 +86,7 @@ OPERATOR = Operator(
         _example("float32", weight=False),
         _example("float32", centre=True, bias=True),
         _example("float32", activation="none", shared=True),
+        _example("float32", norm=False, weight=False, skip=True),
         _example("float32", "decode", t=1, gate_first=True, skip=True),
         _example("bfloat16", gate_first=True, skip=True),
     ),

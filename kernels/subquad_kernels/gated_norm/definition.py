@@ -28,6 +28,7 @@ def reference(
     skip_weight: Tensor | None,
     groups: int,
     gate_first: bool,
+    norm: bool,
     centre: bool,
     activation: str,
     eps: float,
@@ -41,7 +42,9 @@ def reference(
     size = (value * opened if gate_first else value).unflatten(-1, (groups, -1))
     if centre:
         size = size - size.mean(-1, keepdim=True)
-    normal = (size / torch.sqrt(size.square().mean(-1, keepdim=True) + eps)).flatten(-2)
+    if norm:
+        size = size / torch.sqrt(size.square().mean(-1, keepdim=True) + eps)
+    normal = size.flatten(-2)
     if weight is not None:
         normal = normal * weight.to(exact).repeat(x.shape[2] // len(weight))
     if bias is not None:
@@ -81,6 +84,8 @@ def check(arguments: Arguments) -> None:
         raise ValueError("skip and skip_weight go together")
     if skip is not None and (values["skip_weight"].dim() != 1 or c % values["skip_weight"].shape[0]):
         raise ValueError(f"skip_weight is {tuple(values['skip_weight'].shape)}, no divisor of {c} channels")
+    if values["centre"] and not values["norm"]:
+        raise ValueError("centre is a part of the norm, and norm is False")
     if values["activation"] not in ACTIVATIONS:
         raise ValueError(f"activation is '{values['activation']}', not one of {', '.join(ACTIVATIONS)}")
     if values["eps"] <= 0:
@@ -116,6 +121,7 @@ def workload_of(arguments: Arguments, phase: str) -> Workload:
         "eps": float(values["eps"]),
     }
     # Named where they are asked for alone: what was measured before there were any stays what it is.
+    options |= {} if values["norm"] else {"norm": False}
     options |= {"centre": True} if values["centre"] else {}
     options |= {"bias": True} if values["bias"] is not None else {}
     dtype: Any = str(x.dtype).removeprefix("torch.")
@@ -149,6 +155,7 @@ def sample_inputs(workload: Workload, *, seed: int, device: str) -> dict[str, Ar
         "skip_weight": draw(c // 64 if c % 64 == 0 else gcd(c, 8)) if skips else None,
         "groups": g,
         "gate_first": bool(options["gate_first"]),
+        "norm": bool(options.get("norm", True)),
         "centre": bool(options.get("centre")),
         "activation": str(options["activation"]) if gated else ACTIVATIONS[0],
         "eps": float(options["eps"]),

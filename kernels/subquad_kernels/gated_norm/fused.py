@@ -61,13 +61,14 @@ def forward(
     skip_weight: Tensor | None,
     groups: int,
     gate_first: bool,
+    norm: bool,
     centre: bool,
     activation: str,
     eps: float,
     launch: Launch = FORWARD,
 ) -> Outputs:
     """y: b t c"""
-    call = _Call(x, z, weight, bias, skip, skip_weight, groups, gate_first, centre, activation, eps)
+    call = _Call(x, z, weight, bias, skip, skip_weight, groups, gate_first, norm, centre, activation, eps)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if programs := call.programs(launch):
         _normalise[programs](
@@ -125,6 +126,7 @@ class _Call:
         skip_weight: Tensor | None,
         groups: int,
         gate_first: bool,
+        norm: bool,
         centre: bool,
         activation: str,
         eps: float,
@@ -150,6 +152,7 @@ class _Call:
             "GROUPS": groups,
             "HEAD": 1 if skip_weight is None else c // skip_weight.shape[0],
             "GATE_FIRST": gate_first,
+            "NORM": norm,
             "CENTRE": centre,
             "GATE": 0 if z is None else 1 + ACTIVATIONS.index(activation),
             "WEIGHT": weight is not None,
@@ -212,8 +215,8 @@ def _normalise(
     x, z, skip, weight, bias, skip_weight, y,
     tokens, t, stretch, x_batch, x_token, z_batch, z_token, skip_batch, skip_token,
     EPS: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr, GROUPS: tl.constexpr, HEAD: tl.constexpr,
-    GATE_FIRST: tl.constexpr, CENTRE: tl.constexpr, GATE: tl.constexpr, WEIGHT: tl.constexpr, SHARED: tl.constexpr,
-    BIAS: tl.constexpr, SHARED_BIAS: tl.constexpr, SKIP: tl.constexpr, ROWS: tl.constexpr,
+    GATE_FIRST: tl.constexpr, NORM: tl.constexpr, CENTRE: tl.constexpr, GATE: tl.constexpr, WEIGHT: tl.constexpr,
+    SHARED: tl.constexpr, BIAS: tl.constexpr, SHARED_BIAS: tl.constexpr, SKIP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """y of a stretch of tokens and one group."""
     group = tl.program_id(1)
@@ -239,7 +242,9 @@ def _normalise(
         size = value * opened if GATE_FIRST else value
         if CENTRE:
             size = _centred(size, wide, WIDTH)
-        normal = size * tl.rsqrt(tl.sum(size * size, axis=1) / WIDTH + EPS)[:, None]
+        normal = size
+        if NORM:
+            normal *= tl.rsqrt(tl.sum(size * size, axis=1) / WIDTH + EPS)[:, None]
         if WEIGHT:
             normal *= scale
         if BIAS:
@@ -255,8 +260,8 @@ def _differentiate(
     x, z, skip, weight, bias, skip_weight, dy, dx, dz, dskip, dweight, dbias, dskip_weight,
     tokens, t, stretch, x_batch, x_token, z_batch, z_token, skip_batch, skip_token,
     EPS: tl.constexpr, WIDTH: tl.constexpr, PAD: tl.constexpr, GROUPS: tl.constexpr, HEAD: tl.constexpr,
-    GATE_FIRST: tl.constexpr, CENTRE: tl.constexpr, GATE: tl.constexpr, WEIGHT: tl.constexpr, SHARED: tl.constexpr,
-    BIAS: tl.constexpr, SHARED_BIAS: tl.constexpr, SKIP: tl.constexpr, ROWS: tl.constexpr,
+    GATE_FIRST: tl.constexpr, NORM: tl.constexpr, CENTRE: tl.constexpr, GATE: tl.constexpr, WEIGHT: tl.constexpr,
+    SHARED: tl.constexpr, BIAS: tl.constexpr, SHARED_BIAS: tl.constexpr, SKIP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a stretch of tokens and one group, and its part of those of the weights."""
     group = tl.program_id(1)
@@ -288,8 +293,10 @@ def _differentiate(
         size = value * opened if GATE_FIRST else value
         if CENTRE:
             size = _centred(size, wide, WIDTH)
-        reciprocal = tl.rsqrt(tl.sum(size * size, axis=1) / WIDTH + EPS)[:, None]
-        normal = size * reciprocal
+        normal = size
+        if NORM:
+            reciprocal = tl.rsqrt(tl.sum(size * size, axis=1) / WIDTH + EPS)[:, None]
+            normal *= reciprocal
         scaled = pull if GATE_FIRST or not GATE else pull * opened
         left = normal
         if BIAS:
@@ -300,10 +307,12 @@ def _differentiate(
             left *= scale
         if BIAS:
             left += shift
-        d_size = scaled - normal * (tl.sum(scaled * normal, axis=1) / WIDTH)[:, None]
-        if CENTRE:
-            d_size -= (tl.sum(scaled, axis=1) / WIDTH)[:, None]
-        d_size *= reciprocal
+        d_size = scaled
+        if NORM:
+            d_size -= normal * (tl.sum(scaled * normal, axis=1) / WIDTH)[:, None]
+            if CENTRE:
+                d_size -= (tl.sum(scaled, axis=1) / WIDTH)[:, None]
+            d_size *= reciprocal
         d_value = d_size * opened if GATE_FIRST else d_size
         tl.store(dx + at, d_value.to(dx.dtype.element_ty), mask=inside)
         if GATE:

@@ -11,7 +11,7 @@ from subquad_kernels.torch_operator import define
 OP = define(
     OPERATOR,
     "(Tensor x, Tensor? z, Tensor? weight, Tensor? bias, Tensor? skip, Tensor? skip_weight, int groups, "
-    "bool gate_first, bool centre, str activation, float eps, str kernel) -> Tensor",
+    "bool gate_first, bool norm, bool centre, str activation, float eps, str kernel) -> Tensor",
 )
 
 
@@ -23,6 +23,7 @@ def gated_norm(
     *,
     groups: int = 1,
     gate_first: bool = False,
+    norm: bool = True,
     centre: bool = False,
     activation: str = "silu",
     eps: float = 1e-6,
@@ -34,11 +35,11 @@ def gated_norm(
 
     Shapes:  x, z, skip: b t c    weight, bias: c, or c / groups, shared by them    skip_weight: h  ->  b t c
     The second with `gate_first`; no gate without z. v = x + skip_weight skip, a number for each c / h channels.
-    N(s) = s / sqrt(mean s^2 + eps), with `centre` of s - mean s; `activation` is silu, sigmoid or identity. Inside all
-    is fp32 or wider, y has the type of x. `kernel` names a kernel or a table of kernels.
+    N(s) = s / sqrt(mean s^2 + eps), with `centre` of s - mean s; without `norm` s itself. `activation` is silu, sigmoid
+    or identity. Inside all is fp32 or wider, y has the type of x. `kernel` names a kernel or a table of kernels.
     Raises: ValueError for shapes that do not fit; CatalogueError for an unknown kernel.
     Source: Zhang and Sennrich 2019; Wu and He 2018 (group norm); Dao and Gu 2024 (Mamba-2), section 7.3; Sun et al.
             2023 (RetNet), equation 8.
     """
-    y: Tensor = OP(x, z, weight, bias, skip, skip_weight, groups, gate_first, centre, activation, eps, kernel)
+    y: Tensor = OP(x, z, weight, bias, skip, skip_weight, groups, gate_first, norm, centre, activation, eps, kernel)
     return y

@@ -108,15 +108,15 @@ class RWKV7(ShiftedMemory):
         down = torch.cat([low_rank.down.weight for low_rank, _ in maps])
         mixes = torch.cat([mix.expand_as(low_rank.down.weight) for low_rank, mix in maps])
         ranks = [low_rank.down.out_features for low_rank, _ in maps]
-        low_w, low_a, low_g, *low_v = mapped_lerp(x, change, down, mixes).split(ranks, dim=-1)
+        low = mapped_lerp(x, change, down, mixes).split(ranks, dim=-1)
         r, k, v = self.r_proj(x_r), self.k_proj(x_k), self.v_proj(x_v)
         published = {FIRST_VALUE: v} if self.publishes else {}
         if self.reads:
-            share = torch.sigmoid(F.linear(low_v[0], self.value.up.weight, self.value_base))
+            share = torch.sigmoid(F.linear(low[3], self.value.up.weight, self.value_base))
             v = torch.lerp(v, shared[FIRST_VALUE].to(v.dtype), share)
-        rate = torch.sigmoid(F.linear(low_a, self.rate.up.weight, self.rate_base))
+        rate = torch.sigmoid(F.linear(low[1], self.rate.up.weight, self.rate_base))
         # The base is fp32, which makes the decays fp32 where products are rounded to 8 bits.
-        log_decay = -LARGEST_RATE * torch.sigmoid(self.decay_base + self.decay.widened(low_w))
+        log_decay = -LARGEST_RATE * torch.sigmoid(self.decay_base + self.decay.widened(low[0]))
         heads = (self.num_heads, self.head_dim)
         removed = unit_length(k * self.removal.to(k.dtype), *heads, eps=DIRECTION_EPS)
         replaced = self.replacement.to(k.dtype)
@@ -128,5 +128,5 @@ class RWKV7(ShiftedMemory):
             initial_state=state, cu_seqlens=cu_seqlens, scale=1.0,
         )  # fmt: skip
         current = (r * self.bonus.to(r.dtype) * written).sum(-1, keepdim=True).to(v.dtype) * v
-        gate = self.gate.widened(low_g)
+        gate = self.gate.widened(low[2])
         return self.o_proj(self.norm.leave(o, gate, "identity") + current.flatten(-2) * gate), state, published
