@@ -125,17 +125,25 @@ def causal_conv(draw: Draw, b: int, packed: Tensor | None) -> Case:
 
 def rotary(draw: Draw, b: int, packed: Tensor | None) -> Case:
     arguments = {
-        "q": draw(b, TOKENS, 2, 6), "k": draw(b, TOKENS, 1, 6), "cu_seqlens": packed, "position": None,
+        "q": draw(b, TOKENS, 2, 6), "k": draw(b, TOKENS, 1, 6), "angles": None, "cu_seqlens": packed, "position": None,
         "start": 0 if packed is not None else 7, "theta": 100.0, "kernel": "reference",
     }  # fmt: skip
     return Case("rotary", arguments, ("q", "k"), outputs=2)
 
 
+def turned(draw: Draw, b: int, packed: Tensor | None) -> Case:
+    arguments = {
+        "q": draw(b, TOKENS, 2, 6), "k": draw(b, TOKENS, 2, 6), "angles": draw(b, TOKENS, 2, 2), "cu_seqlens": None,
+        "position": None, "start": 0, "theta": 100.0, "kernel": "tables",
+    }  # fmt: skip
+    return Case("rotary", arguments, ("q", "k", "angles"), outputs=2)
+
+
 def gated_norm(draw: Draw, b: int, packed: Tensor | None) -> Case:
     arguments = {
-        "x": draw(b, TOKENS, 6), "z": draw(b, TOKENS, 6), "weight": draw(6), "skip": draw(b, TOKENS, 6),
-        "skip_weight": draw(2), "groups": 3, "gate_first": True, "activation": "silu", "eps": 1e-5,
-        "kernel": "composed",
+        "x": draw(b, TOKENS, 6), "z": draw(b, TOKENS, 6), "weight": draw(6), "bias": draw(6),
+        "skip": draw(b, TOKENS, 6), "skip_weight": draw(2), "groups": 3, "gate_first": True, "norm": True,
+        "centre": False, "activation": "silu", "eps": 1e-5, "kernel": "composed",
     }  # fmt: skip
     return Case("gated_norm", arguments, ("x", "z", "skip"))
 
@@ -168,6 +176,7 @@ OPERATORS: dict[str, Callable[[Draw, int, Tensor | None], Case]] = {
     "selective_scan without softplus": lambda *given: selective_scan(*given, softplus=False),
     "causal_conv": causal_conv,
     "rotary": rotary,
+    "rotary by given angles": turned,
     "gated_norm": gated_norm,
     "softmax_attention": softmax_attention,
     "window of 1": lambda *given: softmax_attention(*given, window=1),

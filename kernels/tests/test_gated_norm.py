@@ -27,6 +27,16 @@ WAYS = {
     "sigmoid": {"activation": "sigmoid"},
     "skip, then the gate last": {"skip": True, "activation": "sigmoid", "shared": True},
     "gate first, no weight": {"gate_first": True, "weight": False},
+    "centred, with a bias": {"centre": True, "bias": True},
+    "all at once": {"centre": True, "bias": True, "gate_first": True, "skip": True},
+    "centred, as mLSTM": {"centre": True, "activation": "sigmoid"},
+    "centred, the gate as it is, a bias for all heads": {
+        "centre": True, "bias": True, "activation": "identity", "shared": True,
+    },
+    "no gate": {"activation": "none"},
+    "a skip and a gate, no norm": {"norm": False, "weight": False, "skip": True},
+    "no norm, the gate first": {"norm": False, "gate_first": True, "bias": True, "skip": True},
+    "no gate, centred": {"activation": "none", "centre": True, "bias": True, "skip": True},
 }
 
 
@@ -43,29 +53,37 @@ def assert_exact(kernel: str, workload: Workload, arguments: dict[str, Any] | No
     arguments = arguments or sample(workload)
     record = CATALOGUE.kernel("gated_norm", kernel)
     errors = kernel_errors(declaration.OPERATOR, record, arguments, gradients=True)
-    given = {name for name in ("weight", "skip", "skip_weight") if arguments[name] is not None}
-    assert set(errors) == {"y", "d_x", "d_z"} | {f"d_{name}" for name in given}
+    given = {name for name, value in arguments.items() if isinstance(value, Tensor)}
+    assert set(errors) == {"y"} | {f"d_{name}" for name in given}
     verdict = judge(declaration.OPERATOR, record, workload, errors)
     assert verdict.passed, verdict.reason
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_equation_is_torch_s_norm_with_a_gate(way: str) -> None:
-    """Written here with torch's rms_norm, group by group, and differentiated by torch."""
+    """Written here with torch's rms_norm and layer_norm, group by group, and differentiated by torch."""
     workload = case("float64", **WAYS[way])
     arguments = sample(workload)
     tensors = {name: value.requires_grad_() for name, value in arguments.items() if isinstance(value, Tensor)}
-    x, z, weight = arguments["x"], arguments["z"], arguments["weight"]
+    x, z, weight, bias = (arguments[name] for name in ("x", "z", "weight", "bias"))
     value = x
     if arguments["skip"] is not None:
         heads = arguments["skip"].unflatten(-1, (8, -1)) * arguments["skip_weight"][:, None]
         value = x + heads.flatten(-2)
-    act = F.silu(z) if arguments["activation"] == "silu" else F.sigmoid(z)
+    acts = {"silu": F.silu, "sigmoid": F.sigmoid, "identity": lambda gate: gate}
+    act = 1 if z is None else acts[arguments["activation"]](z)
     before, after = (act, 1) if arguments["gate_first"] else (1, act)
     parts = []
     for i, part in enumerate((value * before).split(8, dim=-1)):
-        own = weight if weight is None or len(weight) == 8 else weight[8 * i : 8 * i + 8]
-        parts.append(F.rms_norm(part, (8,), own, 1e-5))
+        own, added = (
+            given if given is None or len(given) == 8 else given[8 * i : 8 * i + 8] for given in (weight, bias)
+        )
+        if not arguments["norm"]:
+            parts.append(part * (1 if own is None else own) + (0 if added is None else added))
+        elif arguments["centre"]:
+            parts.append(F.layer_norm(part, (8,), own, added, 1e-5))
+        else:
+            parts.append(F.rms_norm(part, (8,), own, 1e-5) + (0 if added is None else added))
     expected = torch.cat(parts, dim=-1) * after
     (found,) = definition.reference(**arguments)
     assert torch.allclose(found, expected, rtol=1e-12, atol=1e-13)
@@ -86,6 +104,16 @@ def test_every_way_to_gate_and_weigh(kernel: str, way: str) -> None:
 def test_a_group_wider_than_a_tile_and_more_tokens_than_one(kernel: str) -> None:
     assert_exact(kernel, case(b=1, t=3, c=1200, g=1, gate_first=True, skip=True))
     assert_exact(kernel, case(b=3, t=67, c=32, g=2, shared=True))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_what_is_centred_is_blind_to_a_common_shift(kernel: str) -> None:
+    """The mean is taken over the group's channels alone, 24 of the 32 that a tile has."""
+    x = torch.randn(1, 3, 48, generator=torch.Generator().manual_seed(7)).to(DEVICE)
+    shift = torch.tensor([5.0, -3.0], device=DEVICE).repeat_interleave(24)
+    y, shifted = (gated_norm(rows, groups=2, centre=True, kernel=kernel) for rows in (x, x + shift))
+    assert torch.allclose(y, shifted, atol=1e-5)
+    assert not torch.allclose(gated_norm(x + shift, groups=2, kernel=kernel), y, atol=0.1)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -158,6 +186,9 @@ def test_where_the_gate_stands_is_seen() -> None:
         ({"weight": torch.ones(12)}, "shared by the groups"),
         ({"skip": torch.zeros(2, 5, 24)}, "go together"),
         ({"skip": torch.zeros(2, 5, 24), "skip_weight": torch.zeros(7)}, "no divisor"),
+        ({"bias": torch.ones(7)}, "bias is"),
+        ({"z": None, "gate_first": True}, "needs a gate"),
+        ({"norm": False, "centre": True}, "part of the norm"),
         ({"activation": "relu"}, "silu, sigmoid"),
         ({"eps": 0.0}, "more than 0"),
     ],

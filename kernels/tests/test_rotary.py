@@ -30,7 +30,8 @@ def sample(**shape: int) -> dict[str, Any]:
 def assert_exact(kernel: str, arguments: dict[str, Any]) -> None:
     record = CATALOGUE.kernel("rotary", kernel)
     errors = kernel_errors(declaration.OPERATOR, record, arguments, gradients=True)
-    assert set(errors) == {"rotated_q", "rotated_k", "d_q", "d_k"}
+    turned = {"d_angles"} if arguments["angles"] is not None else set()
+    assert set(errors) == {"rotated_q", "rotated_k", "d_q", "d_k"} | turned
     verdict = judge(declaration.OPERATOR, record, BASE, errors)
     assert verdict.passed, verdict.reason
 
@@ -73,6 +74,54 @@ def test_slices_of_a_wider_tensor_are_read_where_they_stand(kernel: str) -> None
     assert torch.equal(k, copied[1])
 
 
+def given(angles: str, pairs: int, dtype: str = "float32", **shape: int) -> dict[str, Any]:
+    options = dict(BASE.options) | {"angles": angles, "pairs": pairs}
+    case = replace(BASE, shape=dict(BASE.shape) | shape, options=options, dtype=dtype)  # type: ignore[arg-type]
+    return definition.sample_inputs(case, seed=3, device=DEVICE)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("t", [1, 2, 31, 97])
+def test_angles_that_are_given_turn_neighbours_and_have_a_gradient(kernel: str, t: int) -> None:
+    for width, pairs in ((2, 1), (7, 3), (16, 8), (16, 3), (12, 1)):
+        assert_exact(kernel, given("shared", pairs, t=t, k=width))
+        assert_exact(kernel, given("own", pairs, t=t, k=width, h_kv=3))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_given_angles_turn_is_rounded_once(kernel: str, dtype: str) -> None:
+    arguments = given("own", 5, dtype, h_kv=3, k=32)
+    assert arguments["angles"].dtype == torch.float32
+    record = CATALOGUE.kernel("rotary", kernel)
+    errors = kernel_errors(declaration.OPERATOR, record, arguments, gradients=True)
+    assert judge(declaration.OPERATOR, record, replace(BASE, dtype=dtype), errors).passed  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_given_angles_turn_slices_where_they_stand_and_leave_the_rest(kernel: str) -> None:
+    wide, angles = torch.randn(2, 9, 8, 10, device=DEVICE), torch.randn(2, 9, 3, 2, device=DEVICE)
+    q, k = rotary(wide[:, :, :3], wide[:, :, 5:], angles=angles, kernel=kernel)
+    a, b = wide[:, :, :3, 2], wide[:, :, :3, 3]
+    angle = angles[..., 1]
+    assert torch.allclose(q[..., 2], a * angle.cos() - b * angle.sin(), atol=1e-6)
+    assert torch.allclose(q[..., 3], a * angle.sin() + b * angle.cos(), atol=1e-6)
+    assert torch.equal(q[..., 4:], wide[:, :, :3, 4:])
+    assert torch.equal(k[..., 4:], wide[:, :, 5:, 4:])
+
+
+def test_given_angles_of_another_sign_are_seen() -> None:
+    """The check can fail: the gradient of the angles turned around."""
+    arguments = given("own", 4, h_kv=3)
+    outputs = definition.reference(**arguments)
+    right = definition.REFERENCE.backward(arguments, outputs, outputs)["angles"]
+    wrong = definition.REFERENCE.backward(
+        arguments | {"angles": -arguments["angles"]}, outputs, outputs
+    )["angles"]
+    assert right is not None and wrong is not None
+    assert not torch.allclose(right, wrong, atol=1e-2)
+
+
 def test_lengths_are_kept_and_scores_depend_on_distance_alone() -> None:
     q, k = (torch.randn(1, 6, 2, 8, dtype=torch.float64) for _ in range(2))
     near, far = (rotary(q, k, start=start, theta=1e4) for start in (0, 1000))
@@ -89,6 +138,10 @@ def test_lengths_are_kept_and_scores_depend_on_distance_alone() -> None:
         ({"k": torch.zeros(2, 8, 1, 10)}, "differ"),
         ({"q": torch.zeros(2, 9, 3, 9), "k": torch.zeros(2, 9, 1, 9)}, "pairs"),
         ({"k": torch.zeros(2, 9, 1, 10, dtype=torch.float64)}, "one type"),
+        ({"angles": torch.zeros(2, 9, 3, 2), "start": 0}, "not b t a s"),
+        ({"angles": torch.zeros(2, 9, 1, 6), "start": 0}, "6 angles"),
+        ({"angles": torch.zeros(2, 9, 1, 5)}, "start"),
+        ({"angles": torch.zeros(2, 9, 1, 5), "start": 0, "position": torch.zeros(1, dtype=torch.int64)}, "position"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(changes: dict[str, Any], message: str) -> None:

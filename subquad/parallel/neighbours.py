@@ -14,7 +14,7 @@ from subquad.parallel.part import NotSplitError, SequencePart
 from subquad.parallel.seam import Seam, local_boundaries
 from subquad_kernels.causal_conv.operator import OP as CAUSAL_CONV
 from subquad_kernels.documents import document_positions
-from subquad_kernels.rotary.definition import angles
+from subquad_kernels.rotary.definition import position_angles
 from subquad_kernels.rotary.operator import OP as ROTARY
 from subquad_kernels.segment_attention.operator import OP as SEGMENT_ATTENTION
 from subquad_kernels.softmax_attention.operator import OP as SOFTMAX_ATTENTION
@@ -43,16 +43,22 @@ def rotary(
     part: SequencePart,
     q: Tensor,
     k: Tensor,
+    angles: Tensor | None,
     cu_seqlens: Tensor | None,
     position: Tensor | None,
     start: int,
     theta: float,
     kernel: str,
 ) -> Outputs:
-    """Positions go on; when packed, in plain torch: the operator knows no document that began before its call."""
+    """Positions go on; when packed, in plain torch: the operator knows no document that began before its call.
+
+    Angles that are given are the tokens' own.
+    """
+    if angles is not None:
+        return ROTARY(q, k, angles, cu_seqlens, position, start, theta, kernel)  # type: ignore[no-any-return]
     if cu_seqlens is not None:
         return part.node(_rotated)(q, k, cu_seqlens, theta)  # type: ignore[no-any-return]
-    return ROTARY(q, k, None, position, part.node(_first_position)(q) + start, theta, kernel)  # type: ignore[no-any-return]
+    return ROTARY(q, k, None, None, position, part.node(_first_position)(q) + start, theta, kernel)  # type: ignore[no-any-return]
 
 
 def softmax_attention(
@@ -133,7 +139,7 @@ def _rotated(part: SequencePart, q: Tensor, k: Tensor, cu_seqlens: Tensor, theta
     t = q.shape[1]
     positions = document_positions(cu_seqlens, part.count * t)[part.index * t : (part.index + 1) * t]
     exact = torch.promote_types(q.dtype, torch.float32)
-    turn = angles(positions, q.shape[3], theta)[:, None]
+    turn = position_angles(positions, q.shape[3], theta)[:, None]
     cos, sin = turn.cos().to(exact), turn.sin().to(exact)
 
     def rotated(x: Tensor) -> Tensor:

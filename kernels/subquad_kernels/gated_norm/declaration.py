@@ -11,22 +11,25 @@ MOST_WIDTH = 16384
 
 
 def work(workload: Workload) -> Work:
-    """One exponential a channel and some ten FLOPs; each tensor read or written once, without the skip's weights."""
+    """An exponential a gated channel and some ten FLOPs; each tensor read or written once, without the skip's weights."""
     shape, options, e = workload.shape, workload.options, workload.element_bytes
     b, t, c = (shape[axis] for axis in ("b", "t", "c"))
-    skips, weighs = bool(options["skip"]), bool(options["weight"])
+    skips, weighs = bool(options["skip"]), bool(options["weight"]) + bool(options.get("bias"))
+    gated, centred = options["activation"] != "none", bool(options.get("centre"))
+    normed = bool(options.get("norm", True))
+    curved = options["activation"] in ("silu", "sigmoid")
     channels = b * t * c
-    inputs = channels * (2 + skips) * e
+    inputs = channels * (1 + gated + skips) * e
     weights = max(4, e) * (weighs * c // (shape["g"] if options["shared"] else 1))
     if workload.phase == "backward":
         return Work(
-            vector_flops=channels * (18 + 2 * weighs + 5 * skips),
-            transcendental_ops=channels,
+            vector_flops=channels * (10 * normed + 8 * gated + 2 * weighs + 5 * skips + 4 * centred),
+            transcendental_ops=channels * curved,
             bytes_moved=2 * (inputs + weights) + channels * e,
         )
     return Work(
-        vector_flops=channels * (6 + weighs + 2 * skips),
-        transcendental_ops=channels,
+        vector_flops=channels * (4 * normed + 2 * gated + weighs + 2 * skips + 2 * centred),
+        transcendental_ops=channels * curved,
         bytes_moved=inputs + weights + channels * e,
         saved_bytes=0 if workload.phase == "decode" else inputs + weights + channels * e,
     )
@@ -41,6 +44,9 @@ def _example(
     activation: str = "silu",
     skip: bool = False,
     weight: bool = True,
+    norm: bool = True,
+    centre: bool = False,
+    bias: bool = False,
     **shape: int,
 ) -> Workload:
     axes = {"b": 2, "t": 37, "c": 48, "g": 4} | shape
@@ -52,6 +58,9 @@ def _example(
         "skip": skip,
         "eps": 1e-5,
     }
+    options |= {} if norm else {"norm": False}
+    options |= {"centre": True} if centre else {}
+    options |= {"bias": True} if bias else {}
     return Workload(operator="gated_norm", shape=axes, dtype=dtype, phase=phase, options=options)
 
 
@@ -59,7 +68,7 @@ OPERATOR = Operator(
     name="gated_norm",
     summary="heads normalised group by group and gated by the input",
     definition=f"{_HERE}.definition",
-    tensors=("x", "z", "weight", "skip", "skip_weight"),
+    tensors=("x", "z", "weight", "bias", "skip", "skip_weight"),
     outputs=("y",),
     residuals=(),
     defaults={"cpu": ("composed",), "cuda": ("fused", "composed")},
@@ -75,6 +84,9 @@ OPERATOR = Operator(
         _example("float32", gate_first=True, skip=True, g=1),
         _example("float32", shared=True, activation="sigmoid"),
         _example("float32", weight=False),
+        _example("float32", centre=True, bias=True),
+        _example("float32", activation="none", shared=True),
+        _example("float32", norm=False, weight=False, skip=True),
         _example("float32", "decode", t=1, gate_first=True, skip=True),
         _example("bfloat16", gate_first=True, skip=True),
     ),

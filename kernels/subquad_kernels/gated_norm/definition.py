@@ -14,31 +14,48 @@ from subquad_kernels.workload import Workload
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Argument, Arguments, Outputs
 
-ACTIVATIONS = ("silu", "sigmoid")
+ACTIVATIONS = ("silu", "sigmoid", "identity")
+NO_GATE = "none"
+"""What a workload says for the activation where there is no gate."""
 
 
 def reference(
     x: Tensor,
-    z: Tensor,
+    z: Tensor | None,
     weight: Tensor | None,
+    bias: Tensor | None,
     skip: Tensor | None,
     skip_weight: Tensor | None,
     groups: int,
     gate_first: bool,
+    norm: bool,
+    centre: bool,
     activation: str,
     eps: float,
 ) -> Outputs:
     """Root mean squares written out.  Shapes:  x, z, skip: b t c  ->  b t c"""
     exact = torch.promote_types(x.dtype, torch.float32)
-    value, gate = x.to(exact), z.to(exact)
+    value = x.to(exact)
     if skip is not None and skip_weight is not None:
         value = value + skip.to(exact) * skip_weight.to(exact).repeat_interleave(x.shape[2] // len(skip_weight))
-    opened = torch.sigmoid(gate) * (gate if activation == "silu" else 1)
+    opened = torch.ones_like(value) if z is None else _opened(z.to(exact), activation)
     size = (value * opened if gate_first else value).unflatten(-1, (groups, -1))
-    normal = (size / torch.sqrt(size.square().mean(-1, keepdim=True) + eps)).flatten(-2)
+    if centre:
+        size = size - size.mean(-1, keepdim=True)
+    if norm:
+        size = size / torch.sqrt(size.square().mean(-1, keepdim=True) + eps)
+    normal = size.flatten(-2)
     if weight is not None:
         normal = normal * weight.to(exact).repeat(x.shape[2] // len(weight))
+    if bias is not None:
+        normal = normal + bias.to(exact).repeat(x.shape[2] // len(bias))
     return ((normal if gate_first else normal * opened).to(x.dtype),)
+
+
+def _opened(gate: Tensor, activation: str) -> Tensor:
+    if activation == "identity":
+        return gate
+    return torch.sigmoid(gate) * (gate if activation == "silu" else 1)
 
 
 REFERENCE = AutogradKernel(reference)
@@ -58,12 +75,17 @@ def check(arguments: Arguments) -> None:
     c = x.shape[2]
     if groups < 1 or c % groups:
         raise ValueError(f"{c} channels are not {groups} equal groups")
-    if (weight := values["weight"]) is not None and weight.shape not in ((c,), (c // groups,)):
-        raise ValueError(f"weight is {tuple(weight.shape)}, not {c}, nor {c // groups} shared by the groups")
+    for name in ("weight", "bias"):
+        if (given := values[name]) is not None and given.shape not in ((c,), (c // groups,)):
+            raise ValueError(f"{name} is {tuple(given.shape)}, not {c}, nor {c // groups} shared by the groups")
+    if z is None and values["gate_first"]:
+        raise ValueError("gate_first needs a gate, and z is absent")
     if (skip is None) != (values["skip_weight"] is None):
         raise ValueError("skip and skip_weight go together")
     if skip is not None and (values["skip_weight"].dim() != 1 or c % values["skip_weight"].shape[0]):
         raise ValueError(f"skip_weight is {tuple(values['skip_weight'].shape)}, no divisor of {c} channels")
+    if values["centre"] and not values["norm"]:
+        raise ValueError("centre is a part of the norm, and norm is False")
     if values["activation"] not in ACTIVATIONS:
         raise ValueError(f"activation is '{values['activation']}', not one of {', '.join(ACTIVATIONS)}")
     if values["eps"] <= 0:
@@ -92,12 +114,16 @@ def workload_of(arguments: Arguments, phase: str) -> Workload:
     shape = dict(b=b, t=t, c=c, g=groups)
     options = {
         "gate_first": values["gate_first"],
-        "activation": values["activation"],
+        "activation": NO_GATE if values["z"] is None else values["activation"],
         "weight": weight is not None,
         "shared": groups > 1 and weight is not None and int(weight.shape[0]) == c // groups,
         "skip": values["skip"] is not None,
         "eps": float(values["eps"]),
     }
+    # Named where they are asked for alone: what was measured before there were any stays what it is.
+    options |= {} if values["norm"] else {"norm": False}
+    options |= {"centre": True} if values["centre"] else {}
+    options |= {"bias": True} if values["bias"] is not None else {}
     dtype: Any = str(x.dtype).removeprefix("torch.")
     return Workload(operator="gated_norm", shape=shape, dtype=dtype, phase=phase, options=options)  # type: ignore[arg-type]
 
@@ -118,15 +144,19 @@ def sample_inputs(workload: Workload, *, seed: int, device: str) -> dict[str, Ar
 
     x, z = draw(b, t, c), 3 * draw(b, t, c)
     x[:, seed % t] *= 1e-3
-    skips = bool(options["skip"])
+    skips, gated = bool(options["skip"]), options["activation"] != NO_GATE
+    own = c // g if options["shared"] else c
     return {
         "x": x.to(dtype),
-        "z": z.to(dtype),
-        "weight": 1 + 0.3 * draw(c // g if options["shared"] else c) if options["weight"] else None,
+        "z": z.to(dtype) if gated else None,
+        "weight": 1 + 0.3 * draw(own) if options["weight"] else None,
+        "bias": 0.3 * draw(own) if options.get("bias") else None,
         "skip": draw(b, t, c).to(dtype) if skips else None,
         "skip_weight": draw(c // 64 if c % 64 == 0 else gcd(c, 8)) if skips else None,
         "groups": g,
         "gate_first": bool(options["gate_first"]),
-        "activation": str(options["activation"]),
+        "norm": bool(options.get("norm", True)),
+        "centre": bool(options.get("centre")),
+        "activation": str(options["activation"]) if gated else ACTIVATIONS[0],
         "eps": float(options["eps"]),
     }

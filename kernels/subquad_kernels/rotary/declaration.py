@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from subquad_kernels.catalogue import Kernel, Operator, Tolerance
-from subquad_kernels.workload import DeviceLimits, DType, Phase, Work, Workload
+from subquad_kernels.workload import DeviceLimits, DType, Option, Phase, Work, Workload
 
 _HERE = "subquad_kernels.rotary"
 
 
 def work(workload: Workload) -> Work:
-    """3 FLOPs per feature, and a sine and a cosine per token and pair; the backward is the same rotation back."""
+    """3 FLOPs per feature, and a sine and a cosine per token and pair; the backward is the same rotation back.
+
+    Angles that are given are read, and have a gradient: its products read queries and keys again.
+    """
     shape, e = workload.shape, workload.element_bytes
     b, t, h, h_kv, k = (shape[axis] for axis in ("b", "t", "h", "h_kv", "k"))
     documents = shape.get("documents", 0)
     features = b * t * (h + h_kv) * k
     boundaries = 4 * (documents + 1) if documents else 0
+    if (given := workload.options.get("angles")) is not None:
+        pairs, turns = int(workload.options["pairs"]), 1 if given == "shared" else h
+        angles, turning = b * t * turns * pairs, 2 * b * t * (h + h_kv) * pairs
+        back = workload.phase == "backward"
+        return Work(
+            vector_flops=(5 if back else 3) * turning,
+            transcendental_ops=2 * angles,
+            bytes_moved=(3 if back else 2) * features * e + (2 if back else 1) * angles * max(4, e),
+            saved_bytes=features * e + angles * max(4, e) if workload.phase == "forward" else 0,
+        )
     return Work(
         vector_flops=3 * features,
         transcendental_ops=t * k,
@@ -23,16 +36,20 @@ def work(workload: Workload) -> Work:
     )
 
 
-def _example(dtype: DType, phase: Phase = "forward", **shape: int) -> Workload:
+def _example(
+    dtype: DType, phase: Phase = "forward", *, angles: str = "", pairs: int = 5, **shape: int
+) -> Workload:
     axes = {"b": 2, "t": 37, "h": 4, "h_kv": 2, "k": 16} | shape
-    return Workload(operator="rotary", shape=axes, dtype=dtype, phase=phase, options={"theta": 1e6})
+    options: dict[str, Option] = {"theta": 1e6}
+    options |= {"angles": angles, "pairs": pairs} if angles else {}
+    return Workload(operator="rotary", shape=axes, dtype=dtype, phase=phase, options=options)
 
 
 OPERATOR = Operator(
     name="rotary",
     summary="rotation of queries and keys by their positions",
     definition=f"{_HERE}.definition",
-    tensors=("q", "k", "cu_seqlens", "position"),
+    tensors=("q", "k", "angles", "cu_seqlens", "position"),
     outputs=("rotated_q", "rotated_k"),
     residuals=(),
     defaults={"cpu": ("tables",), "cuda": ("fused", "tables")},
@@ -48,6 +65,9 @@ OPERATOR = Operator(
         _example("float32", b=1, documents=4),
         _example("float32", "decode", t=1),
         _example("bfloat16"),
+        _example("float32", angles="shared"),
+        _example("float32", angles="own", h_kv=4, pairs=8),
+        _example("bfloat16", angles="own", h_kv=4),
     ),
     benchmarks={
         "cpu": _example("float32", b=1, t=128, h=4, h_kv=4, k=64),
@@ -70,6 +90,8 @@ def _fused_supports(workload: Workload, limits: DeviceLimits) -> str | None:
 
 def _tables_launches(workload: Workload) -> int:
     """Two tables, and products and sums of halves for q and for k; positions where documents are packed."""
+    if "angles" in workload.options:
+        return 44 if workload.phase == "backward" else 24
     return 27 + (5 if "documents" in workload.shape else 0)
 
 

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from subquad_kernels.rotary import given_angles
 from subquad_kernels.tile_sizes import ceil_div, power_of_two
 from subquad_kernels.triton_documents import find_documents, halvings
 from subquad_kernels.triton_launch import QuickLaunch
@@ -30,9 +31,19 @@ PROGRAMS = 1056
 
 
 def forward(
-    q: Tensor, k: Tensor, cu_seqlens: Tensor | None, position: Tensor | None, start: int, theta: float
+    q: Tensor,
+    k: Tensor,
+    angles: Tensor | None,
+    cu_seqlens: Tensor | None,
+    position: Tensor | None,
+    start: int,
+    theta: float,
 ) -> Outputs:
     """Both, rotated."""
+    if q.dtype == torch.float64:
+        raise TypeError("rotary/fused computes in float32; for float64 use kernel='tables'")
+    if angles is not None:
+        return given_angles.turned(q, k, angles)
     return _rotated(q, k, cu_seqlens, position, start, theta, 1.0)
 
 
@@ -42,6 +53,9 @@ def backward(arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | N
     dq, dk = (
         torch.zeros_like(values[name]) if gradient is None else gradient for name, gradient in zip("qk", gradients)
     )
+    if values["angles"] is not None:
+        dq, dk, dangles = given_angles.turned_back(values["q"], values["k"], values["angles"], dq, dk)
+        return {"q": dq, "k": dk, "angles": dangles}
     cu_seqlens, position = values["cu_seqlens"], values["position"]
     dq, dk = _rotated(dq, dk, cu_seqlens, position, values["start"], values["theta"], -1.0)
     return {"q": dq, "k": dk}
@@ -50,8 +64,6 @@ def backward(arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | N
 def _rotated(
     q: Tensor, k: Tensor, cu_seqlens: Tensor | None, position: Tensor | None, start: int, theta: float, sign: float
 ) -> tuple[Tensor, Tensor]:
-    if q.dtype == torch.float64:
-        raise TypeError("rotary/fused computes in float32; for float64 use kernel='tables'")
     b, t, h, head_dim = q.shape
     h_kv = k.shape[2]
     q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from subquad import MixerContext
-from subquad_kernels.operators import causal_conv, delta_rule
+from subquad_kernels.operators import causal_conv, delta_rule, gated_norm
 from subquad_linear.config import DeltaNetConfig, width_of_a_head
 from subquad_linear.delta_memory import DeltaMemory
-from subquad_linear.exact_norm import ExactNorm
-from subquad_linear.unit_length import UnitLength
+from subquad_linear.exact_norm import EPS, ExactNorm
+from subquad_linear.unit_length import unit_length
 
 
 class DeltaNet(DeltaMemory):
@@ -33,7 +33,6 @@ class DeltaNet(DeltaMemory):
         self.qkv_proj = nn.Linear(d, 3 * d, bias=False)
         # Holds the taps (c 1 w) and draws them; the operator computes.
         self.conv = nn.Conv1d(3 * d, 3 * d, config.conv_width, groups=3 * d, bias=False)
-        self.unit_length = UnitLength()
         self.write_proj = nn.Linear(d, config.num_heads, bias=False)
         self.norm = ExactNorm(self.key_dim)
         self.o_proj = nn.Linear(d, d, bias=False)
@@ -51,10 +50,12 @@ class DeltaNet(DeltaMemory):
         qkv, conv_inputs = causal_conv(
             self.qkv_proj(x), self.conv.weight.squeeze(1), initial_state=conv_inputs, cu_seqlens=cu_seqlens
         )
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.key_dim)).unbind(-3)
+        q, k, v = qkv.split(self.num_heads * self.key_dim, dim=-1)
+        q, k = (unit_length(rows, self.num_heads, self.key_dim) for rows in (q, k))
         write_gate = self.largest_write * torch.sigmoid(self.write_proj(x))
         o, state = delta_rule(
-            self.unit_length(q), self.unit_length(k), v, write_gate=write_gate,
+            q, k, v.unflatten(-1, (self.num_heads, self.value_dim)), write_gate=write_gate,
             initial_state=state, cu_seqlens=cu_seqlens,
         )  # fmt: skip
-        return self.o_proj(self.norm(o).flatten(2)), conv_inputs, state
+        y = gated_norm(o.flatten(2), weight=self.norm.weight, groups=self.num_heads, eps=EPS)
+        return self.o_proj(y), conv_inputs, state

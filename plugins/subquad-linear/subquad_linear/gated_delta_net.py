@@ -13,7 +13,7 @@ from subquad_kernels.operators import causal_conv, delta_rule
 from subquad_linear.config import GatedDeltaNetConfig, width_of_a_head
 from subquad_linear.delta_memory import DeltaMemory
 from subquad_linear.gated_output import GatedOutput
-from subquad_linear.unit_length import UnitLength
+from subquad_linear.unit_length import unit_length
 
 SMALLEST_STEP, LARGEST_STEP, STEP_FLOOR = 1e-3, 1e-1, 1e-4
 """Step sizes are drawn log-uniform between the first two and not below the third, as in Mamba-2."""
@@ -55,7 +55,6 @@ class GatedDeltaNet(DeltaMemory):
         self.qkv_proj = nn.Linear(d, channels, bias=False)
         # Holds the taps (c 1 w) and draws them; the operator computes.
         self.conv = nn.Conv1d(channels, channels, config.conv_width, groups=channels, bias=False)
-        self.unit_length = UnitLength()
         self.write_proj = nn.Linear(d, h, bias=False)
         self.decay_proj = nn.Linear(d, h, bias=False)
         self.A_log = nn.Parameter(torch.empty(h))
@@ -79,8 +78,7 @@ class GatedDeltaNet(DeltaMemory):
         )
         keys, values = self.num_key_heads * self.key_dim, self.num_heads * self.value_dim
         q, k, v = qkv.split([keys, keys, values], dim=-1)
-        q = self.unit_length(q.unflatten(-1, (self.num_key_heads, self.key_dim)))
-        k = self.unit_length(k.unflatten(-1, (self.num_key_heads, self.key_dim)))
+        q, k = (unit_length(rows, self.num_key_heads, self.key_dim) for rows in (q, k))
         v = v.unflatten(-1, (self.num_heads, self.value_dim))
         write_gate = self.largest_write * torch.sigmoid(self.write_proj(x))
         # Rates and biases are fp32, which makes the decays fp32 where products are rounded to 8 bits.

@@ -13,7 +13,7 @@ from subquad_kernels.operators import causal_conv, log_linear_delta_rule
 from subquad_linear.config import LogLinearGatedDeltaNetConfig, width_of_a_head
 from subquad_linear.gated_delta_net import draw_decays
 from subquad_linear.gated_output import GatedOutput
-from subquad_linear.unit_length import UnitLength
+from subquad_linear.unit_length import unit_length
 
 
 class LogLinearGatedDeltaNetCarry(NamedTuple):
@@ -55,7 +55,6 @@ class LogLinearGatedDeltaNet(nn.Module):
         self.qkv_proj = nn.Linear(d, channels, bias=False)
         # Holds the taps (c 1 w) and draws them; the operator computes.
         self.conv = nn.Conv1d(channels, channels, config.conv_width, groups=channels, bias=False)
-        self.unit_length = UnitLength()
         self.write_proj = nn.Linear(d, h, bias=False)
         self.decay_proj = nn.Linear(d, h, bias=False)
         self.level_proj = nn.Linear(d, h * self.num_levels, bias=False)
@@ -109,8 +108,7 @@ class LogLinearGatedDeltaNet(nn.Module):
         )
         keys, values = self.num_key_heads * self.key_dim, self.num_heads * self.value_dim
         q, k, v = qkv.split([keys, keys, values], dim=-1)
-        q = self.unit_length(q.unflatten(-1, (self.num_key_heads, self.key_dim)))
-        k = self.unit_length(k.unflatten(-1, (self.num_key_heads, self.key_dim)))
+        q, k = (unit_length(rows, self.num_key_heads, self.key_dim) for rows in (q, k))
         v = v.unflatten(-1, (self.num_heads, self.value_dim))
         write_gate = self.largest_write * torch.sigmoid(self.write_proj(x))
         # Rates, biases and L are fp32, which makes decays and weights fp32 where products are rounded to 8 bits.

@@ -18,7 +18,11 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map each token."""
-        return self.up(self.activation(self.down(x)))  # type: ignore[no-any-return]
+        return self.widened(self.down(x))
+
+    def widened(self, low: Tensor) -> Tensor:
+        """From W_down x on.  Shapes:  low: ... r  ->  ... d"""
+        return self.up(self.activation(low))  # type: ignore[no-any-return]
 
     def init_uniform(self, bound: float) -> None:
         """W_down zero, so that y ignores x at first; W_up uniform within +- bound (RWKV-6)."""

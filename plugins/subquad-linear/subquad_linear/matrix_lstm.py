@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from subquad import MixerContext
 from subquad_kernels.operators import linear_attention
 from subquad_linear.config import MatrixLSTMConfig, width_of_a_head
-from subquad_linear.head_layer_norm import HeadLayerNorm
+from subquad_linear.head_norm import HeadNorm
 
 NORM_EPS = 1e-6
 INPUT_BIAS, FIRST_FORGET_BIAS, LAST_FORGET_BIAS = -10.0, 3.0, 6.0
@@ -49,7 +49,7 @@ class MatrixLSTM(nn.Module):
         self.o_proj = nn.Linear(d, d, bias=False)
         self.input_gate = nn.Linear(d, h)
         self.forget_gate = nn.Linear(d, h)
-        self.norm = HeadLayerNorm(h, self.value_dim, NORM_EPS)
+        self.norm = HeadNorm(h, self.value_dim, NORM_EPS, bias=False)
         self.out_proj = nn.Linear(d, d, bias=False)
 
     @torch.no_grad()
@@ -99,7 +99,7 @@ class MatrixLSTM(nn.Module):
             q, k, torch.ones_like(v[..., :1]), log_decay, write, initial_state=normalizer, cu_seqlens=cu_seqlens
         )
         h = numerator / denominator.abs().clamp(min=1)
-        return self.out_proj(torch.sigmoid(self.o_proj(x)) * self.norm(h)), state, normalizer
+        return self.out_proj(self.norm.leave(h, self.o_proj(x), "sigmoid")), state, normalizer
 
     def _capped(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """A gate before its activation. The bias joins after the product: it is fp32, and makes the gate fp32."""

@@ -89,7 +89,7 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             build="subquad_linear.delta_net:DeltaNet",
             work_growth=Growth.LINEAR,
             carry_growth=Growth.CONSTANT,
-            operators=("causal_conv", "delta_rule"),
+            operators=("causal_conv", "delta_rule", "gated_norm"),
         ),
         MixerSpec(
             name="lightning",
@@ -113,7 +113,7 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             no_decay=both_ways("forget_gate.bias", "input_gate.bias"),
             # Gates act exponentially on the state: 8 bits of a bias change what is remembered.
             float32_parameters=both_ways("forget_gate.bias", "input_gate.bias"),
-            operators=("linear_attention",),
+            operators=("gated_norm", "linear_attention"),
             bidirectional=True,
         ),
         MixerSpec(
@@ -127,7 +127,7 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             no_decay=("mix", "mix_down.weight", "mix_up", "decay.down.weight", "decay.up.weight", "bonus"),
             # It acts doubly exponentially on the state through the decays.
             float32_parameters=("decay_base",),
-            operators=("gated_linear_attention",),
+            operators=("gated_linear_attention", "gated_norm"),
         ),
         MixerSpec(
             name="rwkv7",
@@ -140,7 +140,7 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             no_decay=("mix", "bonus", *(f"{map}.{half}.weight" for map in RWKV7_LOW_RANK for half in ("down", "up"))),
             # It acts exponentially on the state through the decays.
             float32_parameters=("decay_base",),
-            operators=("delta_rule",),
+            operators=("delta_rule", "gated_norm"),
             shares=share_values,
         ),
         MixerSpec(
@@ -164,7 +164,7 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             no_decay=("bias",),
             # Gates act exponentially on the state: 8 bits of a bias change what is remembered.
             float32_parameters=("bias",),
-            operators=("causal_conv", "slstm_scan"),
+            operators=("causal_conv", "gated_norm", "slstm_scan"),
         ),
         MixerSpec(
             name="log_linear",

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from subquad import MixerContext
 from subquad_kernels.operators import gated_linear_attention
 from subquad_linear.config import RWKV6Config, width_of_a_head
-from subquad_linear.head_group_norm import HeadGroupNorm
+from subquad_linear.head_norm import HeadNorm
 from subquad_linear.low_rank import LowRank
-from subquad_linear.rwkv_depth import Depth
+from subquad_linear.rwkv_depth import NORM_EPS, Depth
 from subquad_linear.shifted_memory import Shared, ShiftedMemory
-from subquad_linear.token_shift import TokenShift
+from subquad_linear.token_shift import TokenShift, mapped_lerp
 
 POWERS = {"w": 1.0, "k": 1.0, "v": 1.0, "r": 0.5, "g": 0.5}
 """How early channels of each stream look back at first, in the order of `mix` (the authors' code)."""
@@ -51,7 +50,7 @@ class RWKV6(ShiftedMemory):
         self.k_proj = nn.Linear(d, d, bias=False)
         self.v_proj = nn.Linear(d, d, bias=False)
         self.g_proj = nn.Linear(d, d, bias=False)
-        self.norm = HeadGroupNorm(h, self.head_dim)
+        self.norm = HeadNorm(h, self.head_dim, NORM_EPS, bias=True)
         self.o_proj = nn.Linear(d, d, bias=False)
         self._init_dynamics()
 
@@ -82,9 +81,10 @@ class RWKV6(ShiftedMemory):
         self, x: Tensor, last: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None, shared: Shared
     ) -> tuple[Tensor, Tensor, Shared]:
         change = self.shift(x, last, cu_seqlens)
-        low = torch.tanh(self.mix_down(x + change * self.first_mix)).unflatten(-1, (STREAMS, -1))
-        mix = self.mix[:, None, None] + torch.einsum("btsr,srd->sbtd", low, self.mix_up)
-        x_w, x_k, x_v, x_r, x_g = (x + change * mix).unbind(0)
+        low = torch.tanh(mapped_lerp(x, change, self.mix_down.weight, self.first_mix))
+        low = low.flatten(0, 1).unflatten(-1, (STREAMS, -1)).transpose(0, 1)
+        mix = torch.baddbmm(self.mix.unsqueeze(1), low, self.mix_up).unflatten(1, tuple(x.shape[:2]))
+        x_w, x_k, x_v, x_r, x_g = torch.addcmul(x, change, mix).unbind(0)
         heads = (self.num_heads, self.head_dim)
         # The base is fp32, which makes the decays fp32 where products are rounded to 8 bits.
         exponent = (self.decay_base + self.decay(x_w)).clamp(max=LARGEST_EXPONENT)
@@ -94,4 +94,4 @@ class RWKV6(ShiftedMemory):
             self.v_proj(x_v).unflatten(-1, heads), log_decay, self.bonus,
             initial_state=state, cu_seqlens=cu_seqlens, scale=1.0, read="before",
         )  # fmt: skip
-        return self.o_proj(self.norm(o) * F.silu(self.g_proj(x_g))), state, {}
+        return self.o_proj(self.norm.leave(o, self.g_proj(x_g))), state, {}

@@ -11,11 +11,12 @@ from torch.nn import functional as F
 from subquad import MixerContext
 from subquad_kernels.operators import delta_rule
 from subquad_linear.config import FIRST_VALUE, RWKV7Config, share_values, width_of_a_head
-from subquad_linear.head_group_norm import HeadGroupNorm
+from subquad_linear.head_norm import HeadNorm
 from subquad_linear.low_rank import LowRank
-from subquad_linear.rwkv_depth import Depth
+from subquad_linear.rwkv_depth import NORM_EPS, Depth
 from subquad_linear.shifted_memory import Shared, ShiftedMemory
-from subquad_linear.token_shift import TokenShift
+from subquad_linear.token_shift import TokenShift, mapped_lerp
+from subquad_linear.unit_length import unit_length
 
 LARGEST_RATE = math.exp(-0.5)
 """A channel forgets at most 1 - exp(-exp(-1/2)) = 45 % of what it holds a token."""
@@ -23,14 +24,8 @@ POWERS = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
 """How early channels of each stream look back at first, in the order of `mix` (the authors' code)."""
 UP_GAIN = 0.1
 """Gain of the second factors of low-rank maps at first (the authors' code)."""
-
-
-class UnitDirection(nn.Module):
-    """y = x / max(|x|, 1e-12) over the last axis, in fp32 or wider; y has x's type.  Shapes:  x: ... n  ->  ... n"""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Scale each vector."""
-        return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=1e-12).to(x.dtype)
+DIRECTION_EPS = 1e-24
+"""Keeps a direction of zeros finite: the square of the authors' 1e-12."""
 
 
 class RWKV7(ShiftedMemory):
@@ -70,8 +65,7 @@ class RWKV7(ShiftedMemory):
         if self.reads:
             self.value_base = nn.Parameter(torch.empty(d))
             self.value = LowRank(d, config.resolved_value_rank(d), nn.Identity())
-        self.unit_direction = UnitDirection()
-        self.norm = HeadGroupNorm(h, self.head_dim)
+        self.norm = HeadNorm(h, self.head_dim, NORM_EPS, bias=True)
         self.o_proj = nn.Linear(d, d, bias=False)
         self._init_dynamics()
 
@@ -105,24 +99,34 @@ class RWKV7(ShiftedMemory):
         self, x: Tensor, last: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None, shared: Shared
     ) -> tuple[Tensor, Tensor, Shared]:
         change = self.shift(x, last, cu_seqlens)
-        x_r, x_w, x_k, x_v, x_a, x_g = (x + change * self.mix[:, None, None]).unbind(0)
+        mix_r, mix_w, mix_k, mix_v, mix_a, mix_g = self.mix.unbind(0)
+        wide = torch.stack([mix_r, mix_k, mix_v])[:, None, None].to(x.dtype)
+        x_r, x_k, x_v = torch.addcmul(x, change, wide).unbind(0)
+        maps = [(self.decay, mix_w), (self.rate, mix_a), (self.gate, mix_g)]
+        if self.reads:
+            maps.append((self.value, mix_v))
+        down = torch.cat([low_rank.down.weight for low_rank, _ in maps])
+        mixes = torch.cat([mix.expand_as(low_rank.down.weight) for low_rank, mix in maps])
+        ranks = [low_rank.down.out_features for low_rank, _ in maps]
+        low = mapped_lerp(x, change, down, mixes).split(ranks, dim=-1)
         r, k, v = self.r_proj(x_r), self.k_proj(x_k), self.v_proj(x_v)
         published = {FIRST_VALUE: v} if self.publishes else {}
         if self.reads:
-            share = torch.sigmoid(self.value_base + self.value(x_v)).to(v.dtype)
-            v = v + (shared[FIRST_VALUE].to(v.dtype) - v) * share
-        rate = torch.sigmoid(self.rate_base + self.rate(x_a))
+            share = torch.sigmoid(F.linear(low[3], self.value.up.weight, self.value_base))
+            v = torch.lerp(v, shared[FIRST_VALUE].to(v.dtype), share)
+        rate = torch.sigmoid(F.linear(low[1], self.rate.up.weight, self.rate_base))
         # The base is fp32, which makes the decays fp32 where products are rounded to 8 bits.
-        log_decay = -LARGEST_RATE * torch.sigmoid(self.decay_base + self.decay(x_w))
+        log_decay = -LARGEST_RATE * torch.sigmoid(self.decay_base + self.decay.widened(low[0]))
         heads = (self.num_heads, self.head_dim)
-        removed = self.unit_direction((k * self.removal).unflatten(-1, heads))
-        inserted = removed * rate.unflatten(-1, heads)
-        written = (k * (1 + (rate - 1) * self.replacement)).to(v.dtype).unflatten(-1, heads)
+        removed = unit_length(k * self.removal.to(k.dtype), *heads, eps=DIRECTION_EPS)
+        replaced = self.replacement.to(k.dtype)
+        written = (k * torch.addcmul(1 - replaced, rate, replaced)).unflatten(-1, heads)
         r, v = r.unflatten(-1, heads), v.unflatten(-1, heads)
         o, state = delta_rule(
             r, written, v, log_decay.unflatten(-1, heads),
-            remove=-removed.to(v.dtype), insert=inserted.to(v.dtype),
+            remove=-removed, insert=removed * rate.unflatten(-1, heads),
             initial_state=state, cu_seqlens=cu_seqlens, scale=1.0,
         )  # fmt: skip
-        current = (r * written * self.bonus).sum(-1, keepdim=True) * v
-        return self.o_proj((self.norm(o) + current.flatten(-2)) * self.gate(x_g)), state, published
+        current = (r * self.bonus.to(r.dtype) * written).sum(-1, keepdim=True).to(v.dtype) * v
+        gate = self.gate.widened(low[2])
+        return self.o_proj(self.norm.leave(o, gate, "identity") + current.flatten(-2) * gate), state, published

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from subquad import MixerContext
 
+NORM_EPS = 64e-5
+"""Of the norm of the heads: the authors' value, 1e-5 times the square of 8."""
+
 
 @dataclass(frozen=True)
 class Depth:

@@ -10,7 +10,7 @@ from torch import Tensor, einsum, nn
 from subquad import MixerContext
 from subquad_kernels.operators import causal_conv, slstm_scan
 from subquad_linear.config import ScalarLSTMConfig, width_of_a_head
-from subquad_linear.head_layer_norm import HeadLayerNorm
+from subquad_linear.head_norm import HeadNorm
 
 NORM_EPS = 1e-5
 SLOWEST_FORGET_BIAS, FASTEST_FORGET_BIAS = 5.0, -7.0
@@ -55,7 +55,7 @@ class ScalarLSTM(nn.Module):
         self.input_gates = nn.Parameter(torch.empty(h, self.head_dim, 2, self.head_dim))
         self.recurrent = nn.Parameter(torch.empty(h, self.head_dim, 4, self.head_dim))
         self.bias = nn.Parameter(torch.empty(h, 4, self.head_dim))
-        self.norm = HeadLayerNorm(h, self.head_dim, NORM_EPS)
+        self.norm = HeadNorm(h, self.head_dim, NORM_EPS, bias=False)
         self._init_gates()
 
     def init_parameters(self, std: float) -> None:
@@ -112,4 +112,4 @@ class ScalarLSTM(nn.Module):
         h, state = slstm_scan(
             torch.cat([i_and_f, z_and_o], 3), self.recurrent, self.bias, initial_state=state, cu_seqlens=cu_seqlens
         )
-        return self.norm(h), conv_inputs, state
+        return self.norm.leave(h), conv_inputs, state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 
 class TokenShift(nn.Module):
@@ -23,3 +24,11 @@ class TokenShift(nn.Module):
             starts = starts.index_fill(0, cu_seqlens.long(), True)[:-1]
             before = before.masked_fill(starts.unsqueeze(-1), 0)
         return before - x
+
+
+def mapped_lerp(x: Tensor, change: Tensor, weight: Tensor, mix: Tensor) -> Tensor:
+    """W (x + change * mu) = W x + (W * mu) change: narrow maps of several lerps in two products, no lerp in memory.
+
+    Shapes:  x, change: b t d    weight: r d    mix: d, or r d, a lerp for each row of the map  ->  b t r
+    """
+    return linear(x, weight) + linear(change, weight * mix)

@@ -29,7 +29,7 @@ from subquad_linear.rwkv6 import RWKV6
 from subquad_linear.rwkv7 import RWKV7
 from subquad_linear.rwkv_channel_mix import RWKVChannelMix
 from subquad_linear.scalar_lstm import ScalarLSTM
-from subquad_linear.unit_length import UnitLength
+from subquad_linear.unit_length import unit_length
 
 CONTEXT = MixerContext(d_model=16, layer_index=0, num_layers=2, context_len=64)
 
@@ -84,10 +84,8 @@ def test_with_negative_eigenvalues_a_state_flips_its_sign() -> None:
     with torch.no_grad():
         mixer.qkv_proj.weight[32:] = 0  # no values are written
         mixer.write_proj.weight.copy_(1e3 * x[:, 0])
-        key = mixer.unit_length(
-            torch.nn.functional.silu(mixer.qkv_proj(x)[..., 16:32] * mixer.conv.weight[16:32, 0, 0])
-        )
-        held = key[0, 0, :, None] * tokens(3)[0, 0][None, :]
+        key = torch.nn.functional.silu(mixer.qkv_proj(x)[..., 16:32] * mixer.conv.weight[16:32, 0, 0])
+        held = unit_length(key, 1, 16)[0, 0, 0, :, None] * tokens(3)[0, 0][None, :]
         _, after = mixer.prefill(x, mixer.empty_carry(1)._replace(state=held[None, None].contiguous()))
     torch.testing.assert_close(after.state[0, 0], -held, rtol=1e-3, atol=1e-3)
 
@@ -113,12 +111,16 @@ def test_gated_linear_attention_with_one_rate_for_all_channels_is_retention_at_t
 
 
 def test_keys_have_length_one_and_zeros_stay_zeros() -> None:
-    unit = UnitLength()
     x = torch.cat([1e3 * torch.randn(50, 8), torch.zeros(1, 8)])
-    lengths = unit(x).norm(dim=-1)
-    assert (lengths[:-1] - 1).abs().max() < 1e-6
-    assert lengths[-1] == 0
-    assert unit(x.bfloat16()).dtype == torch.bfloat16
+    for heads, width in ((1, 8), (2, 4)):
+        lengths = unit_length(x[None], heads, width)[0].norm(dim=-1)
+        assert (lengths[:-1] - 1).abs().max() < 1e-6
+        assert (lengths[-1] == 0).all()
+    torch.testing.assert_close(
+        unit_length(x[None].double(), 1, 8, eps=4.0)[0, :, 0],
+        x.double() / (x.double().square().sum(-1, keepdim=True) + 4).sqrt(),
+    )
+    assert unit_length(x[None].bfloat16(), 1, 8).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("gate", [-1e4, 1e4])
@@ -166,7 +168,8 @@ def test_rwkv6_without_decay_and_with_a_bonus_of_one_is_linear_attention() -> No
     mixer = RWKV6(RWKV6Config(num_heads=2), CONTEXT)
     mixer.init_parameters(0.3)
     seen: list[Tensor] = []
-    mixer.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    leave = mixer.norm.leave
+    mixer.norm.leave = lambda o, gate: leave(seen.append(o) or o, gate)  # type: ignore[method-assign, func-returns-value]
     with torch.no_grad():
         mixer.mix.zero_()
         mixer.decay_base.fill_(-float("inf"))
