@@ -89,8 +89,8 @@ class Case:
 
 def call(tensors: dict[str, Any], launch: StepLaunch) -> Tensor:
     """out."""
-    inputs = [tensors[name] for name in ("q", "k", "v", "keys", "values")]
-    return decode(*inputs, WIDTH**-0.5, launch, position=tensors["position"])[0]
+    q, k, v, keys, values, position = tensors.values()
+    return decode(q, k, v, keys, values, WIDTH**-0.5, launch, position)[0]
 
 
 def expected(tensors: dict[str, Any]) -> Tensor:

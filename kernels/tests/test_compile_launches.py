@@ -38,8 +38,6 @@ SPILLS = {
     # but for the first segment's last state, which it leaves to the others.
     ("selective_scan/fused", "scan", "sm_90"): 120,
     ("selective_scan/fused", "differentiate", "sm_90"): 16,
-    # Before its loop, not in it. Of summaries that do not lie in a ring it spills none.
-    ("cached_attention/tiled", "_attend_once", "sm_90"): 8,
     # No register: the table by which libdevice's sine reduces arguments that never come here.
     ("rotary/fused", "_rotate", "sm_90"): 32,
 }
