@@ -15,8 +15,6 @@ from torch import Tensor
 
 from subquad_kernels.operators import cached_attention
 
-_TRITON = find_spec("triton") is not None
-
 
 class Rings(NamedTuple):
     """Rotated keys and values in rings, and how many tokens came before.
@@ -52,7 +50,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rings: Rings, *, segment_len: int = 
     """
     keys, values, position = rings
     out = cached_attention(q, k, v, keys, values, position, segment_len=segment_len)
-    _write(rings, k, v, segment_len)
+    _write(keys, values, position, k, v, segment_len)
     return out, Rings(keys, values, position.add_(1))
 
 
@@ -67,17 +65,23 @@ def cache_of(ring: Tensor, position: int, segment_len: int = 1) -> Tensor:
     return ring.index_select(1, torch.arange(written - places, written, device=ring.device) % places)
 
 
-def _write(rings: Rings, k: Tensor, v: Tensor, segment_len: int) -> None:
-    """The token takes its place; `position` stays."""
-    keys, values, position = rings
-    if keys.is_cuda and _TRITON:
+@torch.library.custom_op("subquad_kernels::write_rings", mutates_args=("keys", "values"))
+def _write(keys: Tensor, values: Tensor, position: Tensor, k: Tensor, v: Tensor, segment_len: int) -> None:
+    """The token takes its place; `position` stays. One node of a graph, and no operator: nothing is chosen for it."""
+    place = position // segment_len % keys.shape[1]
+    keys.index_copy_(1, place, k)
+    values.index_copy_(1, place, v)
+
+
+if find_spec("triton") is not None:
+
+    @_write.register_kernel("cuda")
+    def _write_by_triton(
+        keys: Tensor, values: Tensor, position: Tensor, k: Tensor, v: Tensor, segment_len: int
+    ) -> None:
         from subquad_kernels.triton_ring import write
 
         write(keys, values, position, k, v, segment_len)
-    else:
-        place = position // segment_len % keys.shape[1]
-        keys.index_copy_(1, place, k)
-        values.index_copy_(1, place, v)
 
 
 def _ring(cache: Tensor, written: int, places: int) -> Tensor:
