@@ -6,15 +6,11 @@ what is installed. `python tools/docs_pages.py PAGE` prints one.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import html
 import inspect
-import io
 import re
 import sys
-import textwrap
-import tokenize
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -25,12 +21,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import licences
 import mixer_table
 from aligned_text import fenced
+from omegaconf import MISSING
 
 import subquad
 from subquad import hookspecs, schema
 from subquad.__main__ import VERBS
 from subquad.commands.check_plugin import CheckConfig
+from subquad.commands.key_help import as_yaml, default_of
 from subquad.commands.plugins import GROWTH
+from subquad.key_meanings import key_meanings
 from subquad.registry import Registry, load_registry
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -292,7 +291,7 @@ def meanings(of: str) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Described:
-    """A field of a dataclass as its source has it."""
+    """A field of a dataclass, and what its source says of it."""
 
     name: str
     kind: str
@@ -303,42 +302,13 @@ class Described:
 
 def fields_of(kind: type) -> Iterator[Described]:
     """The fields of a dataclass and its bases, each with the comments that stand above and beside it."""
-    for base in reversed(kind.__mro__):
-        if dataclasses.is_dataclass(base):
-            yield from _own_fields(base)
-
-
-def _own_fields(kind: type) -> Iterator[Described]:
-    source = textwrap.dedent(inspect.getsource(kind))
-    comments = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT and not token.string.startswith(("# type:", "# noqa", "# fmt:"))
-    }
-    lines = source.splitlines()
-    (definition,) = ast.parse(source).body
-    assert isinstance(definition, ast.ClassDef)
-    for node in definition.body:
-        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
-            continue
-        above, line = [], node.lineno - 1
-        while line in comments and lines[line - 1].lstrip().startswith("#"):
-            above.insert(0, comments[line])
-            line -= 1
-        last = node.end_lineno or node.lineno
-        beside = [comments[line] for line in range(node.lineno, last + 1) if line in comments]
-        default = "required" if node.value is None else _default(ast.unparse(node.value))
-        annotation = ast.unparse(node.annotation)
+    said = key_meanings(kind)
+    for field in dataclasses.fields(kind):
+        annotation = field.type if isinstance(field.type, str) else inspect.formatannotation(field.type)
         nested = bool(re.match(r"\w*Config\b", annotation))
-        yield Described(node.target.id, annotation, default, "; ".join([*above, *beside]), nested)
-
-
-def _default(source: str) -> str:
-    """A default as YAML has it."""
-    made = re.fullmatch(r"field\(default_factory=(.*)\)", source)
-    value = source if made is None else made[1].removeprefix("lambda: ")
-    known = {"list": "[]", "dict": "{}", "None": "null", "True": "true", "False": "false", "'???'": "required"}
-    return known.get(value, value.strip("'") or "''")
+        default = default_of(field)
+        shown = "required" if default == MISSING else "" if nested else as_yaml(default)
+        yield Described(field.name, annotation, shown, said[field.name], nested)
 
 
 def _kernels(registry: Registry, operator: str) -> Iterator[Any]:

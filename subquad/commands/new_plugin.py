@@ -10,7 +10,8 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from subquad import __version__
-from subquad.commands.key_values import key_values, keys_with_defaults
+from subquad.commands.key_help import keys_in_help
+from subquad.commands.key_values import key_values
 from subquad.contracts import CONTRACT_VERSION
 from subquad.errors import ConfigError
 from subquad.registry import load_registry
@@ -26,17 +27,17 @@ class NewPluginConfig:
     into: str = "."  # the folder in which that of the package is made
 
 
-HELP = f"""Write a complete plugin package for a mixer of that name: pyproject, mixer, recipe, tests, CI.
+HELP = """Write a complete plugin package for a mixer of that name: pyproject, mixer, recipe, tests, CI.
 
   python -m subquad plugins new NAME [into=FOLDER]
 
-{keys_with_defaults(NewPluginConfig)}"""
+{keys}"""
 
 
 def run(arguments: list[str]) -> int:
     """Write the package and say what to do next.  Raises: ConfigError."""
     if not arguments or arguments[0] in ("--help", "-h"):
-        print(HELP)
+        print(HELP.format(keys=keys_in_help(NewPluginConfig)))
         return 0 if arguments else 2
     name, *rest = arguments
     config = NewPluginConfig(**key_values("plugins new", NewPluginConfig, rest))
