@@ -33,6 +33,16 @@ HELP = """Write a complete plugin package for a mixer of that name: pyproject, m
 
 {keys}"""
 
+NEXT = """wrote {folder}: a mixer that works as written, to be made into yours
+
+  cd {folder}
+  pip install -e '.[test]'                      # into the environment that has subquad
+  python -m subquad plugins check {mixer}
+  python -m subquad train model={mixer} trainer=smoke
+
+Then change {package}/mixer.py, its keys in config.py, its declaration in plugin.py, and its equation in tests/.
+What runs is what these files say: nothing need be installed again."""
+
 
 def run(arguments: list[str]) -> int:
     """Write the package and say what to do next.  Raises: ConfigError."""
@@ -42,7 +52,7 @@ def run(arguments: list[str]) -> int:
     name, *rest = arguments
     config = NewPluginConfig(**key_values("plugins new", NewPluginConfig, rest))
     folder = write_plugin(name, Path(config.into).expanduser())
-    print(f"wrote {folder}\n\n  cd {folder}\n  pip install -e '.[test]'\n  python -m subquad plugins check {name}")
+    print(NEXT.format(folder=folder, mixer=name, package=f"subquad_{name}"))
     return 0
 
 
