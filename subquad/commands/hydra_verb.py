@@ -212,7 +212,7 @@ def _help(about: str, parsed: Namespace, registry: Registry) -> str:
             break_on_hyphens=False,
         )
         for group in sorted(loader.list_groups(""))
-        if group not in ("hydra", "experiment") and loader.get_group_options(group)
+        if group != "hydra" and loader.get_group_options(group)
     ]
     keys = OmegaConf.to_container(_without_hydra(_composed(loader, parsed)), resolve=False)
     assert isinstance(keys, dict)
