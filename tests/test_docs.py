@@ -12,7 +12,6 @@ import torch
 
 from subquad import Example, build_model, compile_model, hookspecs, load_config, schema
 from subquad.__main__ import VERBS
-from subquad.commands.check_plugin import CheckConfig
 from subquad.compiler.explain import explain
 from subquad.compiler.options import ESTIMATORS, CompileOptions
 from subquad.compiler.pipeline import compiled_graphs
@@ -80,12 +79,6 @@ def test_every_key_of_measure_stands_in_the_readme_of_the_compiler() -> None:
     keys = [field.name for field in dataclasses.fields(schema.MeasureConfig)]
     rows = re.findall(r"^\| (`.+?`) \|", COMPILER.partition("| key of `measure` |")[2].partition("\n\n")[0], flags=re.M)
     assert re.findall(r"`(\w+)`", " ".join(rows)) == keys
-
-
-def test_every_key_of_a_check_stands_in_the_readme_of_the_plugins() -> None:
-    text = (ROOT / "plugins" / "README.md").read_text(encoding="utf-8")
-    keys = [field.name for field in dataclasses.fields(CheckConfig)]
-    assert re.findall(r"^\| `(\w+)` \|", text.partition("| key of `plugins check NAME` |")[2], flags=re.M) == keys
 
 
 def test_every_key_of_a_budget_stands_in_the_readme_of_the_compiler() -> None:

@@ -13,7 +13,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -28,6 +27,7 @@ from subquad import hookspecs, schema
 from subquad.__main__ import VERBS
 from subquad.commands.check_plugin import CheckConfig
 from subquad.commands.key_help import as_yaml, default_of
+from subquad.commands.new_plugin import NewPluginConfig
 from subquad.commands.plugins import GROWTH
 from subquad.key_meanings import key_meanings
 from subquad.registry import Registry, load_registry
@@ -70,14 +70,10 @@ VERB_CONFIGS: Mapping[str, type] = {
     "bench": schema.BenchConfig, "bench models=": schema.DecodingBenchConfig,
     "measure": schema.MeasureConfig, "calibrate": schema.CalibrateConfig,
     "generate": schema.GenerateConfig, "export": schema.ExportConfig, "compare": schema.CompareConfig,
-    "evaluate": schema.EvaluateConfig, "proxy": schema.ProxyConfig, "plugins": CheckConfig,
-    "explain": schema.ForeignConfig,
+    "evaluate": schema.EvaluateConfig, "proxy": schema.ProxyConfig, "explain module=": schema.ForeignConfig,
+    "plugins new NAME": NewPluginConfig, "plugins check NAME": CheckConfig,
 }  # fmt: skip
-"""What verbs take besides the keys of a run; of `plugins` it is `check`, of `explain` it is `module=`."""
-
-
-KEYS_OF: Mapping[str, str] = {"plugins": "plugins check NAME", "explain": "explain module="}
-"""What the tables of keys in READMEs call these."""
+"""What verbs take besides the keys of a run."""
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -163,7 +159,7 @@ def commands() -> str:
         for use, kind in VERB_CONFIGS.items():
             if use.split()[0] == verb:
                 parts += [f"## {use}"] if use != verb else []
-                parts.append(keys_of(kind, said=meanings(KEYS_OF.get(use, use))))
+                parts.append(keys_of(kind))
     return "\n\n".join(parts)
 
 
@@ -174,7 +170,7 @@ def configuration() -> str:
     kinds = [schema.RunConfig, *(getattr(schema, name) for name in SECTIONS if name != "RunConfig")]
     for kind in kinds:
         section = SECTIONS[kind.__name__]
-        parts += [f"## {section or 'A run'}", described(kind), keys_of(kind, section, said=meanings(section))]
+        parts += [f"## {section or 'A run'}", described(kind), keys_of(kind, section)]
     registry = load_registry()
     for component in sorted(registry.components.values(), key=lambda spec: (spec.kind, spec.name)):
         parts += [
@@ -260,8 +256,8 @@ def described(kind: type) -> str:
     return fenced(inspect.getdoc(kind) or "")
 
 
-def keys_of(kind: type, section: str = "", said: Mapping[str, str] = MappingProxyType({})) -> str:
-    """A table of a dataclass's fields, with what a README says of them, else the comment beside them.
+def keys_of(kind: type, section: str = "") -> str:
+    """A table of a dataclass's fields, with the comments beside them.
 
     Fields that are dataclasses have tables of their own.
     """
@@ -270,23 +266,12 @@ def keys_of(kind: type, section: str = "", said: Mapping[str, str] = MappingProx
             f"`{section}.{field.name}`" if section else f"`{field.name}`",
             f"`{field.kind}`",
             f"`{field.default}`",
-            said.get(field.name) or _plain(field.says),
+            _plain(field.says),
         )
         for field in fields_of(kind)
         if not field.nested
     ]
     return _table(("key", "type", "default", "means"), rows) if rows else "It has no keys."
-
-
-def meanings(of: str) -> dict[str, str]:
-    """What the table of keys of a verb or section says in the README that has one, by key."""
-    for source in (*ROOMS.values(), *INCLUDED.values()):
-        head = f"| key of `{of}` |"
-        _, found, table = (ROOT / source).read_text(encoding="utf-8").partition(head)
-        if found:
-            rows = re.findall(r"^\| (`.+?`) \| (.+) \|$", table.partition("\n\n")[0], flags=re.M)
-            return {name: means for keys, means in rows for name in re.findall(r"`(\w+)`", keys)}
-    return {}
 
 
 @dataclasses.dataclass(frozen=True)
