@@ -169,7 +169,9 @@ def _parsed(verb: str, arguments: Sequence[str]) -> Namespace:
 
     def refuse(message: str) -> NoReturn:
         raise ConfigError(
-            what=message, where="the command line", mend=f"python -m subquad {verb} --hydra-help lists what Hydra takes"
+            what=message,
+            where="the command line",
+            mend=f"write key=value: `python -m subquad {verb} --help` lists them, --hydra-help Hydra's options",
         )
 
     parser.error = refuse  # type: ignore[method-assign]
