@@ -55,7 +55,7 @@ HELP = f"""subquad {__version__}: choose, verify and train sub-quadratic sequenc
 
 {{verbs}}
 
-train, explain and warmup take Hydra's arguments: key=value, group=choice, --multirun, --cfg job, --help.
+VERB --help says what each key=value means; train, explain and warmup take group=choice, --multirun and --cfg job too.
 --traceback shows where an error came from."""
 
 

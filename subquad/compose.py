@@ -10,6 +10,7 @@ Past `to_run_config` nobody sees a DictConfig. Only this module and `subquad.com
 from __future__ import annotations
 
 import copy
+import difflib
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -386,6 +387,8 @@ def _explained(error: Exception, registry: Registry) -> SubquadError:
     if isinstance(error, MissingConfigException):
         return _missing_config(error, registry)
     if isinstance(error, OverrideParseException):
+        if error.override and "=" not in error.override:
+            return _no_assignment(error.override, registry)
         reason = next((line for line in error.message.splitlines() if not line.startswith("Error parsing")), "")
         return ConfigError(
             what=f"'{error.override}' cannot be read: {reason}",
@@ -396,8 +399,19 @@ def _explained(error: Exception, registry: Registry) -> SubquadError:
         return _bad_yaml(error)
     detail = error.__cause__ or error.__context__ if isinstance(error, ConfigCompositionException) else error
     if isinstance(detail, OmegaConfBaseException):
-        return _bad_key(error, detail)
+        return _bad_key(error, detail, registry)
     return _in_hydras_words(error)
+
+
+def _no_assignment(word: str, registry: Registry) -> ConfigError:
+    """`train scout_mamba`: the name of a recipe without its group, or anything else without `=`."""
+    meant = [path.removesuffix(f"/{word}.yaml") for path in configs_by_path(registry) if path.endswith(f"/{word}.yaml")]
+    return ConfigError(
+        what=f"'{word}' is not of the form key=value",
+        where="the command line",
+        mend=f"did you mean {' or '.join(f'{group}={word}' for group in meant)}?" if meant
+        else "write key=value, such as model=scout_mamba",
+    )  # fmt: skip
 
 
 def _missing_config(error: MissingConfigException, registry: Registry) -> SubquadError:
@@ -436,22 +450,33 @@ def _bad_yaml(error: yaml.YAMLError) -> ConfigError:
     )
 
 
-def _bad_key(error: Exception, detail: OmegaConfBaseException) -> ConfigError:
+def _bad_key(error: Exception, detail: OmegaConfBaseException, registry: Registry) -> ConfigError:
     key = detail.full_key or "the configuration"
     what = _first_line(str(detail))
     if isinstance(detail, ConfigKeyError | ConfigAttributeError):
         parent, _, name = str(key).rpartition(".")
         known = _known_keys(parent)
         have = f"{parent or 'a run'} has the keys {', '.join(known)}" if known else _rest(str(error))
-        return ConfigError(
-            what=f"there is no key '{name}'", where=str(key), mend=f"{suggestion(name, known)}{have or 'remove it'}"
-        )
+        meant = suggestion(name, known) or _suggestion_elsewhere(name, registry)
+        return ConfigError(what=f"there is no key '{name}'", where=str(key), mend=f"{meant}{have or 'remove it'}")
     if isinstance(detail, ValidationError):
         # Inside a YAML file, only Hydra's message says which file it is.
         file = re.match(r"In '([^']*)'", str(error))
         where = f"{key} in {file[1]}.yaml" if file else str(key)
         return ConfigError(what=what, where=where, mend="give a value of the stated type")
     return ConfigError(what=what, where=str(key), mend=_rest(str(error)) or "correct the value")
+
+
+def _suggestion_elsewhere(name: str, registry: Registry) -> str:
+    """`did you mean 'trainer.batch_size'? ` when sections of a run have a key of that name, or one that is close."""
+    sections = [(section, _known_keys(section)) for section in _known_keys("")]
+    sections += [(kind, list(defaults_of(spec.config))) for (kind, _), spec in registry.components.items()]
+    homes: dict[str, dict[str, None]] = {}
+    for section, keys in sections:
+        for key in keys:
+            homes.setdefault(key, {})[f"'{section}.{key}'"] = None
+    close = difflib.get_close_matches(name, homes, n=1, cutoff=0.8)
+    return f"did you mean {' or '.join(homes[close[0]])}? " if close else ""
 
 
 def _known_keys(parent: str) -> list[str]:

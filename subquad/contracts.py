@@ -137,6 +137,9 @@ class Mixer(Protocol):
         """Draw the parameters as the paper does; `std` is the model's standard deviation for linear maps."""
 
 
+MIXER_METHODS = ("forward", "empty_carry", "prefill", "decode", "init_parameters")
+
+
 @runtime_checkable
 class DecodesInPlace(Protocol):
     """What a mixer whose carry grows, or counts tokens, may offer: a step that does the same work every time.

@@ -54,7 +54,7 @@ class ModelConfig:
     name: str = "unnamed"  # the recipe's name; shown, never looked up
     d_model: int = 256  # residual width
     num_layers: int = 4  # blocks
-    vocab_size: int = 0  # 0: the tokenizer's
+    vocab_size: int = 0  # symbols; 0: as many as the tokenizer has
     context_len: int = 0  # tokens the model is built for; 0: trainer.seq_len
     # keys of `mixers`, repeated; `auto` is a layer whose mixer is chosen among the candidates, under `budget`
     schedule: list[str] = field(default_factory=lambda: ["softmax_attention"])
@@ -112,8 +112,8 @@ class ModelConfig:
 class TokenizerConfig:
     """`bytes` (vocabulary 256), or `file` with the path of a Hugging Face `tokenizers` JSON."""
 
-    kind: str = "bytes"
-    file: str | None = None
+    kind: str = "bytes"  # bytes: a token per byte, 256 in all; file: the tokenizer that `file` names
+    file: str | None = None  # path of a tokenizer.json, as Hugging Face `tokenizers` writes it
 
     def __post_init__(self) -> None:
         if self.kind == "bytes" and self.file is not None:
@@ -131,30 +131,30 @@ class TrainerConfig:
     A group is a device, or the context_parallel or tensor_parallel devices that share their sequences or projections.
     """
 
-    max_steps: int = 1000
-    max_seconds: float | None = None  # stop after the step that passes this wall time
+    max_steps: int = 1000  # optimizer steps after which the run ends; the learning rate falls until then
+    max_seconds: float | None = None  # end after the step that passes this wall time; null: no limit
     batch_size: int = 8  # sequences per device (or devices that share them) and micro-batch
-    seq_len: int = 256  # tokens
-    accumulate: int = 1  # micro-batches per step
-    learning_rate_warmup_steps: int = 50
-    final_learning_rate_fraction: float = 0.1  # cosine down to this share of the peak
-    gradient_clip_norm: float = 1.0
-    nonfinite: str = "stop"  # stop | skip: what becomes of a step whose loss or gradient is not finite
-    validate_every_n_steps: int = 200
-    validation_batches: int = 16
-    precision: str = "auto"  # auto | float32 | bfloat16
-    fp8: str = "none"  # none | tensorwise | rowwise | rowwise_with_gw_hp: linear maps of blocks in float8, by torchao
-    devices: int = 1
+    seq_len: int = 256  # tokens of a sequence
+    accumulate: int = 1  # micro-batches per step, whose gradients are summed
+    learning_rate_warmup_steps: int = 50  # steps in which the learning rate rises to optimizer.lr
+    final_learning_rate_fraction: float = 0.1  # share of optimizer.lr that is left at the end of the cosine
+    gradient_clip_norm: float = 1.0  # largest norm of all gradients together; 0: they are not clipped
+    nonfinite: str = "stop"  # a step whose loss or gradient is not finite: stop (the run) | skip (the step)
+    validate_every_n_steps: int = 200  # steps between two looks at held-out text; 0: only at the end
+    validation_batches: int = 16  # batches of held-out text per look, if there are so many
+    precision: str = "auto"  # auto (bfloat16 on CUDA, else float32) | float32 | bfloat16
+    fp8: str = "none"  # linear maps of blocks in float8, by torchao: none | tensorwise | rowwise | rowwise_with_gw_hp
+    devices: int = 1  # devices of a machine that train, a process each
     context_parallel: int = 1  # devices that share each sequence, a part of its tokens each
     tensor_parallel: int = 1  # devices that share the projections of each layer, some heads and hidden channels each
-    accelerator: str = "auto"  # auto | cpu | cuda
-    strategy: str = "auto"  # auto, ddp: every device holds the model; fsdp: each holds its rows of every parameter
-    activation_checkpointing: bool = False  # the backward computes a block's activations again
-    loss: str = "whole"  # whole: logits of all tokens at once; chunked: of some at a time, same loss and gradients
-    recompute: str = "all"  # which, then: all | cheap (what matrix products and operators return is kept)
-    num_workers: int = 0
-    log_every_n_steps: int = 10
-    progress_bar: bool = True
+    accelerator: str = "auto"  # auto (CUDA where there is one) | cpu | cuda
+    strategy: str = "auto"  # auto, ddp: every device holds the model | fsdp: each holds its rows of every parameter
+    activation_checkpointing: bool = False  # the backward computes activations of a block again
+    loss: str = "whole"  # whole: logits of all tokens at once | chunked: of some at a time, same loss and gradients
+    recompute: str = "all"  # of them: all | cheap (what matrix products and operators return is kept)
+    num_workers: int = 0  # processes that prepare batches; 0: the run itself does
+    log_every_n_steps: int = 10  # steps between two rows of metrics.csv
+    progress_bar: bool = True  # say on stderr how the run goes
 
     @property
     def ranks_per_group(self) -> int:
@@ -184,8 +184,8 @@ class TrainerConfig:
 class CheckpointConfig:
     """When weights and trainer state are written, and how many checkpoints are kept."""
 
-    every_n_steps: int = 200  # 0: only at the end
-    keep: int = 2  # newest ones that stay
+    every_n_steps: int = 200  # steps between two checkpoints; 0: only one at the end
+    keep: int = 2  # newest checkpoints that stay; 0: the last one alone
     artifacts: bool = False  # those that have stayed when the run ends become artifacts of its run of W&B
 
     def __post_init__(self) -> None:
@@ -196,11 +196,11 @@ class CheckpointConfig:
 class CompilerConfig:
     """How kernels are chosen: estimator, whether measuring is allowed, and its budget in seconds."""
 
-    estimator: str = "measured"  # measured | learned | roofline | constant
+    estimator: str = "measured"  # what predicts seconds: measured | learned | roofline | constant
     fit: str | None = None  # folder of a fitted cost model; null: the newest that is shipped
     measure: bool = True  # time rivals whose intervals overlap
-    measure_budget_s: float = 30.0  # of all timings before a run
-    calibrate_budget_s: float = 120.0  # of `calibrate=auto`
+    measure_budget_s: float = 30.0  # seconds for all timings before a run
+    calibrate_budget_s: float = 120.0  # seconds for calibrate=auto
 
     def __post_init__(self) -> None:
         _check_limits(self, "compiler", measure_budget_s=(0, INFINITY))
@@ -211,10 +211,10 @@ class BudgetConfig:
     """What a model may take whose schedule has `auto` layers, and how their quality is judged; null does not bind."""
 
     latency_s: float | None = None  # seconds of all blocks in one training step of a micro-batch, on one device
-    memory_bytes: float | None = None  # of that step: weights, gradients, AdamW's moments, activations, workspace
-    carry_bytes: float | None = None  # what generation keeps of all sequences after seq_len tokens
+    memory_bytes: float | None = None  # peak of that step: weights, gradients, moments, activations, workspace
+    carry_bytes: float | None = None  # what generation keeps for all sequences after seq_len tokens
     seq_len: int = 0  # tokens that the limits are meant for; 0: trainer.seq_len
-    batch_size: int = 0  # sequences; 0: trainer.batch_size
+    batch_size: int = 0  # sequences that the limits are meant for; 0: trainer.batch_size
     quality: str = "prior"  # prior: the order of the candidates; or a file that `python -m subquad proxy` wrote
     alternatives: int = 3  # schedules that plan.json holds besides the chosen one
     distance: int = 1  # layers in which any two of them differ at least
@@ -247,19 +247,20 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     compiler: CompilerConfig = field(default_factory=CompilerConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
-    kernel: dict[str, str] = field(default_factory=dict)  # operator -> pinned kernel
-    deny: list[str] = field(default_factory=list)  # kernels, as NAME or operator/NAME, never to be chosen
+    kernel: dict[str, str] = field(default_factory=dict)  # pinned kernels by operator: kernel.selective_scan=chunked
+    deny: list[str] = field(default_factory=list)  # kernels that are never chosen: NAME, or operator/NAME
     plan: str | None = None  # a plan.json to follow instead of choosing
-    target: str = "auto"  # the machine at hand, or the name or path of a device file
-    calibrate: str = "offer"  # a device that the cost model does not know: offer (a line) | auto (at once) | never
-    compile: bool = False  # torch.compile the rewritten model
-    log_level: str = "info"  # debug | info | warning | error: what is said on stderr, by us and by those we call
-    tracking: str = "csv"  # none | csv | wandb | tensorboard  (metrics.csv is always written)
-    profile: bool = False  # three steps, as torch's profiler sees them, into trace.json
-    run_dir: str | None = None  # default: runs/<date>/<time>-<model>
+    target: str = "auto"  # the device: auto (the one at hand), or the name or path of a device file, such as h100
+    calibrate: str = "offer"  # on a device unknown to the cost model: offer (say how) | auto (at once) | never
+    compile: bool = False  # torch.compile the model, after kernels are chosen
+    log_level: str = "info"  # what is said on stderr: debug | info | warning | error
+    tracking: str = "csv"  # where metrics go besides metrics.csv: csv (nowhere) | none | wandb | tensorboard
+    profile: bool = False  # write three steps of torch's profiler into trace.json
+    run_dir: str | None = None  # the folder of the run; null: runs/<date>/<time>-<model>
     resume: str | None = None  # a run folder to go on with
-    seed: int = 0  # of parameters, data and dropout
-    callbacks: list[Any] = field(default_factory=list)  # Lightning callbacks, each with _target_ (allow-listed)
+    seed: int = 0  # random seed of parameters, order of data, and dropout
+    # Lightning callbacks, each {_target_: lightning.pytorch.callbacks.NAME, ...its arguments}
+    callbacks: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         _check_limits(self, "", seed=(-(2**63), 2**63 - 1))
@@ -275,130 +276,130 @@ class RunConfig:
 class GenerateConfig:
     """What `generate` needs: a run folder, what to continue, and how to sample."""
 
-    run: str = "???"
-    prompt: str = ""
-    prompts: str | None = None  # a file of prompts, one a line, or of JSON objects (.jsonl); results are JSON lines
-    out: str | None = None  # a new file for what is written; null: stdout
+    run: str = "???"  # a run folder (its newest whole checkpoint), or a folder that `export` wrote
+    prompt: str = ""  # the text to continue, as it stands; an empty one stands for a line's end
+    prompts: str | None = None  # instead of prompt, a file: a prompt a line, or (.jsonl) {prompt: ...} a line
+    out: str | None = None  # a new file for the text or the results; null: stdout
     batch_size: int = 8  # prompts of the file that are continued together
-    max_tokens: int = 200
-    temperature: float = 0.8  # 0: always the likeliest token
-    top_k: int = 0  # 0: no limit
-    top_p: float = 1.0  # 1: no limit
-    min_p: float = 0.0  # of the largest probability; 0: no limit
-    repetition_penalty: float = 1.0  # 1: none
-    stop: list[str] = field(default_factory=list)  # texts before which a continuation ends
-    stop_ids: list[int] = field(default_factory=list)  # tokens before which it ends
-    seed: int = 0
-    dtype: str = "float32"  # of weights and activations: float32 or bfloat16
-    cuda_graph: bool = True  # on CUDA, replay what is the same work in every step
+    max_tokens: int = 200  # tokens to add, at most
+    temperature: float = 0.8  # divides logits before a token is drawn; 0: always the likeliest token
+    top_k: int = 0  # draw among so many likeliest tokens; 0: among all
+    top_p: float = 1.0  # of these, among the likeliest with this probability together; 1: among all
+    min_p: float = 0.0  # of these, among those with this share of the largest probability; 0: among all
+    repetition_penalty: float = 1.0  # makes tokens that came before, prompt included, less likely; 1: not
+    stop: list[str] = field(default_factory=list)  # texts before which it ends: one as it stands, or '["a", "b"]'
+    stop_ids: list[int] = field(default_factory=list)  # tokens before which it ends: [0, 1]
+    seed: int = 0  # of the draws; prompt number i has seed + i
+    dtype: str = "float32"  # of weights and activations: float32 | bfloat16 (half the memory)
+    cuda_graph: bool = True  # on CUDA, replay what is the same work in every step; false: launch it from Python
 
 
 @dataclass(kw_only=True)
 class ExportConfig:
     """What `export` needs: a run folder, a format, and a new folder to write into."""
 
-    run: str = "???"
-    format: str = "safetensors"  # safetensors: for subquad.load_model; hf: for transformers
-    out: str = "???"
+    run: str = "???"  # a run folder, whose newest weights are written
+    format: str = "safetensors"  # safetensors (for subquad.load_model) | hf (for transformers)
+    out: str = "???"  # a new folder
 
 
 @dataclass(kw_only=True)
 class CompareConfig:
     """What `compare` needs: run folders, and where the page goes."""
 
-    runs: list[str] = field(default_factory=list)
-    html: str | None = "compare.html"  # null: no page
+    runs: list[str] = field(default_factory=list)  # run folders; plans are compared with that of the first
+    html: str | None = "compare.html"  # a page with tables and curves that needs nothing else; null: none
 
 
 @dataclass(kw_only=True)
 class EvaluateConfig:
     """What `evaluate` measures on a finished run, and on how much."""
 
-    run: str = "???"
-    suite: str = "auto"  # text, a synthetic task, lm_eval; auto: text, or the task that the run was trained on
-    lengths: list[int] = field(
-        default_factory=list
-    )  # tokens; []: trainer.seq_len, for text also its parts to an eighth
+    run: str = "???"  # the run folder that `train` printed
+    suite: str = "auto"  # text | a synthetic task | lm_eval | auto (text, or the task that the run was trained on)
+    # tokens of a row, of text each a divisor of the longest; []: trainer.seq_len, for text its half to eighth too
+    lengths: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)  # of a task: pairs, symbols, bits ...; []: as trained, or the usual
     samples: int = 0  # rows, at each size; documents of each lm_eval task; 0: as many as in validation, 256, or all
-    batch_size: int = 0  # rows of trainer.seq_len tokens; 0: trainer.batch_size
-    tasks: list[str] = field(default_factory=list)  # names that lm_eval knows
-    seed: int = 0  # of the tasks' rows
+    batch_size: int = 0  # rows of trainer.seq_len tokens at once; 0: trainer.batch_size
+    tasks: list[str] = field(default_factory=list)  # for suite=lm_eval: its names, or paths of its YAML files
+    seed: int = 0  # of the rows of a synthetic task
 
 
 @dataclass(kw_only=True)
 class ProxyConfig:
     """What `proxy` measures: a trained run, the mixers to try in its layers, and how their loss is judged."""
 
-    run: str = "???"
-    candidates: list[str] = field(default_factory=list)  # keys of the run's model.mixers, or installed mixers; []: all
-    proxy: str = "replace_one_kl"  # replace_one_kl | gauss_newton | local_error
-    steps: int = 100  # of local distillation per layer and candidate
-    learning_rate: float = 3e-3
-    batches: int = 8  # of the run's batch size: to distil on, and as many held-out ones to judge by
-    out: str = "quality.json"
-    seed: int = 0
+    run: str = "???"  # the folder of a trained run
+    candidates: list[str] = field(default_factory=list)  # keys of its model.mixers, or installed mixers; []: all
+    proxy: str = "replace_one_kl"  # how loss is judged: replace_one_kl | gauss_newton | local_error (below)
+    steps: int = 100  # steps of distillation for each layer and candidate
+    learning_rate: float = 3e-3  # of the distillation
+    batches: int = 8  # of the run's batch size, to distil on; as many held-out ones to judge by
+    out: str = "quality.json"  # the file for budget.quality
+    seed: int = 0  # of the new mixers and of the batches
 
 
 @dataclass(kw_only=True)
 class BenchConfig:
     """What `bench` times. Empty lists mean all kernels but the reference, and the operator's own series of lengths."""
 
-    operator: str = "???"
-    target: str = "auto"
-    kernels: list[str] = field(default_factory=list)
-    dtype: str = "auto"  # auto: that of the operator's series
-    shapes: list[dict[str, int]] = field(default_factory=list)  # axes that differ from the series, such as {t: 4096}
-    options: dict[str, Any] = field(default_factory=dict)  # the operator's own, such as {segment_len: 64}
-    plot: bool = False
+    operator: str = "???"  # the operator's name; `python -m subquad plugins` lists them
+    target: str = "auto"  # auto | cpu | cuda, or a device file of the machine at hand
+    kernels: list[str] = field(default_factory=list)  # [NAME, ...]; []: all but the reference
+    dtype: str = "auto"  # float32, bfloat16, ...; auto: that of the operator's series
+    # instead of the series; axes left out are as there: [{t: 4096}, {t: 8192, documents: 4}]
+    shapes: list[dict[str, int]] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)  # the operator's own: {segment_len: 64}
+    plot: bool = False  # draw time and memory over length into bench-OPERATOR.png (needs `subquad[plot]`)
 
 
 @dataclass(kw_only=True)
 class DecodingBenchConfig:
     """What `bench models=` measures: decoding behind contexts of growing length."""
 
-    models: list[str] = field(default_factory=list)  # recipes
+    models: list[str] = field(default_factory=list)  # recipes: [scout_mamba, transformer]
     contexts: list[int] = field(default_factory=lambda: [1024, 4096, 16384])  # tokens, the decoded ones included
     batch_sizes: list[int] = field(default_factory=lambda: [1])  # sequences that are decoded together
-    tokens: int = 32  # decoded and timed at the end of each context
-    dtype: str = "float32"  # of the weights: float32, as generate computes, or bfloat16
-    cuda_graph: bool = True  # as generate has it; false: every kernel is launched from Python
-    overrides: list[str] = field(default_factory=list)  # of `train`, for all models, such as trainer.accelerator=cpu
-    budget_s: float = 600.0  # rows that would begin later are left out
+    tokens: int = 32  # decoded and timed at the end of each context, in four rounds whose median counts
+    dtype: str = "float32"  # of the weights: float32 (as generate computes) | bfloat16
+    cuda_graph: bool = True  # replay what is the same in every step, as generate does; false: launch it from Python
+    overrides: list[str] = field(default_factory=list)  # keys of `train` for all models: [trainer.accelerator=cpu]
+    budget_s: float = 600.0  # seconds; rows that would begin later are left out
     out: str = "bench-decoding.json"  # the record, written again after each row
-    plot: bool = False  # draw it beside the record, as .png
+    plot: bool = False  # draw it beside the record, as .png (needs `subquad[plot]`)
 
 
 @dataclass(kw_only=True)
 class MeasureConfig:
     """What `measure` times, for how long, and where its rows go. Empty lists mean all of them."""
 
-    out: str = "measurements"  # folder of parquet files; a run goes on with what is there
-    budget_s: float = 540.0
-    target: str = "auto"
-    operators: list[str] = field(default_factory=list)
-    kernels: list[str] = field(default_factory=list)
-    layouts: int = 16  # of each operator: options, dtype, widths, heads, packed or not
-    shapes: int = 64  # of each layout: lengths, batches, documents
-    seed: int = 0
+    out: str = "measurements"  # folder of parquet files; a later run goes on with what is there
+    budget_s: float = 540.0  # seconds of all, at most 35 % of them for compiling and checking
+    target: str = "auto"  # auto | cpu | cuda, or a device file of the machine at hand
+    operators: list[str] = field(default_factory=list)  # [NAME, ...]; []: all
+    kernels: list[str] = field(default_factory=list)  # [NAME, ...]; []: all but the reference
+    layouts: int = 16  # drawn for each operator: options, dtype, widths, heads, packed or not
+    shapes: int = 64  # drawn for each layout: lengths, batches, documents, channels
+    seed: int = 0  # another one draws another pool
 
 
 @dataclass(kw_only=True)
 class CalibrateConfig:
     """How long `calibrate` measures this device, and which model it corrects."""
 
-    budget_s: float = 120.0
-    target: str = "auto"
-    fit: str = "auto"  # a folder of `subquad_cost_model fit`; auto: the newest that is shipped; roofline: none
-    operators: list[str] = field(default_factory=list)  # [] means all
-    seed: int = 0
+    budget_s: float = 120.0  # seconds of measuring
+    target: str = "auto"  # auto | cpu | cuda, or a device file of the machine at hand
+    fit: str = "auto"  # what is corrected: a folder of `subquad_cost_model fit` | auto (the newest shipped) | roofline
+    operators: list[str] = field(default_factory=list)  # [NAME, ...]; []: all
+    seed: int = 0  # of the shapes that are drawn, and of those kept apart
 
 
 @dataclass(kw_only=True)
 class ForeignConfig:
     """The model that `explain module=` looks at; null leaves the choice to the model."""
 
-    module: str = "???"  # package.module:factory, which returns a model, or a model and the inputs of a call
-    example: str | None = None  # package.module:function, which returns the inputs; null: the factory's, dummy_inputs
-    target: str | None = None  # null: the device of the model
+    module: str = "???"  # package.module:factory, your own code; returns a model, or a model and the inputs of a call
+    example: str | None = None  # package.module:function that returns the inputs; null: the factory's, dummy_inputs
+    target: str | None = None  # a device as for every verb; null: that of the model
     measure: bool = True  # time candidates whose estimates overlap, where the target is at hand

@@ -148,12 +148,13 @@ def test_every_key_stands_in_the_reference() -> None:
         assert all(f"| `{field.name}` |" in part for field in dataclasses.fields(kind)), verb
 
 
-def test_a_key_has_the_comments_of_the_schema_or_the_words_of_a_readme() -> None:
+def test_a_key_has_the_comments_and_the_default_of_the_schema() -> None:
     fields = {field.name: field for field in docs_pages.fields_of(schema.ModelConfig)}
     assert fields["schedule"].says.startswith("keys of `mixers`, repeated")
     assert fields["vocab_size"].default == "0"
     assert fields["init_from"].default == "null"
-    assert "the largest workspace" in docs_pages.meanings("budget")["memory_bytes"]
+    row = "| `budget.distance` | `int` | `1` | layers in which any two of them differ at least |"
+    assert row in docs_pages.configuration()
 
 
 def test_every_mixer_operator_hook_and_public_name_stands_in_the_reference() -> None:

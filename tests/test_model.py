@@ -12,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from subquad.compose import load_config
+from subquad.contracts import MIXER_METHODS, Mixer
 from subquad.errors import ConfigError, NotFoundError, PluginError
 from subquad.model import build
 from subquad.model.build import build_model, full_schedule
@@ -200,6 +201,25 @@ def test_a_builder_that_is_not_there_is_the_plugins_error(named: str, monkeypatc
     monkeypatch.setattr(build, "check_mixers", lambda config: wrong)
     with pytest.raises(PluginError, match=named):
         build_model(small_config())
+
+
+def test_a_mixer_without_a_method_is_refused_when_it_is_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "unfinished.py").write_text(
+        "from torch import nn\n\n\nclass Unfinished(nn.Module):\n"
+        "    def __init__(self, config, context):\n        super().__init__()\n\n"
+        "    def empty_carry(self, batch_size):\n        return None\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    entries = build.check_mixers(small_config())
+    wrong = {key: replace(one, spec=replace(one.spec, build="unfinished:Unfinished")) for key, one in entries.items()}
+    monkeypatch.setattr(build, "check_mixers", lambda config: wrong)
+    with pytest.raises(PluginError, match="has no forward, prefill, decode, init_parameters\n") as error:
+        build_model(small_config())
+    assert error.value.where == "unfinished:Unfinished"
+
+
+def test_the_methods_of_a_mixer_are_those_of_its_protocol() -> None:
+    assert tuple(name for name in vars(Mixer) if not name.startswith("_")) == MIXER_METHODS
 
 
 def test_what_a_builder_itself_cannot_import_is_not_hidden(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,19 @@ def test_a_name_that_cannot_be_a_mixers_is_refused(name: str, tmp_path: Path) ->
 def test_a_name_that_is_taken_is_refused_with_its_owner(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'window' already \(subquad "):
         write_plugin("window", tmp_path)
+
+
+def test_what_is_printed_names_the_files_to_change_and_what_to_type(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plugins", "new", "ages_ago", f"into={tmp_path}"]) == 0
+    shown, folder = capsys.readouterr().out, tmp_path / "subquad-ages-ago"
+    assert shown.startswith(f"wrote {folder}: ")
+    package = re.search(r"change (\S+)/mixer\.py", shown)
+    assert package is not None
+    assert all((folder / package[1] / name).is_file() for name in ("mixer.py", "config.py", "plugin.py"))
+    for line in (f"cd {folder}", "plugins check ages_ago", "train model=ages_ago trainer=smoke"):
+        assert line in shown
 
 
 def test_a_folder_that_exists_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

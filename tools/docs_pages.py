@@ -6,18 +6,13 @@ what is installed. `python tools/docs_pages.py PAGE` prints one.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import html
 import inspect
-import io
 import re
 import sys
-import textwrap
-import tokenize
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -25,12 +20,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import licences
 import mixer_table
 from aligned_text import fenced
+from omegaconf import MISSING
 
 import subquad
 from subquad import hookspecs, schema
 from subquad.__main__ import VERBS
 from subquad.commands.check_plugin import CheckConfig
+from subquad.commands.key_help import as_yaml, default_of
+from subquad.commands.new_plugin import NewPluginConfig
 from subquad.commands.plugins import GROWTH
+from subquad.key_meanings import key_meanings
 from subquad.registry import Registry, load_registry
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,14 +70,10 @@ VERB_CONFIGS: Mapping[str, type] = {
     "bench": schema.BenchConfig, "bench models=": schema.DecodingBenchConfig,
     "measure": schema.MeasureConfig, "calibrate": schema.CalibrateConfig,
     "generate": schema.GenerateConfig, "export": schema.ExportConfig, "compare": schema.CompareConfig,
-    "evaluate": schema.EvaluateConfig, "proxy": schema.ProxyConfig, "plugins": CheckConfig,
-    "explain": schema.ForeignConfig,
+    "evaluate": schema.EvaluateConfig, "proxy": schema.ProxyConfig, "explain module=": schema.ForeignConfig,
+    "plugins new NAME": NewPluginConfig, "plugins check NAME": CheckConfig,
 }  # fmt: skip
-"""What verbs take besides the keys of a run; of `plugins` it is `check`, of `explain` it is `module=`."""
-
-
-KEYS_OF: Mapping[str, str] = {"plugins": "plugins check NAME", "explain": "explain module="}
-"""What the tables of keys in READMEs call these."""
+"""What verbs take besides the keys of a run."""
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -164,7 +159,7 @@ def commands() -> str:
         for use, kind in VERB_CONFIGS.items():
             if use.split()[0] == verb:
                 parts += [f"## {use}"] if use != verb else []
-                parts.append(keys_of(kind, said=meanings(KEYS_OF.get(use, use))))
+                parts.append(keys_of(kind))
     return "\n\n".join(parts)
 
 
@@ -175,7 +170,7 @@ def configuration() -> str:
     kinds = [schema.RunConfig, *(getattr(schema, name) for name in SECTIONS if name != "RunConfig")]
     for kind in kinds:
         section = SECTIONS[kind.__name__]
-        parts += [f"## {section or 'A run'}", described(kind), keys_of(kind, section, said=meanings(section))]
+        parts += [f"## {section or 'A run'}", described(kind), keys_of(kind, section)]
     registry = load_registry()
     for component in sorted(registry.components.values(), key=lambda spec: (spec.kind, spec.name)):
         parts += [
@@ -261,8 +256,8 @@ def described(kind: type) -> str:
     return fenced(inspect.getdoc(kind) or "")
 
 
-def keys_of(kind: type, section: str = "", said: Mapping[str, str] = MappingProxyType({})) -> str:
-    """A table of a dataclass's fields, with what a README says of them, else the comment beside them.
+def keys_of(kind: type, section: str = "") -> str:
+    """A table of a dataclass's fields, with the comments beside them.
 
     Fields that are dataclasses have tables of their own.
     """
@@ -271,7 +266,7 @@ def keys_of(kind: type, section: str = "", said: Mapping[str, str] = MappingProx
             f"`{section}.{field.name}`" if section else f"`{field.name}`",
             f"`{field.kind}`",
             f"`{field.default}`",
-            said.get(field.name) or _plain(field.says),
+            _plain(field.says),
         )
         for field in fields_of(kind)
         if not field.nested
@@ -279,20 +274,9 @@ def keys_of(kind: type, section: str = "", said: Mapping[str, str] = MappingProx
     return _table(("key", "type", "default", "means"), rows) if rows else "It has no keys."
 
 
-def meanings(of: str) -> dict[str, str]:
-    """What the table of keys of a verb or section says in the README that has one, by key."""
-    for source in (*ROOMS.values(), *INCLUDED.values()):
-        head = f"| key of `{of}` |"
-        _, found, table = (ROOT / source).read_text(encoding="utf-8").partition(head)
-        if found:
-            rows = re.findall(r"^\| (`.+?`) \| (.+) \|$", table.partition("\n\n")[0], flags=re.M)
-            return {name: means for keys, means in rows for name in re.findall(r"`(\w+)`", keys)}
-    return {}
-
-
 @dataclasses.dataclass(frozen=True)
 class Described:
-    """A field of a dataclass as its source has it."""
+    """A field of a dataclass, and what its source says of it."""
 
     name: str
     kind: str
@@ -303,42 +287,13 @@ class Described:
 
 def fields_of(kind: type) -> Iterator[Described]:
     """The fields of a dataclass and its bases, each with the comments that stand above and beside it."""
-    for base in reversed(kind.__mro__):
-        if dataclasses.is_dataclass(base):
-            yield from _own_fields(base)
-
-
-def _own_fields(kind: type) -> Iterator[Described]:
-    source = textwrap.dedent(inspect.getsource(kind))
-    comments = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT and not token.string.startswith(("# type:", "# noqa", "# fmt:"))
-    }
-    lines = source.splitlines()
-    (definition,) = ast.parse(source).body
-    assert isinstance(definition, ast.ClassDef)
-    for node in definition.body:
-        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
-            continue
-        above, line = [], node.lineno - 1
-        while line in comments and lines[line - 1].lstrip().startswith("#"):
-            above.insert(0, comments[line])
-            line -= 1
-        last = node.end_lineno or node.lineno
-        beside = [comments[line] for line in range(node.lineno, last + 1) if line in comments]
-        default = "required" if node.value is None else _default(ast.unparse(node.value))
-        annotation = ast.unparse(node.annotation)
+    said = key_meanings(kind)
+    for field in dataclasses.fields(kind):
+        annotation = field.type if isinstance(field.type, str) else inspect.formatannotation(field.type)
         nested = bool(re.match(r"\w*Config\b", annotation))
-        yield Described(node.target.id, annotation, default, "; ".join([*above, *beside]), nested)
-
-
-def _default(source: str) -> str:
-    """A default as YAML has it."""
-    made = re.fullmatch(r"field\(default_factory=(.*)\)", source)
-    value = source if made is None else made[1].removeprefix("lambda: ")
-    known = {"list": "[]", "dict": "{}", "None": "null", "True": "true", "False": "false", "'???'": "required"}
-    return known.get(value, value.strip("'") or "''")
+        default = default_of(field)
+        shown = "required" if default == MISSING else "" if nested else as_yaml(default)
+        yield Described(field.name, annotation, shown, said[field.name], nested)
 
 
 def _kernels(registry: Registry, operator: str) -> Iterator[Any]:

@@ -86,6 +86,21 @@ def test_equal_calls_become_one_and_so_do_those_that_read_their_results() -> Non
     assert torch.equal(after(x), before(x))
 
 
+class Halves(nn.Module):
+    """The first half of the channels, taken twice, and the second."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = x.shape[-1] // 2
+        return x[..., :half] + x[..., :half] * x[..., half:]
+
+
+def test_slices_are_arguments_like_others() -> None:
+    before, after, report = merged(Halves())
+    assert report == ("getitem_2: the same as getitem_1",)
+    x = torch.randn(2, 9, 16)
+    assert torch.equal(after(x), before(x))
+
+
 @pytest.mark.parametrize("branches", [TwoBranches(3), TwoBranches(in_place=True)], ids=["other start", "in place"])
 def test_calls_that_differ_and_graphs_that_write_are_left(branches: TwoBranches) -> None:
     before, after, _ = merged(branches)

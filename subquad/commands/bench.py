@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from subquad.commands.key_values import key_values, keys_with_defaults
+from subquad.commands.key_help import keys_in_help
+from subquad.commands.key_values import key_values
 from subquad.commands.table import table
 from subquad.component_config import typed_config
 from subquad.compose import load_config
@@ -45,7 +46,7 @@ HEADER = ("kernel", "forward", "both", "spread", "called", "x floor", "x best", 
 def run(arguments: list[str]) -> int:
     """Measure what `key=value` arguments say."""
     if any(argument in ("--help", "-h") for argument in arguments):
-        print(HELP.format(keys=keys_with_defaults(BenchConfig), decoding_keys=keys_with_defaults(DecodingBenchConfig)))
+        print(HELP.format(keys=keys_in_help(BenchConfig), decoding_keys=keys_in_help(DecodingBenchConfig)))
         return 0
     if any(argument.startswith("models=") for argument in arguments):
         return run_decoding(typed_config(DecodingBenchConfig, _values(DecodingBenchConfig, arguments), where="bench"))

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from subquad.commands.key_values import key_values, keys_with_defaults
+from subquad.commands.key_help import keys_in_help
+from subquad.commands.key_values import key_values
 from subquad.commands.measure import check_names
 from subquad.commands.table import table
 from subquad.component_config import typed_config
@@ -31,7 +32,7 @@ user's cache and holds for this device under these versions; a second call goes 
 def run(arguments: list[str]) -> int:
     """Calibrate as `key=value` arguments say."""
     if any(argument in ("--help", "-h") for argument in arguments):
-        print(HELP.format(keys=keys_with_defaults(CalibrateConfig)))
+        print(HELP.format(keys=keys_in_help(CalibrateConfig)))
         return 0
     request = calibrate_config(arguments)
     import pyarrow  # noqa: F401  (missing, it is said before minutes of measuring)

@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from subquad.commands.key_values import key_values, keys_with_defaults
+from subquad.commands.key_help import keys_in_help
+from subquad.commands.key_values import key_values
 from subquad.commands.table import table
 from subquad.component_config import typed_config
 from subquad.contracts import CONTRACT_VERSION, MixerSpec
@@ -35,9 +36,9 @@ class CheckConfig:
     target: str = "cpu"  # the device that the suites run on: cpu | cuda
     config: dict[str, Any] = field(default_factory=dict)  # keys of the mixer's config: {num_heads: 2}
     d_model: int = 16  # residual width; a multiple of what the config asks for
-    seed: int = 0  # of parameters and inputs
-    only: str = ""  # one promise, by name
-    json: str = ""  # a file for the verdict
+    seed: int = 0  # of parameters and inputs; a failure prints the command that repeats it
+    only: str = ""  # one promise, by name; '': all
+    json: str = ""  # a file for the verdict; '': none
 
     def __post_init__(self) -> None:
         if self.target.partition(":")[0] not in ("cpu", "cuda"):
@@ -46,11 +47,11 @@ class CheckConfig:
             raise ConfigError(what=f"d_model is {self.d_model}", where="d_model", mend="use 1 or more")
 
 
-HELP = f"""Run the conformance suites for a mixer, or for all mixers and kernels of a distribution.
+HELP = """Run the conformance suites for a mixer, or for all mixers and kernels of a distribution.
 
   python -m subquad plugins check NAME [key=value ...]
 
-{keys_with_defaults(CheckConfig)}
+{keys}
 
 The exit code is 0 when every promise is kept, 1 when one is broken."""
 
@@ -74,7 +75,7 @@ class Verdict:
 def run(arguments: list[str]) -> int:
     """Print what is kept and what is broken.  Raises: ConfigError, NotFoundError."""
     if not arguments or arguments[0] in ("--help", "-h"):
-        print(HELP)
+        print(HELP.format(keys=keys_in_help(CheckConfig)))
         return KEPT if arguments else 2
     name, *rest = arguments
     config = _parsed(rest)

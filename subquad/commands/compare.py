@@ -6,7 +6,8 @@ from pathlib import Path
 
 import yaml  # type: ignore[import-untyped]
 
-from subquad.commands.key_values import key_values, keys_with_defaults
+from subquad.commands.key_help import keys_in_help
+from subquad.commands.key_values import key_values
 from subquad.commands.table import table
 from subquad.errors import ConfigError
 from subquad.schema import CompareConfig
@@ -23,7 +24,7 @@ Plans are compared with that of the first run. html=null writes no page."""
 def run(arguments: list[str]) -> int:
     """Compare what `key=value` arguments name."""
     if any(argument in ("--help", "-h") for argument in arguments):
-        print(HELP.format(keys=keys_with_defaults(CompareConfig)))
+        print(HELP.format(keys=keys_in_help(CompareConfig)))
         return 0
     config = compare_config(arguments)
     from subquad.training.compare import compare

@@ -2,8 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from subquad.__main__ import VERBS
+from subquad.commands.check_plugin import CheckConfig
 from subquad.commands.flags import flags
+from subquad.commands.new_plugin import NewPluginConfig
+from subquad.schema import (
+    BenchConfig,
+    CalibrateConfig,
+    CompareConfig,
+    DecodingBenchConfig,
+    EvaluateConfig,
+    ExportConfig,
+    GenerateConfig,
+    MeasureConfig,
+    ProxyConfig,
+)
+
+CONFIGS: dict[str, tuple[type, ...]] = {
+    "bench": (BenchConfig, DecodingBenchConfig), "calibrate": (CalibrateConfig,), "compare": (CompareConfig,),
+    "evaluate": (EvaluateConfig,), "export": (ExportConfig,), "generate": (GenerateConfig,),
+    "measure": (MeasureConfig,), "proxy": (ProxyConfig,),
+}  # fmt: skip
+"""Verbs that take keys of their own and nothing else."""
 
 HELP = """Print the completion of verbs, groups and keys for bash.
 
@@ -27,36 +49,8 @@ _subquad_complete() {
             choices=$(COMP_LINE=$line COMP_POINT=${#line} "${words[0]}" "$verb" -sc query=bash 2>/dev/null)
             COMPREPLY=($(compgen -W "$choices" -- "$word"))
             ;;
-        generate)
-            choices="run= prompt= prompts= out= batch_size= max_tokens= temperature= top_k= top_p= min_p="
-            COMPREPLY=($(compgen -W "$choices repetition_penalty= stop= stop_ids= seed= dtype= cuda_graph=" -- "$word"))
-            ;;
-        export)
-            COMPREPLY=($(compgen -W "run= format= out=" -- "$word"))
-            ;;
-        calibrate)
-            COMPREPLY=($(compgen -W "budget_s= target= fit= operators= seed=" -- "$word"))
-            ;;
-        measure)
-            choices="out= budget_s= target= operators= kernels= layouts= shapes= seed="
-            COMPREPLY=($(compgen -W "$choices" -- "$word"))
-            ;;
-        doctor)
+CASES        doctor)
             COMPREPLY=($(compgen -W "--no-checks" -- "$word"))
-            ;;
-        compare)
-            COMPREPLY=($(compgen -W "runs= html=" -- "$word"))
-            ;;
-        bench)
-            choices="operator= target= kernels= dtype= shapes= options= plot= models= contexts= batch_sizes="
-            COMPREPLY=($(compgen -W "$choices tokens= cuda_graph= overrides= budget_s= out=" -- "$word"))
-            ;;
-        evaluate)
-            choices="run= suite= lengths= sizes= samples= batch_size= tasks= seed="
-            COMPREPLY=($(compgen -W "$choices" -- "$word"))
-            ;;
-        proxy)
-            COMPREPLY=($(compgen -W "run= candidates= proxy= steps= learning_rate= batches= out= seed=" -- "$word"))
             ;;
         plan)
             if (( ${#words[@]} == 2 )) || { (( ${#words[@]} == 3 )) && [[ -n $word ]]; }; then
@@ -65,8 +59,8 @@ _subquad_complete() {
             ;;
         plugins)
             choices="--json new check"
-            if [[ ${words[2]} == check ]]; then choices="target= config= d_model= seed= only= json="; fi
-            if [[ ${words[2]} == new ]]; then choices="into="; fi
+            if [[ ${words[2]} == check ]]; then choices="CHECK"; fi
+            if [[ ${words[2]} == new ]]; then choices="NEW"; fi
             COMPREPLY=($(compgen -W "$choices" -- "$word"))
             ;;
     esac
@@ -74,6 +68,11 @@ _subquad_complete() {
 # A value may hold '=' and ':'; bash would split words there.
 COMP_WORDBREAKS=${COMP_WORDBREAKS//[=:]}
 complete -o nospace -o default -F _subquad_complete subquad
+"""
+CASE = """\
+        {verb})
+            COMPREPLY=($(compgen -W "{keys}" -- "$word"))
+            ;;
 """
 
 
@@ -83,5 +82,15 @@ def run(arguments: list[str]) -> int:
         print(HELP)
         return 0
     flags("completion", arguments, [])
-    print(SCRIPT.replace("VERBS", " ".join(VERBS)), end="")
+    cases = "".join(CASE.format(verb=verb, keys=_keys(*configs)) for verb, configs in CONFIGS.items())
+    words = {"VERBS": " ".join(VERBS), "CASES": cases, "CHECK": _keys(CheckConfig), "NEW": _keys(NewPluginConfig)}
+    script = SCRIPT
+    for name, text in words.items():
+        script = script.replace(name, text)
+    print(script, end="")
     return 0
+
+
+def _keys(*config_classes: type) -> str:
+    """What one may type of each key."""
+    return " ".join(dict.fromkeys(f"{field.name}=" for one in config_classes for field in dataclasses.fields(one)))

@@ -6,7 +6,8 @@ from typing import Any
 
 import yaml
 
-from subquad.commands.key_values import key_values, keys_with_defaults
+from subquad.commands.key_help import keys_in_help
+from subquad.commands.key_values import key_values
 from subquad.commands.table import table
 from subquad.component_config import typed_config
 from subquad.errors import ConfigError
@@ -27,7 +28,7 @@ A model knows a synthetic task only if it was trained on it: train data=syntheti
 def run(arguments: list[str]) -> int:
     """Evaluate what `key=value` arguments say."""
     if any(argument in ("--help", "-h") for argument in arguments):
-        print(HELP.format(keys=keys_with_defaults(EvaluateConfig)))
+        print(HELP.format(keys=keys_in_help(EvaluateConfig)))
         return 0
     request = evaluate_config(arguments)
     from subquad.training.evaluation.evaluate import evaluate

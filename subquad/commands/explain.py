@@ -10,23 +10,36 @@ from typing import Any
 import yaml
 
 from subquad.commands.hydra_verb import run_with_hydra
+from subquad.commands.key_help import keys_in_help
 from subquad.commands.key_values import key_values
 from subquad.component_config import typed_config
 from subquad.errors import ConfigError
 from subquad.schema import ForeignConfig, RunConfig
 
+ABOUT = """Show which kernel each operator would get on a device, its rivals, and why; nothing is trained.
+
+  python -m subquad explain model=scout_mamba target=h100              # a device that need not be here
+  python -m subquad explain model=scout_mamba html=page.html           # the same as a page, with rooflines
+  python -m subquad explain module=package.module:factory target=h100  # a model of your own code
+
+Keys of module=, which takes no others:
+
+{keys}
+
+All others are keys of a run."""
 HTML = "html="
 """Names a file for the report as a page; it is no key of a run, and Hydra does not see it."""
 
 
 def run(arguments: list[str]) -> int:
     """Explain once per configuration that Hydra composes, or the model that `module=` names.  Raises: ConfigError."""
-    if any(argument.startswith("module=") for argument in arguments):
+    if any(argument.startswith("module=") for argument in arguments) and not {"--help", "-h"} & set(arguments):
         print(explain_module(arguments))
         return 0
     page = _page(arguments)
     composed = [argument for argument in arguments if not argument.startswith(HTML)]
-    return run_with_hydra("explain", composed, explain_job if page is None else partial(explain_job, html=page))
+    job = explain_job if page is None else partial(explain_job, html=page)
+    return run_with_hydra("explain", composed, job, about=ABOUT.format(keys=keys_in_help(ForeignConfig)))
 
 
 def explain_job(config: RunConfig, overrides: Sequence[str], html: Path | None = None) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from subquad.commands.key_values import key_values, keys_with_defaults
+from subquad.commands.key_help import keys_in_help
+from subquad.commands.key_values import key_values
 from subquad.errors import ConfigError
 from subquad.schema import ExportConfig
 
@@ -20,7 +21,7 @@ modeling file beside the weights that imports subquad and asks for trust_remote_
 def run(arguments: list[str]) -> int:
     """Export what `key=value` arguments say."""
     if any(argument in ("--help", "-h") for argument in arguments):
-        print(HELP.format(keys=keys_with_defaults(ExportConfig)))
+        print(HELP.format(keys=keys_in_help(ExportConfig)))
         return 0
     config = export_config(arguments)
     from subquad.training.export import export

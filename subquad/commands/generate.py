@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from subquad.commands.key_values import key_values, keys_with_defaults
+from subquad.commands.key_help import keys_in_help
+from subquad.commands.key_values import key_values
 from subquad.component_config import typed_config
 from subquad.errors import ConfigError
 from subquad.schema import GenerateConfig
@@ -28,7 +29,7 @@ LITERAL = ("run", "prompt", "prompts", "out")
 def run(arguments: list[str]) -> int:
     """Generate as `key=value` arguments say."""
     if any(argument in ("--help", "-h") for argument in arguments):
-        print(HELP.format(keys=keys_with_defaults(GenerateConfig)))
+        print(HELP.format(keys=keys_in_help(GenerateConfig)))
         return 0
     config = generate_config(arguments)
     from subquad.training.generate import generate

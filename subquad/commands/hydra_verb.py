@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import tempfile
+import textwrap
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from subquad.commands.key_help import run_in_help, terminal_width
 from subquad.compose import (
     CONFIG_PACKAGE,
     VERSION_BASE,
@@ -41,8 +43,12 @@ Job = Callable[[RunConfig, Sequence[str]], object]
 """What a verb does with a configuration and the overrides that led to it."""
 
 
-def run_with_hydra(verb: str, arguments: Sequence[str], job: Job, job_of_sweep: Job | None = None) -> int:
+def run_with_hydra(
+    verb: str, arguments: Sequence[str], job: Job, job_of_sweep: Job | None = None, *, about: str
+) -> int:
     """Give the arguments to Hydra, and every configuration that it composes to `job`, or to `job_of_sweep`.
+
+    `about` is what --help says before it shows the groups and the keys.
 
     Raises: SubquadError, for Hydra's errors too; what a job raises. In a sweep every job is run, failures are reported
     as they come, and the first one ends the command.
@@ -58,7 +64,10 @@ def run_with_hydra(verb: str, arguments: Sequence[str], job: Job, job_of_sweep: 
             hydra_for(registry, parsed.config_dir),
             _hydras_world(verb, arguments, parsed),
         ):
-            if not (parsed.help or parsed.hydra_help or parsed.cfg or parsed.info or parsed.shell_completion):
+            if parsed.help:
+                print(_help(about, parsed, registry))
+                return 0
+            if not (parsed.hydra_help or parsed.cfg or parsed.info or parsed.shell_completion):
                 _check_beforehand(parsed, registry)
             hydra.main(config_path=f"pkg://{CONFIG_PACKAGE}", config_name=ROOT_CONFIG, version_base=VERSION_BASE)(
                 task
@@ -160,7 +169,9 @@ def _parsed(verb: str, arguments: Sequence[str]) -> Namespace:
 
     def refuse(message: str) -> NoReturn:
         raise ConfigError(
-            what=message, where="the command line", mend=f"python -m subquad {verb} --hydra-help lists what Hydra takes"
+            what=message,
+            where="the command line",
+            mend=f"write key=value: `python -m subquad {verb} --help` lists them, --hydra-help Hydra's options",
         )
 
     parser.error = refuse  # type: ignore[method-assign]
@@ -185,22 +196,59 @@ def _check_beforehand(parsed: Namespace, registry: Registry) -> None:
 
     Raises: SubquadError; Hydra's errors.
     """
-    is_sweep = parsed.multirun or any(override.startswith("hydra.mode=") for override in parsed.overrides)
+    composed = _composed(_loader(parsed), parsed)
+    refuse_hydra_targets(composed)
+    if not _is_sweep(parsed):
+        to_run_config(_without_hydra(composed), registry)
+
+
+def _help(about: str, parsed: Namespace, registry: Registry) -> str:
+    """What the verb does, the groups, and the configuration that the other arguments compose, key by key."""
+    loader = _loader(parsed)
+    groups = [
+        textwrap.fill(
+            f"  {group}: {', '.join(loader.get_group_options(group))}",
+            terminal_width(),
+            subsequent_indent="    ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for group in sorted(loader.list_groups(""))
+        if group != "hydra" and loader.get_group_options(group)
+    ]
+    keys = OmegaConf.to_container(_without_hydra(_composed(loader, parsed)), resolve=False)
+    assert isinstance(keys, dict)
+    shown = run_in_help({str(key): value for key, value in keys.items()}, registry)
+    headed = [about, "Groups: group=choice", "\n".join(groups), "Keys: key=value, such as trainer.max_steps=20", shown]
+    return "\n\n".join(headed)
+
+
+def _loader(parsed: Namespace) -> ConfigLoaderImpl:
     search_path = create_automatic_config_search_path(
         calling_file=None, calling_module=__name__, config_path=parsed.config_path or f"pkg://{CONFIG_PACKAGE}"
     )
     if parsed.config_dir is not None:
         folder = f"file://{Path(parsed.config_dir).absolute()}"
         search_path.prepend("command-line", folder, anchor=SearchPathQuery(provider="schema"))
-    composed = ConfigLoaderImpl(config_search_path=search_path).load_configuration(
+    return ConfigLoaderImpl(config_search_path=search_path)
+
+
+def _composed(loader: ConfigLoaderImpl, parsed: Namespace) -> DictConfig:
+    is_sweep = _is_sweep(parsed)
+    return loader.load_configuration(
         config_name=parsed.config_name or ROOT_CONFIG,
         overrides=list(parsed.overrides),
         # A sweep leaves swept groups out, as Hydra itself does when it asks for `hydra.mode`.
         run_mode=RunMode.MULTIRUN if is_sweep else RunMode.RUN,
         validate_sweep_overrides=not is_sweep,
     )
-    refuse_hydra_targets(composed)
-    if not is_sweep:
-        with open_dict(composed):
-            del composed["hydra"]
-        to_run_config(composed, registry)
+
+
+def _is_sweep(parsed: Namespace) -> bool:
+    return bool(parsed.multirun) or any(override.startswith("hydra.mode=") for override in parsed.overrides)
+
+
+def _without_hydra(composed: DictConfig) -> DictConfig:
+    with open_dict(composed):
+        del composed["hydra"]
+    return composed

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from omegaconf import MISSING
-
 from subquad.component_config import defaults_of
 from subquad.errors import ConfigError, suggestion
 
@@ -24,13 +22,3 @@ def key_values(verb: str, config_class: type, arguments: Sequence[str]) -> dict[
             )
         values[key] = value
     return values
-
-
-def keys_with_defaults(config_class: type) -> str:
-    """One line a key, for a help text."""
-    defaults = defaults_of(config_class)
-    width = max(map(len, defaults))
-    return "\n".join(
-        f"  {key:<{width}}  {'must be given' if value == MISSING else f'default {value!r}'}"
-        for key, value in defaults.items()
-    )

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from subquad.commands.key_values import key_values, keys_with_defaults
+from subquad.commands.key_help import keys_in_help
+from subquad.commands.key_values import key_values
 from subquad.commands.table import table
 from subquad.component_config import typed_config
 from subquad.errors import ConfigError, NotFoundError, suggestion
@@ -30,7 +31,7 @@ STATUSES = ("ok", "oom", "unsupported", "wrong")
 def run(arguments: list[str]) -> int:
     """Measure what `key=value` arguments say."""
     if any(argument in ("--help", "-h") for argument in arguments):
-        print(HELP.format(keys=keys_with_defaults(MeasureConfig)))
+        print(HELP.format(keys=keys_in_help(MeasureConfig)))
         return 0
     request = measure_config(arguments)
     import pyarrow  # noqa: F401  (missing, it is said before minutes of measuring)

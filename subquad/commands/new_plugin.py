@@ -10,7 +10,8 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from subquad import __version__
-from subquad.commands.key_values import key_values, keys_with_defaults
+from subquad.commands.key_help import keys_in_help
+from subquad.commands.key_values import key_values
 from subquad.contracts import CONTRACT_VERSION
 from subquad.errors import ConfigError
 from subquad.registry import load_registry
@@ -26,22 +27,32 @@ class NewPluginConfig:
     into: str = "."  # the folder in which that of the package is made
 
 
-HELP = f"""Write a complete plugin package for a mixer of that name: pyproject, mixer, recipe, tests, CI.
+HELP = """Write a complete plugin package for a mixer of that name: pyproject, mixer, recipe, tests, CI.
 
   python -m subquad plugins new NAME [into=FOLDER]
 
-{keys_with_defaults(NewPluginConfig)}"""
+{keys}"""
+
+NEXT = """wrote {folder}: a mixer that works as written, to be made into yours
+
+  cd {folder}
+  pip install -e '.[test]'                      # into the environment that has subquad
+  python -m subquad plugins check {mixer}
+  python -m subquad train model={mixer} trainer=smoke
+
+Then change {package}/mixer.py, its keys in config.py, its declaration in plugin.py, and its equation in tests/.
+What runs is what these files say: nothing need be installed again."""
 
 
 def run(arguments: list[str]) -> int:
     """Write the package and say what to do next.  Raises: ConfigError."""
     if not arguments or arguments[0] in ("--help", "-h"):
-        print(HELP)
+        print(HELP.format(keys=keys_in_help(NewPluginConfig)))
         return 0 if arguments else 2
     name, *rest = arguments
     config = NewPluginConfig(**key_values("plugins new", NewPluginConfig, rest))
     folder = write_plugin(name, Path(config.into).expanduser())
-    print(f"wrote {folder}\n\n  cd {folder}\n  pip install -e '.[test]'\n  python -m subquad plugins check {name}")
+    print(NEXT.format(folder=folder, mixer=name, package=f"subquad_{name}"))
     return 0
 
 

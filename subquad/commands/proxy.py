@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import yaml
 
-from subquad.commands.key_values import key_values, keys_with_defaults
+from subquad.commands.key_help import keys_in_help
+from subquad.commands.key_values import key_values
 from subquad.commands.table import table
 from subquad.component_config import typed_config
 from subquad.errors import ConfigError
@@ -26,7 +27,7 @@ local_error     share of the layer's output that is missed"""
 def run(arguments: list[str]) -> int:
     """Measure what `key=value` arguments say."""
     if any(argument in ("--help", "-h") for argument in arguments):
-        print(HELP.format(keys=keys_with_defaults(ProxyConfig)))
+        print(HELP.format(keys=keys_in_help(ProxyConfig)))
         return 0
     request = proxy_config(arguments)
     from subquad.training.proxy import measure_proxy

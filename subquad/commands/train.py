@@ -12,13 +12,21 @@ from hydra.core.hydra_config import HydraConfig
 from subquad.commands.hydra_verb import run_with_hydra
 from subquad.schema import RunConfig
 
+ABOUT = """Train a model; the run folder that is printed holds its configuration, plan, metrics, checkpoints and report.
+
+  python -m subquad train model=scout_mamba trainer.max_steps=200
+  python -m subquad train --multirun model=scout_mamba,transformer seed=0,1
+  python -m subquad train resume=RUN_DIR trainer.max_steps=400      # goes on where the run ended or was interrupted
+
+--cfg job prints the configuration and stops, --info what was found where, --hydra-help Hydra's own arguments;
+--config-dir DIR adds a folder of your own recipes."""
 GROUP = "WANDB_RUN_GROUP"
 """Read by W&B where no group is given."""
 
 
 def run(arguments: list[str]) -> int:
     """Train once per configuration that Hydra composes from the arguments."""
-    return run_with_hydra("train", arguments, train_job, train_in_sweep)
+    return run_with_hydra("train", arguments, train_job, train_in_sweep, about=ABOUT)
 
 
 def train_job(config: RunConfig, overrides: Sequence[str]) -> None:

@@ -14,9 +14,16 @@ if TYPE_CHECKING:
     from subquad_kernels.first_calls import FirstCall
 
 
+ABOUT = """Compile, check and measure the kernels that a run will call, so that the same `train` starts at once.
+
+  python -m subquad warmup model=scout_mamba_430m trainer.seq_len=2048
+
+What is found is kept in the cache of this machine: `python -m subquad doctor` says where that is."""
+
+
 def run(arguments: list[str]) -> int:
     """Warm up once per configuration that Hydra composes from the arguments."""
-    return run_with_hydra("warmup", arguments, warmup_job)
+    return run_with_hydra("warmup", arguments, warmup_job, about=ABOUT)
 
 
 def warmup_job(config: RunConfig, overrides: Sequence[str]) -> None:

@@ -14,9 +14,9 @@ KV = ("own", "publish", "read")
 class SoftmaxAttentionConfig:
     """Softmax attention over all earlier tokens."""
 
-    num_heads: int = 4
+    num_heads: int = 4  # heads of queries
     num_kv_heads: int = 0  # heads of keys and values; 0: num_heads
-    head_dim: int = 0  # 0: d_model / num_heads
+    head_dim: int = 0  # width of a head; 0: d_model / num_heads
     rope_theta: float = 1e6  # base of the rotary angles
     bidirectional: bool = False  # see later tokens too, whole sequences alone
     kv: str = "own"  # keys and values: own | publish (for later layers too) | read (those of the last that publishes)
@@ -56,7 +56,7 @@ class SoftmaxAttentionConfig:
 class WindowConfig(SoftmaxAttentionConfig):
     """Softmax attention over the last `window` tokens, itself included, or as many to either side."""
 
-    window: int = 64
+    window: int = 64  # tokens that a token sees, itself included
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from subquad.component_config import typed_config
-from subquad.contracts import MixerContext, MixerSpec, Sharing
+from subquad.contracts import MIXER_METHODS, MixerContext, MixerSpec, Sharing
 from subquad.errors import ConfigError, PluginError
 from subquad.model.block import Block
 from subquad.model.channel_mixer import ChannelMixer
@@ -129,12 +130,24 @@ def _builder(entry: Entry) -> Any:
         ) from error
 
 
+def _check_methods(mixer: object, entry: Entry) -> None:
+    """Refuse what is no mixer where it is built, not where it is first called.  Raises: PluginError."""
+    missing = [name for name in MIXER_METHODS if getattr(type(mixer), name, None) is getattr(nn.Module, name, None)]
+    if missing:
+        raise PluginError(
+            what=f"mixer '{entry.spec.name}' has no {', '.join(missing)}",
+            where=entry.spec.build,
+            mend=f"write it: subquad.Mixer says what each of {', '.join(MIXER_METHODS)} does",
+        )
+
+
 def _block(config: ModelConfig, entry: Entry, context: MixerContext, sharing: Sharing) -> Block:
     build = _builder(entry)
     try:
         mixer = build(entry.config, context)
     except ConfigError as error:
         raise ConfigError(what=error.what, where=f"{entry.where}.{error.where}", mend=error.mend) from None
+    _check_methods(mixer, entry)
     channel = None if entry.channel_mixer is None else ChannelMixer(config.d_model, entry.channel_mixer.d_hidden)
     return Block(
         mixer,

@@ -13,9 +13,9 @@ class AdamWConfig:
     """AdamW (Loshchilov and Hutter 2019); decay only where the model's parameter groups allow it."""
 
     lr: float = 3e-3  # the peak, after warm-up; it suits laptop sizes, some hundred million parameters want about 4e-4
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    weight_decay: float = 0.1
-    eps: float = 1e-8
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # decays of the two running means
+    weight_decay: float = 0.1  # decay of weights per step, times the learning rate
+    eps: float = 1e-8  # added to the root of the mean square
 
     def __post_init__(self) -> None:
         if not 0 < self.lr < float("inf"):

@@ -19,12 +19,13 @@ def merge_equal_calls(graph_module: fx.GraphModule) -> PassOutcome:
     if any(_writes_in_place(graph_module, node) for node in graph_module.graph.nodes):
         return PassOutcome(graph_module, ("left as it is: it writes in place",))
     merged = copy_graph(graph_module)
-    first: dict[object, fx.Node] = {}
+    first: dict[tuple[object, str, str], fx.Node] = {}
     report = []
     for node in list(merged.graph.nodes):
         if not _is_pure(node):
             continue
-        known = first.setdefault((node.target, node.args, tuple(node.kwargs.items())), node)
+        # As text, in which a node stands by its name: slices have no hash before Python 3.12, and 1 equals True.
+        known = first.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
         if known is not node:
             node.replace_all_uses_with(known)  # so that what reads equal results has equal arguments, too
             merged.graph.erase_node(node)

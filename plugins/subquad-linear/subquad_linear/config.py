@@ -44,7 +44,7 @@ def width_of_a_head(total: float, num_heads: int, what: str) -> int:
 class RetNetConfig:
     """Linear attention with rotary positions and one constant decay per head (RetNet, 2023)."""
 
-    num_heads: int = 4  # the paper's heads are 256 keys wide
+    num_heads: int = 4  # heads, each with a state of its own; the paper's are 256 keys wide
     expand_v: int = 2  # width of all values / d_model
     rope_theta: float = 10_000.0  # base of the rotary angles
     bidirectional: bool = False  # see later tokens too, whole sequences alone
@@ -58,7 +58,7 @@ class RetNetConfig:
 class GatedLinearAttentionConfig:
     """Linear attention whose every key channel forgets at a rate that the token decides (GLA, 2023)."""
 
-    num_heads: int = 4
+    num_heads: int = 4  # heads, each with a state of its own
     expand_k: float = 0.5  # width of all keys / d_model
     expand_v: float = 1.0  # width of all values / d_model
     gate_rank: int = 16  # rank of the map from a token to its decays
@@ -74,7 +74,7 @@ class GatedLinearAttentionConfig:
 class GatedDeltaNetConfig:
     """The delta rule with a decay per head and token, behind a short convolution (Gated DeltaNet, 2024)."""
 
-    num_heads: int = 6
+    num_heads: int = 6  # heads, each with a state of its own
     num_key_heads: int = 0  # heads of queries and keys, each shared by as many heads of values; 0: num_heads
     key_dim: int = 0  # width of one head's keys; 0: 0.75 d_model / num_heads, which makes a mixer 6 d_model^2
     expand_v: int = 2  # width of a head's values / width of its keys
@@ -98,7 +98,7 @@ class GatedDeltaNetConfig:
 class DeltaNetConfig:
     """The delta rule behind a short convolution (DeltaNet, 2024)."""
 
-    num_heads: int = 8
+    num_heads: int = 8  # heads, each with a state of its own
     conv_width: int = 4  # tokens the short convolution sees, the current one included
     negative_eigenvalues: bool = False  # write gates in (0, 2) instead of (0, 1): a state may flip its sign
 
@@ -113,7 +113,7 @@ DECAYS = ("alibi", "transnormer")
 class LightningConfig:
     """Linear attention of activated queries, keys and values, with a constant decay per head and layer (Lightning)."""
 
-    num_heads: int = 8
+    num_heads: int = 8  # heads, each with a state of its own
     decays: str = "alibi"  # alibi: MiniMax-01's rates 2^(-8 (h+1) / H); transnormer: TransNormerLLM's 8 h / H
     bidirectional: bool = False  # see later tokens too, whole sequences alone
 
@@ -127,7 +127,7 @@ class LightningConfig:
 class MatrixLSTMConfig:
     """Linear attention with an exponential input gate, a forget gate and a normaliser (mLSTM of xLSTM 7B, 2025)."""
 
-    num_heads: int = 4
+    num_heads: int = 4  # heads, each with a state of its own
     expand_k: float = 0.5  # width of all keys / d_model
     gate_cap: float = 15.0  # gates stay within +- this, softly: exp(15) is still exact enough to add up in float32
     bidirectional: bool = False  # a second mixer from the last token to the first, whole sequences alone
@@ -141,7 +141,7 @@ class MatrixLSTMConfig:
 class RWKV6Config:
     """Decays per channel and token behind a token shift that the token decides itself (RWKV-6, 2024)."""
 
-    num_heads: int = 4  # the authors' heads are 64 wide
+    num_heads: int = 4  # heads, each with a state of its own; the authors' are 64 wide
     mix_rank: int = 32  # rank of each stream's map from a token to its share of the one before
     decay_rank: int = 64  # rank of the map from a token to its decays
     blocks_per_layer: int = 1  # blocks that the authors count as one layer: 2 with rwkv_channel_mix
@@ -154,7 +154,7 @@ class RWKV6Config:
 class RWKV7Config:
     """A delta rule with decays per channel and a removal of its own, behind a token shift (RWKV-7, 2025)."""
 
-    num_heads: int = 4  # the authors' heads are 64 wide
+    num_heads: int = 4  # heads, each with a state of its own; the authors' are 64 wide
     decay_rank: int = 0  # rank of the map from a token to its decays; 0: 2.5 sqrt(d_model)
     rate_rank: int = 0  # rank of the map from a token to its rates in context; 0: 2.5 sqrt(d_model)
     gate_rank: int = 0  # rank of the output gate; 0: 5 sqrt(d_model)
@@ -223,7 +223,7 @@ class RWKVChannelMixConfig:
 class ScalarLSTMConfig:
     """A recurrent network with exponential gates, whose heads mix their hidden states (sLSTM of xLSTM, 2024)."""
 
-    num_heads: int = 4
+    num_heads: int = 4  # heads, each with a state of its own
     conv_width: int = 4  # tokens that the input and the forget gate see, the current one included
 
     def __post_init__(self) -> None:
@@ -234,7 +234,7 @@ class ScalarLSTMConfig:
 class LogLinearConfig:
     """Gated linear attention over log t states, each read with a weight of its own (log-linear attention, 2025)."""
 
-    num_heads: int = 4
+    num_heads: int = 4  # heads, each with a state of its own
     expand_k: float = 0.5  # width of all keys / d_model
     expand_v: float = 1.0  # width of all values / d_model
     gate_temperature: float = 16.0  # divides log decays: the larger, the slower the states forget
@@ -270,7 +270,7 @@ class LogLinearGatedDeltaNetConfig(GatedDeltaNetConfig):
 class TTTLinearConfig:
     """A linear map as state, trained on the tokens it meets (TTT-Linear, 2024)."""
 
-    num_heads: int = 4
+    num_heads: int = 4  # heads, each with a state of its own
     mini_batch: int = 16  # tokens whose gradients are taken at the same weights
     base_rate: float = 1.0  # largest learning rate of the inner model, before it is divided by a head's width
     rope_theta: float = 10_000.0  # base of the rotary angles, whose positions restart with every mini-batch

