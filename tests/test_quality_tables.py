@@ -128,9 +128,10 @@ def test_the_long_study_begins_with_each_models_own_rate(tools: Any) -> None:
     found = [cell for cell in cells.cells("scout_30m_long", cells.models_of("scout_30m_long")) if cell.seed == 0]
     text = [(cell.model, cell.learning_rate) for cell in found if cell.task == "text"]
     assert dict(text[: len(cells.SCHEDULES)]) == cells.LONG_RATES
-    lower = {(name, cells.LOWER_RATE) for name in ("scout_swa", "transformer", "transformer_window")}
-    assert set(text) == set(product(cells.SCHEDULES, cells.LARGE_RATES)) | lower
-    assert len(text) == 2 * len(cells.SCHEDULES) + len(lower)
+    attention = {(name, 3e-4) for name in ("scout_swa", "transformer", "transformer_window")}
+    recurrence = {(name, 1e-2) for name in ("mamba", "scout_mamba")}
+    assert set(text) == set(product(cells.SCHEDULES, cells.LARGE_RATES)) | attention | recurrence
+    assert len(text) == 3 * len(cells.SCHEDULES)
     recall = [(cell.model, cell.learning_rate) for cell in found if cell.task == "mqar"]
     assert recall == [(name, rate) for rate in cells.LARGE_RATES for name in cells.SCHEDULES]
     config = load_config(cells.overrides(next(cell for cell in found if cell.model == "scout_swa"), 8))
