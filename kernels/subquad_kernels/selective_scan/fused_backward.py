@@ -246,8 +246,7 @@ def differentiate(
 
             # The states before every token of the group, and their gradients behind every token.
             decay, pushes = tl.exp2(steps * rates[:, :, None]), drives * maps
-            factors, pushed, pulled, read = apart(decay), apart(pushes), apart(pulls), apart(reads)
-            before, grads = (), ()
+            factors, pushed, pulled, before, grads = apart(decay), apart(pushes), apart(pulls * reads), (), ()
             for i in tl.static_range(GROUP):
                 if PACKED:
                     states = restart(states, tags[i], initial, state_size, offsets, within, INITIAL)
@@ -260,7 +259,7 @@ def differentiate(
                     document_at = (tags[i] >> 2).to(tl.int64) * state_size
                     final_grad = tl.load(dfinal + document_at + offsets, mask=within & ((tags[i] & 2) != 0), other=0.0)
                     carried += final_grad.to(tl.float32)
-                grads = (carried + pulled[i] * read[i],) + grads  # noqa: RUF005
+                grads = (carried + pulled[i],) + grads  # noqa: RUF005
                 carried = grads[0] * factors[i]
                 if PACKED:
                     if INITIAL:
@@ -277,9 +276,10 @@ def differentiate(
             drive_sums = sums_in_lanes(grad * maps, LANES)
             step_sums = sums_in_lanes(exponents * rates[:, :, None], LANES)
             store_sums(sums_at + base * (SUMS * SUB), pairs(drive_sums, step_sums), PARTS, WIDTH)
-            read_sums = fold(read_sums, PAD_N, GROUP // FOLDED)
-            map_sums = fold(sums_in_rows(drives * grad, PARTS), PAD_N, GROUP // FOLDED)
-            folded = apart(fold(pairs(read_sums, map_sums), FOLDED * PAD_N, GROUP // FOLDED))
+            both_sums = tl.join(read_sums, sums_in_rows(drives * grad, PARTS))
+            both_sums = tl.reshape(both_sums, [SUB, PAD_N, GROUP // FOLDED, FOLDED, 2])
+            both_sums = tl.reshape(tl.permute(both_sums, (0, 1, 2, 4, 3)), [SUB, PAD_N, 2 * GROUP])
+            folded = apart(fold(both_sums, PAD_N, GROUP // FOLDED))
             for k in tl.static_range(GROUP // FOLDED):
                 both = folded[k]
                 if 2 * FOLDED < SUB:
