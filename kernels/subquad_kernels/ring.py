@@ -15,7 +15,8 @@ from torch import Tensor
 
 from subquad_kernels.operators import cached_attention
 
-_TRITON = find_spec("triton") is not None
+_LIBRARY = torch.library.Library("subquad_ring", "DEF")
+_LIBRARY.define("write(Tensor(a!) keys, Tensor(b!) values, Tensor position, Tensor k, Tensor v, int segment_len) -> ()")
 
 
 class Rings(NamedTuple):
@@ -52,7 +53,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rings: Rings, *, segment_len: int = 
     """
     keys, values, position = rings
     out = cached_attention(q, k, v, keys, values, position, segment_len=segment_len)
-    _write(rings, k, v, segment_len)
+    torch.ops.subquad_ring.write(keys, values, position, k, v, segment_len)  # one node where this is traced
     return out, Rings(keys, values, position.add_(1))
 
 
@@ -67,17 +68,27 @@ def cache_of(ring: Tensor, position: int, segment_len: int = 1) -> Tensor:
     return ring.index_select(1, torch.arange(written - places, written, device=ring.device) % places)
 
 
-def _write(rings: Rings, k: Tensor, v: Tensor, segment_len: int) -> None:
+def _write(keys: Tensor, values: Tensor, position: Tensor, k: Tensor, v: Tensor, segment_len: int) -> None:
     """The token takes its place; `position` stays."""
-    keys, values, position = rings
-    if keys.is_cuda and _TRITON:
-        from subquad_kernels.triton_ring import write
+    place = position // segment_len % keys.shape[1]
+    keys.index_copy_(1, place, k)
+    values.index_copy_(1, place, v)
 
-        write(keys, values, position, k, v, segment_len)
-    else:
-        place = position // segment_len % keys.shape[1]
-        keys.index_copy_(1, place, k)
-        values.index_copy_(1, place, v)
+
+def _write_by_launch(keys: Tensor, values: Tensor, position: Tensor, k: Tensor, v: Tensor, segment_len: int) -> None:
+    from subquad_kernels.triton_ring import write
+
+    write(keys, values, position, k, v, segment_len)
+
+
+_LIBRARY.impl("write", _write, "CompositeExplicitAutograd")
+if find_spec("triton") is not None:
+    _LIBRARY.impl("write", _write_by_launch, "CUDA")
+
+
+@torch.library.register_fake("subquad_ring::write", lib=_LIBRARY)
+def _write_nothing(*arguments: object) -> None:
+    """What it writes to has its shapes already."""
 
 
 def _ring(cache: Tensor, written: int, places: int) -> Tensor:
