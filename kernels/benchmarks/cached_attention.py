@@ -117,8 +117,8 @@ def candidates(case: Case) -> Iterator[StepLaunch]:
     for (tile_n, warps, stages), programs in product(SIZES, PROGRAMS):
         launch = StepLaunch(tile_n=tile_n, num_warps=warps, num_stages=stages)
         splits = min(256, ceil_div(case.m, tile_n), ceil_div(programs, case.b * case.h_kv))
-        splits, span = replace(launch, splits=splits).parts(case.m)
-        found[replace(launch, splits=splits, num_stages=stages if span > tile_n else 3)] = None
+        splits, _ = replace(launch, splits=splits).parts(case.m)
+        found[replace(launch, splits=splits)] = None
     return iter(found)
 
 

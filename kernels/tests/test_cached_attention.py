@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx import symbolic_trace
 from torch.testing import assert_close
 
 pytest.importorskip("triton")
@@ -169,6 +170,33 @@ def test_a_launch_writes_a_token_where_torch_does(
     write(rings.keys, rings.values, rings.position, *given, segment_len)
     assert torch.equal(rings.keys, expected[0]) and torch.equal(rings.values, expected[1])
     assert int(rings.position) == position
+
+
+@pytest.mark.parametrize("segment_len", [1, 4])
+def test_traced_by_fx_it_writes_the_token_as_well(segment_len: int) -> None:
+    """Also where nodes that nobody uses are removed."""
+
+    def step(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        out, rings = attend(q, k, v, Rings(keys, values, position), segment_len=segment_len)
+        return out, rings.position
+
+    traced = symbolic_trace(step)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    results = []
+    for function in (step, traced):
+        given = inputs("half", segment_len=segment_len)
+        tensors = [given[name] for name in ("q", "k", "v", "keys", "values", "position")]
+        before = tensors[3].clone()
+        results.append((*function(*tensors), *tensors[3:]))
+        assert not torch.equal(tensors[3].nan_to_num(), before.nan_to_num())
+    assert_close(results[1], results[0], rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_write_keeps_the_rules_of_torch_library() -> None:
+    given = inputs("turned over")
+    tensors = [given[name].nan_to_num() for name in ("keys", "values", "position", "k", "v")]
+    torch.library.opcheck(torch.ops.subquad_ring.write.default, (*tensors, 1))
 
 
 @pytest.mark.parametrize("held", [3, 4, 6])

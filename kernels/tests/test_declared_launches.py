@@ -186,7 +186,7 @@ def test_a_split_cache_takes_a_second_launch(m: int, launches: int, monkeypatch:
         assert counted_of_triton(kernel, workload, monkeypatch) == kernel.launches(workload) == launches
     # Key heads that fill the device alone are not split.
     filled = Workload(
-        operator="segment_attention", shape={**shape, "b": 1_024}, dtype="float32", phase="decode", options=options
+        operator="segment_attention", shape={**shape, "b": 256}, dtype="float32", phase="decode", options=options
     )
     assert kernel.launches(filled) == 1
 

@@ -19,7 +19,10 @@ SPLIT_T = 1024
 """Queries that one program of the summaries' gradients takes at least, when they are split to fill the device."""
 
 STEP_BYTES = 16_384
-"""Keys and values of a tile where one token is decoded, of which a program has some on their way at once."""
+"""Keys and values of a tile where one token is decoded: a pipeline of four stages has three of them on their way."""
+STEP_PROGRAMS = 256
+"""Programs of one token into which few heads are split: two for each of 132 processors. With 1,024, of which not all
+run at once, 16 sequences of 16 heads take a tenth longer on an H200, and one sequence 3 %."""
 MOST_ROWS = 64
 """Summaries of such a tile, and query heads of a program."""
 LEAST_TILES = 8
@@ -68,13 +71,14 @@ class StepLaunch:
     """How one token is decoded: summaries of a tile and query heads of a program (powers of two, 16 or more, what a
     product of matrices takes), warps, stages of the pipeline of tiles, and splits of the cache.
 
-    Changes speed, never results beyond rounding.
+    With `rows` 1 the whole cache is one tile and no key head has several query heads. Changes speed, never results
+    beyond rounding.
     """
 
     tile_n: int
     rows: int = 16
     num_warps: int = 4
-    num_stages: int = 3
+    num_stages: int = 4
     splits: int = 1
 
     def parts(self, count: int) -> tuple[int, int]:
@@ -86,12 +90,15 @@ class StepLaunch:
 
 def step_launch(b: int, h: int, h_kv: int, k: int, v: int, count: int, *, element_bytes: int) -> StepLaunch:
     """The launch for b sequences that see so many summaries each."""
-    widest = max(padded(k), padded(v))
-    tile_n = max(16, min(MOST_ROWS, STEP_BYTES // (2 * widest * element_bytes)))
-    rows = 16 if element_bytes > 2 else min(MOST_ROWS, padded(h // h_kv))
-    tiles, programs = ceil_div(count, tile_n), b * h_kv * ceil_div(h // h_kv, rows)
-    splits = min(MOST_SPLITS, tiles, ceil_div(PROGRAMS, programs)) if tiles >= LEAST_TILES else 1
-    return StepLaunch(tile_n=tile_n, rows=rows, splits=splits)
+    tile_n = min(MOST_ROWS, STEP_BYTES // (2 * max(padded(k), padded(v)) * element_bytes))
+    groups = h // h_kv
+    if groups == 1 and count <= tile_n:
+        return StepLaunch(tile_n=tile_n, rows=1, num_warps=1)
+    tile_n, exact = max(16, tile_n), element_bytes > 2
+    rows = 16 if exact else min(MOST_ROWS, padded(groups))  # products without tensor cores: operands live in registers
+    tiles, programs = ceil_div(count, tile_n), b * h_kv * ceil_div(groups, rows)
+    splits = min(MOST_SPLITS, tiles, ceil_div(STEP_PROGRAMS, programs)) if tiles >= LEAST_TILES else 1
+    return StepLaunch(tile_n=tile_n, rows=rows, splits=splits, num_stages=3 if exact else 4)
 
 
 def step_of(workload: Workload) -> tuple[int, int]:
