@@ -42,6 +42,7 @@ SPILLS = {
     ("cached_attention/tiled", "_attend_once", "sm_90"): 8,
     # No register: the table by which libdevice's sine reduces arguments that never come here.
     ("rotary/fused", "_rotate", "sm_90"): 32,
+    ("rotary/fused", "_turn", "sm_90"): 32,
 }
 """Bytes a thread may spill at most, where any."""
 
