@@ -161,7 +161,7 @@ class Mamba3(nn.Module):
         rows = groups.expand(-1, -1, -1, -1, self.num_heads // self.num_groups, -1).flatten(2)
         heads = self.lanes * self.num_heads
         y = gated_norm(rows, weight=norm.weight, bias=bias.transpose(0, 1).flatten(), groups=heads, eps=EPS)
-        return y.unflatten(2, (heads, self.state_dim))
+        return y.unflatten(2, (heads, self.state_dim))  # type: ignore[no-any-return]
 
     def _values(self, u: Tensor) -> Tensor:
         """The lanes' values.  Shapes:  ... h p  ->  ... r h p"""
