@@ -81,15 +81,15 @@ REFUSED = {
     "log_linear": "log_linear_attention",
     "log_linear_gated_delta_net": "log_linear_delta_rule",
     "log_linear_mamba2": "log_linear_attention",
-    "mamba3": "the argument q",
+    "mamba3": "the argument angles",
     "rwkv6": "the argument q",
     "rwkv7": "it shares tensors with other layers",
     "rwkv_channel_mix": "its output depends on other tokens",
     "slstm": "slstm_scan",
-    "ttt_linear": "the argument q",
-    "ttt_linear_mamba": "the argument q",
-    "ttt_mlp": "the argument q",
-    "ttt_mlp_mamba": "the argument q",
+    "ttt_linear": "the argument angles",
+    "ttt_linear_mamba": "the argument angles",
+    "ttt_mlp": "the argument angles",
+    "ttt_mlp_mamba": "the argument angles",
 }
 """What is said of mixers that mix tokens, or count them, otherwise than by operators that ranks can share."""
 

@@ -40,6 +40,7 @@ SPILLS = {
     ("selective_scan/fused", "differentiate", "sm_90"): 16,
     # No register: the table by which libdevice's sine reduces arguments that never come here.
     ("rotary/fused", "_rotate", "sm_90"): 32,
+    ("rotary/fused", "_turn", "sm_90"): 32,
 }
 """Bytes a thread may spill at most, where any."""
 

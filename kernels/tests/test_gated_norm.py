@@ -31,7 +31,10 @@ WAYS = {
     "all at once": {"centre": True, "bias": True, "gate_first": True, "skip": True},
     "centred, as mLSTM": {"centre": True, "activation": "sigmoid"},
     "centred, the gate as it is, a bias for all heads": {
-        "centre": True, "bias": True, "activation": "identity", "shared": True,
+        "centre": True,
+        "bias": True,
+        "activation": "identity",
+        "shared": True,
     },
     "no gate": {"activation": "none"},
     "a skip and a gate, no norm": {"norm": False, "weight": False, "skip": True},

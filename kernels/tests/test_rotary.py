@@ -115,9 +115,7 @@ def test_given_angles_of_another_sign_are_seen() -> None:
     arguments = given("own", 4, h_kv=3)
     outputs = definition.reference(**arguments)
     right = definition.REFERENCE.backward(arguments, outputs, outputs)["angles"]
-    wrong = definition.REFERENCE.backward(
-        arguments | {"angles": -arguments["angles"]}, outputs, outputs
-    )["angles"]
+    wrong = definition.REFERENCE.backward(arguments | {"angles": -arguments["angles"]}, outputs, outputs)["angles"]
     assert right is not None and wrong is not None
     assert not torch.allclose(right, wrong, atol=1e-2)
 

@@ -42,9 +42,7 @@ def forward(
     return ((normal if opened is None or gate_first else normal * opened).to(x.dtype),)
 
 
-def backward(
-    arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]
-) -> dict[str, Tensor | None]:
+def backward(arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | None, ...]) -> dict[str, Tensor | None]:
     """The gradients of every tensor; the norm is computed again."""
     values: dict[str, Any] = dict(arguments)
     x, z, weight, bias, skip, skip_weight = (

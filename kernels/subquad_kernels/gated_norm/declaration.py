@@ -11,7 +11,7 @@ MOST_WIDTH = 16384
 
 
 def work(workload: Workload) -> Work:
-    """An exponential a gated channel and some ten FLOPs; each tensor read or written once, without the skip's weights."""
+    """An exponential a gated channel, some ten FLOPs; each tensor read or written once, without the skip's weights."""
     shape, options, e = workload.shape, workload.options, workload.element_bytes
     b, t, c = (shape[axis] for axis in ("b", "t", "c"))
     skips, weighs = bool(options["skip"]), bool(options["weight"]) + bool(options.get("bias"))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from subquad_kernels.catalogue import Arguments, Outputs
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
-# The place of each in ACTIVATIONS, and one more: 0 is no gate.
+# The place of each in ACTIVATIONS, and one more: 0 is no gate, the gate as it is comes last.
 _SILU, _SIGMOID = tl.constexpr(1), tl.constexpr(2)
 
 
@@ -134,16 +134,12 @@ class _Call:
         if x.dtype == torch.float64:
             raise TypeError("gated_norm/fused computes in float32; for float64 use kernel='composed'")
         self.x = x if x.stride(2) == 1 else x.contiguous()
-        self.z, self.skip = (
-            part if part is None or part.stride(2) == 1 else part.contiguous() for part in (z, skip)
-        )
+        self.z, self.skip = (part if part is None or part.stride(2) == 1 else part.contiguous() for part in (z, skip))
         b, t, c = x.shape
         self.tokens, self.groups, self.width = b * t, groups, c // groups
         self.pad = power_of_two(self.width)
         self.strides = [
-            stride
-            for part in (self.x, self.z, self.skip)
-            for stride in ((0, 0) if part is None else part.stride()[:2])
+            stride for part in (self.x, self.z, self.skip) for stride in ((0, 0) if part is None else part.stride()[:2])
         ]
         self._constants: dict[str, Any] = {
             "EPS": eps,
@@ -189,7 +185,7 @@ def _half_open(gate):
 def _opened(gate, GATE: tl.constexpr):
     """act(z), and its derivative."""
     opened, slope = gate, tl.full(gate.shape, 1.0, tl.float32)
-    if GATE == _SILU or GATE == _SIGMOID:
+    if GATE <= _SIGMOID:
         half = _half_open(gate)
         opened = gate * half if GATE == _SILU else half
         slope = half * (1 + gate * (1 - half)) if GATE == _SILU else half * (1 - half)

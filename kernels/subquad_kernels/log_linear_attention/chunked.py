@@ -14,7 +14,7 @@ Exponents are masked before exp, so that none is positive. Gradients are torch's
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, einsum
@@ -97,7 +97,7 @@ def _read(
 
     def lay(rows: Tensor, axes: int) -> Tensor:
         """Chunks of tokens, zeros before the first and after the last.  Shapes:  b t axes ..  ->  b c axes chunk .."""
-        padded = F.pad(rows, (0, 0) * (rows.dim() - 2) + (front, count * chunk - front - t))
+        padded = _with_zeros(rows, front, count * chunk - front - t)
         laid: Tensor = padded.unflatten(1, (count, chunk)).movedim(2, 2 + axes)
         return laid
 
@@ -127,15 +127,12 @@ def _between(Q: Tensor, L: Tensor, ages: Tensor, writes: Tensor, first: int) -> 
     shift = first % 2**depth
     total = 2**depth if shift + count <= 2**depth else 2 ** (depth + 1)
 
-    def align(rows: Tensor) -> Tensor:
-        return F.pad(rows, (0, 0) * (rows.dim() - 2) + (shift, total - shift - count))
-
     def halves(rows: Tensor, half: int) -> Tensor:
         """Shapes:  b c ..  ->  b pairs 2 half .."""
         split: Tensor = rows.unflatten(1, (-1, 2, half))
         return split
 
-    Q, L, ages, sums = align(Q), align(L), align(ages), align(writes)
+    Q, L, ages, sums = (_with_zeros(rows, shift, total - shift - count) for rows in (Q, L, ages, writes))
     y = Q.new_zeros(*ages.shape, writes.shape[-1])
     whole, since = ages[..., -1], ages  # log decays of a block, and of a token from its block's beginning
     for level in range(slots(total - 1)):
@@ -146,13 +143,42 @@ def _between(Q: Tensor, L: Tensor, ages: Tensor, writes: Tensor, first: int) -> 
         distance = level + 1 if level < depth else slots(first ^ (first + count - 1))
         weight = L[..., min(slots(chunk - 1) + distance, last)] * since.exp()
         reads = einsum("bxsgin,bxgrnp->bxsgrip", halves(Q, half)[:, :, 1], left)
-        reads = reads * halves(weight, half)[:, :, 1, ..., None]
-        y = y + F.pad(reads[:, :, None], (0, 0) * (reads.dim() - 2) + (1, 0)).flatten(1, 3)
+        y = _ToRightHalves.apply(y, reads * halves(weight, half)[:, :, 1, ..., None])
         older = F.pad(left_whole[:, :, None], (0, 0, 0, 0, 1, 0))  # a right half's tokens are older by its left half
         since = (halves(since, half) + older[:, :, :, None, ..., None]).flatten(1, 3)
         sums = left * right_whole.exp()[..., None, None] + right
         whole = left_whole + right_whole
     return y[:, shift : shift + count]
+
+
+class _ToRightHalves(torch.autograd.Function):
+    """y with `reads` added to its right halves, in place: half of the tokens read at a level, and a sum with zeros for
+    the others would move all of them. Nothing keeps y for its gradient, and that of a slice in place would copy it.
+
+    Shapes:  y: b c ..    reads: b pairs half ..  ->  b c ..
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, reads: Tensor) -> Tensor:
+        ctx.mark_dirty(y)
+        ctx.half = reads.shape[2]
+        _right_halves(y, ctx.half).add_(reads)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, pull: Tensor) -> tuple[Tensor, Tensor]:
+        return pull, _right_halves(pull, ctx.half)
+
+
+def _right_halves(rows: Tensor, half: int) -> Tensor:
+    """Shapes:  b c ..  ->  b pairs half .."""
+    split: Tensor = rows.unflatten(1, (-1, 2, half))
+    return split[:, :, 1]
+
+
+def _with_zeros(rows: Tensor, front: int, behind: int) -> Tensor:
+    """Zeros before the first and after the last of axis 1; no copy where there are none."""
+    return F.pad(rows, (0, 0) * (rows.dim() - 2) + (front, behind)) if front or behind else rows
 
 
 def _before(q: Tensor, scales: Tensor, rates: Tensor, initial: Tensor, position: int) -> Tensor:

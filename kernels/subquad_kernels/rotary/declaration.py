@@ -36,9 +36,7 @@ def work(workload: Workload) -> Work:
     )
 
 
-def _example(
-    dtype: DType, phase: Phase = "forward", *, angles: str = "", pairs: int = 5, **shape: int
-) -> Workload:
+def _example(dtype: DType, phase: Phase = "forward", *, angles: str = "", pairs: int = 5, **shape: int) -> Workload:
     axes = {"b": 2, "t": 37, "h": 4, "h_kv": 2, "k": 16} | shape
     options: dict[str, Option] = {"theta": 1e6}
     options |= {"angles": angles, "pairs": pairs} if angles else {}

@@ -56,7 +56,9 @@ def reference(
 
         return turned(q), turned(k)
     positions = positions_of(q.shape[1], start, cu_seqlens, position, q.device)
-    turn = torch.polar(torch.ones((), dtype=torch.float64, device=q.device), position_angles(positions, q.shape[3], theta))
+    turn = torch.polar(
+        torch.ones((), dtype=torch.float64, device=q.device), position_angles(positions, q.shape[3], theta)
+    )
 
     def rotated(x: Tensor) -> Tensor:
         real, imaginary = x.double().chunk(2, dim=-1)
@@ -102,8 +104,8 @@ def _check_angles(angles: Tensor, q: Tensor, k: Tensor) -> None:
     heads = {1} | ({q.shape[2]} if q.shape[2] == k.shape[2] else set())
     if angles.dim() != 4 or angles.shape[:2] != q.shape[:2] or angles.shape[2] not in heads:
         raise ValueError(
-            f"angles are {tuple(angles.shape)}, not b t a s of q {tuple(q.shape)} and k {tuple(k.shape)}, with a = 1, or"
-            " as many as q and k have heads"
+            f"angles are {tuple(angles.shape)}, not b t a s of q {tuple(q.shape)} and k {tuple(k.shape)}, with a = 1 or"
+            " as many as both have heads"
         )
     if not 1 <= angles.shape[3] <= q.shape[3] // 2:
         raise ValueError(f"{angles.shape[3]} angles are not for pairs of {q.shape[3]} features")

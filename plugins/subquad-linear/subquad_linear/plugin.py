@@ -203,7 +203,7 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             no_decay=("b1", "norm_bias", "norm_weight"),
             # What the inner model starts from and is trained by; LN takes what is common to all of a last bias away.
             float32_parameters=("W1", "norm_bias", "norm_weight", "rate_proj.bias", "token_scale"),
-            operators=("ttt_scan",),
+            operators=("rotary", "ttt_scan"),
         ),
         MixerSpec(
             name="ttt_mlp",
@@ -215,7 +215,7 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             carry_growth=Growth.CONSTANT,
             no_decay=("b1", "b2", "norm_bias", "norm_weight"),
             float32_parameters=("W1", "W2", "b1", "norm_bias", "norm_weight", "rate_proj.bias", "token_scale"),
-            operators=("ttt_scan",),
+            operators=("rotary", "ttt_scan"),
         ),
         MixerSpec(
             name="ttt_linear_mamba",
@@ -227,7 +227,7 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             carry_growth=Growth.CONSTANT,
             no_decay=("b1", "norm_bias", "norm_weight"),
             float32_parameters=("W1", "norm_bias", "norm_weight", "rate_proj.bias", "token_scale"),
-            operators=("causal_conv", "ttt_scan"),
+            operators=("causal_conv", "rotary", "ttt_scan"),
         ),
         MixerSpec(
             name="ttt_mlp_mamba",
@@ -239,7 +239,7 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             carry_growth=Growth.CONSTANT,
             no_decay=("b1", "b2", "norm_bias", "norm_weight"),
             float32_parameters=("W1", "W2", "b1", "norm_bias", "norm_weight", "rate_proj.bias", "token_scale"),
-            operators=("causal_conv", "ttt_scan"),
+            operators=("causal_conv", "rotary", "ttt_scan"),
         ),
         MixerSpec(
             name="short_conv",

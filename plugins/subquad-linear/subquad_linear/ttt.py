@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from subquad import ConfigError, MixerContext
-from subquad_kernels.operators import causal_conv, ttt_scan
-from subquad_linear.batch_rotary import BatchRotary
+from subquad_kernels.operators import causal_conv, rotary, ttt_scan
+from subquad_linear.batch_angles import BatchAngles
 from subquad_linear.config import (
     TTTLinearConfig,
     TTTLinearMambaConfig,
@@ -73,7 +73,7 @@ class TTT(nn.Module):
         # They hold weights (d 1 w) and biases and draw them; the operator computes.
         self.conv_q, self.conv_k = (nn.Conv1d(d, d, conv_width, groups=d) if conv_width else None for _ in "qk")
         self.v_proj = nn.Linear(d, d, bias=False)
-        self.rotary = BatchRotary(self.head_dim, config.mini_batch, config.rope_theta)
+        self.angles = BatchAngles(self.head_dim, config.mini_batch, config.rope_theta)
         self.rate_proj = nn.Linear(d, h)
         self.token_scale = nn.Parameter(torch.zeros(config.mini_batch))
         self.norm_weight = nn.Parameter(torch.ones(h, self.head_dim))
@@ -154,7 +154,7 @@ class TTT(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, conv_inputs = self._queries_and_keys(x, conv_inputs, cu_seqlens)
         q, k, v = (part.unflatten(-1, (self.num_heads, self.head_dim)) for part in (q, k, self.v_proj(x)))
-        q, k = (self.rotary(part, position, cu_seqlens) for part in (q, k))
+        q, k = rotary(q, k, angles=self.angles(q, position, cu_seqlens))
         # The bias joins after the product: it is fp32, and makes the rates fp32 where products are rounded to 8 bits.
         rates = torch.sigmoid(F.linear(x, self.rate_proj.weight) + self.rate_proj.bias) * self.largest_rate
         places = torch.ones_like(self.token_scale).cumsum(0)

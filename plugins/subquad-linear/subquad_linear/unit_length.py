@@ -19,4 +19,5 @@ def unit_length(x: Tensor, num_heads: int, width: int, *, eps: float = EPS) -> T
     Source: Yang et al. 2024 (DeltaNet), section 3.
     """
     scale = x.new_full((width,), width**-0.5, dtype=torch.promote_types(x.dtype, torch.float32))
-    return gated_norm(x, weight=scale, groups=num_heads, eps=eps / width).unflatten(2, (num_heads, width))
+    y = gated_norm(x, weight=scale, groups=num_heads, eps=eps / width)
+    return y.unflatten(2, (num_heads, width))  # type: ignore[no-any-return]

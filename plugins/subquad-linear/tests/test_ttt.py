@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from subquad import ConfigError, MixerContext
 from subquad.testing.mixer_suite import MixerSuite, assert_close, carry_bytes, gradients
 from subquad_linear import ttt
-from subquad_linear.batch_rotary import BatchRotary
+from subquad_linear.batch_angles import BatchAngles
 from subquad_linear.config import (
     ShortConvConfig,
     TTTLinearConfig,
@@ -110,7 +110,7 @@ def descent(m: ttt.TTT, x: Tensor, base_rate: float) -> Tensor:
     b, t, d = x.shape
     h, k, c = m.num_heads, m.head_dim, m.mini_batch
     rates = base_rate / k / (1 + torch.exp(-(x @ m.rate_proj.weight.T + m.rate_proj.bias)))
-    theta = m.rotary.theta ** (-torch.arange(0, k, 2, dtype=x.dtype) / k)
+    theta = m.angles.theta ** (-torch.arange(0, k, 2, dtype=x.dtype) / k)
 
     def convolved(rows: Tensor, conv: nn.Conv1d) -> Tensor:
         """A sum of the last tokens by hand, and the bias."""
@@ -202,14 +202,14 @@ def test_a_short_convolution_is_a_weighted_sum_of_the_last_tokens_with_all_gradi
 
 
 def test_positions_restart_with_every_mini_batch_and_every_document() -> None:
-    rotary, x = BatchRotary(6, 4, 100.0), torch.randn(1, 1, 2, 6).expand(-1, 11, -1, -1)
-    whole = rotary(x, 0, None)
+    angles, x = BatchAngles(6, 4, 100.0), torch.empty(1, 11, 2, 6)
+    whole = angles(x, 0, None)
+    assert whole.shape == (1, 11, 1, 3)
     assert torch.equal(whole[:, :4], whole[:, 4:8])
-    assert not torch.equal(whole[:, 0], whole[:, 1])
-    torch.testing.assert_close(whole.norm(dim=-1), x.norm(dim=-1))
-    packed = rotary(x, 0, torch.tensor([0, 3, 3, 11], dtype=torch.int32))
+    torch.testing.assert_close(whole[0, :4, 0, 2], torch.arange(4) * 100.0 ** (-4 / 6))
+    packed = angles(x, 0, torch.tensor([0, 3, 3, 11], dtype=torch.int32))
     assert torch.equal(packed[:, 3:], whole[:, :8])
-    assert torch.equal(rotary(x[:, :5], 6, None), whole[:, 6:])
+    assert torch.equal(angles(x[:, :5], 6, None), whole[:, 6:])
 
 
 @pytest.mark.parametrize("inner", ["linear", "mlp"])

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from subquad import MixerContext
+from subquad_kernels.operators import gated_norm, rotary
 from subquad_ssm.config import Mamba3Config, grouped_channels
-from subquad_ssm.data_rotation import cumulated_angles, rotated
-from subquad_ssm.exact_norm import ExactNorm
+from subquad_ssm.data_rotation import CumulatedAngles
+from subquad_ssm.exact_norm import EPS, ExactNorm
 from subquad_ssm.step_sizes import draw_step_biases
 from subquad_ssm.trapezoid import Before, attend, attend_in_lanes
 
@@ -73,6 +74,7 @@ class Mamba3(nn.Module):
             self.mimo_x = nn.Parameter(torch.empty(h, self.lanes, self.head_dim))
             self.mimo_z = nn.Parameter(torch.empty(h, self.lanes, self.head_dim))
             self.mimo_o = nn.Parameter(torch.empty(h, self.lanes, self.head_dim))
+        self.cumulated_angles = CumulatedAngles()
         self.out_norm = ExactNorm(h, self.head_dim) if config.out_norm else None
         self.out_proj = nn.Linear(channels, context.d_model, bias=False)
         self._init_dynamics()
@@ -133,18 +135,19 @@ class Mamba3(nn.Module):
         again = dt - own  # what a token writes of the one before it, at that token's place and so before a_t
 
         steps = (math.pi * torch.tanh(angle.to(exact))).unsqueeze(2) * dt.unsqueeze(-1)
-        angles = cumulated_angles(steps, None if carry is None else carry.angle, cu_seqlens)
-        k = self._turned(self.B_norm, B, self.B_bias, angles).to(z.dtype)
-        q = self._turned(self.C_norm, C, self.C_bias, angles).to(z.dtype)
-
+        angles = self.cumulated_angles(steps, None if carry is None else carry.angle, cu_seqlens)
+        # All lanes of a head turn by the same angles.
+        turns = angles.unsqueeze(2).expand(-1, -1, self.lanes, -1, -1).flatten(2, 3)
+        q, k = self._heads(self.C_norm, C, self.C_bias), self._heads(self.B_norm, B, self.B_bias)
+        q, k = rotary(q, k, angles=turns)
+        q, k = (rows.unflatten(2, (self.lanes, self.num_heads)) for rows in (q, k))
         v = self._values(u)
         before = None if carry is None else Before(carry.state, carry.key, self._values(carry.value))
         if self.lanes == 1:
             y, state = attend(q, k, v, log_decay, own, again, before, cu_seqlens)
         else:
             y, state = attend_in_lanes(q, k, v, log_decay, own, again, before, cu_seqlens)
-        y = self._left(y + self.D.unsqueeze(-1) * v, z)
-        return y, Mamba3Carry(angles[:, -1].clone(), state, k[:, -1].clone(), u[:, -1].clone())
+        return self._left(y, v, z), Mamba3Carry(angles[:, -1].clone(), state, k[:, -1].clone(), u[:, -1].clone())
 
     def _rate(self, raw: Tensor) -> Tensor:
         """-A before its floor; `heavy_tail` is 1 + x above 0 and 1 / (1 - x) below, the authors' later choice."""
@@ -152,11 +155,13 @@ class Mamba3(nn.Module):
             return raw.clamp(min=0) + 1 / (1 - raw.clamp(max=0))
         return F.softplus(raw)
 
-    def _turned(self, norm: ExactNorm, part: Tensor, bias: Tensor, angles: Tensor) -> Tensor:
-        """B or C as the heads' keys or queries.  Shapes:  part: b t (r g n)    angles: b t h s  ->  b t r h n"""
-        groups = norm(part.unflatten(-1, (self.lanes, self.num_groups, self.state_dim))).unsqueeze(4)
-        biases = bias.transpose(0, 1).unflatten(1, (self.num_groups, -1))
-        return rotated((groups + biases).flatten(3, 4), angles.unsqueeze(2))
+    def _heads(self, norm: ExactNorm, part: Tensor, bias: Tensor) -> Tensor:
+        """B or C as the heads' keys or queries, before they turn.  Shapes:  part: b t (r g n)  ->  b t (r h) n"""
+        groups = part.unflatten(-1, (self.lanes, self.num_groups, 1, self.state_dim))
+        rows = groups.expand(-1, -1, -1, -1, self.num_heads // self.num_groups, -1).flatten(2)
+        heads = self.lanes * self.num_heads
+        y = gated_norm(rows, weight=norm.weight, bias=bias.transpose(0, 1).flatten(), groups=heads, eps=EPS)
+        return y.unflatten(2, (heads, self.state_dim))  # type: ignore[no-any-return]
 
     def _values(self, u: Tensor) -> Tensor:
         """The lanes' values.  Shapes:  ... h p  ->  ... r h p"""
@@ -164,12 +169,16 @@ class Mamba3(nn.Module):
             return u.unsqueeze(-3)
         return u.unsqueeze(-3) * self.mimo_x.transpose(0, 1).to(u.dtype)
 
-    def _left(self, y: Tensor, z: Tensor) -> Tensor:
-        """Gate the lanes, add them up, project.  Shapes:  y: b t r h p    z: b t h p  ->  b t d"""
-        gate = z.unsqueeze(2)
-        if self.lanes > 1:
-            gate = gate * self.mimo_z.transpose(0, 1)
-        y = (y if self.out_norm is None else self.out_norm(y)) * F.silu(gate)
-        if self.lanes > 1:
-            y = y * self.mimo_o.transpose(0, 1)
+    def _left(self, y: Tensor, v: Tensor, z: Tensor) -> Tensor:
+        """Add what skips, gate the lanes, add them up, project.  Shapes:  y, v: b t r h p    z: b t h p  ->  b t d"""
+        if self.lanes == 1:
+            weight = None if self.out_norm is None else self.out_norm.weight.flatten()
+            y = gated_norm(
+                y.flatten(2), z.flatten(2), weight,
+                groups=self.num_heads, norm=self.out_norm is not None, eps=EPS, skip=v.flatten(2), skip_weight=self.D,
+            )  # fmt: skip
+            return self.out_proj(y)  # type: ignore[no-any-return]
+        y = y + self.D.unsqueeze(-1) * v
+        y = (y if self.out_norm is None else self.out_norm(y)) * F.silu(z.unsqueeze(2) * self.mimo_z.transpose(0, 1))
+        y = y * self.mimo_o.transpose(0, 1)
         return self.out_proj(y.sum(2).flatten(2).to(z.dtype))  # type: ignore[no-any-return]

@@ -62,7 +62,7 @@ def subquad_provide_mixers() -> Iterable[MixerSpec]:
             carry_growth=Growth.CONSTANT,
             no_decay=("D", "dt_bias", "B_bias", "C_bias"),
             float32_parameters=("D", "dt_bias", "B_bias", "C_bias"),
-            operators=("linear_attention",),
+            operators=("gated_norm", "linear_attention", "rotary"),
         ),
         MixerSpec(
             name="log_linear_mamba2",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from subquad import ConfigError, MixerContext
 from subquad.testing.mixer_suite import MixerSuite, assert_close, carry_bytes, gradients
 from subquad_ssm.config import Mamba3Config
-from subquad_ssm.data_rotation import cumulated_angles, rotated
+from subquad_ssm.data_rotation import CumulatedAngles
 from subquad_ssm.mamba3 import Mamba3
 
 D_MODEL = 12
@@ -21,6 +21,17 @@ GROUPED: dict[str, Any] = {"state_dim": 5, "head_dim": 4, "num_groups": 3, "rota
 LANES: dict[str, Any] = {"state_dim": 4, "head_dim": 8, "mimo_rank": 3, "rate_map": "heavy_tail", "out_norm": True}
 TOLERANCE = 1e-9
 """Relative to the largest value: float64, sums of a hundred terms in another order, through a norm."""
+
+
+cumulated_angles = CumulatedAngles()
+
+
+def rotated(x: Tensor, angles: Tensor) -> Tensor:
+    """Su et al. 2021, equation 34: neighbours are turned by their angles.  Shapes:  x: ... n    angles: ... s"""
+    turning, still = x.split([2 * angles.shape[-1], x.shape[-1] - 2 * angles.shape[-1]], dim=-1)
+    a, b = turning.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2), still], -1)
 
 
 class TestMamba3(MixerSuite):
