@@ -196,7 +196,7 @@ def test_traced_by_fx_it_writes_the_token_as_well(segment_len: int) -> None:
 def test_the_write_keeps_the_rules_of_torch_library() -> None:
     given = inputs("turned over")
     tensors = [given[name].nan_to_num() for name in ("keys", "values", "position", "k", "v")]
-    torch.library.opcheck(torch.ops.subquad_ring.write.default, (*tensors, 1))
+    torch.library.opcheck(torch.ops.subquad_kernels.write_rings.default, (*tensors, 1))
 
 
 @pytest.mark.parametrize("held", [3, 4, 6])
