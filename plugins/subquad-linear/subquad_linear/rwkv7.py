@@ -119,8 +119,8 @@ class RWKV7(ShiftedMemory):
         log_decay = -LARGEST_RATE * torch.sigmoid(self.decay_base + self.decay.widened(low[0]))
         heads = (self.num_heads, self.head_dim)
         removed = unit_length(k * self.removal.to(k.dtype), *heads, eps=DIRECTION_EPS)
-        replaced = self.replacement.to(k.dtype)
-        written = (k * torch.addcmul(1 - replaced, rate, replaced)).unflatten(-1, heads)
+        # In fp32 and rounded once: alpha is about 1, where 8 bits are wrong by the same 0.4 % at every token.
+        written = (k * torch.addcmul(1 - self.replacement, rate, self.replacement)).to(k.dtype).unflatten(-1, heads)
         r, v = r.unflatten(-1, heads), v.unflatten(-1, heads)
         o, state = delta_rule(
             r, written, v, log_decay.unflatten(-1, heads),
