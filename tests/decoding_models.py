@@ -91,7 +91,7 @@ class Tape(TorchDispatchMode):
             again = func(*args, **kwargs)
             pairs = zip(found, again) if isinstance(found, (tuple, list)) else [(found, again)]
             for old, new in pairs:
-                if isinstance(old, Tensor) and not func.is_view and old.data_ptr() != new.data_ptr():
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():  # a flattened view may be a copy
                     old.copy_(new)
 
 
