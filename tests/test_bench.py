@@ -312,7 +312,21 @@ def test_the_devices_clock_leaves_out_gaps_that_the_host_makes(monkeypatch: pyte
     assert clock.queued_s(run) == pytest.approx(8e-5)
     before = device.clears
     assert clock(run, 10) == pytest.approx(10 * 2e-5)
-    assert device.clears - before == 10 * 4, "80 us to queue, half as long again, in clears of 50 us, and one"
+    assert device.clears - before == 10 * 5, "80 us to queue, twice as long, in clears of 50 us, and one"
+
+
+def test_the_devices_clock_is_ahead_of_a_host_that_slows_by_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop at the slower of a host's two paces gets head start enough from those at the faster."""
+    device = FakeDevice(monkeypatch)
+    clock = CudaClock("cuda", most_clears=96, most_calls=100)
+    pace_s = [9e-4]
+
+    def run() -> None:
+        device.launch(pace_s[0], 1e-5)
+        device.launch(pace_s[0], 1e-5)
+
+    for pace_s[0] in (9e-4, 9e-4, 14.5e-4):
+        assert clock(run, 10) == pytest.approx(10 * 2e-5)
 
 
 def test_the_devices_clock_neither_waits_for_slow_hosts_nor_makes_more_calls_than_a_median_needs(

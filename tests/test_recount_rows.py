@@ -1,4 +1,5 @@
-"""Rows of code that has changed are told by kernel, date and workload; the recorded ones hold none."""
+"""Rows of code that has changed are told by kernel, date and workload, disturbed ones by their repeats; the recorded
+ones hold none."""
 
 from __future__ import annotations
 
@@ -55,3 +56,35 @@ def test_an_earlier_row_of_a_changed_workload_is_stale_and_others_are_not(tool: 
     assert not tool.is_stale(replace(gradient, row=replace(gradient.row, dtype="float32"))), "computed as before"
     assert tool.is_stale(replace(gradient, row=replace(gradient.row, kernel="compacted", dtype="float32")))
     assert not tool.is_stale(replace(forward, row=replace(forward.row, kernel="compacted")))
+
+
+def test_the_recorded_rows_hold_none_that_were_disturbed_and_of_no_phase_a_few(tool: ModuleType) -> None:
+    rows = read_timed_rows(ROOT / "cost_model" / "data")
+    assert not [row.row.key for row in rows if tool.is_disturbed(row)]
+    assert tool.kept([rows]) == [rows]
+
+
+def test_phases_of_which_all_tables_hold_few_rows_are_left_out(tool: ModuleType) -> None:
+    rows = read_timed_rows(ROOT / "cost_model" / "data")
+    one = next(row for row in rows if row.status == "ok" and row.row.kernel == "tiled")
+    failed = next(row for row in rows if row.status == "unsupported")
+    assert tool.kept([[one] * 3, [one] * 2, [failed]]) == [[], [], [failed]]
+    assert tool.kept([[one] * 3, [one] * 3, [failed]]) == [[one] * 3, [one] * 3, [failed]]
+
+
+def test_repeats_far_apart_tell_a_disturbed_row_and_widened_ones_do_not(tool: ModuleType) -> None:
+    rows = read_timed_rows(ROOT / "cost_model" / "data")
+    one = next(row for row in rows if row.median_s is not None and row.repeats == 3)
+    assert one.median_s is not None
+
+    def disturbed(apart: float, **others: object) -> bool:
+        return bool(tool.is_disturbed(replace(one, high_s=one.low_s + apart * one.median_s, **others)))  # type: ignore
+
+    early, late = "2026-11-29T23:00:00+00:00", "2026-11-30T01:00:00+00:00"
+    one = replace(one, low_s=one.median_s * 0.99)
+    assert disturbed(0.04, date=early), "timed again since"
+    assert not disturbed(0.02, date=early)
+    assert not disturbed(0.4, date=late)
+    assert disturbed(0.6, date=late)
+    assert not disturbed(0.8, date=late, repeats=1), "one call, whose range was widened"
+    assert not tool.is_disturbed(replace(one, status="oom", low_s=None, median_s=None, high_s=None))

@@ -4,7 +4,9 @@ recount_rows.py [--without OPERATOR/KERNEL,...] [--as-timed OPERATOR/KERNEL,...]
 Seconds, bytes and versions stay as they were measured. Rows of kernels that are no longer declared stay whole, and
 those of the kernels named by `--without` are left out: what was timed of code that computes otherwise today. Those
 named by `--as-timed` stay whole as well: their code has since come to walk fewer steps, and what was timed is theirs.
-`--without-stale` leaves out what `STALE` says was timed of other code, by kernel, date and workload alone.
+`--without-stale` leaves out what `STALE` says was timed of other code, by kernel, date and workload alone, what was
+disturbed while it was timed, by its own repeats alone (`APART`), and phases of kernels of which all tables together
+then hold too few rows to learn from (`LEAST_ROWS`): they are left to the roofline, and measured.
 Tables of versions that did not keep the lengths of packed documents are given them: `measure` draws them from seed 0.
 """
 
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,6 +65,36 @@ def is_stale(timed: TimedRow) -> bool:
     return any(timed.date < since and changed(timed.row) for since, changed in rules)
 
 
+APART = (("2026-11-30", 0.03), ("9999", 0.5))
+"""Repeats further apart than this share of their median are no figure of a kernel: until the first date those that
+`measure` times again since, and after it the few that were no steadier then, whose host fell behind the device."""
+ENOUGH_REPEATS = 3
+"""Of fewer the range was widened, and says nothing."""
+
+
+def is_disturbed(timed: TimedRow) -> bool:
+    """Whether the row's repeats disagree, whatever a model says of it."""
+    if timed.median_s is None or timed.low_s is None or timed.high_s is None:
+        return False
+    most = next(share for before, share in APART if timed.date < before)
+    return (timed.repeats or 0) >= ENOUGH_REPEATS and timed.high_s - timed.low_s > most * timed.median_s
+
+
+LEAST_ROWS = 6
+"""Of fewer a physics head learns a level alone, and was off by a factor of ten on the next."""
+
+
+def _of_phase(timed: TimedRow) -> tuple[str, str]:
+    return f"{timed.row.operator}/{timed.row.kernel}", timed.row.phase
+
+
+def kept(tables: Sequence[Sequence[TimedRow]]) -> list[list[TimedRow]]:
+    """Of each table the rows that are neither stale nor disturbed, nor too few; failures stay."""
+    left = [[row for row in table if not is_stale(row) and not is_disturbed(row)] for table in tables]
+    counts = Counter(_of_phase(row) for table in left for row in table if row.status == "ok")
+    return [[row for row in table if row.status != "ok" or counts[_of_phase(row)] >= LEAST_ROWS] for table in left]
+
+
 def recounted(row: CostRow) -> CostRow:
     """The row with its work counted by the operator and kernel of its names."""
     try:
@@ -91,18 +123,17 @@ def main() -> None:
     parser.add_argument("tables", nargs="+", type=Path)
     parser.add_argument("--without", default="", help="kernels whose rows are left out, with commas between")
     parser.add_argument("--as-timed", default="", help="kernels whose rows stay as they are")
-    parser.add_argument("--without-stale", action="store_true", help="leave out rows of code that has changed since")
+    parser.add_argument(
+        "--without-stale",
+        action="store_true",
+        help="leave out rows of changed code, disturbed ones, and phases with few",
+    )
     given = parser.parse_args()
-    for path in given.tables:
-        held = read_timed_rows(path)
-        rows = [row for row in held if f"{row.row.operator}/{row.row.kernel}" not in given.without.split(",")]
-        if given.without_stale:
-            rows = [row for row in rows if not is_stale(row)]
-        kept = given.as_timed.split(",")
-        counted = [
-            row if f"{row.row.operator}/{row.row.kernel}" in kept else replace(row, row=recounted(row.row))
-            for row in rows
-        ]
+    tables = [read_timed_rows(path) for path in given.tables]
+    as_timed, without = given.as_timed.split(","), given.without.split(",")
+    for path, held, of_today in zip(given.tables, tables, kept(tables) if given.without_stale else tables, strict=True):
+        rows = [row for row in of_today if _of_phase(row)[0] not in without]
+        counted = [row if _of_phase(row)[0] in as_timed else replace(row, row=recounted(row.row)) for row in rows]
         names = ("matmul_flops", "vector_flops", "transcendental_ops", "bytes_moved", "serial_steps", "saved_bytes",
                  "launches", "padding")  # fmt: skip
         changed = Counter(

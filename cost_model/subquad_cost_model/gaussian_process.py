@@ -31,8 +31,10 @@ MOST_ROWS = 4000
 OPERATOR, KERNEL = 0.2, 0.3
 """Amplitudes, as logarithms of seconds."""
 LENGTH, WIDTH, REACH, PARALLEL, SIZE, DEVICE, GROUP, CHOICE = 16.0, 2.0, 2.0, 8.0, 12.0, 2.0, 4.0, 4.0
+STEPS, PADDED = 8.0, 4.0
 """Octaves of lengths, of widths, of windows and segments, of waves of programs, of seconds and launches, of bandwidth,
-of heads that share a key head; and options that differ (two make a word that is another).
+of heads that share a key head; options that differ (two make a word that is another); octaves of dependent steps and of
+pairs computed over pairs counted.
 
 These and the amplitudes began where the marginal likelihood of half of the rows that S0 does not hold out is largest,
 and were rounded by errors out of fold on the others, which hardly change if one of them is halved or doubled."""
@@ -42,7 +44,7 @@ TAIL, LEAST_WEIGHT = 4.0, 1 / 30
 """Degrees of freedom of the noise, and how little an outlier counts at least."""
 DIGITS = 4
 """Of coordinates: what is kept in a file answers as what was fitted."""
-SCALES = (OPERATOR, KERNEL, LENGTH, WIDTH, REACH, PARALLEL, SIZE, DEVICE, GROUP, CHOICE)
+SCALES = (OPERATOR, KERNEL, LENGTH, WIDTH, REACH, PARALLEL, SIZE, DEVICE, GROUP, CHOICE, STEPS, PADDED)
 """What a fit in a file must agree with."""
 LENGTHS, WIDTHS = ("b", "t", "s", "m", "documents"), ("k", "v", "n", "p", "w")
 
@@ -81,6 +83,8 @@ def _place(row: CostRow, device: Device) -> list[float]:
         math.log2(row.launches) / SIZE,
         math.log2(device.bytes_per_s) / DEVICE,
         math.log2(shape.get("h", 1) / (shape.get("h_kv") or shape.get("h_k") or shape.get("h", 1))) / GROUP,
+        math.log2(max(1, row.serial_steps)) / STEPS,
+        math.log2(row.padding) / PADDED,
     ]
 
 

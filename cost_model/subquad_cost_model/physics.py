@@ -25,7 +25,7 @@ from subquad_cost_model.terms import HOST, MOST_FUSED, SECONDS, STARTS, Keys, Te
 
 PULL = 1.0
 """How firmly a kernel's factors are held near those of all kernels: the square of it counts like so many rows."""
-FIRM = 0.1
+FIRM = 0.3
 """How firmly what a call of a fused kernel costs to begin with is held, as a share of itself, or of one launch where
 that is more: long rows say nothing of it, and a few of them would have short ones begin with their milliseconds."""
 LEAST = 1e-12

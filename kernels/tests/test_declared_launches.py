@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -138,7 +139,7 @@ LENGTHS = (40, 700, 3000)
 
 OF_ONE_TOKEN = ("cached_attention",)
 """Operators that know no other call."""
-WIDER = {"linear_attention": ({"n": 128, "p": 128}, {"h": 8, "h_k": 1, "n": 128, "p": 64})}
+WIDER = {"linear_attention": ({"n": 128, "p": 128}, {"n": 160, "p": 128}, {"h": 8, "h_k": 1, "n": 128, "p": 64})}
 """Heads of a layout that the kernel computes in another way (in half precision)."""
 
 
@@ -171,6 +172,24 @@ def test_a_triton_kernel_launches_as_declared(kernel: Kernel, monkeypatch: pytes
             assert 1 <= number <= A_FEW, workload
         else:
             assert kernel.launches(workload) == number, workload
+
+
+@pytest.mark.parametrize("changes", [{}, *WIDER["linear_attention"]], ids=str)
+@pytest.mark.parametrize("documents", [0, 3])
+@pytest.mark.parametrize("decay", ["none", "token", "head"])
+def test_linear_attention_launches_as_declared_whatever_its_gates(
+    changes: dict[str, int], documents: int, decay: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In half precision, where a form keeps states, where one takes several heads, and where neither."""
+    kernel = CATALOGUE.kernel("linear_attention", "fused")
+    shape = {"b": 1, "t": 700, "h": 4, "h_k": 2, "n": 16, "p": 80, **changes}
+    shape |= {"documents": documents} if documents else {}
+    for phase, gated in product(("forward", "backward"), (False, True)):
+        options = {"decay": decay} | dict.fromkeys(("write_gate", "diagonal", "initial_state"), gated)
+        workload = Workload(
+            operator="linear_attention", shape=shape, dtype="bfloat16", phase=phase, options=options  # type: ignore[arg-type]
+        )  # fmt: skip
+        assert kernel.launches(workload) == counted_of_triton(kernel, workload, monkeypatch), workload
 
 
 @pytest.mark.parametrize(("m", "launches"), [(0, 1), (64, 1), (448, 1), (449, 2), (10_000, 2)])

@@ -16,7 +16,7 @@ from subquad_kernels.segment_attention import compacted, sdpa_merge
 from subquad_kernels.segment_attention.declaration import OPERATOR, visible_pairs
 from subquad_kernels.segment_attention.operator import OP
 from subquad_kernels.segment_attention.summaries import Summaries
-from subquad_kernels.segment_attention.tilings import tiling, walks
+from subquad_kernels.segment_attention.tilings import parts_of, tiling, walks
 from subquad_kernels.self_check import kernel_errors
 from subquad_kernels.workload import Phase, Workload
 
@@ -194,27 +194,58 @@ def test_known_documents_are_counted_one_by_one_and_padding_to_powers_of_two() -
     assert padding["reference"] == 1
 
 
+def ranges_of(
+    t: int, lengths: tuple[int, ...], segment_len: int
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Which summaries each token sees, and which tokens each summary is seen by, token by token as the kernels say it:
+    `_mark` and `_find_kernel` where documents are packed (each stretch has room for a summary), else by counting.
+    """
+    if not lengths:
+        seen_by = [((j + 1) * segment_len, t) for j in range((t - 1) // segment_len)]
+        return [(0, token // segment_len) for token in range(t)], seen_by
+    begins = [sum(lengths[:place]) for place, length in enumerate(lengths) for _ in range(length)]
+    ends = [begin + length for begin, length in zip(begins, [n for n in lengths for _ in range(n)], strict=True)]
+    low = [-(-begin // segment_len) for begin in begins]
+    sees = [(low[token], low[token] + (token - begins[token]) // segment_len) for token in range(t)]
+    seen_by = []
+    for first in range(0, t, segment_len):
+        position = first + segment_len - 1 - (first - begins[first]) % segment_len
+        seen_by.append((position + 1, ends[first]) if position < ends[first] else (t + 1, 0))
+    return sees, seen_by
+
+
 @pytest.mark.parametrize("phase", ["forward", "backward"])
-@pytest.mark.parametrize(("t", "lengths"), [(700, ()), (600, (250, 0, 1, 349)), (90, ())])
-def test_tiled_computes_the_tiles_that_its_walks_count(phase: Phase, t: int, lengths: tuple[int, ...]) -> None:
-    shape = {"b": 1, "t": t, "h": 4, "h_kv": 2, "k": 64, "v": 64, "m": 0} | ({"documents": 4} if lengths else {})
+@pytest.mark.parametrize("segment_len", [10, 256])
+@pytest.mark.parametrize(
+    ("t", "lengths"),
+    [(700, ()), (600, (250, 0, 1, 349)), (90, ()), (256, (59, 197)), (2900, (5, 1200, 40, 0, 255, 1400)), (64, (64,))],
+)
+def test_tiled_computes_the_tiles_that_its_walks_count(
+    phase: Phase, segment_len: int, t: int, lengths: tuple[int, ...]
+) -> None:
+    """Rows of several documents in a tile walk the summaries of all; documents shorter than a segment have none."""
+    shape = {"b": 1, "t": t, "h": 4, "h_kv": 2, "k": 64, "v": 64, "m": 0}
+    shape |= {"documents": len(lengths)} if lengths else {}
     workload = Workload(
-        operator="segment_attention", shape=shape, dtype="bfloat16", phase=phase, options={"segment_len": 10},
-        document_lengths=lengths,
+        operator="segment_attention", shape=shape, dtype="bfloat16", phase=phase,
+        options={"segment_len": segment_len}, document_lengths=lengths,
     )  # fmt: skip
+    sees, seen_by = ranges_of(t, lengths, segment_len)
     tiles = tiling("forward" if phase == "forward" else "query_gradients", False, 64, t)
-    steps = [
-        -(-((min(begin + tiles.tile_t, length) - 1) // 10) // tiles.tile_n)
-        for length in lengths or (t,)
-        for begin in range(0, length, tiles.tile_t)
-    ]
-    queries = walks(workload)[0]
+    tails = [min(begin + tiles.tile_t, t) - 1 for begin in range(0, t, tiles.tile_t)]
+    steps = [-(-max(0, sees[last][1] - sees[last - last % tiles.tile_t][0]) // tiles.tile_n) for last in tails]
+    queries, *summaries = walks(workload)
     products = 2 * 64 if phase == "forward" else 3 * 64
     assert queries.flops == 4 * sum(steps) * 2 * tiles.tile_t * tiles.tile_n * products
     assert queries.longest == max(steps)
-    if phase == "backward":
-        # One tile holds all summaries; of documents, the queries from its first to the end of its last one.
-        assert walks(workload)[1].longest == 2 * -(-t // 64)
+    if phase == "backward" and seen_by:
+        tiles = tiling("summary_gradients", False, 64, t)
+        of_tiles = [seen_by[first : first + tiles.tile_n] for first in range(0, len(seen_by), tiles.tile_n)]
+        spans = [(min(first for first, _ in tile), max(end for _, end in tile)) for tile in of_tiles]
+        met = [max(0, -(-end // tiles.tile_t) - first // tiles.tile_t) for first, end in spans]
+        assert summaries[0].flops == 4 * sum(met) * 2 * tiles.tile_t * tiles.tile_n * 2 * 128
+        parts = parts_of(len(of_tiles) * 2, t)
+        assert summaries[0].longest == 2 * min(max(met), -(-t // (parts * tiles.tile_t)))
     kernel = CATALOGUE.kernel("segment_attention", "tiled")
     assert kernel.serial_steps and kernel.serial_steps(workload) == 1 + sum(walk.longest for walk in walks(workload))
     assert kernel.padding(workload) >= 1

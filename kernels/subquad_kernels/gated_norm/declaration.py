@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from subquad_kernels.catalogue import Kernel, Operator, Tolerance
+from subquad_kernels.tile_sizes import power_of_two
 from subquad_kernels.workload import DeviceLimits, DType, Option, Phase, Work, Workload
 
 _HERE = "subquad_kernels.gated_norm"
@@ -118,6 +119,18 @@ def _composed_launches(workload: Workload) -> int:
     return 9 + 3 * narrow + 3 * skips
 
 
+def _fused_launches(workload: Workload) -> int:
+    """One; backward torch adds up the programs' parts of the gradients of weights, and of the skip's."""
+    options = workload.options
+    return 1 + (workload.phase == "backward") * (bool(options["weight"]) + bool(options["skip"]))
+
+
+def _fused_padding(workload: Workload) -> float:
+    """A program holds whole groups, as wide as a power of two."""
+    width = workload.shape["c"] // workload.shape["g"]
+    return power_of_two(width) / width
+
+
 _BOTH = frozenset({"cpu", "cuda"})
 KERNELS = (
     Kernel(
@@ -143,5 +156,7 @@ KERNELS = (
         devices=frozenset({"cuda"}),
         requires=("triton>=3.6",),
         replayable=True,
+        launches=_fused_launches,
+        padding=_fused_padding,
     ),
 )

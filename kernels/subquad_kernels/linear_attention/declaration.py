@@ -255,6 +255,40 @@ def states_kept(workload: Workload) -> bool:
     return workload.phase == "backward" and keeps_states(shape["n"], shape["p"], half=workload.element_bytes == 2)
 
 
+def _fused_launches(workload: Workload) -> int:
+    """Of the form that the sizes ask for (`launches.py`), on a device with the shared memory.
+
+    Two more where time is cut, for what segments do to a state and their composition; documents are laid out first, and
+    their states filled; heads that share keys, tiles of values and a decay of a whole head are summed last.
+    """
+    shape, options = workload.shape, workload.options
+    b, t, h, h_k, n, p = (shape[axis] for axis in ("b", "t", "h", "h_k", "n", "p"))
+    documents, half = shape.get("documents", 0), workload.element_bytes == 2
+    if workload.phase == "decode" or (t == 1 and not documents and workload.phase == "forward"):
+        return 1
+    decays, gates = options["decay"] != "none", bool(options["write_gate"]) + bool(options["diagonal"])
+    cut = 2 if segments(b, t, h, documents, n, p) > 1 else 0
+    if workload.phase == "forward":
+        laid_out = 2 if documents else 0
+        if several_heads(workload):
+            return laid_out + 3 + cut
+        tiles = ceil_div(p, value_tile(n, p, half=half, backward=False))
+        return laid_out + 1 + (cut if tiles * h * b < CUT_BELOW else 0)
+    laid_out = 1 + bool(options["initial_state"]) if documents else 0
+    of_head = int(options["decay"] == "head")
+    if several_heads(workload):
+        return laid_out + 6 + cut + decays + of_head
+    shared = 2 if h > h_k else 0
+    if states_kept(workload):
+        tiles_n, tiles_p = (ceil_div(padded(width), 128) for width in (n, p))
+        chunks = 2 if max(tiles_n, tiles_p) > 1 else 1
+        summed = decays * (tiles_n > 1) + gates * (tiles_p > 1)
+        return laid_out + 3 + cut + chunks + summed + shared + decays + of_head
+    tiles = ceil_div(p, value_tile(n, p, half=half, backward=True))
+    shared = 2 if h * tiles > h_k else 0
+    return laid_out + 2 + (cut if tiles * h * b < CUT_BELOW else 0) + shared + (decays + gates) * (tiles > 1) + of_head
+
+
 def _fused_steps(workload: Workload) -> int:
     shape = workload.shape
     b, t, h, n, p = (shape[axis] for axis in ("b", "t", "h", "n", "p"))
@@ -349,6 +383,7 @@ KERNELS = (
         supports=_fused_supports,
         devices=frozenset({"cuda"}),
         requires=("triton>=3.6",),
+        launches=_fused_launches,
         serial_steps=_fused_steps,
         replayable=True,
         scratch_bytes=_fused_scratch,

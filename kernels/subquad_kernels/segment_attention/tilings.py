@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Literal
 
 from subquad_kernels.tile_sizes import ceil_div, padded
@@ -125,27 +126,56 @@ def walks(workload: Workload) -> tuple[Walk, ...]:
     b, t, h, h_kv, m = (shape[axis] for axis in ("b", "t", "h", "h_kv", "m"))
     k, v = padded(shape["k"]), padded(shape["v"])
     exact, backward = workload.dtype == "float32", workload.phase == "backward"
-    packed, lengths = "documents" in shape, counted_documents(workload)
+    documents = _documents(workload)
     tiles = tiling("query_gradients" if backward else "forward", exact, max(k, v), t)
-    most = [ceil_div(m + max(0, length - 1) // segment_len, tiles.tile_n) for length in lengths]
-    met = 0
-    for length, steps in zip(lengths, most):
-        for step in range(steps):  # which tiles of queries walk so far: those that end behind the step's first summary
-            begin = max(0, (step * tiles.tile_n - m + 1) * segment_len)
-            met += ceil_div(length, tiles.tile_t) - begin // tiles.tile_t
+    met = _tiles_of_summaries(documents, t, segment_len, m, tiles)
     products = 2 * k + v if backward else k + v
-    found = [Walk(2 * tiles.tile_t * tiles.tile_n * products * met * b * h, max(most))]
-    count = ceil_div(t, segment_len) if packed else m + (t - 1) // segment_len
+    found = [Walk(2 * tiles.tile_t * tiles.tile_n * products * sum(met) * b * h, max(met))]
+    count = ceil_div(t, segment_len) if "documents" in shape else m + (t - 1) // segment_len
     if not backward or not count:
         return tuple(found)
     tiles = tiling("summary_gradients", exact, max(k, v), t)
     parts = parts_of(ceil_div(count, tiles.tile_n) * b * h_kv, t)
     part = ceil_div(t, parts * tiles.tile_t)
-    ends, walked = list(accumulate(lengths)), []
-    for first in range(0, count, tiles.tile_n):
-        # From the first query that may see one of the tile to the end of the last one's document.
-        last = min((first + tiles.tile_n) * segment_len, t) - 1
-        end = ends[min(bisect_right(ends, last), len(ends) - 1)]
-        walked.append(ceil_div(end - min(end, first * segment_len), tiles.tile_t))
-    flops = 2 * tiles.tile_t * tiles.tile_n * 2 * (k + v) * sum(walked) * b * h
-    return (*found, Walk(flops, h // h_kv * min(part, max(walked))))
+    met = _tiles_of_queries(documents, count, segment_len, m, tiles)
+    flops = 2 * tiles.tile_t * tiles.tile_n * 2 * (k + v) * sum(met) * b * h
+    return (*found, Walk(flops, h // h_kv * min(part, max(met, default=0))))
+
+
+def _documents(workload: Workload) -> list[tuple[int, int]]:
+    """Where each document begins and ends; tokens after the last boundary are a document of their own."""
+    t = workload.shape["t"]
+    borders = [0, *(min(end, t) for end in accumulate(counted_documents(workload))), t]
+    return [(begin, end) for begin, end in pairwise(borders) if begin < end]
+
+
+def _tiles_of_summaries(
+    documents: Sequence[tuple[int, int]], t: int, segment_len: int, m: int, tiles: Tiling
+) -> list[int]:
+    """How many each tile of queries walks: from the first that its first row may see to the last that its last sees,
+    whatever documents lie between.
+    """
+    met, ends = [], [end for _, end in documents]
+    for row in range(0, t, tiles.tile_t):
+        last = min(row + tiles.tile_t, t) - 1
+        low, begin = (documents[bisect_right(ends, token)][0] for token in (row, last))
+        seen = ceil_div(begin, segment_len) + m + (last - begin) // segment_len - ceil_div(low, segment_len)
+        met.append(ceil_div(seen, tiles.tile_n))
+    return met
+
+
+def _tiles_of_queries(
+    documents: Sequence[tuple[int, int]], count: int, segment_len: int, m: int, tiles: Tiling
+) -> list[int]:
+    """How many each tile of summaries walks that holds any: from the first query that sees one of them to the end of
+    the last one's document. Summary j of a document that begins at s stands in stretch j + 1 + (s - 1) // segment_len.
+    """
+    seen: dict[int, tuple[int, int]] = {}
+    for begin, end in documents:
+        number = min(m + (end - begin) // segment_len, count)
+        first = 1 + (begin - 1) // segment_len
+        for tile in range(first // tiles.tile_n, ceil_div(first + number, tiles.tile_n) if number else 0):
+            inside = max(0, tile * tiles.tile_n - first)  # of the document's summaries, the tile's first
+            earliest = begin + max(0, (inside + 1 - m) * segment_len)
+            seen[tile] = min(earliest, seen.get(tile, (end, end))[0]), end
+    return [max(0, ceil_div(end, tiles.tile_t) - earliest // tiles.tile_t) for earliest, end in seen.values()]
