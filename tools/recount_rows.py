@@ -23,7 +23,8 @@ from subquad.compiler.workload import cost_row
 from subquad_cost_model import CostRow, TimedRow, read_timed_rows, write_timed_rows
 from subquad_kernels.catalogue import CATALOGUE, CatalogueError
 from subquad_kernels.samples import draw_boundaries
-from subquad_kernels.workload import Workload
+from subquad_kernels.segment_attention.tilings import step_launch
+from subquad_kernels.workload import ELEMENT_BYTES, Workload
 
 
 def other_heads(row: CostRow) -> bool:
@@ -45,11 +46,19 @@ def half_backward(row: CostRow) -> bool:
     return row.phase == "backward" and row.dtype in ("bfloat16", "float16")
 
 
+def by_tiles(row: CostRow) -> bool:
+    """One token whose query heads share keys, or that sees more than one tile of summaries."""
+    if row.phase != "decode":
+        return False
+    b, h, h_kv, k, v, m = (row.shape[axis] for axis in ("b", "h", "h_kv", "k", "v", "m"))
+    return step_launch(b, h, h_kv, k, v, m, element_bytes=ELEMENT_BYTES[row.dtype]).rows > 1
+
+
 STALE: Mapping[str, tuple[tuple[str, Callable[[CostRow], bool]], ...]] = {
     "gated_linear_attention/fused": (("2026-11-29T10", lambda row: True),),
     "delta_rule/fused": (("2026-11-30", lambda row: True),),
     "delta_rule/fused_diagonal": (("2026-11-30", lambda row: True),),
-    "segment_attention/tiled": (("2026-11-30", lambda row: True),),
+    "segment_attention/tiled": (("2026-11-30", lambda row: True), ("2026-11-30T19:30", by_tiles)),
     "segment_attention/compacted": (("2026-11-30T07:16", lambda row: row.phase == "backward"),),
     "segment_attention/sdpa_merge": (("2026-11-30T14", half_backward),),
     "causal_conv/fused": (("2026-11-30", lambda row: row.phase == "decode"),),
