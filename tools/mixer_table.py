@@ -187,7 +187,7 @@ class GpuTime(NamedTuple):
 def layer_times() -> dict[str, GpuTime]:
     """By mixer: its layer in the newest record that has it, at `LENGTH` tokens, and the fastest of its rivals there."""
     found: dict[str, GpuTime] = {}
-    for path in sorted(LAYERS.glob("*.json"), key=_newest_first):
+    for path in sorted(LAYERS.glob("*.json"), key=_day_and_letter, reverse=True):
         record = _read(path)
         rows = [row for row in record["layers"] if row["t"] == LENGTH and "both_device_ms" in row]
         for row in rows:
@@ -219,6 +219,11 @@ def gpu_times() -> dict[str, GpuTime]:
                 if key not in found or (time.rival is not None and found[key].rival is None):
                     found[key] = time
     return found
+
+
+def _day_and_letter(path: Path) -> str:
+    """The end of a record's name: its date, and of several of one day the letter of a later one."""
+    return (re.findall(r"\d{4}-\d\d-\d\d[a-z]?$", path.stem) or [""])[0]
 
 
 def _newest_first(path: Path) -> tuple[int, int, str]:
