@@ -10,6 +10,8 @@ import triton.language as tl
 
 from subquad_kernels.selective_scan.tiles import (
     LN_2,
+    apart,
+    beside,
     by_fours,
     channels_of_rows,
     fold,
@@ -18,6 +20,7 @@ from subquad_kernels.selective_scan.tiles import (
     load_marks,
     load_vector,
     load_vectors,
+    pairs,
     place_of_program,
     places_of_sums,
     restart,
@@ -29,6 +32,7 @@ from subquad_kernels.selective_scan.tiles import (
     store_sums,
     sum_of_parts,
     sums_in_lanes,
+    sums_in_rows,
     through_segment,
 )
 from subquad_kernels.triton_launch import QuickLaunch
@@ -90,20 +94,21 @@ def summarise_gradients(
         for reverse_group in range(CHUNK // GROUP):
             base = CHUNK - GROUP - reverse_group * GROUP
             tags = load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
-            vectors = load_vectors(steps_at + base * TILE_C, 2, GROUP, CHUNK, TILE_C, PAD_N, SUB)  # steps, pulls
+            steps, pulls = load_vectors(steps_at + base * TILE_C, 2, GROUP, CHUNK, TILE_C, PAD_N, SUB)
             reads = load_maps(C_table + base * PAD_N, 1, GROUP, CHUNK, TILE_C, PAD_N, SUB)
+            factors, pulled, read = apart(tl.exp2(steps * rates[:, :, None])), apart(pulls), apart(reads)
             for i in tl.static_range(GROUP - 1, -1, -1):
                 if PACKED and FINAL and (tags[i] & 2) != 0:
                     document_at = (tags[i] >> 2).to(tl.int64) * state_size
                     carried += tl.load(dfinal + document_at + offsets, mask=within, other=0.0).to(tl.float32)
-                carried = tl.exp2(vectors[i] * rates) * (carried + vectors[GROUP + i] * reads[i])
+                carried = factors[i] * (carried + pulled[i] * read[i])
                 if PACKED:
                     carried = tl.where((tags[i] & 1) != 0, 0.0, carried)
                     kept = kept & ((tags[i] & 1) == 0)
         tl.debug_barrier()
     tl.store(steps_at + tl.arange(0, TILE_C), tl.sum(age, axis=0))
     tl.debug_barrier()
-    decay = tl.exp2(load_vectors(steps_at, 1, 1, CHUNK, TILE_C, PAD_N, SUB)[0] * rates)
+    decay = tl.exp2(apart(load_vectors(steps_at, 1, 1, CHUNK, TILE_C, PAD_N, SUB))[0] * rates)
     if PACKED:
         decay = tl.where(kept, decay, 0.0)
     summary = (index * b + sequence) * state_size
@@ -131,7 +136,6 @@ def differentiate(
     SUMS: tl.constexpr = 2 * PARTS  # of a token, over n: for its drives, then for its steps
     LANES: tl.constexpr = max(1, PAD_N // 4)  # that share a channel
     WIDTH: tl.constexpr = min(LANES, GROUP * SUMS)
-    TOGETHER: tl.constexpr = min(2 * GROUP, max(WIDTH, 8) // PARTS)  # tiles of them: eight numbers a lane
     FOLDED: tl.constexpr = min(GROUP, SUB // 2)  # tokens whose sums over channels are taken together
     tile, sequence, segment = place_of_program(c, b, TILE_C)
     channels = tile * TILE_C + by_fours(TILE_C)
@@ -168,7 +172,7 @@ def differentiate(
     skip_grads = tl.zeros([CHUNK // ROWS_A_LANE, TILE_C], tl.float32)
     bias_grads = tl.zeros([CHUNK // ROWS_A_LANE, TILE_C], tl.float32)
     dB = dmaps + tile.to(tl.int64) * 2 * b * t * N
-    # Rows of a tile of sums over channels: tokens of dC, then of dB.
+    # Rows of a tile of sums over channels: of every token that of dC, then that of dB.
     map_rows_at = tl.arange(0, 2 * FOLDED)[:, None]
     map_tokens = map_rows_at % FOLDED
     map_places = tl.where(map_rows_at < FOLDED, b.to(tl.int64) * t * N, 0) + map_tokens * AHEAD * N + columns[None, :]
@@ -228,58 +232,61 @@ def differentiate(
                     tag = tl.load(marks + chunk_start + token, mask=token < limit, other=0)
                     states = restart(states, tag, initial, state_size, offsets, within, INITIAL)
                 ahead, drive = load_vectors(steps_at + token * TILE_C, 2, 1, CHUNK, TILE_C, PAD_N, SUB)
-                write = drive * load_maps(B_table + token * PAD_N, 1, 1, CHUNK, TILE_C, PAD_N, SUB)[0]
-                states = tl.exp2(ahead * rates) * states + write
+                push = drive * load_maps(B_table + token * PAD_N, 1, 1, CHUNK, TILE_C, PAD_N, SUB)
+                states = apart(tl.exp2(ahead * rates[:, :, None]))[0] * states + apart(push)[0]
             tl.store(slots + (group + 1) * (TILE_C * PAD_N) + by_state, states)
 
         for reverse_group in range(CHUNK // GROUP):
             base = CHUNK - GROUP - reverse_group * GROUP
             tags = load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
-            vectors = load_vectors(steps_at + base * TILE_C, 2, GROUP, CHUNK, TILE_C, PAD_N, SUB)  # steps, drives
+            steps, drives = load_vectors(steps_at + base * TILE_C, 2, GROUP, CHUNK, TILE_C, PAD_N, SUB)
             pulls = load_vectors(pulls_at + base * TILE_C, 1, GROUP, CHUNK, TILE_C, PAD_N, SUB)
-            maps = load_maps(B_table + base * PAD_N, 2, GROUP, CHUNK, TILE_C, PAD_N, SUB)  # of B, of C
+            maps, reads = load_maps(B_table + base * PAD_N, 2, GROUP, CHUNK, TILE_C, PAD_N, SUB)
             states = tl.load(slots + (CHUNK // GROUP - 1 - reverse_group) * (TILE_C * PAD_N) + by_state)
 
-            # The states before every token of the group and its decays; dC needs the states after.
-            before, factors, read_sums, unfolded = (), (), (), ()
+            # The states before every token of the group, and their gradients behind every token.
+            decay, pushes = tl.exp2(steps * rates[:, :, None]), drives * maps
+            factors, pushed, pulled, before, grads = apart(decay), apart(pushes), apart(pulls * reads), (), ()
             for i in tl.static_range(GROUP):
                 if PACKED:
                     states = restart(states, tags[i], initial, state_size, offsets, within, INITIAL)
                 before += (states,)
-                factors += (tl.exp2(vectors[i] * rates),)
-                states = factors[i] * states + vectors[GROUP + i] * maps[i]
-                unfolded += (sum_of_parts(pulls[i] * states, PARTS),)
-                if len(unfolded) == FOLDED:
-                    read_sums += (fold(unfolded, PAD_N),)
-                    unfolded = ()
-
-            sums = ()
+                states = factors[i] * states + pushed[i]
+            entered = beside(before)
+            read_sums = sums_in_rows(pulls * (decay * entered + pushes), PARTS)
             for i in tl.static_range(GROUP - 1, -1, -1):
-                if PACKED and FINAL and (tags[i] & 2) != 0:
+                if PACKED and FINAL:
                     document_at = (tags[i] >> 2).to(tl.int64) * state_size
-                    carried += tl.load(dfinal + document_at + offsets, mask=within, other=0.0).to(tl.float32)
-                grad = carried + pulls[i] * maps[GROUP + i]
-                unfolded = (sum_of_parts(vectors[GROUP + i] * grad, PARTS),) + unfolded  # noqa: RUF005
-                drive_sums = sums_in_lanes(grad * maps[i], LANES)
-                carried = grad * factors[i]
-                exponent_grad = carried * before[i]
-                rate_grads += vectors[i] * exponent_grad
-                sums = (drive_sums, sums_in_lanes(exponent_grad * rates, LANES)) + sums  # noqa: RUF005
+                    final_grad = tl.load(dfinal + document_at + offsets, mask=within & ((tags[i] & 2) != 0), other=0.0)
+                    carried += final_grad.to(tl.float32)
+                grads = (carried + pulled[i],) + grads  # noqa: RUF005
+                carried = grads[0] * factors[i]
                 if PACKED:
-                    if INITIAL and (tags[i] & 1) != 0:
+                    if INITIAL:
                         document_at = (tags[i] >> 2).to(tl.int64) * state_size
-                        tl.store(dinitial + document_at + offsets, carried, mask=within)
+                        tl.store(dinitial + document_at + offsets, carried, mask=within & ((tags[i] & 1) != 0))
                     carried = tl.where((tags[i] & 1) != 0, 0.0, carried)
-                if len(sums) == TOGETHER:
-                    store_sums(sums_at + (base + i) * (SUMS * SUB), sums, PARTS, LANES, WIDTH)
-                    sums = ()
-                if len(unfolded) == FOLDED:
-                    both = fold((read_sums[i // FOLDED], fold(unfolded, PAD_N)), FOLDED * PAD_N)
-                    if 2 * FOLDED < SUB:
-                        both = tl.sum(tl.reshape(both, [SUB // (2 * FOLDED), 2 * FOLDED, PAD_N]), axis=0)
-                    at_token = dB + (row + (base + i) * AHEAD) * N
-                    tl.store(at_token + map_places, both, mask=in_n[None, :] & (map_tokens < limit - base - i))
-                    unfolded = ()
+
+            # What these are with all tokens of the group together: sums over n, over tokens and over channels.
+            grad = beside(grads)
+            exponents = grad * decay * entered
+            of_rates = apart(steps * exponents)
+            for i in tl.static_range(GROUP - 1, -1, -1):
+                rate_grads += of_rates[i]
+            drive_sums = sums_in_lanes(grad * maps, LANES)
+            step_sums = sums_in_lanes(exponents * rates[:, :, None], LANES)
+            store_sums(sums_at + base * (SUMS * SUB), pairs(drive_sums, step_sums), PARTS, WIDTH)
+            both_sums = tl.join(read_sums, sums_in_rows(drives * grad, PARTS))
+            both_sums = tl.reshape(both_sums, [SUB, PAD_N, GROUP // FOLDED, FOLDED, 2])
+            both_sums = tl.reshape(tl.permute(both_sums, (0, 1, 2, 4, 3)), [SUB, PAD_N, 2 * GROUP])
+            folded = apart(fold(both_sums, PAD_N, GROUP // FOLDED))
+            for k in tl.static_range(GROUP // FOLDED):
+                both = folded[k]
+                if 2 * FOLDED < SUB:
+                    both = tl.sum(tl.reshape(both, [SUB // (2 * FOLDED), 2 * FOLDED, PAD_N]), axis=0)
+                first = base + k * FOLDED
+                at_token = dB + (row + first * AHEAD) * N
+                tl.store(at_token + map_places, both, mask=in_n[None, :] & (map_tokens < limit - first))
         tl.debug_barrier()
 
         # The gradients of the chunk's vectors.

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 
 from subquad_kernels.selective_scan.tiles import (
+    apart,
+    beside,
     by_fours,
     channels_of_rows,
     load_chunk,
@@ -57,44 +59,40 @@ def summarise(
     ROWS_A_LANE: tl.constexpr = max(1, CHUNK * TILE_C // 128)
     age = tl.zeros([CHUNK // ROWS_A_LANE, TILE_C], tl.float32)  # the sum of steps
     kept = begin >= 0  # no document starts in this segment
-    next_raws = load_chunk(dt, dt_stride, sequence, begin, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True)
-    next_values = load_chunk(x, x_stride, sequence, begin, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True)
-    next_map_rows = load_chunk(B, B_stride, sequence, begin, end, t, columns, in_n, CHUNK, AHEAD, "", True)
-    for chunk_start in range(begin, end, CHUNK):
+    raws, values = tl.zeros([CHUNK, TILE_C], dt.dtype.element_ty), tl.zeros([CHUNK, TILE_C], x.dtype.element_ty)
+    map_rows = tl.zeros([CHUNK, PAD_N], B.dtype.element_ty)
+    # A chunk's loads are under way while the one before it is computed; there is none before the first.
+    for ahead in range(begin, end + CHUNK, CHUNK):
+        next_raws = load_chunk(dt, dt_stride, sequence, ahead, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True)
+        next_values = load_chunk(x, x_stride, sequence, ahead, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True)
+        next_map_rows = load_chunk(B, B_stride, sequence, ahead, end, t, columns, in_n, CHUNK, AHEAD, "", True)
+        chunk_start = ahead - CHUNK
         limit = end - chunk_start
-        # The loads of the next chunk are under way while this one is computed.
+        if chunk_start >= begin:
+            step, _ = step_and_slope(raws, bias[None, :], (at < limit) & in_c[None, :], SOFTPLUS)
+            age += sum_of_parts(step, ROWS_A_LANE)
+            tl.store(steps_at + (at * TILE_C + local), step)
+            tl.store(drives_at + (at * TILE_C + local), step * values.to(tl.float32))
+            tl.store(B_table + (at * PAD_N + columns[None, :]), map_rows.to(tl.float32))
+            tl.debug_barrier()
+            for group in range(CHUNK // GROUP):
+                base = group * GROUP
+                tags = load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
+                steps, drives = load_vectors(steps_at + base * TILE_C, 2, GROUP, CHUNK, TILE_C, PAD_N, SUB)
+                maps = load_maps(B_table + base * PAD_N, 1, GROUP, CHUNK, TILE_C, PAD_N, SUB)
+                factors, pushes = apart(tl.exp2(steps * rates[:, :, None])), apart(drives * maps)
+                for i in tl.static_range(GROUP):
+                    if PACKED:
+                        states = restart(states, tags[i], initial, state_size, offsets, within, INITIAL)
+                    states = factors[i] * states + pushes[i]
+                    if PACKED:
+                        kept = kept & ((tags[i] & 1) == 0)
+            tl.debug_barrier()
         raws, values, map_rows = next_raws, next_values, next_map_rows
-        next_raws = load_chunk(
-            dt, dt_stride, sequence, chunk_start + CHUNK, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True
-        )
-        next_values = load_chunk(
-            x, x_stride, sequence, chunk_start + CHUNK, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True
-        )
-        next_map_rows = load_chunk(
-            B, B_stride, sequence, chunk_start + CHUNK, end, t, columns, in_n, CHUNK, AHEAD, "", True
-        )
-        step, _ = step_and_slope(raws, bias[None, :], (at < limit) & in_c[None, :], SOFTPLUS)
-        age += sum_of_parts(step, ROWS_A_LANE)
-        tl.store(steps_at + (at * TILE_C + local), step)
-        tl.store(drives_at + (at * TILE_C + local), step * values.to(tl.float32))
-        tl.store(B_table + (at * PAD_N + columns[None, :]), map_rows.to(tl.float32))
-        tl.debug_barrier()
-        for group in range(CHUNK // GROUP):
-            base = group * GROUP
-            tags = load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
-            vectors = load_vectors(steps_at + base * TILE_C, 2, GROUP, CHUNK, TILE_C, PAD_N, SUB)  # steps, drives
-            maps = load_maps(B_table + base * PAD_N, 1, GROUP, CHUNK, TILE_C, PAD_N, SUB)
-            for i in tl.static_range(GROUP):
-                if PACKED:
-                    states = restart(states, tags[i], initial, state_size, offsets, within, INITIAL)
-                states = tl.exp2(vectors[i] * rates) * states + vectors[GROUP + i] * maps[i]
-                if PACKED:
-                    kept = kept & ((tags[i] & 1) == 0)
-        tl.debug_barrier()
     # The sum of the steps changes its layout through the scratch.
     tl.store(steps_at + tl.arange(0, TILE_C), tl.sum(age, axis=0))
     tl.debug_barrier()
-    decay = tl.exp2(load_vectors(steps_at, 1, 1, CHUNK, TILE_C, PAD_N, SUB)[0] * rates)
+    decay = tl.exp2(apart(load_vectors(steps_at, 1, 1, CHUNK, TILE_C, PAD_N, SUB))[0] * rates)
     if PACKED:
         decay = tl.where(kept, decay, 0.0)
     summary = (segment * b + sequence) * state_size
@@ -136,74 +134,67 @@ def walk(
         for between in range(1, segment):
             states = through_segment(states, decays, writes, (between * b + sequence) * state_size, offsets, within)
 
-    next_raws = load_chunk(dt, dt_stride, sequence, begin, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True)
-    next_values = load_chunk(x, x_stride, sequence, begin, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True)
-    next_map_rows = load_chunk(B, B_stride, sequence, begin, end, t, columns, in_n, CHUNK, AHEAD, "", True)
-    next_read_rows = load_chunk(C, C_stride, sequence, begin, end, t, columns, in_n, CHUNK, AHEAD, "", True)
-    for chunk_start in range(begin, end, CHUNK):
+    raws, values = tl.zeros([CHUNK, TILE_C], dt.dtype.element_ty), tl.zeros([CHUNK, TILE_C], x.dtype.element_ty)
+    map_rows, read_rows = tl.zeros([CHUNK, PAD_N], B.dtype.element_ty), tl.zeros([CHUNK, PAD_N], C.dtype.element_ty)
+    # A chunk's loads are under way while the one before it is computed; there is none before the first.
+    for ahead in range(begin, end + CHUNK, CHUNK):
+        next_raws = load_chunk(dt, dt_stride, sequence, ahead, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True)
+        next_values = load_chunk(x, x_stride, sequence, ahead, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True)
+        next_map_rows = load_chunk(B, B_stride, sequence, ahead, end, t, columns, in_n, CHUNK, AHEAD, "", True)
+        next_read_rows = load_chunk(C, C_stride, sequence, ahead, end, t, columns, in_n, CHUNK, AHEAD, "", True)
+        chunk_start = ahead - CHUNK
         limit = end - chunk_start
-        raws, values, map_rows, read_rows = next_raws, next_values, next_map_rows, next_read_rows
-        next_raws = load_chunk(
-            dt, dt_stride, sequence, chunk_start + CHUNK, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True
-        )
-        next_values = load_chunk(
-            x, x_stride, sequence, chunk_start + CHUNK, end, t, channels, in_c, CHUNK, AHEAD, EVICT, True
-        )
-        next_map_rows = load_chunk(
-            B, B_stride, sequence, chunk_start + CHUNK, end, t, columns, in_n, CHUNK, AHEAD, "", True
-        )
-        next_read_rows = load_chunk(
-            C, C_stride, sequence, chunk_start + CHUNK, end, t, columns, in_n, CHUNK, AHEAD, "", True
-        )
-        gates = load_chunk(z, z_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, AHEAD, EVICT, GATE)
-        row = row_of(sequence, chunk_start, t, AHEAD)
-        y_at, ungated_at = y + row * c, ungated
-        if GATE:
-            ungated_at = ungated + row * c
-        step, _ = step_and_slope(raws, bias[None, :], (at < limit) & in_c[None, :], SOFTPLUS)
-        tl.store(steps_at + (at * TILE_C + local), step)
-        tl.store(drives_at + (at * TILE_C + local), step * values.to(tl.float32))
-        tl.store(B_table + (at * PAD_N + columns[None, :]), map_rows.to(tl.float32))
-        tl.store(C_table + (at * PAD_N + columns[None, :]), read_rows.to(tl.float32))
-        tl.store(slot + by_state, states)
-        tl.debug_barrier()
+        if chunk_start >= begin:
+            gates = load_chunk(z, z_stride, sequence, chunk_start, end, t, channels, in_c, CHUNK, AHEAD, EVICT, GATE)
+            row = row_of(sequence, chunk_start, t, AHEAD)
+            y_at, ungated_at = y + row * c, ungated
+            if GATE:
+                ungated_at = ungated + row * c
+            step, _ = step_and_slope(raws, bias[None, :], (at < limit) & in_c[None, :], SOFTPLUS)
+            tl.store(steps_at + (at * TILE_C + local), step)
+            tl.store(drives_at + (at * TILE_C + local), step * values.to(tl.float32))
+            tl.store(B_table + (at * PAD_N + columns[None, :]), map_rows.to(tl.float32))
+            tl.store(C_table + (at * PAD_N + columns[None, :]), read_rows.to(tl.float32))
+            tl.store(slot + by_state, states)
+            tl.debug_barrier()
 
-        for group in range(CHUNK // GROUP):
-            base = group * GROUP
-            tags = load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
-            vectors = load_vectors(steps_at + base * TILE_C, 2, GROUP, CHUNK, TILE_C, PAD_N, SUB)  # steps, drives
-            maps = load_maps(B_table + base * PAD_N, 2, GROUP, CHUNK, TILE_C, PAD_N, SUB)  # of B, of C
-            sums = ()
-            for i in tl.static_range(GROUP):
+            for group in range(CHUNK // GROUP):
+                base = group * GROUP
+                tags = load_marks(marks, chunk_start, base, limit, GROUP, PACKED)
+                steps, drives = load_vectors(steps_at + base * TILE_C, 2, GROUP, CHUNK, TILE_C, PAD_N, SUB)
+                maps, reads = load_maps(B_table + base * PAD_N, 2, GROUP, CHUNK, TILE_C, PAD_N, SUB)
+                factors, pushes, passed = apart(tl.exp2(steps * rates[:, :, None])), apart(drives * maps), ()
+                for i in tl.static_range(GROUP):
+                    if PACKED:
+                        states = restart(states, tags[i], initial, state_size, offsets, within, INITIAL)
+                    states = factors[i] * states + pushes[i]
+                    passed += (states,)
+                    if PACKED and (tags[i] & 2) != 0:
+                        tl.store(final + (tags[i] >> 2).to(tl.int64) * state_size + offsets, states, mask=within)
+                store_sums(totals_at + base * TILE_C, sums_in_lanes(beside(passed) * reads, LANES), PARTS, WIDTH)
+            tl.debug_barrier()
+
+            away = at * AHEAD
+            mask = (at < limit) & in_c[None, :]
+            total = tl.load(totals_at + places_of_sums(at * PARTS, local, SUB, PARTS, WIDTH))
+            total += skip[None, :] * values.to(tl.float32)
+            if GATE:
+                tl.store(ungated_at + (away * c + channels[None, :]), total, mask=mask)
+                gate = gates.to(tl.float32)
+                total = total * gate * sigmoid(gate)
+            tl.store(y_at + (away * c + channels[None, :]), total.to(y.dtype.element_ty), mask=mask)
+            if chunk_start > 0:  # the state that entered, as boundaries lie: n c
+                boundary = tl.load(slot + (columns[:, None] + local * PAD_N))
                 if PACKED:
-                    states = restart(states, tags[i], initial, state_size, offsets, within, INITIAL)
-                states = tl.exp2(vectors[i] * rates) * states + vectors[GROUP + i] * maps[i]
-                sums += (sums_in_lanes(states * maps[GROUP + i], LANES),)
-                if PACKED and (tags[i] & 2) != 0:
-                    tl.store(final + (tags[i] >> 2).to(tl.int64) * state_size + offsets, states, mask=within)
-            store_sums(totals_at + base * TILE_C, sums, PARTS, LANES, WIDTH)
-        tl.debug_barrier()
-
-        away = at * AHEAD
-        mask = (at < limit) & in_c[None, :]
-        total = tl.load(totals_at + places_of_sums(at * PARTS, local, SUB, PARTS, WIDTH))
-        total += skip[None, :] * values.to(tl.float32)
-        if GATE:
-            tl.store(ungated_at + (away * c + channels[None, :]), total, mask=mask)
-            gate = gates.to(tl.float32)
-            total = total * gate * sigmoid(gate)
-        tl.store(y_at + (away * c + channels[None, :]), total.to(y.dtype.element_ty), mask=mask)
-        if chunk_start > 0:  # the state that entered, as boundaries lie: n c
-            boundary = tl.load(slot + (columns[:, None] + local * PAD_N))
-            if PACKED:
-                boundary = tl.where((tl.load(marks + chunk_start) & 1) != 0, 0.0, boundary)
-            place = ((chunk_start // CHUNK - 1) * b + sequence) * state_size
-            tl.store(
-                boundaries + place + (columns[:, None] * c + channels[None, :]),
-                boundary,
-                mask=in_n[:, None] & in_c[None, :],
-            )
-        tl.debug_barrier()
+                    boundary = tl.where((tl.load(marks + chunk_start) & 1) != 0, 0.0, boundary)
+                place = ((chunk_start // CHUNK - 1) * b + sequence) * state_size
+                tl.store(
+                    boundaries + place + (columns[:, None] * c + channels[None, :]),
+                    boundary,
+                    mask=in_n[:, None] & in_c[None, :],
+                )
+            tl.debug_barrier()
+        raws, values, map_rows, read_rows = next_raws, next_values, next_map_rows, next_read_rows
     if segment == 0 and end < t:
         tl.store(writes + sequence * state_size + offsets, states, mask=within)
     if not PACKED and end == t:

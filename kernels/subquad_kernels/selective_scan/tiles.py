@@ -154,7 +154,7 @@ def restart(state, tag, initial, state_size, offsets, within, INITIAL: tl.conste
 
 
 @triton.jit
-def _apart(tiles):
+def apart(tiles):
     """The tiles, a power of two, that lie beside each other along the last of three axes."""
     COUNT: tl.constexpr = tiles.shape[2]
     parts = (tl.reshape(tiles, [tiles.shape[0], tiles.shape[1]]) if COUNT == 1 else tiles,)
@@ -173,6 +173,34 @@ def _apart(tiles):
 
 
 @triton.jit
+def beside(tiles):
+    """A power of two of tiles along a new last axis: the inverse of `apart`."""
+    COUNT: tl.constexpr = len(tiles)
+    for _ in tl.static_range(5):
+        if len(tiles) > 1:
+            pairs = ()
+            for i in tl.static_range(len(tiles) // 2):
+                pairs += (tl.join(tiles[i], tiles[len(tiles) // 2 + i]),)
+            tiles = pairs
+    return tl.reshape(tiles[0], [tiles[0].shape[0], tiles[0].shape[1], COUNT])
+
+
+@triton.jit
+def pairs(first, second):
+    """Tiles of both in turn along the last axis: the first of `first`, the first of `second`, and so on."""
+    return tl.reshape(tl.join(first, second), [first.shape[0], first.shape[1], 2 * first.shape[2]])
+
+
+@triton.jit
+def _tables(rows, TABLES: tl.constexpr):
+    """The rows of one table; of two, each apart.  [TILE_C, PAD_N, rows * TABLES] -> [TILE_C, PAD_N, rows]"""
+    found = rows
+    if TABLES == 2:
+        found = tl.split(tl.reshape(rows, [rows.shape[0], rows.shape[1], rows.shape[2] // 2, 2]))
+    return found
+
+
+@triton.jit
 def by_lanes(tile):
     """For accesses that Triton is to spread over lanes from the last axis on, in any version; its own inverse."""
     if FIRST_AXES_FIRST:
@@ -185,21 +213,21 @@ def load_vectors(
     table, TABLES: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, TILE_C: tl.constexpr, PAD_N: tl.constexpr,
     SUB: tl.constexpr,
 ):  # fmt: skip
-    """ROWS of each of TABLES of the scratch, a number for each channel: one access.  -> tiles like the states'
+    """ROWS of each of TABLES of the scratch, a number for each channel: one access.  -> [TILE_C, PAD_N, ROWS] each
 
     Each lane loads what its states need, as it would row by row; what lies beside each other in its channels, at once.
     """
     PARTS: tl.constexpr = TILE_C // SUB
     LANES: tl.constexpr = max(1, PAD_N // 4)
     row = tl.arange(0, TABLES * ROWS)
-    row = (row // ROWS * CHUNK + row % ROWS) * TILE_C
+    row = (row % TABLES * CHUNK + row // TABLES) * TILE_C
     # Not told where rows of states are neighbours, Triton loads them on the lanes that have those states.
     at = tl.max_contiguous(row[:, None] + tl.arange(0, SUB)[None, :] * PARTS, [1, 1])
     at = tl.broadcast_to(at[:, :, None, None] + tl.arange(0, PARTS), [TABLES * ROWS, SUB, LANES, PARTS])
     rows = by_lanes(tl.load(table + by_lanes(at)))
     rows = tl.reshape(tl.permute(rows, (3, 1, 2, 0)), [TILE_C, LANES, 1, TABLES * ROWS])
     rows = tl.broadcast_to(rows, [TILE_C, LANES, PAD_N // LANES, TABLES * ROWS])
-    return _apart(tl.reshape(rows, [TILE_C, PAD_N, TABLES * ROWS]))
+    return _tables(tl.reshape(rows, [TILE_C, PAD_N, TABLES * ROWS]), TABLES)
 
 
 @triton.jit
@@ -207,31 +235,16 @@ def load_maps(
     table, TABLES: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, TILE_C: tl.constexpr, PAD_N: tl.constexpr,
     SUB: tl.constexpr,
 ):  # fmt: skip
-    """ROWS of each of TABLES of the scratch, a number for each column of states: one access.  -> tiles like theirs"""
+    """ROWS of each of TABLES of the scratch, a number for each column of states.  -> [TILE_C, PAD_N, ROWS] each"""
     LANES: tl.constexpr = max(1, PAD_N // 4)
     row = tl.arange(0, TABLES * ROWS)
-    row = (row // ROWS * CHUNK + row % ROWS) * PAD_N
+    row = (row % TABLES * CHUNK + row // TABLES) * PAD_N
     at = (row[:, None] + tl.arange(0, LANES)[None, :] * (PAD_N // LANES))[:, None, :, None]
     at = tl.broadcast_to(at + tl.arange(0, PAD_N // LANES), [TABLES * ROWS, SUB, LANES, PAD_N // LANES])
     rows = by_lanes(tl.load(table + by_lanes(at)))
     rows = tl.reshape(tl.permute(rows, (1, 2, 3, 0)), [1, SUB, PAD_N, TABLES * ROWS])
     rows = tl.broadcast_to(rows, [TILE_C // SUB, SUB, PAD_N, TABLES * ROWS])
-    return _apart(tl.reshape(rows, [TILE_C, PAD_N, TABLES * ROWS]))
-
-
-@triton.jit
-def parts_of_tile(tile, PARTS: tl.constexpr):
-    """The rows of a tile in as many tuples, of rows that lie on different lanes."""
-    parts = (tile,)
-    for _ in tl.static_range(6):
-        if len(parts) < PARTS:
-            halves = ()
-            for i in tl.static_range(len(parts)):
-                part = parts[i]
-                upper, lower = tl.split(tl.permute(tl.reshape(part, [2, part.shape[0] // 2, part.shape[1]]), (1, 2, 0)))
-                halves += (upper, lower)
-            parts = halves
-    return parts
+    return _tables(tl.reshape(rows, [TILE_C, PAD_N, TABLES * ROWS]), TABLES)
 
 
 @triton.jit
@@ -250,61 +263,51 @@ def _fold(one, other, STEP: tl.constexpr):
 
 
 @triton.jit
-def fold(tiles, STEP: tl.constexpr):
-    """One tile of a power of two of them: place p holds what tile (p // STEP) % count sums to over the places that
-    differ from p in those bits. Eight tiles of eight rows exchange seven times, where eight sums would 24 times.
+def fold(tiles, STEP: tl.constexpr, REST: tl.constexpr):
+    """Fold the last axis, all but the tiles REST apart: place p holds what tile (p // STEP) % count sums to over the
+    places that differ from p in those bits. Eight tiles of eight rows exchange seven times, where eight sums would 24.
+
+    Shapes:  rows columns count*REST  ->  rows columns REST  (of one place the tiles lie beside each other)
     """
-    for level in tl.static_range(5):
-        if len(tiles) > 1:
-            folded = ()
-            for i in tl.static_range(0, len(tiles), 2):
-                folded += (_fold(tiles[i], tiles[i + 1], STEP * 2**level),)
-            tiles = folded
-    return tiles[0]
+    FOLDED: tl.constexpr = tiles.shape[2] // REST
+    for level in tl.static_range(6):
+        if 2**level < FOLDED:
+            even, odd = tl.split(tl.reshape(tiles, [tiles.shape[0], tiles.shape[1], tiles.shape[2] // 2, 2]))
+            tiles = _fold(even, odd, STEP * 2**level * even.shape[2])
+    return tiles
 
 
 @triton.jit
-def sums_in_lanes(tile, LANES: tl.constexpr):
-    """What each lane holds of a tile's sums over n.  [TILE_C, PAD_N] -> [TILE_C, LANES]"""
-    return tl.sum(tl.reshape(tile, [tile.shape[0], LANES, tile.shape[1] // LANES]), axis=2)
+def sums_in_lanes(tiles, LANES: tl.constexpr):
+    """What each lane holds of sums over n.  [TILE_C, PAD_N, count] -> [TILE_C, LANES, count]"""
+    return tl.sum(tl.reshape(tiles, [tiles.shape[0], LANES, tiles.shape[1] // LANES, tiles.shape[2]]), axis=2)
+
+
+@triton.jit
+def sums_in_rows(tiles, PARTS: tl.constexpr):
+    """What each lane holds of sums over channels.  [TILE_C, PAD_N, count] -> [SUB, PAD_N, count]"""
+    return tl.sum(tl.reshape(tiles, [PARTS, tiles.shape[0] // PARTS, tiles.shape[1], tiles.shape[2]]), axis=0)
 
 
 @triton.jit
 def sum_of_parts(tile, PARTS: tl.constexpr):
-    """What the lanes hold of a tile's sums over its channels, each of its own.  [TILE_C, PAD_N] -> [SUB, PAD_N]"""
+    """What the lanes hold of a tile's sums over its rows, each of its own.  [rows, columns] -> [rows/PARTS, columns]"""
     return tl.sum(tl.reshape(tile, [PARTS, tile.shape[0] // PARTS, tile.shape[1]]), axis=0)
 
 
 @triton.jit
-def _beside(tiles):
-    """A power of two of tiles along a new last axis."""
-    for _ in tl.static_range(5):
-        if len(tiles) > 1:
-            pairs = ()
-            for i in tl.static_range(len(tiles) // 2):
-                pairs += (tl.join(tiles[i], tiles[len(tiles) // 2 + i]),)
-            tiles = pairs
-    return tiles[0]
-
-
-@triton.jit
-def store_sums(table, sums, PARTS: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr):
+def store_sums(table, sums, PARTS: tl.constexpr, WIDTH: tl.constexpr):
     """Sums over n of what lanes summed, WIDTH of one row beside each other: `places_of_sums` says where.
 
     Whole tiles are folded first and their parts last, and all that are folded alike at once: as many exchanges, and
-    fewer operations for Triton.
+    fewer operations for Triton.  Shapes:  sums: TILE_C LANES count
     """
     tl.static_assert(PARTS <= WIDTH)
-    SUB: tl.constexpr = sums[0].shape[0] // PARTS
-    TILES: tl.constexpr = WIDTH // PARTS
-    ROWS: tl.constexpr = len(sums) // TILES
-    some = ()
-    for j in tl.static_range(TILES):
-        alike = ()
-        for k in tl.static_range(ROWS):
-            alike += (sums[k * TILES + j],)
-        some += (tl.reshape(_beside(alike), [SUB * PARTS, LANES * ROWS]),)
-    tile = fold(parts_of_tile(fold(some, PARTS * ROWS), PARTS), ROWS)
+    SUB: tl.constexpr = sums.shape[0] // PARTS
+    LANES: tl.constexpr = sums.shape[1]
+    ROWS: tl.constexpr = sums.shape[2] * PARTS // WIDTH
+    parts = tl.permute(tl.reshape(fold(sums, PARTS, ROWS), [PARTS, SUB, LANES * ROWS]), (1, 2, 0))
+    tile = fold(parts, ROWS, 1)
     if WIDTH < LANES:
         tile = tl.sum(tl.reshape(tile, [SUB, LANES // WIDTH, WIDTH * ROWS]), axis=1)
     tile = tl.permute(tl.reshape(tile, [SUB, WIDTH, ROWS]), (2, 0, 1))
