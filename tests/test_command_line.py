@@ -525,6 +525,6 @@ def test_generate_says_what_is_wrong(arguments: list[str], expected: str, capsys
 def test_a_key_without_a_default_is_said_to_be_needed(capsys: pytest.CaptureFixture[str]) -> None:
     for verb in ("generate", "evaluate", "export", "bench"):
         assert main([verb, "--help"]) == 0
-        shown = capsys.readouterr().out
+        shown = " ".join(capsys.readouterr().out.split())  # as wide as a terminal
         assert "must be given" in shown
         assert "???" not in shown

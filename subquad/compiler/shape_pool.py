@@ -62,7 +62,8 @@ PACKED, JITTERED = 1 / 3, 1 / 2
 def layouts(operator: Operator, kind: str, count: int, *, seed: int = 0) -> list[Workload]:
     """At most `count` different layouts, each by its smallest workload; one in four decodes, if not all do.
 
-    Options are those of the operator's examples, in turn; where an example is packed, one layout in three is.
+    Options are those of the operator's examples, in turn; where an example with options of the same names is packed,
+    one layout in three is.
     """
     ranges, draw = RANGES[kind], random.Random(f"{operator.name} layouts {seed}")
     base = operator.benchmarks.get(kind) or next(iter(operator.examples), None)
@@ -70,7 +71,7 @@ def layouts(operator: Operator, kind: str, count: int, *, seed: int = 0) -> list
         return []
     forward = _variants([base, *(example for example in operator.examples if example.phase != "decode")])
     decoded = _variants([example for example in operator.examples if example.phase == "decode"])
-    packable = any("documents" in example.shape for example in operator.examples)
+    packable = {frozenset(example.options) for example in operator.examples if "documents" in example.shape}
     dtypes = [dtype for dtype in ranges.dtypes if dtype in operator.tolerances] or [base.dtype]
     found: dict[str, Workload] = {}
     for number in range(20 * count):
@@ -85,7 +86,7 @@ def layouts(operator: Operator, kind: str, count: int, *, seed: int = 0) -> list
             options=_options(variants[number % len(variants)], ranges, draw),
             shape=_widths(base.shape, ranges, draw),
         )
-        packed = packable and not decode and draw.random() < PACKED
+        packed = frozenset(layout.options) in packable and not decode and draw.random() < PACKED
         size = (1, 2 * ranges.t[0], 2) if packed else (2, ranges.t[0], 0)
         smallest = _sized(layout, *size)
         # Channels are free within a layout, as lengths are.

@@ -122,7 +122,7 @@ def _composed_launches(workload: Workload) -> int:
 def _fused_launches(workload: Workload) -> int:
     """One; backward torch adds up the programs' parts of the gradients of weights, and of the skip's."""
     options = workload.options
-    return 1 + (workload.phase == "backward") * (bool(options["weight"]) + bool(options["skip"]))
+    return 1 + (workload.phase == "backward") * sum(bool(options.get(name)) for name in ("weight", "bias", "skip"))
 
 
 def _fused_padding(workload: Workload) -> float:
