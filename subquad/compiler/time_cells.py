@@ -104,20 +104,25 @@ class CellTimer:
 
         Raises: DeviceLostError when nothing more can run in this process.
         """
+        kept = {
+            part.phase: [kernel for kernel in kernels if not self._too_slow(cost_row(operator, kernel, part))]
+            for part in _parts(workload)
+        }
+        if not any(kept.values()):
+            return []  # before memory is taken for what nobody runs
         found: list[TimedRow] = []
         self._make_room()
         with torch.no_grad():
             try:
                 arguments = operator.torch_half.sample_inputs(workload, seed=0, device=self._device)
             except torch.OutOfMemoryError:
-                rows = [cost_row(operator, kernel, part) for part in _parts(workload) for kernel in kernels]
+                rows = [cost_row(operator, kernel, part) for part in _parts(workload) for kernel in kept[part.phase]]
                 return [self._failed(row, "oom") for row in rows]
             boundaries = arguments.get("cu_seqlens")
             lengths = tuple(boundaries.diff().tolist()) if isinstance(boundaries, torch.Tensor) else ()
             for part in _parts(replace(workload, document_lengths=lengths)):
                 copies = self._copies(arguments) if part.phase == "decode" else ()
-                rivals = [_Rival(kernel, cost_row(operator, kernel, part)) for kernel in kernels]
-                rivals = [rival for rival in rivals if not self._too_slow(rival)]
+                rivals = [_Rival(kernel, cost_row(operator, kernel, part)) for kernel in kept[part.phase]]
                 for rival in rivals:
                     with self._charged(rival.kernel):
                         self._begin(rival, operator, part, arguments, copies)
@@ -269,15 +274,15 @@ class CellTimer:
                 time_them([name], max(several_s, self._effort.min_s))
         return timings, host
 
-    def _too_slow(self, rival: _Rival) -> bool:
+    def _too_slow(self, row: CostRow) -> bool:
         """By the measured row whose bound is nearest, of the same type where there is one: both scale alike."""
-        key, phase = rival.kernel.key, rival.row.phase
-        pace = self._pace[key, phase, rival.row.dtype] or [
+        key, phase = f"{row.operator}/{row.kernel}", row.phase
+        pace = self._pace[key, phase, row.dtype] or [
             known for (name, part, _), rows in self._pace.items() if (name, part) == (key, phase) for known in rows
         ]
         if not pace:
             return False
-        bound_s = lower_bound_s(rival.row, self._target.device)
+        bound_s = lower_bound_s(row, self._target.device)
         near_s, seconds = min(pace, key=lambda known: abs(math.log(known[0] / bound_s)))
         too_slow = seconds * bound_s / near_s > LONGEST_CALL_S
         self.expected_too_slow[key] += too_slow
