@@ -105,7 +105,7 @@ def test_the_kernels_of_a_distribution_are_checked_as_well(capsys: pytest.Captur
         (["window", "config={num_heads: 3}"], "3 heads do not divide the width 16"),
         (["window", "config={num_haeds: 2}"], "did you mean 'num_heads'?"),
         (["window", "config={"], "config={num_heads: 2}"),
-        (["window", "d_model=0"], "d_model is 0"),
+        (["window", "d_model=-1"], "d_model is -1"),
         (["window", "target=tpu"], "use cpu or cuda"),
         (["window", "targte=cpu"], "did you mean 'target'?"),
     ],
@@ -116,6 +116,14 @@ def test_what_cannot_be_checked_is_a_usage_error(
 ) -> None:
     assert main(["plugins", "check", *arguments]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("words", "width"), [([], 32), (["config={head_dim: 16}"], 16), (["d_model=64"], 64)], ids=str)
+def test_a_mixer_gets_the_least_width_that_its_config_takes(words: list[str], width: int, tmp_path: Path) -> None:
+    """Heads of mamba3 have 64 channels, of twice the width, unless told."""
+    record = tmp_path / "verdict.json"
+    assert main(["plugins", "check", "mamba3", "only=one_seed_gives_one_mixer", f"json={record}", *words]) == 0
+    assert f"d_model={width}" in json.loads(record.read_text())["verdicts"][0]["again"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 KEPT, BROKEN = 0, 1
+WIDTHS = (16, 32, 64, 128)
+"""Residual widths that are tried where none is asked for: the least that a mixer's config takes is the quickest."""
 
 
 @dataclass(kw_only=True)
@@ -35,7 +37,7 @@ class CheckConfig:
 
     target: str = "cpu"  # the device that the suites run on: cpu | cuda
     config: dict[str, Any] = field(default_factory=dict)  # keys of the mixer's config: {num_heads: 2}
-    d_model: int = 16  # residual width; a multiple of what the config asks for
+    d_model: int = 0  # residual width; 0: the least of 16, 32, 64 and 128 that the mixer's config takes
     seed: int = 0  # of parameters and inputs; a failure prints the command that repeats it
     only: str = ""  # one promise, by name; '': all
     json: str = ""  # a file for the verdict; '': none
@@ -43,8 +45,8 @@ class CheckConfig:
     def __post_init__(self) -> None:
         if self.target.partition(":")[0] not in ("cpu", "cuda"):
             raise ConfigError(what=f"the target is '{self.target}'", where="target", mend="use cpu or cuda")
-        if self.d_model < 1:
-            raise ConfigError(what=f"d_model is {self.d_model}", where="d_model", mend="use 1 or more")
+        if self.d_model < 0:
+            raise ConfigError(what=f"d_model is {self.d_model}", where="d_model", mend="use 1 or more, or leave it out")
 
 
 HELP = """Run the conformance suites for a mixer, or for all mixers and kernels of a distribution.
@@ -113,8 +115,7 @@ def check(name: str, config: CheckConfig, registry: Registry) -> list[Verdict]:
         )
     suites: list[tuple[str, str, str, type[Any], Mapping[str, object]]] = [
         ("mixer", spec.name, registry.origin(spec), MixerSuite,
-         {"mixer": spec.name, "config": config.config, "d_model": config.d_model, "device": config.target,
-          "seed": config.seed})
+         {"mixer": spec.name, "config": config.config, "device": config.target, "seed": config.seed})
         for spec in mixers
     ]  # fmt: skip
     for key in kernels:
@@ -132,14 +133,15 @@ def check(name: str, config: CheckConfig, registry: Registry) -> list[Verdict]:
     for kind, thing, origin, suite, settings in suites:
         checked = type("Checked", (suite,), dict(settings))
         if kind == "mixer":
-            _refuse_a_config_that_the_mixer_refuses(checked, thing)
+            checked.d_model = _fitting_width(checked, thing, config.d_model)  # type: ignore[attr-defined]
         outcomes = judge(checked, only=config.only or None)
         behind = checked.behind_itself() if kind == "mixer" and outcomes else None  # type: ignore[attr-defined]
         if behind is not None:
             outcomes = [_of_both(*pair) for pair in zip(outcomes, judge(behind, only=config.only or None))]
         if not outcomes:
             continue  # the one promise that is asked for is of the other suite
-        again = _command(thing if kind == "mixer" else name, config)
+        width = checked.d_model if kind == "mixer" else config.d_model  # type: ignore[attr-defined]
+        again = _command(thing if kind == "mixer" else name, replace(config, d_model=width))
         verdicts.append(Verdict(kind=kind, name=thing, origin=origin, outcomes=tuple(outcomes), again=again))
     return verdicts
 
@@ -150,18 +152,28 @@ def _of_both(first: Outcome, behind: Outcome) -> Outcome:
     return replace(first, broken=first.broken or said, seconds=first.seconds + behind.seconds)
 
 
-def _refuse_a_config_that_the_mixer_refuses(suite: type[Any], mixer: str) -> None:
-    """The caller's error, or a default that does not fit: no promise is broken by it.  Raises: ConfigError."""
-    try:
-        suite().build(device="meta")
-    except ConfigError as error:
-        raise ConfigError(
-            what=error.what,
-            where=f"plugins check {mixer}, {error.where}",
-            mend=f"{error.mend}: config={{KEY: VALUE}} d_model=WIDTH",
-        ) from None
-    except Exception:  # whatever else it raises breaks promises, and is said under each
-        return
+def _fitting_width(suite: type[Any], mixer: str, asked: int) -> int:
+    """The width that is asked for, or the least that the mixer's config takes.
+
+    One that it refuses is the caller's error, or a default that does not fit: no promise is broken by it.
+    Raises: ConfigError.
+    """
+    refused: ConfigError | None = None
+    for width in (asked,) if asked else WIDTHS:
+        try:
+            type("Tried", (suite,), {"d_model": width})().build(device="meta")
+        except ConfigError as error:
+            refused = refused or error
+        except Exception:  # whatever else it raises breaks promises, and is said under each
+            return width
+        else:
+            return width
+    assert refused is not None
+    raise ConfigError(
+        what=refused.what,
+        where=f"plugins check {mixer}, {refused.where}",
+        mend=f"{refused.mend}: config={{KEY: VALUE}} d_model=WIDTH",
+    )
 
 
 def named(name: str, registry: Registry, device_kind: str) -> tuple[list[MixerSpec], list[str]]:
@@ -219,6 +231,7 @@ def as_json(name: str, config: CheckConfig, verdicts: list[Verdict]) -> dict[str
                 "kind": verdict.kind,
                 "name": verdict.name,
                 "origin": verdict.origin,
+                "again": verdict.again,
                 "promises": [
                     {"name": outcome.promise, "kept": outcome.broken is None, "seconds": round(outcome.seconds, 3)}
                     | ({} if outcome.broken is None else {
