@@ -195,7 +195,7 @@ class Recording(TorchDispatchMode):
             raise _RefusedError(f"{func} moves values to another device")
         if func in _ALLOCATIONS:
             self._allocated.append(self._root(found))
-        elif func.is_view:
+        elif func.is_view and all(_share_memory(args[0], result) for _, result in new):
             whole = self._place(args[0])
             for _, result in new:
                 self._keep(result, self._part(whole, args[0], result))
@@ -326,6 +326,13 @@ class Repeated:
 
 class _RefusedError(Exception):
     """Why a call cannot be made again without its host code."""
+
+
+def _share_memory(base: Tensor, result: Tensor) -> bool:
+    """Whether a view is one: where it has to, `contiguous`, `reshape` or `to` copies, and in inference mode the copy
+    arrives under that name.
+    """
+    return base.untyped_storage().data_ptr() == result.untyped_storage().data_ptr()
 
 
 def _empty(device: torch.device, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:

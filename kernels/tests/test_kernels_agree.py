@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from spread_inputs import spread
 
 from subquad_kernels.builtin import KERNELS, OPERATORS
 from subquad_kernels.catalogue import CATALOGUE, Kernel, Operator
 from subquad_kernels.device_limits import device_limits
-from subquad_kernels.self_check import VerdictStore, check_kernel, kernel_errors, shape_class
+from subquad_kernels.self_check import Verdict, VerdictStore, check_kernel, judge, kernel_errors, shape_class
 from subquad_kernels.workload import Workload
 
 CASES = [
@@ -41,6 +42,28 @@ def test_a_kernel_agrees_with_its_reference_on_cuda(kernel: Kernel, workload: Wo
     if refusal is not None:
         pytest.skip(refusal)
     verdict = check_kernel(kernel, workload, "cuda", seed=7)
+    assert verdict.passed, verdict.reason
+
+
+def verdict_of_spread_inputs(kernel: Kernel, workload: Workload, device: str) -> Verdict:
+    operator, small = CATALOGUE.operator(kernel.operator), shape_class(workload, device)
+    arguments = spread(operator.torch_half.sample_inputs(small, seed=8, device=device))
+    return judge(operator, kernel, small, kernel_errors(operator, kernel, arguments, gradients=small.phase != "decode"))
+
+
+@pytest.mark.parametrize(("kernel", "workload"), CASES)
+def test_a_kernel_agrees_where_inputs_do_not_lie_close(kernel: Kernel, workload: Workload) -> None:
+    verdict = verdict_of_spread_inputs(kernel, workload, "cpu")
+    assert verdict.passed, verdict.reason
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kernel", "workload"), GPU_CASES)
+def test_a_kernel_agrees_where_inputs_do_not_lie_close_on_cuda(kernel: Kernel, workload: Workload) -> None:
+    refusal = kernel.refusal(workload, device_limits("cuda"))
+    if refusal is not None:
+        pytest.skip(refusal)
+    verdict = verdict_of_spread_inputs(kernel, workload, "cuda")
     assert verdict.passed, verdict.reason
 
 

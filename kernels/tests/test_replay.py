@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from spread_inputs import spread
 from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import _disable_current_modes
@@ -88,6 +89,9 @@ def cases() -> Iterator[Any]:
             yield pytest.param(kernel, replace(example, shape=shape), id=f"{kernel.key} {example.phase}", marks=marks)
 
 
+INPUTS = pytest.mark.parametrize("apart", [False, True], ids=["", "spread, in inference mode"])
+
+
 @pytest.fixture
 def _sent_to_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     for kernel in REPLAYABLE:
@@ -116,11 +120,20 @@ class Work:
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="addresses are given to Triton's interpreter")
 @pytest.mark.usefixtures("_sent_to_addresses", "fresh_memory_is_nan")
+@INPUTS
 @pytest.mark.parametrize(("kernel", "example"), list(cases()))
-def test_a_replay_gives_the_bits_of_the_host_code(kernel: Kernel, example: Workload) -> None:
+def test_a_replay_gives_the_bits_of_the_host_code(kernel: Kernel, example: Workload, apart: bool) -> None:
+    with torch.inference_mode(apart):
+        check_a_replay(kernel, example, apart)
+
+
+def check_a_replay(kernel: Kernel, example: Workload, apart: bool) -> None:
     operator = CATALOGUE.operator(kernel.operator)
     first, other = (operator.torch_half.sample_inputs(example, seed=seed, device="cpu") for seed in (1, 2))
     other = {name: value if isinstance(value, Tensor) else first[name] for name, value in other.items()}
+    plain = list(other.values())
+    if apart:
+        first, other = spread(first), spread(other)
     assert signature_of(first.values()) == signature_of(other.values())
     names, count = list(first), len(operator.outputs)
     forward, backward = Work(kernel, names, None), Work(kernel, names, count)
@@ -132,12 +145,12 @@ def test_a_replay_gives_the_bits_of_the_host_code(kernel: Kernel, example: Workl
 
     outputs = again(list(other.values()))
     assert forward.calls == 1
-    for found, expected in zip(outputs, forward(list(other.values())), strict=True):
+    for found, expected in zip(outputs, forward(plain), strict=True):
         assert_close(found, expected, rtol=0, atol=0, equal_nan=True)  # a residual has room that nobody fills
     if example.phase != "decode":
         gradients = back([*other.values(), *outputs, *pulls])
         assert backward.calls == 1
-        for found, expected in zip(gradients, backward([*other.values(), *outputs, *pulls]), strict=True):
+        for found, expected in zip(gradients, backward([*plain, *outputs, *pulls]), strict=True):
             assert_close(found, expected, rtol=0, atol=0)
 
 
@@ -185,6 +198,19 @@ def test_views_are_taken_of_the_calls_own_tensors() -> None:
     for _ in range(3):
         x = torch.randn(3)
         assert_close(call([x, x])[0], 3 * x)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_copies_where_a_view_will_not_do_is_made_again(inference: bool) -> None:
+    """In inference mode torch says `contiguous`, `reshape` and `to` for them, which elsewhere are views."""
+
+    def work(x: Tensor, rows: Tensor) -> list[Tensor]:
+        wide = rows.expand(3, -1)
+        return [torch.stack([wide.contiguous().view(-1), x.T.reshape(-1), x.to(torch.float64).view(-1)]).float()]
+
+    with torch.inference_mode(inference):
+        ran, _ = three_calls(work, lambda: torch.randn(4, 3), lambda: torch.randn(1, 4))
+    assert len(ran) == 2
 
 
 def test_a_launch_is_sent_to_the_places_of_the_calls_own_tensors() -> None:
@@ -279,9 +305,15 @@ def test_the_signature_has_all_that_host_code_can_know_of_a_tensor() -> None:
 
 
 @pytest.mark.gpu
+@INPUTS
 @pytest.mark.parametrize(("kernel", "example"), list(cases()))
-def test_on_a_gpu_a_replay_gives_the_bits_of_the_host_code(kernel: Kernel, example: Workload) -> None:
+def test_on_a_gpu_a_replay_gives_the_bits_of_the_host_code(kernel: Kernel, example: Workload, apart: bool) -> None:
     """In bfloat16, from tensors of its own each time, and in a CUDA graph; forward and backward."""
+    with torch.inference_mode(apart):
+        check_a_replay_on_a_gpu(kernel, example, apart)
+
+
+def check_a_replay_on_a_gpu(kernel: Kernel, example: Workload, apart: bool) -> None:
     operator = CATALOGUE.operator(kernel.operator)
     case = replace(example, dtype="bfloat16")
     if (refusal := kernel.refusal(case, device_limits("cuda"))) is not None:
@@ -290,25 +322,27 @@ def test_on_a_gpu_a_replay_gives_the_bits_of_the_host_code(kernel: Kernel, examp
     draws = [
         {name: value if isinstance(value, Tensor) else draws[0][name] for name, value in draw.items()} for draw in draws
     ]
+    given = [spread(draw) if apart else draw for draw in draws]
     count = len(operator.outputs)
     forward, backward = (Work(kernel, list(draws[0]), outputs) for outputs in (None, count))
     again, back = Repeated(forward, replayable=True), Repeated(backward, replayable=True)
-    for draw in draws:
-        values = list(draw.values())
-        outputs = again(values)
-        for found, expected in zip(outputs[:count], Work(kernel, list(draw), None)(values)):
+    for draw, values in zip(draws, given):
+        plain = list(draw.values())
+        outputs = again(list(values.values()))
+        for found, expected in zip(outputs[:count], Work(kernel, list(draw), None)(plain)):
             assert_close(found, expected, rtol=0, atol=0)
         if case.phase == "decode":
             continue
-        values += [*outputs, *(torch.randn_like(output) for output in outputs[:count])]
-        for found, expected in zip(back(values), Work(kernel, list(draw), count)(values), strict=True):
+        rest = [*outputs, *(torch.randn_like(output) for output in outputs[:count])]
+        gradients = Work(kernel, list(draw), count)([*plain, *rest])
+        for found, expected in zip(back([*values.values(), *rest]), gradients, strict=True):
             assert_close(found, expected, rtol=0, atol=0)
     assert forward.calls == 2
     assert backward.calls == (0 if case.phase == "decode" else 2)
-    values = list(draws[0].values())
+    values = list(given[0].values())
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = again(values)
     graph.replay()
-    for found, expected in zip(captured[:count], forward(values)):
+    for found, expected in zip(captured[:count], forward(list(draws[0].values()))):
         assert_close(found, expected, rtol=0, atol=0)

@@ -109,7 +109,7 @@ class _Call:
             raise ValueError(f"causal_conv/fused has at most {MOST_TAPS} taps, not {self.width}: use kernel='conv1d'")
         self.x = _rows(x)
         self.taps = weight
-        self.bias = bias
+        self.bias = None if bias is None else bias.contiguous()
         self.initial = None if initial_state is None else initial_state.contiguous()
         self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
         self.marks = None if self.cu_seqlens is None else _marks(self.cu_seqlens, self.t)

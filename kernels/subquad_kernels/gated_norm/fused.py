@@ -72,7 +72,7 @@ def forward(
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if programs := call.programs(launch):
         _normalise[programs](
-            call.x, call.z, call.skip, weight, bias, skip_weight, y, call.tokens, x.shape[1], call.stretch(launch),
+            call.x, call.z, call.skip, *call.weights, y, call.tokens, x.shape[1], call.stretch(launch),
             *call.strides, **call.constants(launch),
         )  # fmt: skip
     return (y,)
@@ -89,7 +89,7 @@ def backward(
     call = _Call(**values)
     (dy,) = gradients
     assert dy is not None
-    x, weight, bias, skip_weight = call.x, *(values[name] for name in ("weight", "bias", "skip_weight"))
+    x, (weight, bias, skip_weight) = call.x, call.weights
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     dz, dskip = (None if of is None else torch.empty_like(dx) for of in (call.z, call.skip))
     programs = call.programs(launch)
@@ -100,15 +100,15 @@ def backward(
     )
     if programs:
         _differentiate[programs](
-            x, call.z, call.skip, weight, bias, skip_weight, dy.contiguous(), dx, dz, dskip, dweight, dbias,
+            x, call.z, call.skip, *call.weights, dy.contiguous(), dx, dz, dskip, dweight, dbias,
             dskip_weight, call.tokens, x.shape[1], call.stretch(launch), *call.strides, **call.constants(launch),
         )  # fmt: skip
     found: dict[str, Tensor | None] = {"x": dx, "z": dz, "skip": dskip}
     for name, of, parts_of in (("weight", weight, dweight), ("bias", bias, dbias)):
-        if parts_of is not None:
+        if of is not None and parts_of is not None:
             shared = len(of) != x.shape[2]
             found[name] = parts_of.unflatten(1, (call.groups, -1)).sum((0, 1)) if shared else parts_of.sum(0)
-    if dskip_weight is not None:
+    if skip_weight is not None and dskip_weight is not None:
         found["skip_weight"] = dskip_weight.unflatten(1, (len(skip_weight), -1)).sum((0, 2))
     return found
 
@@ -135,6 +135,7 @@ class _Call:
             raise TypeError("gated_norm/fused computes in float32; for float64 use kernel='composed'")
         self.x = x if x.stride(2) == 1 else x.contiguous()
         self.z, self.skip = (part if part is None or part.stride(2) == 1 else part.contiguous() for part in (z, skip))
+        self.weights = [None if part is None else part.contiguous() for part in (weight, bias, skip_weight)]
         b, t, c = x.shape
         self.tokens, self.groups, self.width = b * t, groups, c // groups
         self.pad = power_of_two(self.width)

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from subquad_kernels.documents import document_groups
 from subquad_kernels.segment_attention.definition import scale_of
 from subquad_kernels.segment_attention.summaries import Summaries
+from subquad_kernels.softmax_attention.definition import close
 from subquad_kernels.softmax_attention.sdpa_efficient import aligned_rows
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def forward(
     scale: float | None,
 ) -> Outputs:
     """out and lse."""
+    q, k, v = close(q, k, v)
     factor = scale_of(q, scale)
     if cu_seqlens is None:
         return _forward(q, k, v, summary_k, summary_v, segment_len, start, factor)
@@ -61,7 +63,8 @@ def backward(arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | N
     if gradient.dtype != exact:
         values = {name: _widened(value, exact) for name, value in arguments.items()}
         gradient, outputs = gradient.to(exact), forward(**values)
-    q, k, v, cu_seqlens = values["q"], values["k"], values["v"], values["cu_seqlens"]
+    q, k, v = close(values["q"], values["k"], values["v"])
+    cu_seqlens = values["cu_seqlens"]
     segment_len, factor = values["segment_len"], scale_of(q, values["scale"])
     out, lse = outputs
     if cu_seqlens is None:

@@ -31,6 +31,14 @@ def visible(t: int, s: int, cu_seqlens: Tensor | None, causal: bool, window: int
     return seen
 
 
+def close(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors whose features lie one behind the other, which torch's own operators take for granted; copied if need be.
+
+    Called by their names, they read what lies between (the CPU's) or raise (CUDA's); torch's public function copies.
+    """
+    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
+
+
 def reference(
     q: Tensor,
     k: Tensor,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from subquad_kernels.softmax_attention.definition import scale_of
+from subquad_kernels.softmax_attention.definition import close, scale_of
 from subquad_kernels.softmax_attention.single_query import attended
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, causal: bool, window: int, scale: float | None
 ) -> Outputs:
     """out and lse."""
+    q, k, v = close(q, k, v)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> tuple[Tensor, Tensor]:
         out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(
@@ -38,7 +39,7 @@ def backward(
 ) -> dict[str, Tensor | None]:
     """dq, dk, dv from the saved log-sum-exp."""
     values: Any = arguments
-    q, k, v = values["q"], values["k"], values["v"]
+    q, k, v = close(values["q"], values["k"], values["v"])
     (out, lse), gradient = outputs, gradients[0]
     assert gradient is not None
     groups = q.shape[2] // k.shape[2]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from subquad_kernels.softmax_attention.definition import scale_of
+from subquad_kernels.softmax_attention.definition import close, scale_of
 from subquad_kernels.softmax_attention.single_query import attended
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, causal: bool, window: int, scale: float | None
 ) -> Outputs:
     """out and lse."""
+    q, k, v = close(q, k, v)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> tuple[Tensor, Tensor]:
         out, lse, _, _ = _aten._scaled_dot_product_efficient_attention(
@@ -40,7 +41,7 @@ def backward(
 ) -> dict[str, Tensor | None]:
     """dq, dk, dv from the saved log-sum-exp."""
     values: Any = arguments
-    q, k, v = values["q"], values["k"], values["v"]
+    q, k, v = close(values["q"], values["k"], values["v"])
     (out, lse), gradient = outputs, gradients[0]
     assert gradient is not None
     seed = torch.zeros((), dtype=torch.int64, device=q.device)

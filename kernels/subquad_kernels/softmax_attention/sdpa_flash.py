@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from subquad_kernels.documents import document_groups
-from subquad_kernels.softmax_attention.definition import scale_of, visible
+from subquad_kernels.softmax_attention.definition import close, scale_of, visible
 from subquad_kernels.softmax_attention.single_query import attended
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, causal: bool, window: int, scale: float | None
 ) -> Outputs:
     """out and lse."""
+    q, k, v = close(q, k, v)
     factor = scale_of(q, scale)
     if q.device.type == "cuda":
         return _cuda_forward(q, k, v, cu_seqlens, causal, window, factor)
@@ -45,7 +46,8 @@ def backward(
 ) -> dict[str, Tensor | None]:
     """dq, dk, dv from the saved log-sum-exp."""
     values: Any = arguments
-    q, k, v, cu_seqlens = values["q"], values["k"], values["v"], values["cu_seqlens"]
+    q, k, v = close(values["q"], values["k"], values["v"])
+    cu_seqlens = values["cu_seqlens"]
     causal, window, factor = values["causal"], values["window"], scale_of(q, values["scale"])
     (out, lse), gradient = outputs, gradients[0]
     assert gradient is not None
