@@ -185,13 +185,17 @@ class GpuTime(NamedTuple):
 
 
 def layer_times() -> dict[str, GpuTime]:
-    """By mixer: its layer in the newest record that has it, at `LENGTH` tokens, and the fastest of its rivals there."""
+    """By mixer: its layer at `LENGTH` tokens and the fastest of its rivals in the same run, the newest that has any.
+
+    Without a rival in any record, the layer in the newest.
+    """
     found: dict[str, GpuTime] = {}
     for path in sorted(LAYERS.glob("*.json"), key=_day_and_letter, reverse=True):
         record = _read(path)
         rows = [row for row in record["layers"] if row["t"] == LENGTH and "both_device_ms" in row]
         for row in rows:
-            if row["package"] != "subquad" or row["mixer"] in found:
+            known = found.get(row["mixer"])
+            if row["package"] != "subquad" or (known is not None and known.rival is not None):
                 continue
             others = [
                 (other["both_device_ms"], " ".join([other["package"], *([f"`{what}`"] if what != "layer" else [])]))
@@ -200,8 +204,9 @@ def layer_times() -> dict[str, GpuTime]:
                 for what in [other["what"]]
             ]
             rival_ms, rival = min(others, default=(None, None))
-            label = f"width {row['d_model']}"
-            found[row["mixer"]] = GpuTime(record["device"], label, row["both_device_ms"], rival, rival_ms)
+            if known is None or rival is not None:
+                label = f"width {row['d_model']}"
+                found[row["mixer"]] = GpuTime(record["device"], label, row["both_device_ms"], rival, rival_ms)
     return found
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from subquad_kernels.documents import document_ids
-from subquad_kernels.softmax_attention.definition import scale_of
+from subquad_kernels.softmax_attention.definition import close, scale_of
 
 if TYPE_CHECKING:
     from subquad_kernels.catalogue import Arguments, Outputs
@@ -45,6 +45,7 @@ def backward(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, causal: bool, window: int, scale: float | None
 ) -> tuple[Tensor, Tensor]:
+    q, k, v = close(q, k, v)
     t, s = q.shape[1], k.shape[1]
     seen = mask_function(t, s, cu_seqlens, causal, window)
     with warnings.catch_warnings():
