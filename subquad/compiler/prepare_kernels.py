@@ -73,7 +73,8 @@ def worker_processes(device: str) -> int:
 
 
 def _begin() -> None:
-    """A fresh process knows no operators."""
+    """A fresh process knows no operators, and has one core, where inductor (FlexAttention) would start processes."""
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     torch.set_num_threads(1)
     load_registry()
 
