@@ -13,12 +13,14 @@ or hangs is named in a warning, and its kernel is left to the call.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import multiprocessing
 import signal
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from types import SimpleNamespace
@@ -37,11 +39,15 @@ _LONGEST_S = 300.0
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """One kernel for one list of types, constants and alignments: `compile` does what triton would at its launch."""
+    """One kernel for one list of types, constants and alignments: `compile` does what triton would at its launch.
+
+    `source` is triton's record of all that, of which before triton 3.7 a launcher is built.
+    """
 
     kernel: str
     key: str
     arguments: int
+    source: Any
     compile: Callable[[], Any]
 
     @property
@@ -75,7 +81,9 @@ class Collection(AsyncCompileMode):  # type: ignore[misc]  # triton has no types
     def submit(self, key: str, compile_fn: Callable[[], Any], *rest: Any) -> None:
         """What triton asks of whoever compiles for it; None leaves the kernel unknown to it."""
         name, arguments = self._launched.__name__, len(self._launched.arg_names)
-        self._found.setdefault(key, Wanted(kernel=name, key=key, arguments=arguments, compile=compile_fn))
+        source = inspect.getclosurevars(compile_fn).nonlocals["src"]  # `JITFunction._do_compile`, triton 3.6 to 3.9
+        one = Wanted(kernel=name, key=key, arguments=arguments, source=source, compile=compile_fn)
+        self._found.setdefault(key, one)
 
 
 @contextmanager
@@ -172,9 +180,20 @@ def _compile(wanted: Wanted, device: SimpleNamespace, answer: Connection) -> Non
     found: list[Compilation] | str
     try:
         driver.set_active(device)
-        with compilations() as found:
+        with ThreadPoolExecutor(1) as beside, compilations() as found:
+            beside.submit(_begin_launcher, wanted, device)
             kernel = wanted.compile()
-        device.launcher_cls(kernel.src, kernel.metadata)  # before triton 3.7 a C module, one for every signature
+        device.launcher_cls(kernel.src, kernel.metadata)  # finds what was begun, or builds what that could not know
     except BaseException as error:  # the call will raise it again
         found = f"{type(error).__name__}: {error}".splitlines()[0]
     answer.send(found)
+
+
+def _begin_launcher(wanted: Wanted, device: SimpleNamespace) -> None:
+    """Build what launches a kernel while it is compiled: before triton 3.7 a C module, one for every signature.
+
+    Its text follows from the source, and on AMD from the width of a warp. triton asks for the rest of what it knows of
+    compiled kernels when the module is built, and does not find it here.
+    """
+    with suppress(Exception):  # what fails is done again when all is known
+        device.launcher_cls(wanted.source, SimpleNamespace(warp_size=device.get_current_target().warp_size))

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -82,15 +82,15 @@ def first_calls(jobs: Iterable[tuple[Kernel, Workload]], device: str, *, threads
     if not small:
         return []
     at_once = threads or cores()
-    with ThreadPoolExecutor(1) as beside:
-        # The driver of triton builds a C module at its first use, while operands are drawn.
-        driver = beside.submit(_use_driver, kind)
+    with ThreadPoolExecutor(2) as beside:
+        prepared = _prepare_triton(kind, beside)  # while operands are drawn
         calls = [
             call
             for kernel, workload in sorted(small, key=lambda job: (job[0].key, job[1].key))
             for call in _calls(kernel, workload, device)
         ]
-        driver.result()
+        for one in prepared:
+            one.result()
     ahead = _compile_ahead(calls, at_once)
     pool = ThreadPoolExecutor(at_once)
     with compilations() as compiled:
@@ -100,11 +100,14 @@ def first_calls(jobs: Iterable[tuple[Kernel, Workload]], device: str, *, threads
             pool.shutdown(cancel_futures=True)  # on Ctrl-C only what has begun is waited for
 
 
-def _use_driver(kind: str) -> None:
-    if kind == "cuda":
-        from triton.runtime import driver
+def _prepare_triton(kind: str, beside: Executor) -> list[Future[object]]:
+    """What triton does at its first use: its driver builds a C module, and its keys hash its library of 400 MB."""
+    if kind != "cuda":
+        return []
+    from triton.runtime import driver  # here: threads that import one module may see it before it is whole
+    from triton.runtime.cache import triton_key
 
-        driver.active.get_current_device()
+    return [beside.submit(lambda: driver.active.get_current_device()), beside.submit(triton_key)]
 
 
 def _compile_ahead(calls: Iterable[_Call], processes: int) -> Mapping[str, Compilation]:

@@ -19,7 +19,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +33,7 @@ import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.runtime.cache import triton_key
 
 import subquad_kernels.builtin  # noqa: F401  (fills the catalogue)
 from subquad_kernels import compile_processes, first_calls
@@ -66,6 +70,19 @@ class Device:
         return 0
 
 
+class BuildsLaunchers(Device):
+    """As triton's before 3.7, builds what launches a kernel from its source, and needs more to be done with it."""
+
+    @staticmethod
+    def built(kernel: str) -> Path:
+        return Path(os.environ["TRITON_CACHE_DIR"], f"launcher of {kernel}")
+
+    def launcher_cls(self, src: Any, metadata: Any) -> Callable[..., None]:
+        self.built(src.name).touch()
+        name = metadata.name  # known when the kernel is compiled
+        return lambda *arguments: self.launched.append(name)
+
+
 class Operations(TorchDispatchMode):
     """Names torch's operations."""
 
@@ -85,9 +102,9 @@ def forget() -> None:
         launch.jitted.device_caches.clear()
 
 
-def made(kernel: Kernel, workload: Workload, processes: int) -> dict[str, Any]:
+def made(kernel: Kernel, workload: Workload, processes: int, device: Device | None = None) -> dict[str, Any]:
     """What first calls report, and what this process itself compiled for them."""
-    device = Device()
+    device = device or Device()
     driver.set_active(device)
     with TemporaryDirectory() as folder, compilations() as here, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
@@ -165,28 +182,61 @@ class Three:
         self.forward(**arguments)
 
 
-def small(*kernels: QuickLaunch, replayable: bool = True, processes: int = 2) -> dict[str, Any]:
+def small(
+    *kernels: QuickLaunch, replayable: bool = True, processes: int = 2, device: Device | None = None
+) -> dict[str, Any]:
     operator = CATALOGUE.operator("causal_conv")
     kernel = Kernel(
         operator=operator.name, name="small", implementation="nowhere", supports=lambda workload, limits: None,
         devices=frozenset({"cpu"}), requires=("triton",), replayable=replayable,
     )  # fmt: skip
     kernel.__dict__["torch_half"] = Three(*(kernels or (add_one, add_two)))
-    return made(kernel, operator.examples[0], processes)
+    return made(kernel, operator.examples[0], processes, device)
 
 
-def badly(what: Callable[[], object]) -> dict[str, Any]:
-    """The process that compiles `add_two` does `what` instead."""
+def otherwise(what: Callable[[Any], object], device: Device | None = None) -> dict[str, Any]:
+    """The process that compiles `add_two` does `what`, which is told what is wanted, instead."""
     compile_kernel = compile_processes._compile
 
     def compile_or_not(wanted: Any, *rest: Any) -> None:
-        compile_kernel(replace(wanted, compile=what) if wanted.kernel == "add_two" else wanted, *rest)
+        if wanted.kernel == "add_two":
+            wanted = replace(wanted, compile=partial(what, wanted))
+        compile_kernel(wanted, *rest)
 
     compile_processes._compile = compile_or_not
     try:
-        return small()
+        return small(device=device)
     finally:
         compile_processes._compile = compile_kernel
+
+
+def badly(what: Callable[[], object]) -> dict[str, Any]:
+    return otherwise(lambda wanted: what())
+
+
+def launcher_first(wanted: Any) -> Any:
+    """Compiles when a launcher is built."""
+    ends = time.monotonic() + 20
+    while not BuildsLaunchers.built(wanted.kernel).exists():
+        assert time.monotonic() < ends, "no launcher is built beside"
+        time.sleep(0.01)
+    return wanted.compile()
+
+
+def prepared() -> dict[str, Any]:
+    """Triton's driver and library are asked while operands are drawn."""
+    asked: list[str] = []
+
+    class Asked(Device):
+        def get_current_device(self) -> int:
+            asked.append("driver")
+            return 0
+
+    driver.set_active(Asked())
+    triton_key.cache_clear()
+    with ThreadPoolExecutor(2) as beside:
+        first_calls._prepare_triton("cuda", beside)
+    return {"asked": asked, "hashed": triton_key.cache_info().currsize}
 
 
 def interrupt_and_wait() -> None:
@@ -212,6 +262,8 @@ SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     "asks for the device": lambda: badly(lambda: driver.active.get_current_device()),
     "no forks": lambda: small(processes=1),
     "foreign": lambda: small(replayable=False),
+    "launcher first": lambda: otherwise(launcher_first, BuildsLaunchers()),
+    "prepared": prepared,
     "broken": lambda: small(add_one, add_two, never_compiles),
 }
 

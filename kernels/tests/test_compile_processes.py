@@ -39,8 +39,9 @@ def made(*scenarios: str) -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def scenarios() -> dict[str, dict[str, Any]]:
     return made(
-        "well", "alone", "killed", "hangs", "interrupted", "asks for the device", "no forks", "foreign", "broken"
-    )
+        "well", "alone", "killed", "hangs", "interrupted", "asks for the device", "no forks", "foreign", "broken",
+        "launcher first", "prepared",
+    )  # fmt: skip
 
 
 BOTH = ["add_one", "add_two"]
@@ -53,6 +54,19 @@ def test_calls_compile_nothing_that_was_compiled_beforehand(scenarios: dict[str,
     assert [name for name, _, cached in well["compiled"] if not cached] == BOTH
     assert well["stages"], "the seconds of a call are at least those of what was compiled for it"
     assert well["warnings"] == []
+
+
+def test_what_launches_a_kernel_is_built_while_that_is_compiled(scenarios: dict[str, dict[str, Any]]) -> None:
+    found = scenarios["launcher first"]
+    assert found["warnings"] == []
+    assert found["here"] == []
+    assert found["launched"] == BOTH
+
+
+def test_what_triton_does_at_its_first_use_it_does_while_operands_are_drawn(
+    scenarios: dict[str, dict[str, Any]],
+) -> None:
+    assert scenarios["prepared"] == {"scenario": "prepared", "asked": ["driver"], "hashed": 1}
 
 
 @pytest.mark.parametrize(
