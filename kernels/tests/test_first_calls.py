@@ -185,6 +185,16 @@ def test_to_triton_any_number_of_heads_is_one_kernel(key: str, monkeypatch: pyte
     assert found[0] == found[1]
 
 
+def test_to_triton_unpacked_scans_are_one_kernel_with_and_without_the_gradient_of_final_states(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen, kernel = noted_launches("selective_scan/fused", monkeypatch), CATALOGUE.kernel("selective_scan", "fused")
+    unpacked = replace(RUNS["selective_scan/fused"], shape={"b": 1, "t": 300, "c": 16, "n": 16})
+    assert {call.failure for call in first_calls([(kernel, unpacked)], "cpu", threads=1)} == {None}
+    launched = sorted(name for name, _ in seen)  # type: ignore[misc]
+    assert launched == ["differentiate", "scan", "summarise_gradients"]
+
+
 def noted_launches(key: str, monkeypatch: pytest.MonkeyPatch) -> set[object]:
     """For what Triton would compile launches from now on, which are not made."""
     seen: set[object] = set()

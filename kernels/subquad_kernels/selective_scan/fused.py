@@ -173,14 +173,17 @@ class _Call:
         dchannels = self._new(2, b * segments, c)
         dinitial = None if self.initial is None else self._states(dfinal)
         decays, writes = (self._new(segments - 1, b, c, n) for _ in range(2))
-        constants = self._constants(launch) | {"FINAL": dfinal is not None, "GATE": self.z is not None}
+        packed, has_final = self.marks is not None, dfinal is not None
+        constants = self._constants(launch) | {"FINAL": packed and has_final, "GATE": self.z is not None}
         pad = constants["PAD_N"]
         held = (CHUNK // launch.group) * launch.tile_c * pad + CHUNK * (6 * launch.tile_c + 2 * pad)
         scratch = self._new(tiles * b * segments, held)
+        if not packed and dfinal is None:
+            dfinal = scratch  # not read: Triton compiles for an address, and so once with and without that gradient
         if segments > 1:
             summarise_gradients[(tiles * b * (segments - 1),)](
                 self.dt, self.A, self.C, self.z, self.dt_bias, self.marks, dy, dfinal, decays, writes, scratch,
-                t, c, b, segments, segment_len,
+                t, c, b, segments, segment_len, int(has_final),
                 self.dt.stride(0), self.C.stride(0), _stride(self.z), dy.stride(0),
                 **constants,
             )  # fmt: skip
@@ -188,7 +191,7 @@ class _Call:
             self.x, self.dt, self.A, self.B, self.C, self.D, self.z, self.dt_bias, self.initial, self.marks,
             boundaries, ungated, dy, dfinal, decays, writes,
             dx, ddt, dz, dmaps, drates, dchannels, dinitial, scratch,
-            t, c, b, segments, segment_len,
+            t, c, b, segments, segment_len, int(has_final),
             self.x.stride(0), self.dt.stride(0), self.B.stride(0), self.C.stride(0), _stride(self.z), dy.stride(0),
             SKIP=self.D is not None, INITIAL=self.initial is not None, SCRATCH=held, **constants,
         )  # fmt: skip

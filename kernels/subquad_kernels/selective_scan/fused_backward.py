@@ -39,10 +39,10 @@ from subquad_kernels.triton_launch import QuickLaunch
 
 
 @QuickLaunch
-@triton.jit(do_not_specialize=["t", "b", "segments", "segment_len"])
+@triton.jit(do_not_specialize=["t", "b", "segments", "segment_len", "has_final"])
 def summarise_gradients(
     dt, A, C, z, dt_bias, marks, dy, dfinal, decays, writes, scratch,
-    t, c, b, segments, segment_len, dt_stride, C_stride, z_stride, dy_stride,
+    t, c, b, segments, segment_len, has_final, dt_stride, C_stride, z_stride, dy_stride,
     N: tl.constexpr, PAD_N: tl.constexpr, TILE_C: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
     SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, AHEAD: tl.constexpr, EVICT: tl.constexpr,
     FINAL: tl.constexpr, GATE: tl.constexpr, SUB: tl.constexpr,
@@ -66,8 +66,8 @@ def summarise_gradients(
     C_table = pulls_at + CHUNK * TILE_C
 
     rates, offsets, within = states_of_tile(A, tile, c, N, PAD_N, TILE_C, SUB)
-    last = segment == segments - 1
-    carried = states_at_edge(dfinal, sequence * state_size, offsets, within, last, FINAL and not PACKED)
+    ends = (segment == segments - 1) & (has_final != 0)
+    carried = states_at_edge(dfinal, sequence * state_size, offsets, within, ends, not PACKED)
     begin = segment * segment_len
     end = tl.minimum(begin + segment_len, t)
     ROWS_A_LANE: tl.constexpr = max(1, CHUNK * TILE_C // 128)
@@ -117,11 +117,11 @@ def summarise_gradients(
 
 
 @QuickLaunch
-@triton.jit(do_not_specialize=["t", "b", "segments", "segment_len"])
+@triton.jit(do_not_specialize=["t", "b", "segments", "segment_len", "has_final"])
 def differentiate(
     x, dt, A, B, C, D, z, dt_bias, initial, marks, boundaries, ungated, dy, dfinal, decays, writes,
     dx, ddt, dz, dmaps, drates, dchannels, dinitial, scratch,
-    t, c, b, segments, segment_len, x_stride, dt_stride, B_stride, C_stride, z_stride, dy_stride,
+    t, c, b, segments, segment_len, has_final, x_stride, dt_stride, B_stride, C_stride, z_stride, dy_stride,
     N: tl.constexpr, PAD_N: tl.constexpr, TILE_C: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
     SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, PACKED: tl.constexpr, AHEAD: tl.constexpr, EVICT: tl.constexpr,
     FINAL: tl.constexpr, GATE: tl.constexpr, SKIP: tl.constexpr, INITIAL: tl.constexpr, SUB: tl.constexpr,
@@ -159,8 +159,8 @@ def differentiate(
     by_state = channels_of_rows(TILE_C, SUB)[:, None] * PAD_N + columns[None, :]
 
     rates, offsets, within = states_of_tile(A, tile, c, N, PAD_N, TILE_C, SUB)
-    last = segment == segments - 1
-    carried = states_at_edge(dfinal, sequence * state_size, offsets, within, last, FINAL and not PACKED)
+    ends = (segment == segments - 1) & (has_final != 0)
+    carried = states_at_edge(dfinal, sequence * state_size, offsets, within, ends, not PACKED)
     rate_grads = tl.zeros([TILE_C, PAD_N], tl.float32)
     for later in range(segments - 1 - segment):
         summary = ((segments - 2 - later) * b + sequence) * state_size
