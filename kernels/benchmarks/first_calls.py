@@ -3,9 +3,10 @@
     python kernels/benchmarks/first_calls.py OUT.json [--kernels OPERATOR/NAME ...] [--in-threads] [--limit-s 200]
 
 Each kernel has a process and a Triton cache of its own, so that nothing is known from another; the device is started
-before the clock. `seconds` are those of `first_calls` (compilations, C modules, launches, a backward with the gradient
-of every output and of the first), `variants` the kernels that Triton compiled for it, `in_turn_s` the sum of their
-seconds, and `slowest_s` the longest of them, below which no number of cores gets. With --in-threads everything is
+before the clock. The first process of a host also reads triton, gcc and ptxas from disk: a kernel that is named twice
+is timed without that, too. `seconds` are those of `first_calls` (compilations, C modules, launches, a backward with the
+gradient of every output and of the first), `variants` the kernels that Triton compiled for it, `in_turn_s` the sum of
+their seconds, and `slowest_s` the longest of them, below which no number of cores gets. With --in-threads everything is
 compiled by the calls themselves, in threads of one process.
 """
 
