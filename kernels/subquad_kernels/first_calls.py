@@ -101,13 +101,16 @@ def first_calls(jobs: Iterable[tuple[Kernel, Workload]], device: str, *, threads
 
 
 def _prepare_triton(kind: str, beside: Executor) -> list[Future[object]]:
-    """What triton does at its first use: its driver builds a C module, and its keys hash its library of 400 MB."""
+    """What triton does at its first use: its driver builds a C module, its keys hash its library of 400 MB, imports."""
     if kind != "cuda":
         return []
     from triton.runtime import driver  # here: threads that import one module may see it before it is whole
     from triton.runtime.cache import triton_key
 
-    return [beside.submit(lambda: driver.active.get_current_device()), beside.submit(triton_key)]
+    begun = [beside.submit(lambda: driver.active.get_current_device()), beside.submit(triton_key)]
+    import triton.experimental.gluon  # noqa: F401  (as triton does when it first looks at an argument)
+
+    return begun
 
 
 def _compile_ahead(calls: Iterable[_Call], processes: int) -> Mapping[str, Compilation]:
