@@ -178,7 +178,7 @@ class _Fork:
 def _compile(wanted: Wanted, device: SimpleNamespace, answer: Connection) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # this process has nothing to save
-    gc.disable()  # nor to free: a walk through all that torch and triton have made takes as long as Triton's in Python
+    gc.disable()  # nor to free: a collection would walk through all that torch and triton have made
     found: list[Compilation] | str
     try:
         driver.set_active(device)
