@@ -95,6 +95,13 @@ def run_decoding(request: DecodingBenchConfig) -> int:
         load_config([f"model={name}", "compiler.measure=false", "calibrate=never", *request.overrides])
         for name in request.models
     ]
+    if any(config.plan is not None for config in configs):
+        raise ConfigError(
+            what="a plan names the kernels of training, and a decode is no part of it",
+            where="bench.overrides",
+            mend="leave plan out; overrides=[kernel.OPERATOR=NAME] pins a kernel",
+        )
+    from subquad.compiler.report import decoded_by
     from subquad.training.bench_decoding import bench_decoding
     from subquad.training.compilation import device_of
 
@@ -104,6 +111,8 @@ def run_decoding(request: DecodingBenchConfig) -> int:
     for row in bench_decoding(configs, request):
         rows.append(row)
         print(decoding_line(row), flush=True)
+    for line in dict.fromkeys(f"{row.model}: {decoded_by(row.kernels)}" for row in rows if row.kernels):
+        print(line)
     path = Path(request.out).absolute()
     print(f"record: {path}")
     if request.plot:
@@ -137,7 +146,8 @@ def _values(config_class: type, arguments: list[str]) -> dict[str, object]:
             raise ConfigError(
                 what=f"'{text}' is not YAML: {str(error).splitlines()[0]}",
                 where=f"bench.{key}",
-                mend="write lists as [a, b] and shapes as [{t: 1024}], in quotes",
+                mend="write lists as [a, b] and shapes as [{t: 1024}], in quotes; what holds brackets itself in quotes"
+                " of its own: 'overrides=[\"deny=[a]\"]'",
             ) from None
     return values
 

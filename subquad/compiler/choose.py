@@ -56,6 +56,11 @@ class Chooser:
         self._known: dict[tuple[str, bool, bool], Choice] = {}
 
     @property
+    def pins(self) -> Mapping[str, str]:
+        """The one kernel that each pinned operator must run."""
+        return self._options.pins
+
+    @property
     def measured_s(self) -> float:
         """Seconds spent on measuring so far."""
         return self._measurer.spent_s
@@ -77,7 +82,7 @@ class Chooser:
     def _may_run(self, operator: Operator, workloads: tuple[Workload, ...]) -> list[Kernel]:
         candidates, _ = self._candidates(operator, workloads)
         pinned = self._options.pins.get(operator.name)
-        return [kernel for name, kernel in candidates.items() if pinned in (None, name)]
+        return [candidates[pinned]] if pinned in candidates else list(candidates.values())
 
     def nothing_left(self, operator: Operator, workload: Workload) -> str | None:
         """Why no kernel may compute a workload; None where one may."""
@@ -101,7 +106,7 @@ class Chooser:
                 return Choice(
                     kernel=pinned, text=pinned, figures=(figure,), declined=declined, reason="pinned by the recipe"
                 )
-            if used:
+            if used and not self._options.pins_give_way:
                 raise ConfigError(
                     what=f"{operator.name}/{pinned} cannot run here: {declined[pinned]}",
                     where=f"kernel.{operator.name}",

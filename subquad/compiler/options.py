@@ -16,7 +16,8 @@ ESTIMATORS = ("measured", "learned", "roofline", "constant")
 class CompileOptions:
     """`pins` maps an operator to the one kernel it must run; `deny` lists kernels, as NAME or operator/NAME.
 
-    `fit` is the folder of a fitted cost model; None: the newest that is shipped for our kernels.
+    With `pins_give_way` a pinned kernel that cannot compute a node leaves it to the others, and the plan says so; else
+    it is refused. `fit` is the folder of a fitted cost model; None: the newest that is shipped for our kernels.
     """
 
     estimator: str = "measured"
@@ -25,6 +26,7 @@ class CompileOptions:
     measure_budget_s: float = 30.0
     pins: Mapping[str, str] = field(default_factory=dict)
     deny: tuple[str, ...] = ()
+    pins_give_way: bool = False
 
     def __post_init__(self) -> None:
         if self.estimator not in ESTIMATORS:

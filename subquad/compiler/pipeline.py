@@ -15,6 +15,7 @@ from subquad.compiler.layer_numbers import layer_numbers
 from subquad.compiler.options import CompileOptions
 from subquad.compiler.passes.select_kernels import select_kernels
 from subquad.compiler.passes.split_sequence import split_sequence
+from subquad.compiler.pins import given_way
 from subquad.compiler.plan import NodeChoice, Plan, Uncaptured
 from subquad.compiler.seams import check_seams
 from subquad.compiler.target import Target, resolve_target
@@ -26,6 +27,7 @@ from subquad.model.language_model import LanguageModel
 from subquad.parallel.part import NotSplitError, SequencePart
 from subquad.registry import load_registry
 from subquad_kernels.catalogue import CATALOGUE, Operator, load_attribute
+from subquad_kernels.kernel_table import look_up
 from subquad_kernels.self_check import stack_versions
 from subquad_kernels.workload import Workload
 
@@ -141,6 +143,7 @@ def make_plan(
         for layer, reason in left_out.items()
     )
     notes = [f"measured for {chooser.measured_s:.1f} s"] if chooser.measured_s else []
+    notes += given_way(choices, chooser.pins)
     done: dict[str, list[int]] = {}
     for block, of_block in zip(_blocks(model), captured):
         for line in of_block.reports:
@@ -191,6 +194,20 @@ def kernels_in_use(model: LanguageModel) -> dict[str, str]:
         for (layer, method), graph in compiled_graphs(model).items()
         if (nodes := list(operator_nodes(graph.graph)))
     }
+
+
+def decoding_kernels(model: LanguageModel, b: int, *, in_place: bool) -> dict[str, str]:
+    """What a decoded token of `b` sequences runs in a compiled model, by operator; all of them where layers differ.
+
+    `in_place`: by the mixers that decode in place where they can, which is so in a graph.
+    """
+    found: dict[str, dict[str, None]] = {}
+    for block in _blocks(model):
+        graphs = installed_graphs(block.mixer)
+        graph = (graphs.get(IN_PLACE) if in_place and not block.sharing else None) or graphs.get("decode")
+        for node, operator in () if graph is None else operator_nodes(graph.graph):
+            found.setdefault(operator.name, {})[look_up(kernel_of(node), b, 1)] = None
+    return {operator: ", ".join(kernels) for operator, kernels in found.items()}
 
 
 def plan_versions() -> dict[str, str]:

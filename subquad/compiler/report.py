@@ -51,6 +51,11 @@ def uncaptured_lines(plan: Plan) -> list[str]:
     ]
 
 
+def decoded_by(kernels: Mapping[str, str]) -> str:
+    """Which kernels a decoded token runs, by operator."""
+    return f"decoded by {'; '.join(f'{operator} {names}' for operator, names in kernels.items()) or 'no kernel'}"
+
+
 def assignment_lines(assignment: Assignment) -> list[str]:
     """Which mixers were chosen, from what, under which budgets, and what came next."""
     b, t = assignment.tokens_shape

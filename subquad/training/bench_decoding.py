@@ -18,6 +18,8 @@ from statistics import median
 
 import torch
 
+from subquad.compiler.pins import check_that_pins_decode
+from subquad.compiler.pipeline import decoding_kernels
 from subquad.errors import ConfigError
 from subquad.model.build import build_model
 from subquad.model.cuda_graph import cuda_graphs
@@ -45,8 +47,9 @@ class DecodingRow:
 
     `tokens_per_s` counts all sequences; `carry_bytes` is one sequence's after `context` tokens, by mixer in `carry`;
     `peak_bytes` is weights, carries and what a step needs beyond them (CUDA), but for what graphs need inside; `spread`
-    half of slowest minus fastest round, over the median. `graphs` CUDA graphs replayed `graph_layers`, as many as of
-    each mixer and of channel mixers, and `why_no_graph` says for other mixers why they did not.
+    half of slowest minus fastest round, over the median. `kernels` computed a decoded token, by operator.
+    `graphs` CUDA graphs replayed `graph_layers`, as many as of each mixer and of channel mixers, and `why_no_graph`
+    says for other mixers why they did not.
     """
 
     model: str
@@ -59,6 +62,7 @@ class DecodingRow:
     carry: dict[str, int] = field(default_factory=dict)
     peak_bytes: int | None = None
     prefill_s: float = 0.0
+    kernels: dict[str, str] = field(default_factory=dict)
     graphs: int = 0
     graph_layers: dict[str, int] = field(default_factory=dict)
     why_no_graph: dict[str, str] = field(default_factory=dict)
@@ -97,7 +101,8 @@ class _Contestant:
         model = build_model(config.model, device=device).eval()
         self._model: LanguageModel = narrow(model, DTYPES[request.dtype])
         self._parameters = sum(parameter.numel() for parameter in self._model.parameters())
-        compile_for_generation(self._model, config, batch_size, request.dtype)
+        plan = compile_for_generation(self._model, config, batch_size, request.dtype)
+        check_that_pins_decode(plan.choices, config.kernel)
         self._name, self._vocab_size = config.model.name, config.model.vocab_size
         self._batch_size, self._tokens, self._device = batch_size, request.tokens, device
         self._capture = cuda_graphs(device, request.cuda_graph)
@@ -160,6 +165,7 @@ class _Contestant:
             carry=sizes,
             peak_bytes=self._peak(held, sum(sizes.values()) * self._batch_size),
             prefill_s=prefill_s,
+            kernels=decoding_kernels(self._model, self._batch_size, in_place=bool(decoder.graphs)),
             graphs=len(decoder.graphs),
             graph_layers=dict(Counter(self._name_of(part) for parts in decoder.graphs for part in parts)),
             why_no_graph={self._name_of(Part(layer, True)): reason for layer, reason in decoder.why_not.items()},

@@ -12,11 +12,13 @@ from subquad.compiler.choose import Chooser
 from subquad.compiler.example import Example
 from subquad.compiler.explain import plan_of_shapes
 from subquad.compiler.options import CompileOptions
+from subquad.compiler.pins import given_way
 from subquad.compiler.pipeline import compile_model, kernel_versions, plan_versions
 from subquad.compiler.plan import Plan
 from subquad.compiler.run_shapes import compute_dtype, part_of, training_example
 from subquad.compiler.target import Target, require_local, resolve_target
 from subquad.errors import ConfigError
+from subquad.log import caution
 from subquad.model.language_model import LanguageModel
 from subquad.schema import RunConfig
 
@@ -57,17 +59,25 @@ def compiled(model: LanguageModel, config: RunConfig, plan: Plan | None, *, pack
 
 def compile_for_generation(
     model: LanguageModel, config: RunConfig, batch_size: int = 1, dtype: str = "float32"
-) -> None:
-    """Choose checked kernels for prefill and decode on this device, for weights of this type.
+) -> Plan:
+    """Choose checked kernels for prefill and decode on this device, for weights of this type; returns the choices.
 
-    The run's plan is for training's shapes.
-
-    Nothing is measured, so that the first token comes soon; what the run forbids stays forbidden, also where mixers
-    decode in place.
+    The run's plan is for training's shapes. Nothing is measured, so that the first token comes soon. What the run
+    forbids stays forbidden, also where mixers decode in place, and what it pins holds wherever it can be computed:
+    where it cannot, that is said, since nobody could take a finished run's pin back.
     """
     example = Example(tokens_shape=(batch_size, config.model.context_len), dtype=dtype, decoding=True)
-    options = replace(CompileOptions.of_run(config), measure=False, pins={})
-    compile_model(model, example, target=target_of(config), options=options)
+    return compile_unmeasured(model, example, config)
+
+
+def compile_unmeasured(model: LanguageModel, example: Example, config: RunConfig) -> Plan:
+    """Let a trained model run checked kernels, without timing any; say which pins of the run gave way."""
+    options = replace(CompileOptions.of_run(config), measure=False, pins_give_way=True)
+    _, plan = compile_model(model, example, target=target_of(config), options=options)
+    called = [choice for choice in plan.choices if not example.decoding or choice.method not in ("forward", "packed")]
+    for line in given_way(called, options.pins):
+        caution(line)
+    return plan
 
 
 def plan_of(config: RunConfig) -> Plan | None:

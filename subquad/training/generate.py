@@ -13,7 +13,8 @@ from typing import TextIO
 
 import torch
 
-from subquad.compiler.report import bytes_text
+from subquad.compiler.pipeline import decoding_kernels
+from subquad.compiler.report import bytes_text, decoded_by
 from subquad.errors import ConfigError, ResumeError
 from subquad.model.build import build_model
 from subquad.model.cuda_graph import cuda_graphs
@@ -73,6 +74,7 @@ def generate(config: GenerateConfig, *, out: TextIO | None = None) -> list[str]:
     assert longest is not None, "a file holds at least one prompt"
     print(f"{count} tokens, {count / seconds:,.0f} tokens/s on {device}", file=sys.stderr)
     print(carry_line(longest, model), file=sys.stderr)
+    print(decoded_by(decoding_kernels(model, batch_size, in_place=capture is not None)), file=sys.stderr)
     return texts
 
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from subquad.compiler.example import Example
-from subquad.compiler.options import CompileOptions
-from subquad.compiler.pipeline import compile_model
 from subquad.compiler.run_shapes import compute_dtype, is_packed
 from subquad.errors import ResumeError
 from subquad.model.build import build_model
 from subquad.model.language_model import LanguageModel
 from subquad.schema import RunConfig
 from subquad.training.checkpoint import newest_checkpoint
-from subquad.training.compilation import compile_for_generation, device_of, target_of, uses_bfloat16
+from subquad.training.compilation import compile_for_generation, compile_unmeasured, device_of, target_of, uses_bfloat16
 from subquad.training.run_folder import RunFolder, read_config
 
 
@@ -68,5 +66,5 @@ def load(path: Path, where: str, batch_size: int = 0) -> LoadedRun:
         dtype=compute_dtype(config.trainer.precision, target.kind),
     )
     # Nothing is measured: an evaluation is short, and its figures do not depend on which kernel was the fastest.
-    compile_model(model, example, target=target, options=replace(CompileOptions.of_run(config), measure=False))
+    compile_unmeasured(model, example, config)
     return LoadedRun(folder, config, checkpoint.step, model, device)
