@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from oracle_record import OracleRecord
+from tool import own_tool
 
 from subquad.registry import load_registry
 from subquad.testing.mixer_suite import MixerSuite
@@ -18,19 +18,10 @@ from subquad.testing.verdict import promises
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def loaded() -> ModuleType:
-    """tools/mixer_table.py, which is no package."""
-    spec = importlib.util.spec_from_file_location("mixer_table", ROOT / "tools" / "mixer_table.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def tool(tmp_path: Path) -> Any:
     """The tool, on records of its own."""
-    module = loaded()
+    module = own_tool("mixer_table")
     module.VERDICTS = module.BENCHMARKS = tmp_path
     module.LAYERS = tmp_path / "layers"
     module.LAYERS.mkdir()
@@ -45,21 +36,21 @@ def cells(tool: Any, mixer: str) -> dict[str, str]:
 
 
 def test_the_documents_hold_the_table_of_the_records() -> None:
-    tool = loaded()
+    tool = own_tool("mixer_table")
     for path in tool.DOCUMENTS:
         text = path.read_text(encoding="utf-8")
         assert tool.with_table(text, tool.table()) == text, f"{path.name}: run python tools/mixer_table.py write"
 
 
 def test_every_mixer_has_been_judged_and_compared() -> None:
-    tool = loaded()
+    tool = own_tool("mixer_table")
     for mixer in load_registry().mixers:
         assert tool.promises_of(mixer, "cpu"), f"run python tools/mixer_table.py judge {mixer}"
         assert cells(tool, mixer)["oracle"] != "-", f"mark a test of {mixer} with pytest.mark.oracle, and record it"
 
 
 def test_every_promise_of_a_column_is_one_of_the_suite() -> None:
-    tool = loaded()
+    tool = own_tool("mixer_table")
     assert {name for names in (*tool.COLUMNS.values(), tool.GROWS) for name in names} <= set(promises(MixerSuite))
 
 
@@ -99,10 +90,7 @@ def test_times_are_of_one_case_and_a_record_with_a_rival_is_preferred(tool: Any)
 
 
 def test_an_operator_of_several_forms_is_shown_in_the_mixer_s_own(tool: Any) -> None:
-    rows = [
-        {"form": form, "t": 8192, "n": 64, "p": 64, "both_ms": ms}
-        for form, ms in (("gated", 1.5), ("rwkv7", 4.5))
-    ]
+    rows = [{"form": form, "t": 8192, "n": 64, "p": 64, "both_ms": ms} for form, ms in (("gated", 1.5), ("rwkv7", 4.5))]
     record = {"device": "GPU", "timings": rows}
     (tool.BENCHMARKS / "delta_rule_gpu_2026-12-01.json").write_text(json.dumps(record))
     for mixer, ms in (("gated_delta_net", "1.50"), ("rwkv7", "4.50")):

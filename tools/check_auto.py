@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from check_budgets import measured_step
+from command_line import OF_TRAIN, told, words_of
 
 from subquad import load_config
 from subquad.compiler.assign_mixers import assign_mixers
@@ -147,8 +148,7 @@ def save(out: Path, results: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        raise SystemExit(__doc__)
-    asked = [argument.removeprefix("cells=").split(",") for argument in sys.argv[2:] if argument.startswith("cells=")]
-    rest = [argument for argument in sys.argv[2:] if not argument.startswith("cells=")]
-    main(Path(sys.argv[1]), asked[-1] if asked else CELLS, rest)
+    (place,), words = words_of(__doc__, sys.argv[1:], "OUT.json", keys=OF_TRAIN)
+    named = [word.removeprefix("cells=").split(",") for word in words if word.startswith("cells=")]
+    with told():
+        main(Path(place), named[-1] if named else CELLS, [word for word in words if not word.startswith("cells=")])

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import OF_TRAIN, told, words_of
 
 from subquad import load_config
 from subquad.compiler.assign_mixers import assign_mixers
@@ -136,6 +137,6 @@ def _wait(device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        raise SystemExit(__doc__)
-    main(Path(sys.argv[1]), sys.argv[2:])
+    (place,), words = words_of(__doc__, sys.argv[1:], "OUT.json", keys=OF_TRAIN)
+    with told():
+        main(Path(place), words)

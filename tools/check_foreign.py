@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import words_of
 from torch import Tensor, nn
 
 from subquad import compile_model
@@ -182,8 +183,9 @@ CASES: dict[str, Callable[[], Built]] = {
 
 
 if __name__ == "__main__":
+    (place,), words = words_of(__doc__, sys.argv[1:], "OUT.json", keys=("b", "t", "width"))
     sizes = {"b": B, "t": T, "width": WIDTH} | {
-        key: int(value) for key, _, value in (argument.partition("=") for argument in sys.argv[2:])
+        key: int(value) for key, _, value in (word.partition("=") for word in words)
     }
     B, T, WIDTH = sizes["b"], sizes["t"], sizes["width"]
-    main(Path(sys.argv[1]))
+    main(Path(place))

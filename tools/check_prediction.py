@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import OF_TRAIN, refuse, told, words_of
 from profile_step import group_of
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -176,11 +177,13 @@ def _device_seconds(step: Callable[[], None]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        raise SystemExit(__doc__)
-    named = [argument.removeprefix("cells=") for argument in sys.argv[2:] if argument.startswith("cells=")]
-    main(
-        Path(sys.argv[1]),
-        [argument for argument in sys.argv[2:] if not argument.startswith("cells=")],
-        named[0].split(",") if named else tuple(CELLS),
-    )
+    (place,), words = words_of(__doc__, sys.argv[1:], "OUT.json", keys=OF_TRAIN)
+    named = [word.removeprefix("cells=") for word in words if word.startswith("cells=")]
+    chosen = named[0].split(",") if named else list(CELLS)
+    for name in chosen:
+        if name not in CELLS:
+            refuse(f"no cell is called '{name}'; there are {', '.join(CELLS)}")
+    rest = [word for word in words if not word.startswith("cells=")]
+    with told():
+        load_config([*CELLS[chosen[0]], *rest])  # else every cell would say that a key is unknown
+        main(Path(place), rest, chosen)

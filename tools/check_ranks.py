@@ -34,6 +34,7 @@ os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast, which not ev
 os.environ.setdefault("WANDB_MODE", "disabled")
 
 import torch
+from command_line import OF_TRAIN, refuse, told, words_of
 
 from subquad import load_config
 from subquad.training.fit import train
@@ -235,6 +236,9 @@ def worker_processes(folder: RunFolder) -> list[int]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3 or sys.argv[2] not in (*PARTS, "all"):
-        sys.exit(__doc__)
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    (place, part), words = words_of(__doc__, sys.argv[1:], "OUT.json", " | ".join((*PARTS, "all")), keys=OF_TRAIN)
+    if part not in (*PARTS, "all"):
+        refuse(f"no part is called '{part}'; there are {', '.join(PARTS)} and all")
+    with told():
+        load_config([*SMALL, *words])  # else every run would say that a key is unknown
+        main(Path(place), part, words)

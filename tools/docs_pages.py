@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import licences
 import mixer_table
 from aligned_text import fenced
+from command_line import refuse, words_of
 from omegaconf import MISSING
 
 import subquad
@@ -312,4 +313,8 @@ def _plain(text: str) -> str:
 
 
 if __name__ == "__main__":
-    print(pages()[sys.argv[1]])
+    (name,), _ = words_of(__doc__, sys.argv[1:], "PAGE")
+    known = pages()
+    if name not in known:
+        refuse(f"there is no page '{name}'; there are {', '.join(known)}")
+    print(known[name])

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from command_line import words_of
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,4 +166,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    words_of(__doc__, sys.argv[1:])
     raise SystemExit(main())

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import yaml
 from check_prediction import MODELS, training_step
+from command_line import OF_TRAIN, told, words_of
 
 from subquad import load_config
 from subquad.compiler.predict_step import predict_step
@@ -107,6 +108,8 @@ def parsed(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        raise SystemExit(__doc__)
-    main(Path(sys.argv[1]), *parsed(sys.argv[2:]))
+    (place,), words = words_of(__doc__, sys.argv[1:], "OUT.json", keys=OF_TRAIN)
+    settings, rest = parsed(words)
+    with told():
+        load_config([f"model={settings['models'][0]}", *LONG, *rest])  # else every length would say what is unknown
+        main(Path(place), settings, rest)

@@ -17,10 +17,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
+from command_line import words_of
 from omegaconf import OmegaConf
 from tokenizers import Tokenizer as TokenizerFile
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -143,4 +144,4 @@ def _trained(text: Path, folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(words_of(__doc__, sys.argv[1:], keys=[field.name for field in fields(Config)])[1])

@@ -23,6 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from command_line import refuse, words_of
+
 from subquad.commands.plugins import GROWTH
 from subquad.contracts import MixerSpec
 from subquad.registry import load_registry
@@ -59,13 +61,20 @@ LENGTH = 8192
 
 def main(arguments: list[str]) -> int:
     """Do what the first argument says."""
-    if arguments[:1] == ["judge"]:
-        target = next((word.partition("=")[2] for word in arguments if word.startswith("target=")), "cpu")
-        names = [word for word in arguments[1:] if "=" not in word] or list(load_registry().mixers)
+    words, keys = words_of(__doc__, arguments, more="MIXER", keys=("target",))
+    if words[:1] == ["judge"]:
+        target = keys[-1].partition("=")[2] if keys else "cpu"
+        mixers = load_registry().mixers
+        names = words[1:] or list(mixers)
+        for name in names:
+            if name not in mixers:
+                refuse(f"no mixer is called '{name}'; there are {', '.join(mixers)}")
         jobs = len(os.sched_getaffinity(0))
         with ThreadPoolExecutor(jobs) as pool:
             return max(pool.map(lambda name: judge(name, target), names))
-    if arguments == ["write"]:
+    if keys or words not in ([], ["write"]):
+        refuse(f"'{' '.join(arguments)}' is not understood")
+    if words == ["write"]:
         for path in DOCUMENTS:
             path.write_text(with_table(path.read_text(encoding="utf-8"), table()), encoding="utf-8")
         return 0
@@ -125,9 +134,7 @@ def _row(
     growth = _cell(kept["cpu"], GROWS)
     shown = f"{GROWTH[spec.work_growth]}, {GROWTH[spec.carry_growth]}" if growth == "yes" else growth
     main_operators = [name for name in spec.operators if name not in HELPERS]
-    gpu = [
-        f"`{name}` {times.get(f'{name} {spec.name}', times[name])}" for name in main_operators if name in times
-    ]
+    gpu = [f"`{name}` {times.get(f'{name} {spec.name}', times[name])}" for name in main_operators if name in times]
     if spec.name in layers:
         layer = layers[spec.name]
         gpu = [f"layer {layer}", *(gpu if layer.rival is None else ())]

@@ -14,6 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from command_line import OF_TRAIN, told, words_of
 from torch.profiler import ProfilerActivity, profile
 
 from subquad import load_config
@@ -112,4 +113,6 @@ def main(out: Path, overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    (place,), words = words_of(__doc__, sys.argv[1:], "OUT.json", keys=OF_TRAIN)
+    with told():
+        main(Path(place), words)

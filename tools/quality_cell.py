@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import words_of
 from quality_cells import SETTINGS, SIZES, Cell, overrides
 
 from subquad import Example, build_model, compile_model, load_config, train
@@ -239,4 +240,5 @@ def _seconds(step: Any, *, before: int, timed: int, device: torch.device) -> flo
 
 
 if __name__ == "__main__":
+    words_of(__doc__, sys.argv[1:])
     raise SystemExit(main())

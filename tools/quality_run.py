@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import quality_cells
+from command_line import refuse, words_of
 from quality_cells import QUICK, STUDIES, Cell, cells
 
 FIRST_GUESS_S = 45.0
@@ -76,22 +77,16 @@ def main(arguments: Sequence[str]) -> int:
 
 def parsed(arguments: Sequence[str]) -> Settings:
     """RECORD.jsonl key=value ...; exits with a message on anything else."""
-    words = [word.partition("=") for word in arguments]
-    paths = [key for key, equals, _ in words if not equals]
-    if len(paths) != 1:
-        raise SystemExit(__doc__)
-    settings = Settings(record=Path(paths[0]).absolute())
     readers: dict[str, Any] = {
         "study": str, "budget_s": float, "workers": int, "steps": int, "accelerator": str, "failed": str,
         "models": _names, "tasks": _names, "runs": lambda text: Path(text).absolute(),
     }  # fmt: skip
-    for key, equals, value in words:
-        if equals and key not in readers:
-            raise SystemExit(f"there is no key '{key}': they are {', '.join(readers)}")
-        if equals:
-            setattr(settings, key, readers[key](value))
+    (record,), words = words_of(__doc__, arguments, "RECORD.jsonl", keys=readers)
+    settings = Settings(record=Path(record).absolute())
+    for key, _, value in (word.partition("=") for word in words):
+        setattr(settings, key, readers[key](value))
     if settings.study not in STUDIES:
-        raise SystemExit(f"no study is called '{settings.study}': they are {', '.join(STUDIES)}")
+        refuse(f"no study is called '{settings.study}'; there are {', '.join(STUDIES)}")
     return settings
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from command_line import words_of
 from quality_cells import SETTINGS, SIZES, STUDIES, Cell
 from quality_run import is_done, read
 
@@ -27,11 +28,9 @@ Runs = Mapping[tuple[str, str], Mapping[float, list[Record]]]
 TASKS = ("mqar", "text")
 
 
-def main(paths: Sequence[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Print the tables of every study that the records hold."""
-    if not paths:
-        print(__doc__)
-        return 2
+    paths, _ = words_of(__doc__, arguments, "RECORD.jsonl", more="RECORD.jsonl")
     records = newest(record for path in paths for record in read(Path(path)) if is_current(record))
     if not records:
         print(f"no cell of today's settings in {', '.join(paths)}", file=sys.stderr)

@@ -242,8 +242,8 @@ def main() -> None:
     print(record.device, *record.versions, sep=" | ")
 
     def save() -> None:
-        tilings = {stage: asdict(value) for stage, value in tiled.TILINGS.items()}
-        record.rows["tilings"] = [tilings | {"programs": tilings.PROGRAMS}]
+        stages = {stage: asdict(value) for stage, value in tiled.TILINGS.items()}
+        record.rows["tilings"] = [stages | {"programs": tilings.PROGRAMS}]
         record.save(options.out)
 
     def check(rows: Iterable[dict[str, Any]]) -> None:

@@ -1,14 +1,16 @@
 """Scripts that run outside of Triton's interpreter, in forks of one process that has imported torch and triton.
 
-    python kernels/tests/forked_scripts.py < REQUESTS
+    python kernels/tests/forked_scripts.py [MODULE ...] < REQUESTS
 
-A request is a line of JSON: a script and its arguments, a file for what it prints and one for its errors; the answer is
-its exit code. Python with torch and triton, `python -c "import compile_launches"`, takes 1.9 s of a core to start, a
-fork some 10 ms (two busy cores of an AMD EPYC, 2026-11-30).
+The modules are imported beforehand as well. A request is a line of JSON: a script and its arguments, a file for what it
+prints and one for its errors; the answer is its exit code. Python with torch and triton,
+`python -c "import compile_launches"`, takes 1.9 s of a core to start, a fork some 10 ms (two busy cores of an AMD EPYC,
+2026-11-30).
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import runpy
@@ -21,9 +23,10 @@ from typing import NoReturn
 
 
 class Forks:
-    """The process, begun when a script is first run; `close` ends it."""
+    """The process, begun when a script is first run; `close` ends it. It imports the `modules` before it forks."""
 
-    def __init__(self) -> None:
+    def __init__(self, *modules: str) -> None:
+        self._modules = modules
         self._server: subprocess.Popen[str] | None = None
 
     def run(self, script: Path, *arguments: str) -> str:
@@ -51,7 +54,11 @@ class Forks:
             environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
             self._server = subprocess.Popen(
-                [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                [sys.executable, __file__, *self._modules],
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
             )
         return self._server
 
@@ -67,6 +74,8 @@ def serve() -> None:
 
     import subquad_kernels.builtin  # noqa: F401
 
+    for module in sys.argv[1:]:
+        importlib.import_module(module)
     for line in sys.stdin:
         arguments, printed, errors = json.loads(line)
         child = os.fork()
