@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.fx import GraphModule
 
-CONTRACT_VERSION = "1.7"
+CONTRACT_VERSION = "1.8"
 """Grows by minor numbers when something is added, by major ones when something a plugin relies on is removed.
 
 A plugin says its major version by the entry-point group that it stands in: `subquad` for 1, `subquad.N` for N.

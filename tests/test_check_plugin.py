@@ -17,8 +17,10 @@ from plugin_site import Site
 from subquad.__main__ import main
 from subquad.contracts import CONTRACT_VERSION
 from subquad.registry import load_registry
+from subquad.testing.kernel_suite import KernelSuite
 from subquad.testing.mixer_suite import MixerSuite
 from subquad.testing.verdict import promises
+from subquad_kernels.catalogue import CATALOGUE
 
 PLUGIN = """
 from mutant_mixers import NoConfig
@@ -56,7 +58,39 @@ def test_a_mixer_that_keeps_its_promises_passes(tmp_path: Path, capsys: pytest.C
     assert found["origin"] == "acme-mixers 1.5"
     assert [promise["name"] for promise in found["promises"]] == promises(MixerSuite)
     assert all(f"  {name}  " in printed for name in promises(MixerSuite))
-    assert f"all {len(promises(MixerSuite))} promises are kept" in printed
+    apart = {promise["name"]: promise["reason"] for promise in found["promises"] if not promise["applies"]}
+    assert apart == {
+        "its_bidirectional_form_sees_both_sides": "it has no bidirectional form",
+        "what_it_shares_is_as_declared_and_has_gradients": "it shares nothing here",
+        "weight_decay_spares_what_is_declared": "it declares no parameter without decay",
+    }
+    assert all(re.search(rf"  {name} +does not apply: {reason}\n", printed) for name, reason in apart.items())
+    judged = len(promises(MixerSuite)) - len(apart)
+    assert f"{judged} of {judged} promises are kept, {len(apart)} do not apply\n" in printed
+
+
+@pytest.mark.usefixtures("acme")
+def test_a_promise_that_does_not_apply_is_neither_kept_nor_broken(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plugins", "check", "sound", "only=its_bidirectional_form_sees_both_sides"]) == 0
+    printed = capsys.readouterr().out
+    assert "does not apply: it has no bidirectional form" in printed
+    assert "0 of 0 promises are kept, 1 does not apply" in printed
+
+
+def test_a_promise_applies_if_it_does_behind_a_layer_of_its_own_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    """rwkv7 publishes the values of its first layer; a reader of another layer's keys shares at its first as well."""
+    asked = "only=what_it_shares_is_as_declared_and_has_gradients"
+    for name, applies in (("rwkv7", True), ("gla", False)):
+        assert main(["plugins", "check", name, asked]) == 0
+        assert ("1 of 1 promises are kept\n" in capsys.readouterr().out) is applies
+
+
+def test_a_kernel_s_promise_without_a_workload_does_not_apply() -> None:
+    flash = type("Checked", (KernelSuite,), {"operator": "softmax_attention", "kernel": "sdpa_flash"})
+    assert flash().inapplicable() == {}
+    (packed,) = [w for w in CATALOGUE.operator("selective_scan").examples if "documents" in w.shape][:1]
+    scan = type("Checked", (KernelSuite,), {"operator": "selective_scan", "kernel": "chunked", "workloads": (packed,)})
+    assert scan().inapplicable() == {"is_exact_about_causality": "no workload of it shows causality"}
 
 
 @pytest.mark.usefixtures("acme")

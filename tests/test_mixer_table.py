@@ -15,6 +15,11 @@ from subquad.registry import load_registry
 from subquad.testing.mixer_suite import MixerSuite
 from subquad.testing.verdict import promises
 
+NOT_OF_WINDOWS = {
+    "what_it_shares_is_as_declared_and_has_gradients", "float32_parameters_keep_their_bits_under_bfloat16",
+    "weight_decay_spares_what_is_declared", "names_only_parameters_that_exist",
+}  # fmt: skip
+"""Promises about what `window` does not declare."""
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -63,7 +68,26 @@ def test_a_broken_promise_shows_and_a_missing_record_is_no_yes(tool: Any) -> Non
     (tool.VERDICTS / "window.cpu.json").write_text(json.dumps(record))
     found = cells(tool, "window")
     assert (found["forward"], found["packed"], found["compile"]) == ("yes", "NO", "-")
-    assert (found["CPU"], found["growth: work, carry"]) == (f"{len(kept) - 1} of {len(kept)}", "t, 1")
+    judged = len(kept) - len(NOT_OF_WINDOWS)
+    assert (found["CPU"], found["growth: work, carry"]) == (f"{judged - 1} of {judged}", "t, 1")
+
+
+def test_what_does_not_apply_is_counted_in_verdicts_of_neither_age(tool: Any) -> None:
+    for old in (True, False):
+        verdict = {"kind": "mixer", "name": "window", "promises": [
+            {"name": name, "kept": True} | ({} if old else {"applies": name not in NOT_OF_WINDOWS})
+            for name in promises(MixerSuite)
+        ]}  # fmt: skip
+        record = {"device": "cpu", "torch": "2", "date": "2026-11-29", "verdicts": [verdict]}
+        (tool.VERDICTS / "window.cpu.json").write_text(json.dumps(record))
+        judged = len(promises(MixerSuite)) - len(NOT_OF_WINDOWS)
+        assert cells(tool, "window")["CPU"] == f"{judged} of {judged}", f"{old=}"
+    verdict["promises"] = [  # what a mixer does without is no promise kept
+        {"name": name, "kept": True, "applies": name != "packed_documents_equal_separate_ones"}
+        for name in promises(MixerSuite)
+    ]
+    (tool.VERDICTS / "window.cpu.json").write_text(json.dumps(record))
+    assert cells(tool, "window")["packed"] == "no"
 
 
 def test_times_are_of_one_case_and_a_record_with_a_rival_is_preferred(tool: Any) -> None:

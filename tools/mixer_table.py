@@ -51,6 +51,8 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "compile": ("compiles_without_graph_breaks", "captures_as_one_node_per_operator"),
 }  # fmt: skip
 """Promises of `subquad.testing.mixer_suite.MixerSuite` by the column that they stand in."""
+WIDTH = 64
+"""Of a mixer whose record says none: its sizes fit, and what applies does not depend on it."""
 BIDIRECTIONAL = ("its_bidirectional_form_sees_both_sides",)
 GROWS = ("work_grows_no_faster_than_declared", "carry_grows_no_faster_than_declared")
 HELPERS = ("causal_conv", "gated_norm", "rotary")
@@ -144,30 +146,54 @@ def _row(
     ]  # fmt: skip
 
 
-def _both_sides(spec: MixerSpec, kept: Mapping[str, bool]) -> str:
+def _both_sides(spec: MixerSpec, kept: Kept) -> str:
     """Whether it has a form that sees later tokens too, and that form keeps its promise."""
     return _cell(kept, BIDIRECTIONAL) if spec.bidirectional else "no" if spec.causal else "yes"
 
 
-def promises_of(mixer: str, target: str) -> dict[str, bool]:
+Kept = Mapping[str, bool | None]
+"""By promise whether it is kept; None where it does not apply to the mixer."""
+
+
+def promises_of(mixer: str, target: str) -> Kept:
     """Which promises a recorded verdict calls kept; empty where there is no record."""
     record = _read(VERDICTS / f"{mixer}.{target}.json")
-    found: dict[str, bool] = {}
+    found: dict[str, bool | None] = {}
     for verdict in record.get("verdicts", ()):
         if (verdict["kind"], verdict["name"]) == ("mixer", mixer):
-            found = {promise["name"]: promise["kept"] for promise in verdict["promises"]}
+            found = {
+                promise["name"]: promise["kept"] if promise.get("applies", True) else None
+                for promise in verdict["promises"]
+            }
+            if not any("applies" in promise for promise in verdict["promises"]):
+                # Before contract 1.8 what does not apply was called kept.
+                found |= {name: None for name in inapplicable(mixer, record) if found.get(name)}
     return found
 
 
-def _cell(kept: Mapping[str, bool], wanted: tuple[str, ...]) -> str:
-    """`yes`, `NO`, or `-` where a promise was not judged."""
-    if any(kept.get(name) is False for name in wanted):
+def inapplicable(mixer: str, record: Mapping[str, Any]) -> set[str]:
+    """Promises that do not apply to a mixer, alone or behind a layer of its own kind, as its record configures it."""
+    from subquad.testing.mixer_suite import MixerSuite  # only here: it loads torch
+
+    settings = {"mixer": mixer, "config": record.get("config", {}), "d_model": record.get("d_model") or WIDTH}
+    suite: type[MixerSuite] = type("Recorded", (MixerSuite,), settings)
+    suites = [suite, *filter(None, [suite.behind_itself()])]
+    return set.intersection(*(set(one().inapplicable()) for one in suites))
+
+
+def _cell(kept: Kept, wanted: tuple[str, ...]) -> str:
+    """`yes`, `NO`, `-` where a promise was not judged, or `no` where none of them applies."""
+    judged = [name for name in wanted if kept.get(name, False) is not None]
+    if any(kept.get(name) is False for name in judged):
         return "NO"
-    return "yes" if all(kept.get(name) for name in wanted) else "-"
+    if not judged:
+        return "no"
+    return "yes" if all(kept.get(name) for name in judged) else "-"
 
 
-def _count(kept: Mapping[str, bool]) -> str:
-    return f"{sum(kept.values())} of {len(kept)}" if kept else "-"
+def _count(kept: Kept) -> str:
+    judged = [value for value in kept.values() if value is not None]
+    return f"{sum(judged)} of {len(judged)}" if judged else "-"
 
 
 def _oracle(outcomes: Mapping[str, int] | None) -> str:
@@ -273,7 +299,8 @@ def _legend(oracles: Mapping[str, Any], layers: Mapping[str, GpuTime], times: Ma
         " bfloat16, the same tokens (`plugins/benchmarks/mixers.py`).",
     )
     sentences = (
-        f"`yes`: every promise of `MixerSuite` in that column is kept. CPU, CUDA: promises kept ({'; '.join(made)}).",
+        "`yes`: every promise of `MixerSuite` in that column is kept. CPU, CUDA: promises kept, of those that apply"
+        f" ({'; '.join(made)}).",
         "Bidirectional: a form that sees both sides (`bidirectional: true`) keeps its promise.",
         "Oracle: comparisons with an implementation of the equations that shares no code with ours"
         f" ({oracles.get('date', 'none')}). Growth in t as declared, and no faster when measured.",

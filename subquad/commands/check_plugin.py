@@ -55,7 +55,8 @@ HELP = """Run the conformance suites for a mixer, or for all mixers and kernels 
 
 {keys}
 
-The exit code is 0 when every promise is kept, 1 when one is broken."""
+What does not apply to a mixer, such as a bidirectional form that it does not have, is said and not counted.
+The exit code is 0 when every promise that applies is kept, 1 when one is broken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,11 @@ class Verdict:
     origin: str
     outcomes: tuple[Outcome, ...]
     again: str
+
+    @property
+    def judged(self) -> tuple[Outcome, ...]:
+        """The promises that apply."""
+        return tuple(outcome for outcome in self.outcomes if outcome.inapplicable is None)
 
     @property
     def broken(self) -> tuple[Outcome, ...]:
@@ -88,12 +94,21 @@ def run(arguments: list[str]) -> int:
                     ("promise", "verdict", "seconds"), [_row(outcome) for outcome in verdict.outcomes]))  # fmt: skip
         for outcome in verdict.broken:
             print(f"BROKEN {outcome.promise}\n  {outcome.broken}\n  again: {verdict.again} only={outcome.promise}\n")
-    broken, total = (sum(len(found) for found in lists) for lists in zip(*((v.broken, v.outcomes) for v in verdicts)))
-    print(f"{broken} of {total} promises are broken" if broken else f"all {total} promises are kept")
+    print(summary(verdicts))
     if config.json:
         path = Path(config.json).expanduser()
         path.write_text(json.dumps(as_json(name, config, verdicts), indent=2) + "\n", encoding="utf-8")
-    return BROKEN if broken else KEPT
+    return BROKEN if any(verdict.broken for verdict in verdicts) else KEPT
+
+
+def summary(verdicts: list[Verdict]) -> str:
+    """How many of the promises that apply are kept, and how many do not apply."""
+    broken, judged, all_of_them = (
+        sum(map(len, lists)) for lists in zip(*((one.broken, one.judged, one.outcomes) for one in verdicts))
+    )
+    others = all_of_them - judged
+    said = f"{broken} of {judged} promises are broken" if broken else f"{judged} of {judged} promises are kept"
+    return said + (f", {others} {'does' if others == 1 else 'do'} not apply" if others else "")
 
 
 def check(name: str, config: CheckConfig, registry: Registry) -> list[Verdict]:
@@ -149,7 +164,12 @@ def check(name: str, config: CheckConfig, registry: Registry) -> list[Verdict]:
 def _of_both(first: Outcome, behind: Outcome) -> Outcome:
     """A promise of a mixer in front of, and behind, a layer of its own kind."""
     said = first.broken if behind.broken is None else f"behind a layer of its own kind: {behind.broken}"
-    return replace(first, broken=first.broken or said, seconds=first.seconds + behind.seconds)
+    return replace(
+        first,
+        broken=first.broken or said,
+        seconds=first.seconds + behind.seconds,
+        inapplicable=first.inapplicable and behind.inapplicable,  # it may share there alone
+    )
 
 
 def _fitting_width(suite: type[Any], mixer: str, asked: int) -> int:
@@ -233,7 +253,9 @@ def as_json(name: str, config: CheckConfig, verdicts: list[Verdict]) -> dict[str
                 "origin": verdict.origin,
                 "again": verdict.again,
                 "promises": [
-                    {"name": outcome.promise, "kept": outcome.broken is None, "seconds": round(outcome.seconds, 3)}
+                    {"name": outcome.promise, "kept": outcome.broken is None, "seconds": round(outcome.seconds, 3),
+                     "applies": outcome.inapplicable is None}
+                    | ({} if outcome.inapplicable is None else {"reason": outcome.inapplicable})
                     | ({} if outcome.broken is None else {
                         "broken": outcome.broken, "again": f"{verdict.again} only={outcome.promise}"
                     })
@@ -273,4 +295,6 @@ def _command(name: str, config: CheckConfig) -> str:
 
 
 def _row(outcome: Outcome) -> list[str]:
+    if outcome.inapplicable is not None:
+        return [outcome.promise, f"does not apply: {outcome.inapplicable}", ""]
     return [outcome.promise, "kept" if outcome.broken is None else "BROKEN", f"{outcome.seconds:.2f}"]

@@ -48,6 +48,16 @@ class KernelSuite:
         workloads = self.workloads or self.operator_record.examples
         return [workload for workload in workloads if self._supports(workload)]
 
+    def inapplicable(self) -> dict[str, str]:
+        """Promises about workloads that the kernel does not support: why, by name.  `plugins check` counts them not."""
+        reasons = {}
+        small = [shape_class(workload, self.device) for workload in self.supported()]
+        if small and not any(self._supports(replace(workload, dtype="float64")) for workload in small):
+            reasons["agrees_in_float64_to_rounding_where_it_computes_in_float64"] = "it does not compute in float64"
+        if small and not any(_shows_causality(workload) for workload in small):
+            reasons["is_exact_about_causality"] = "no workload of it shows causality"
+        return reasons
+
     def test_supports_at_least_one_workload(self) -> None:
         assert self.supported(), f"{self.kernel_record.key} supports none of the workloads it is tested on"
 
@@ -76,7 +86,7 @@ class KernelSuite:
         """No output before the last token changes with it, not even by rounding."""
         for workload in self.supported():
             small = shape_class(workload, self.device)
-            if small.shape["t"] < 2 or small.options.get("causal") is False or "documents" in small.shape:
+            if not _shows_causality(small):
                 continue
             arguments = self._arguments(small, 3)
             before = self.kernel_record.torch_half.forward(**arguments)[0]
@@ -100,6 +110,12 @@ class KernelSuite:
 
     def _arguments(self, workload: Workload, seed: int) -> dict[str, Any]:
         return self.operator_record.torch_half.sample_inputs(workload, seed=seed, device=self.device)
+
+
+def _shows_causality(workload: Workload) -> bool:
+    """Whether an earlier output must not change with the last token, which is not alone in its sequence."""
+    shape = workload.shape
+    return shape["t"] > 1 and workload.options.get("causal") is not False and "documents" not in shape
 
 
 def _runs_over_time(value: object, workload: Workload) -> bool:

@@ -117,6 +117,24 @@ class MixerSuite:
         behind = type(f"{cls.__name__}BehindItself", (cls,), {"published": sharing.publishes})
         return behind if not cls.published and behind().place()[1] != sharing else None
 
+    def inapplicable(self) -> dict[str, str]:
+        """Promises about what this mixer does not declare, and so cannot break: why, by name.
+
+        Their tests find nothing to look at and pass; `plugins check` does not count them.
+        """
+        spec = self.spec
+        pinned, named = self._pinned_here(), (*spec.no_decay, *spec.float32_parameters)
+        applies = (
+            ("no_output_depends_on_later_tokens", spec.causal, "it sees later tokens"),
+            ("packed_documents_equal_separate_ones", spec.packed, "it takes no packed documents"),
+            ("float32_parameters_keep_their_bits_under_bfloat16", pinned, "it pins no parameter to float32"),
+            ("its_bidirectional_form_sees_both_sides", self.to_both_sides(), "it has no bidirectional form"),
+            ("what_it_shares_is_as_declared_and_has_gradients", self.place()[1], "it shares nothing here"),
+            ("names_only_parameters_that_exist", named, "it names no parameters"),
+            ("weight_decay_spares_what_is_declared", spec.no_decay, "it declares no parameter without decay"),
+        )
+        return {promise: reason for promise, declared, reason in applies if not declared}
+
     def _names_elsewhere(self) -> list[str]:
         """Parameters of the mixer's other forms: to both sides, behind or in front of a layer of its own kind."""
         in_front = type("InFront", (type(self),), {"published": {}}) if self.published else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +16,15 @@ PREFIX = "test_"
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What came of one promise; `broken` says how it is broken, None if it is kept."""
+    """What came of one promise; `broken` says how it is broken, None if it is kept.
+
+    `inapplicable` says why it was not judged: it is about what the thing does not declare.
+    """
 
     promise: str
     broken: str | None
     seconds: float
+    inapplicable: str | None = None
 
 
 def promises(suite: type[Any]) -> list[str]:
@@ -33,13 +38,28 @@ def promises(suite: type[Any]) -> list[str]:
 
 
 def judge(suite: type[Any], *, only: str | None = None) -> list[Outcome]:
-    """Call the promises of a suite, or only one, each on an instance of its own.
+    """Call the promises of a suite, or only one, each on an instance of its own; not those that do not apply.
 
     Raises: RunError under `python -O`, which removes assertions: everything would be kept.
     """
     if not __debug__:
         raise RunError(what="python -O removes assertions", where="the suite", mend="run it without -O")
-    return [_judged(suite, name) for name in promises(suite) if only in (None, name)]
+    without = _inapplicable(suite)
+    return [
+        Outcome(promise=name, broken=None, seconds=0.0, inapplicable=without[name])
+        if name in without
+        else _judged(suite, name)
+        for name in promises(suite)
+        if only in (None, name)
+    ]
+
+
+def _inapplicable(suite: type[Any]) -> Mapping[str, str]:
+    """What the suite says of itself; nothing where what it looks at raises, which then breaks promises."""
+    try:
+        return suite().inapplicable()  # type: ignore[no-any-return]
+    except Exception:  # as below
+        return {}
 
 
 def _judged(suite: type[Any], promise: str) -> Outcome:
