@@ -162,5 +162,7 @@ def test_the_command_prints_rows_and_writes_record_and_picture(
     assert "mamba              batch 1   context      64" in printed
     assert str(tmp_path / "bench-decoding.json") in printed
     assert (tmp_path / "bench-decoding.png").is_file()
+    assert main(["bench", "models=mamba", "contexts=64", "tokens=4", "overrides=trainer.accelerator=cpu"]) == 0
+    assert "mamba              batch 1   context      64" in capsys.readouterr().out, "one is a list of one"
     assert main(["bench", "models=[]"]) == 2
     assert "no model is named" in capsys.readouterr().err

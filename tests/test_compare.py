@@ -166,3 +166,18 @@ def test_runs_are_a_list_with_or_without_brackets() -> None:
     assert compare_config(["runs=a,b", "html=null"]).html is None
     with pytest.raises(ConfigError):
         compare_config(["runs=[a"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "written"),
+    [
+        (["compare", "A", "B"], "write KEY=VALUE, such as runs=A; the keys are runs, html"),
+        (["compare", "html"], "write html=VALUE; the keys are"),
+        (["generate", "--run"], "such as run=run; the keys are run, prompt"),
+    ],
+)
+def test_a_word_that_is_no_key_is_answered_with_one(
+    arguments: list[str], written: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert written in capsys.readouterr().err

@@ -88,6 +88,8 @@ def test_the_command_compares_files_and_run_folders(
     assert main(["plan", "diff", str(tmp_path / "run"), str(tmp_path / "other.json")]) == 1
     assert "-> another" in capsys.readouterr().out
     assert main(["plan", "diff", "absent.json", str(tmp_path / "other.json")]) == 2
-    assert "absent.json cannot be read" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "absent.json cannot be read" in said
+    assert "name two run folders" in said
     assert main(["plan", "dif"]) == 2
     assert "plan diff A/plan.json B/plan.json" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import yaml
 from subquad.commands.key_help import keys_in_help
 from subquad.commands.key_values import key_values
 from subquad.commands.table import table
-from subquad.component_config import typed_config
+from subquad.component_config import defaults_of, typed_config
 from subquad.compose import load_config
 from subquad.errors import ConfigError
 from subquad.schema import BenchConfig, DecodingBenchConfig
@@ -80,8 +80,6 @@ def bench_config(arguments: list[str]) -> BenchConfig:
             where="bench.operator",
             mend="name one: bench operator=NAME; `python -m subquad plugins` lists them",
         )
-    if isinstance(values.get("kernels"), str):
-        values["kernels"] = [values["kernels"]]
     return typed_config(BenchConfig, values, where="bench")
 
 
@@ -137,7 +135,8 @@ def decoding_line(row: DecodingRow) -> str:
 
 
 def _values(config_class: type, arguments: list[str]) -> dict[str, object]:
-    """The arguments as YAML.  Raises: ConfigError."""
+    """The arguments as YAML; one value where a list belongs is a list of it.  Raises: ConfigError."""
+    lists = [name for name, default in defaults_of(config_class).items() if isinstance(default, list)]
     values: dict[str, object] = {}
     for key, text in key_values("bench", config_class, arguments).items():
         try:
@@ -149,6 +148,8 @@ def _values(config_class: type, arguments: list[str]) -> dict[str, object]:
                 mend="write lists as [a, b] and shapes as [{t: 1024}], in quotes; what holds brackets itself in quotes"
                 " of its own: 'overrides=[\"deny=[a]\"]'",
             ) from None
+        if key in lists and not isinstance(values[key], list):
+            values[key] = [values[key]]
     return values
 
 

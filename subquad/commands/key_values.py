@@ -14,9 +14,16 @@ def key_values(verb: str, config_class: type, arguments: Sequence[str]) -> dict[
     values: dict[str, str] = {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if not equals or key not in known:
+        if not equals:
+            written = f"{key}=VALUE" if key in known else f"KEY=VALUE, such as {known[0]}={key.lstrip('-')}"
             raise ConfigError(
-                what=f"there is no key '{key}'" if equals else f"'{argument}' is not of the form key=value",
+                what=f"'{argument}' is not of the form key=value",
+                where=verb,
+                mend=f"write {written}; the keys are {', '.join(known)}",
+            )
+        if key not in known:
+            raise ConfigError(
+                what=f"there is no key '{key}'",
                 where=verb,
                 mend=f"{suggestion(key, known)}the keys are {', '.join(known)}",
             )

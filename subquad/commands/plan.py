@@ -8,6 +8,7 @@ from subquad.errors import ConfigError
 
 HELP = """Compare two plans: mixers, kernels, versions and device.
 
+  python -m subquad plan diff RUN_DIR OTHER_RUN_DIR
   python -m subquad plan diff A/plan.json B/plan.json
 
 The exit code is 0 when they do the same, 1 when they differ."""
@@ -29,7 +30,11 @@ def run(arguments: list[str]) -> int:
     from subquad.compiler.plan_diff import plan_diff
 
     paths = [Path(argument).expanduser() for argument in arguments[1:]]
-    old, new = (Plan.load(path / "plan.json" if path.is_dir() else path) for path in paths)
+    try:
+        old, new = (Plan.load(path / "plan.json" if path.is_dir() else path) for path in paths)
+    except ConfigError as error:
+        mend = "name two run folders, or two files plan.json of this version"
+        raise ConfigError(what=error.what, where="plan diff", mend=mend) from None
     lines = plan_diff(old, new)
     print("\n".join(lines) if lines else "the plans do the same")
     return DIFFERENT if lines else SAME
