@@ -24,7 +24,8 @@ SPILLS = {
     ("linear_attention/fused", "_differentiate", "sm_90"): 96,
     # Of triton 3.7.1: mostly what its loop reads and never changes. With every gate, 352 bytes of keys.
     ("linear_attention/fused", "_differentiate_queries", "sm_90"): 352,
-    ("linear_attention/fused", "_differentiate_keys", "sm_90"): 96,
+    # Of triton 3.6, with which it was timed (README); of 3.7.1, 80.
+    ("linear_attention/fused", "_differentiate_keys", "sm_90"): 128,
     # Two warp groups would spill none, and hold as many registers. Of triton 3.6.
     ("gated_linear_attention/fused", "_differentiate", "sm_90"): 560,
     ("gated_linear_attention/fused", "_read", "sm_90"): 48,
@@ -181,17 +182,19 @@ def test_a_chunk_of_wide_heads_compiles_for_hopper_and_leaves_room_for_another(k
 
 
 LOADS_STATES = {
+    "_summarise": ("--sample",),
     "_differentiate_q": ("--sample",),
     "_differentiate_kv": ("--widths", "bfloat16", "--pairs", "64,64", "--packed"),
     "_walk": (*HEADS_TOGETHER, "--pairs", "128,64", "--packed"),
 }
-"""Packed calls in whose loops a branch loads a state: that of a document, or the gradient of its last."""
+"""Packed calls in whose loops a document's own state, or the gradient of its last, takes the place of the carried one.
+"""
 
 
 @pytest.mark.parametrize("launch", LOADS_STATES)
 @pytest.mark.parametrize("kernel", named("linear_attention/fused"))
-def test_a_branch_that_loads_a_state_compiles_for_tensor_memory(kernel: Kernel, launch: str) -> None:
-    """What Triton 3.7.1 cannot do in a loop with stages."""
+def test_a_walk_that_exchanges_its_state_compiles_for_tensor_memory(kernel: Kernel, launch: str) -> None:
+    """Triton 3.6 cannot where a branch loads it, nor 3.7.1 in a loop with stages."""
     launches = compiled(kernel, "sm_100", *LOADS_STATES[launch], "--launch", launch)
     assert launches
     assert not [launch for launch in launches if "failure" in launch]

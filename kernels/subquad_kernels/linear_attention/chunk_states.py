@@ -26,7 +26,7 @@ from subquad_kernels.linear_attention.chunk_tiles import (
     load_gates,
     load_state,
     load_tile,
-    walk_stages,
+    replace_state,
 )
 from subquad_kernels.tile_sizes import padded
 from subquad_kernels.triton_launch import QuickLaunch
@@ -219,7 +219,7 @@ def _walk(
         state = load_state(borders, (before * b + sequence) * h + head, offsets, within, STATE, True)
     first = segment * per_segment
     end = tl.minimum(first + per_segment, count_chunks(table, chunks, PACKED))
-    for step in tl.range(0, end - first, num_stages=walk_stages(STAGES, PACKED and GIVEN)):
+    for step in tl.range(0, end - first, num_stages=STAGES):
         index = end - 1 - step if REVERSE else first + step
         row, limit, owner, begins, ends = find_chunk(table, index, sequence, t, CHUNK, PACKED)
         at = (sequence * chunks + index) * h + head
@@ -233,9 +233,9 @@ def _walk(
         else:
             factors = tl.exp2(whole - age) * tl.load(gates + at * CHUNK + tokens)
             enters, leaves = begins, ends
-        if PACKED and enters:
-            left = 0.0
-            state = load_state(outer, owner * h + head, offsets, within, STATE, GIVEN)
+        if PACKED:
+            left = tl.where(enters, 0.0, left)
+            state = replace_state(state, enters, outer, owner * h + head, offsets, within, STATE, GIVEN)
         if KEEP:
             tl.store(states + at * (PAD_N * PAD_P) + kept, state.to(states.dtype.element_ty))
         if lefts is not None:

@@ -19,14 +19,9 @@ _LEAST = tl.constexpr(-128.0)
 
 
 @triton.constexpr_function
-def walk_stages(stages, loads_states):
-    """Stages of a walk, in a branch of which a state may be loaded in place of the one that is carried.
-
-    Capabilities 10 and 11 carry it in tensor memory. With stages, Triton 3.7.1 reads it there inside the branch, and
-    its pipeliner then fails an assertion of its own.
-    """
-    in_tensor_memory = cuda_capability_geq(10) and not cuda_capability_geq(12)
-    return 1 if loads_states and in_tensor_memory else stages
+def _in_tensor_memory():
+    """Whether what a loop carries from product to product lies in tensor memory: of capabilities 10 and 11."""
+    return cuda_capability_geq(10) and not cuda_capability_geq(12)
 
 
 @triton.jit
@@ -75,6 +70,22 @@ def load_state(states, owner, offsets, within, STATE: tl.constexpr, GIVEN: tl.co
     state = tl.zeros(offsets.shape, tl.float32)
     if GIVEN:
         state = tl.load(states + owner * STATE + offsets, mask=within, other=0.0).to(tl.float32)
+    return state
+
+
+@triton.jit
+def replace_state(state, here, states, owner, offsets, within, STATE: tl.constexpr, GIVEN: tl.constexpr):
+    """The state that a walk carries, or where `here` the one that is given to a document in its place.
+
+    Triton 3.6 fails an assertion of its own where a branch loads what takes the place of tensor memory, and 3.7.1 does
+    in a loop with stages: there it is loaded ahead of the branch, and none is read where it is not `here`.
+    """
+    if GIVEN and _in_tensor_memory():
+        given = load_state(states, owner, offsets, within & here, STATE, GIVEN)
+        if here:
+            state = given
+    elif here:
+        state = load_state(states, owner, offsets, within, STATE, GIVEN)
     return state
 
 

@@ -36,7 +36,7 @@ from subquad_kernels.linear_attention.chunk_tiles import (
     load_gates,
     load_state,
     load_tile,
-    walk_stages,
+    replace_state,
     weigh,
 )
 from subquad_kernels.linear_attention.declaration import chunk_slots, segment_len
@@ -256,15 +256,15 @@ def _summarise(
     place = sequence * h + head
     state = load_state(initial, place, offsets, within & (segment == 0), STATE, INITIAL and not PACKED)
     end = tl.minimum((segment + 1) * per_segment, count_chunks(table, chunks, PACKED))
-    for index in tl.range(segment * per_segment, end, num_stages=walk_stages(STAGES, PACKED and INITIAL)):
+    for index in tl.range(segment * per_segment, end, num_stages=STAGES):
         row, limit, owner, begins, _ = find_chunk(table, index, sequence, t, CHUNK, PACKED)
         keys = load_tile(k + row * k_stride, k_stride, tokens, limit, lines, N)
         values = load_tile(v + row * v_stride, v_stride, tokens, limit, columns, P)
         ages, whole = ages_of(log_decay, row * h + head, h, head, tokens, limit, DECAY)
         writes_left = tl.exp2(whole - ages) * load_gates(write_gate, row * h + head, h, tokens, limit, GATE)
-        if PACKED and begins:
-            left = 0.0
-            state = load_state(initial, owner * h + head, offsets, within, STATE, INITIAL)
+        if PACKED:
+            left = tl.where(begins, 0.0, left)
+            state = replace_state(state, begins, initial, owner * h + head, offsets, within, STATE, INITIAL)
         decay = tl.exp2(whole)
         left *= decay
         values = (values.to(tl.float32) * writes_left[:, None]).to(v.dtype.element_ty)
@@ -345,8 +345,8 @@ def _read(
             ages, whole = ages_of(log_decay, row * h + head, h, head, tokens, limit, DECAY)
             gates = load_gates(write_gate, row * h + head, h, tokens, limit, GATE)
             own = load_gates(diagonal, row * h + head, h, tokens, limit, DIAGONAL)
-            if PACKED and begins:
-                state = load_state(initial, owner * h + head, offsets, within, STATE, INITIAL)
+            if PACKED:
+                state = replace_state(state, begins, initial, owner * h + head, offsets, within, STATE, INITIAL)
             fades = fades_between(ages[:, None], ages[None, :], tokens[:, None], tokens[None, :], DECAY, DIAGONAL)
             scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
             scores = weigh(scores, fades, gates[None, :], own[None, :], is_own, GATE, DIAGONAL)

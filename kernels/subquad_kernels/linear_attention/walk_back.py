@@ -25,7 +25,7 @@ from subquad_kernels.linear_attention.chunk_tiles import (
     load_gates,
     load_state,
     load_tile,
-    walk_stages,
+    replace_state,
     weigh,
 )
 from subquad_kernels.triton_launch import QuickLaunch
@@ -128,7 +128,7 @@ def _differentiate_q(
     if segment > 0:
         state = load_state(boundaries, ((segment - 1) * b + sequence) * h + head, offsets, within, STATE, True)
     end = tl.minimum((segment + 1) * per_segment, count_chunks(table, chunks, PACKED))
-    for index in tl.range(segment * per_segment, end, num_stages=walk_stages(STAGES, PACKED and INITIAL)):
+    for index in tl.range(segment * per_segment, end, num_stages=STAGES):
         row, limit, owner, begins, _ = find_chunk(table, index, sequence, t, CHUNK, PACKED)
         pulls = load_tile(dy + row * dy_stride, dy_stride, tokens, limit, columns, P)
         values = load_tile(v + row * v_stride, v_stride, tokens, limit, columns, P)
@@ -136,8 +136,8 @@ def _differentiate_q(
         ages, whole = ages_of(log_decay, row * h + head, h, head, tokens, limit, DECAY)
         gates = load_gates(write_gate, row * h + head, h, tokens, limit, GATE)
         own = load_gates(diagonal, row * h + head, h, tokens, limit, DIAGONAL)
-        if PACKED and begins:
-            state = load_state(initial, owner * h + head, offsets, within, STATE, INITIAL)
+        if PACKED:
+            state = replace_state(state, begins, initial, owner * h + head, offsets, within, STATE, INITIAL)
         fades = fades_between(ages[:, None], ages[None, :], tokens[:, None], tokens[None, :], DECAY, DIAGONAL)
         mixed = tl.dot(pulls, tl.trans(values), input_precision=PRECISION) * scale
         mixed = weigh(mixed, fades, gates[None, :], own[None, :], is_own, GATE, DIAGONAL)
@@ -191,9 +191,9 @@ def _summarise_gradients(
         queries = load_tile(q + row * q_stride, q_stride, tokens, limit, lines, N)
         pulls = load_tile(dy + row * dy_stride, dy_stride, tokens, limit, columns, P)
         ages, whole = ages_of(log_decay, row * h + head, h, head, tokens, limit, DECAY)
-        if PACKED and ends:
-            left = 0.0
-            state = load_state(dfinal, owner * h + head, offsets, within, STATE, FINAL)
+        if PACKED:
+            left = tl.where(ends, 0.0, left)
+            state = replace_state(state, ends, dfinal, owner * h + head, offsets, within, STATE, FINAL)
         decay = tl.exp2(whole)
         left *= decay
         pulls = (pulls.to(tl.float32) * (tl.exp2(ages) * scale)[:, None]).to(q.dtype.element_ty)
@@ -257,7 +257,7 @@ def _differentiate_kv(
             if DECAY > 0:
                 left = load_state(final, sequence * h + head, offsets, within, STATE, True)
                 carried = tl.sum(grad.to(v.dtype.element_ty).to(tl.float32) * left)
-        for back in tl.range(0, end - first, num_stages=walk_stages(STAGES, PACKED and FINAL)):
+        for back in tl.range(0, end - first, num_stages=STAGES):
             index = end - 1 - back
             row, limit, owner, begins, ends = find_chunk(table, index, sequence, t, CHUNK, PACKED)
             queries = load_tile(q + row * q_stride, q_stride, tokens, limit, lines, N)
@@ -267,9 +267,10 @@ def _differentiate_kv(
             ages, whole = ages_of(log_decay, row * h + head, h, head, tokens, limit, DECAY)
             gates = load_gates(write_gate, row * h + head, h, tokens, limit, GATE)
             own = load_gates(diagonal, row * h + head, h, tokens, limit, DIAGONAL)
+            if PACKED:
+                grad = replace_state(grad, ends, dfinal, owner * h + head, offsets, within, STATE, FINAL)
             if PACKED and ends:
                 carried = 0.0
-                grad = load_state(dfinal, owner * h + head, offsets, within, STATE, FINAL)
                 if FINAL and DECAY > 0:
                     left = load_state(final, owner * h + head, offsets, within, STATE, True)
                     carried = tl.sum(grad.to(v.dtype.element_ty).to(tl.float32) * left)
