@@ -29,7 +29,9 @@ def lay_out(cu_seqlens: Tensor, slots: int, chunk: int, *, least: int = 0) -> tu
     """
     documents = cu_seqlens.shape[0] - 1
     table, starts = cu_seqlens.new_empty(slots + 1, 4), cu_seqlens.new_empty(documents + 1)
-    _lay_out[(documents,)](cu_seqlens, table, starts, documents, slots, chunk, LEAST=least, BLOCK=_BLOCK, num_warps=1)
+    _lay_out[(documents,)](
+        cu_seqlens.contiguous(), table, starts, documents, slots, chunk, LEAST=least, BLOCK=_BLOCK, num_warps=1
+    )  # fmt: skip
     return table, starts
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from spread_inputs import LAYOUTS
 from torch import Tensor, einsum
 from torch.nn import functional as F
 
@@ -123,6 +124,7 @@ def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_
     """The gradient of the last state is not considered, as its documentation says."""
     assert return_last_state
     assert all(tensor.stride(-1) == 1 for tensor in (u, delta, B, C))
+    assert delta_bias is None or delta_bias.stride(-1) == 1
     step = delta if delta_bias is None else delta + delta_bias[:, None]
     step = F.softplus(step) if delta_softplus else step
     state, outputs = A.new_zeros(u.shape[0], *A.shape), []
@@ -212,7 +214,8 @@ def causal_conv1d_bwd_function(x, weight, bias, dout, seq_idx, initial_states, d
                                return_dinitial_states, silu_activation):  # type: ignore[no-untyped-def]  # fmt: skip
     assert dx is None
     assert return_dinitial_states == (initial_states is not None)
-    assert dout.stride(1) == 1
+    assert bias is None or bias.stride(0) == 1
+    assert all(tensor is None or tensor.stride(1) == 1 for tensor in (dout, dfinal_states))
     inputs = [
         None if tensor is None else tensor.detach().requires_grad_() for tensor in (x, weight, bias, initial_states)
     ]
@@ -226,6 +229,7 @@ def causal_conv1d_bwd_function(x, weight, bias, dout, seq_idx, initial_states, d
 
 def _convolve(x, weight, bias, seq_idx, initial_states, silu):  # type: ignore[no-untyped-def]
     assert x.stride(1) == 1
+    assert x.stride(0) % 8 == x.stride(2) % 8 == 0
     assert x.shape[1] % 8 == 0
     assert initial_states is None or initial_states.stride(1) == 1
     b, c, t = x.shape
@@ -256,6 +260,7 @@ def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, ma
                            return_attn_probs=False):  # type: ignore[no-untyped-def]  # fmt: skip
     assert return_attn_probs
     assert int(cu_seqlens_q.diff().max()) <= max_seqlen_q
+    assert cu_seqlens_q.is_contiguous() and cu_seqlens_k.is_contiguous()
     scores = _scores(q[None], k[None], softmax_scale, causal, *window_size, cu_seqlens_q)
     values = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
     return einsum("hts,shv->thv", scores[0].softmax(-1), values), scores[0].logsumexp(-1), None
@@ -278,6 +283,7 @@ def _flash_attn_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p,
 def _flash_attn_varlen_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k,
                                 max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left,
                                 window_size_right, softcap, alibi_slopes, deterministic):  # type: ignore[no-untyped-def]  # fmt: skip
+    assert cu_seqlens_q.is_contiguous() and cu_seqlens_k.is_contiguous()
     packed = [tensor[None] for tensor in (dout, q, k, v, out, softmax_lse, dq, dk, dv)]
     _flash_attn_backward(*packed, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap,
                          alibi_slopes, deterministic, bounds=cu_seqlens_q)  # fmt: skip
@@ -423,6 +429,24 @@ def test_an_adapter_agrees_with_the_definition_on_outputs_and_every_gradient(
     found = adapter.torch_half.forward(**arguments)
     assert [tensor.shape for tensor in found] == [tensor.shape for tensor in expected]
     assert [tensor.dtype for tensor in found] == [tensor.dtype for tensor in expected]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("operator", "kernel", "shape", "options"),
+    [pytest.param(*case, id=f"{case[0]}-{case[1]}-{number}") for number, case in enumerate(CASES)],
+)
+def test_an_adapter_agrees_where_inputs_do_not_lie_close(
+    operator: str, kernel: str, shape: dict[str, int], options: dict[str, Option], layout: str
+) -> None:
+    """What a package demands of layouts it raises for, or takes for granted."""
+    record = CATALOGUE.operator(operator)
+    workload = Workload(operator=operator, shape=shape, dtype="float64", options=options)
+    arguments = LAYOUTS[layout](record.torch_half.sample_inputs(workload, seed=2, device="cpu"))
+    adapter = CATALOGUE.kernel(operator, kernel)
+    errors = kernel_errors(record, adapter, arguments, gradients=(operator, kernel) not in FORWARD_ONLY)
+    verdict = judge(record, adapter, workload, errors)
+    assert verdict.passed, verdict.reason
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from spread_inputs import spread
+from spread_inputs import LAYOUTS
+from torch import Tensor
 
+import subquad_kernels.operators  # noqa: F401  (defines the torch operators)
 from subquad_kernels.builtin import KERNELS, OPERATORS
 from subquad_kernels.catalogue import CATALOGUE, Kernel, Operator
 from subquad_kernels.device_limits import device_limits
@@ -45,26 +49,102 @@ def test_a_kernel_agrees_with_its_reference_on_cuda(kernel: Kernel, workload: Wo
     assert verdict.passed, verdict.reason
 
 
-def verdict_of_spread_inputs(kernel: Kernel, workload: Workload, device: str) -> Verdict:
+def verdict_of_layout(layout: str, kernel: Kernel, workload: Workload, device: str) -> Verdict:
     operator, small = CATALOGUE.operator(kernel.operator), shape_class(workload, device)
-    arguments = spread(operator.torch_half.sample_inputs(small, seed=8, device=device))
+    arguments = LAYOUTS[layout](operator.torch_half.sample_inputs(small, seed=8, device=device))
     return judge(operator, kernel, small, kernel_errors(operator, kernel, arguments, gradients=small.phase != "decode"))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("kernel", "workload"), CASES)
-def test_a_kernel_agrees_where_inputs_do_not_lie_close(kernel: Kernel, workload: Workload) -> None:
-    verdict = verdict_of_spread_inputs(kernel, workload, "cpu")
+def test_a_kernel_agrees_where_inputs_do_not_lie_close(kernel: Kernel, workload: Workload, layout: str) -> None:
+    verdict = verdict_of_layout(layout, kernel, workload, "cpu")
     assert verdict.passed, verdict.reason
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("kernel", "workload"), GPU_CASES)
-def test_a_kernel_agrees_where_inputs_do_not_lie_close_on_cuda(kernel: Kernel, workload: Workload) -> None:
+def test_a_kernel_agrees_where_inputs_do_not_lie_close_on_cuda(kernel: Kernel, workload: Workload, layout: str) -> None:
     refusal = kernel.refusal(workload, device_limits("cuda"))
     if refusal is not None:
         pytest.skip(refusal)
-    verdict = verdict_of_spread_inputs(kernel, workload, "cuda")
+    verdict = verdict_of_layout(layout, kernel, workload, "cuda")
     assert verdict.passed, verdict.reason
+
+
+TRAINED = [case for case in CASES if case.values[1].phase != "decode"]
+
+
+def gradients_of(
+    kernel: Kernel, workload: Workload, hand_over: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """What the torch op leaves at those tensors that `hand_over` makes its arguments of, all but these drawn."""
+    operator = CATALOGUE.operator(kernel.operator)
+    arguments = operator.torch_half.sample_inputs(shape_class(workload, "cpu"), seed=9, device="cpu")
+    leaves = {
+        name: value[:1].clone().requires_grad_()
+        for name, value in arguments.items()
+        if isinstance(value, Tensor) and value.is_floating_point()
+    }
+    expanded = {name: leaf.expand(arguments[name].shape) for name, leaf in leaves.items()}  # type: ignore[union-attr]
+    op = getattr(torch.ops.subquad, operator.name)
+    found = op(*(arguments | hand_over(expanded)).values(), kernel.name)
+    outputs = found[: len(operator.outputs)] if isinstance(found, tuple) else (found,)
+    generator = torch.Generator().manual_seed(10)
+    sum((torch.randn(out.shape, generator=generator) * out).sum() for out in outputs).backward()  # type: ignore[union-attr]
+    return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+
+@pytest.mark.parametrize(("kernel", "workload"), TRAINED)
+def test_the_gradient_of_an_expanded_input_is_that_of_its_copies(kernel: Kernel, workload: Workload) -> None:
+    plain = gradients_of(kernel, workload, lambda given: {name: value.clone() for name, value in given.items()})
+    found = gradients_of(kernel, workload, lambda given: given)
+    assert plain
+    torch.testing.assert_close(found, plain, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("kernel", "workload"), TRAINED)
+def test_a_tensor_that_is_two_arguments_has_both_gradients(kernel: Kernel, workload: Workload) -> None:
+    """Queries that are the keys, values that are: whatever of equal shapes comes first stands for the second."""
+
+    def pairs(given: dict[str, Tensor]) -> dict[str, str]:
+        wanted = [("q", "k"), ("k", "v"), ("B", "C"), ("x", "z")]
+        return {b: a for a, b in wanted if a in given and b in given and given[a].shape == given[b].shape}
+
+    def once(given: dict[str, Tensor]) -> dict[str, Tensor]:
+        return given | {b: given[a] for b, a in pairs(given).items()}
+
+    def twice(given: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in once(given).items()}
+
+    torch.testing.assert_close(
+        gradients_of(kernel, workload, once), gradients_of(kernel, workload, twice), atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize(("kernel", "workload"), CASES)
+def test_a_kernel_leaves_its_arguments_as_they_are_and_hands_out_none_of_them(
+    kernel: Kernel, workload: Workload
+) -> None:
+    """For one token, too, which training may end with: a state may then be used where it is, and is another's."""
+    operator, small = CATALOGUE.operator(kernel.operator), shape_class(workload, "cpu")
+    short = replace(small, shape=small.shape | {axis: 1 for axis in ("t", "s") if axis in small.shape})
+    if "documents" not in small.shape and kernel.refusal(short, device_limits("cpu")) is None:
+        small = short
+    arguments = operator.torch_half.sample_inputs(small, seed=11, device="cpu")
+    given = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    before = copy.deepcopy(given)
+    results = list(kernel.torch_half.forward(**arguments))
+    if small.phase != "decode":
+        outputs = tuple(result.contiguous() for result in results)
+        pulls = tuple(torch.ones_like(output) for output in outputs[: len(operator.outputs)])
+        found = kernel.torch_half.backward(arguments, outputs, pulls)
+        results += [gradient for gradient in found.values() if gradient is not None]
+    torch.testing.assert_close(given, before, atol=0, rtol=0, equal_nan=True)
+    assert not any(value.requires_grad for value in given.values())
+    memory = {value.untyped_storage().data_ptr() for value in given.values() if value.numel()}
+    assert not any(result.untyped_storage().data_ptr() in memory for result in results if result.numel())
 
 
 @pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)

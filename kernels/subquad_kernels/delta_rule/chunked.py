@@ -54,7 +54,7 @@ def forward(**arguments: Argument) -> Outputs:
     b, t, h, p = v.shape
     n = values["k"].shape[3]
     documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    y, writes = torch.empty_like(v), torch.empty_like(v)
+    y, writes = v.new_empty(v.shape), v.new_empty(v.shape)
     if initial is None:
         final = v.new_zeros(documents or b, h, n, p, dtype=exact)
     else:
@@ -84,7 +84,7 @@ def backward(arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | N
     dy, dfinal = gradients
     dy = torch.zeros_like(v) if dy is None else dy
     dstates = torch.zeros_like(final) if dfinal is None else dfinal.to(exact, copy=True)
-    found = {name: torch.zeros_like(values[name], dtype=exact) for name in _NAMES if values[name] is not None}
+    found = {name: given.new_zeros(given.shape, dtype=exact) for name in _NAMES if (given := values[name]) is not None}
     for rows in _rows(b, t, cu_seqlens, v.device):
         dstate = dstates[rows.states]
         for tokens in reversed(list(rows.steps(CHUNK))):
@@ -104,7 +104,7 @@ def _differentiate(
     """Write the gradients of a chunk's tokens into `found`; return that of the state that enters it."""
     with recording():
         leaves = {name: rows.pad(values[name], tokens).to(found[name].dtype).requires_grad_() for name in found}
-        entering = leaf = state.requires_grad_()
+        entering = leaf = state.detach().requires_grad_()
         outs = []
         for part in rows.steps(_step(values), slice(0, tokens.stop - tokens.start)):
             out, _, entering = _walk(_laid_out(leaves, part), entering, values["scale"])

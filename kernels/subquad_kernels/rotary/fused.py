@@ -68,6 +68,7 @@ def _rotated(
     h_kv = k.shape[2]
     q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
     turned_q, turned_k = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     documents = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     half = head_dim // 2
     pad = power_of_two(half)

@@ -61,7 +61,7 @@ def _scan(
 
     y, final_state = selective_scan_fn(
         _over_time(x), _over_time(dt), A, _over_time(B), _over_time(C), D, None if z is None else _over_time(z),
-        delta_bias=dt_bias, delta_softplus=softplus, return_last_state=True,
+        delta_bias=None if dt_bias is None else dt_bias.contiguous(), delta_softplus=softplus, return_last_state=True,
     )  # fmt: skip
     return y.transpose(1, 2), final_state.contiguous(), *_unused(x, A, z)
 

@@ -33,7 +33,7 @@ def forward(
     if cu_seqlens is None:
         out, lse, _ = flash_attn_func(q, k, v, **call)
         return out, lse
-    t = q.shape[1]
+    t, cu_seqlens = q.shape[1], cu_seqlens.contiguous()
     out, lse, _ = flash_attn_varlen_func(q[0], k[0], v[0], cu_seqlens, cu_seqlens, t, t, **call)
     return out[None], lse[None]  # packed: out is t h v, lse is h t
 
@@ -61,7 +61,7 @@ def backward(arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | N
     if cu_seqlens is None:
         _flash_attn_backward(gradient, q, k, v, out, lse, *found, **call)
     else:
-        t = q.shape[1]
+        t, cu_seqlens = q.shape[1], cu_seqlens.contiguous()
         packed = [tensor[0] for tensor in (gradient, q, k, v, out, lse, *found)]
         _flash_attn_varlen_backward(*packed, cu_seqlens, cu_seqlens, t, t, **call)
     return dict(zip(("q", "k", "v"), found))

@@ -133,6 +133,7 @@ def _sum_groups(gradient: Tensor, groups: int) -> Tensor:
 
 def _cuda_bounds(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, causal: bool, window: int) -> dict[str, Any]:
     # FlashAttention aligns the causal mask to the last key, as we do; -1 is no bound.
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     return {
         "cum_seq_q": cu_seqlens,
         "cum_seq_k": cu_seqlens,
