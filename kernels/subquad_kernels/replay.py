@@ -73,7 +73,8 @@ class _Operation:
     new: tuple[tuple[int, int], ...]
 
     def run(self, roots: list[Any], pointers: list[int], stream: int) -> None:
-        found = self.function(*[_actual(value, roots) for value in self.arguments], **self.named)
+        with torch._C._DisableAutocast():  # as around the host code
+            found = self.function(*[_actual(value, roots) for value in self.arguments], **self.named)
         results = found if isinstance(found, (list, tuple)) else [found]
         for index, root in self.new:
             roots[root], pointers[root] = results[index], results[index].data_ptr()
@@ -134,7 +135,17 @@ class Recording(TorchDispatchMode):
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        found = func(*args, **kwargs)
+        try:
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), self._device.type.upper()):
+                # In inference mode what consists of other operations arrives whole: `reshape`, a view or a copy.
+                with self:
+                    found = func.decompose(*args, **kwargs)
+                if found is not NotImplemented:
+                    return found
+            ACTIVE.recording = None  # what an operation launches is done again with it
+            found = func(*args, **kwargs)
+        finally:
+            ACTIVE.recording = self
         if self.refusal is None:
             try:
                 self._note(func, args, kwargs, found)
@@ -165,6 +176,8 @@ class Recording(TorchDispatchMode):
         places = [place for result in results if (place := self._places.get(id(result))) is not None]
         if len(places) < len(results) or any(place.root < self._inputs for place in places):
             self.refusal = self.refusal or "a result is not of the call's own memory"
+        if any(place.dtype != self._roots[place.root].dtype for place in places):
+            self.refusal = self.refusal or "a result is memory as another type"
         if self.refusal is not None:
             return None
         self._touched |= {place.root for place in places}
@@ -189,18 +202,20 @@ class Recording(TorchDispatchMode):
     def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: Any) -> None:
         if _READ_BY_HOST & set(func.tags):
             raise _RefusedError(f"{func} reads values on the host")
+        if torch.Tag.inplace_view in func.tags:
+            raise _RefusedError(f"{func} changes the shape of a tensor in place")
         results = found if isinstance(found, (list, tuple)) else [found]
         new = [(index, result) for index, result in enumerate(results) if self._is_new(result)]
         if any(result.device != self._device for _, result in new):
             raise _RefusedError(f"{func} moves values to another device")
         if func in _ALLOCATIONS:
             self._allocated.append(self._root(found))
-        elif func.is_view and all(_share_memory(args[0], result) for _, result in new):
+        elif func.is_view:
             whole = self._place(args[0])
             for _, result in new:
                 self._keep(result, self._part(whole, args[0], result))
         else:
-            if any(isinstance(value, Tensor) for value in kwargs.values()):
+            if _names_tensors(kwargs):
                 raise _RefusedError(f"{func} names a tensor")
             arguments = tuple([self._argument(value) for value in args])
             roots = tuple((index, self._root(result)) for index, result in new)
@@ -328,11 +343,9 @@ class _RefusedError(Exception):
     """Why a call cannot be made again without its host code."""
 
 
-def _share_memory(base: Tensor, result: Tensor) -> bool:
-    """Whether a view is one: where it has to, `contiguous`, `reshape` or `to` copies, and in inference mode the copy
-    arrives under that name.
-    """
-    return base.untyped_storage().data_ptr() == result.untyped_storage().data_ptr()
+def _names_tensors(named: dict[str, Any]) -> bool:
+    parts = [part for value in named.values() for part in (value if isinstance(value, (list, tuple)) else [value])]
+    return any(isinstance(part, Tensor) for part in parts)
 
 
 def _empty(device: torch.device, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from spread_inputs import spread
+from spread_inputs import LAYOUTS
 from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import _disable_current_modes
@@ -89,7 +89,8 @@ def cases() -> Iterator[Any]:
             yield pytest.param(kernel, replace(example, shape=shape), id=f"{kernel.key} {example.phase}", marks=marks)
 
 
-INPUTS = pytest.mark.parametrize("apart", [False, True], ids=["", "spread, in inference mode"])
+INPUTS = pytest.mark.parametrize("layout", [None, *LAYOUTS], ids=str)
+"""How inputs lie, unless close together; those that do not come in inference mode."""
 
 
 @pytest.fixture
@@ -122,18 +123,21 @@ class Work:
 @pytest.mark.usefixtures("_sent_to_addresses", "fresh_memory_is_nan")
 @INPUTS
 @pytest.mark.parametrize(("kernel", "example"), list(cases()))
-def test_a_replay_gives_the_bits_of_the_host_code(kernel: Kernel, example: Workload, apart: bool) -> None:
-    with torch.inference_mode(apart):
-        check_a_replay(kernel, example, apart)
+def test_a_replay_gives_the_bits_of_the_host_code(kernel: Kernel, example: Workload, layout: str | None) -> None:
+    with torch.inference_mode(layout is not None):
+        check_a_replay(kernel, example, layout)
 
 
-def check_a_replay(kernel: Kernel, example: Workload, apart: bool) -> None:
+def check_a_replay(kernel: Kernel, example: Workload, layout: str | None) -> None:
     operator = CATALOGUE.operator(kernel.operator)
     first, other = (operator.torch_half.sample_inputs(example, seed=seed, device="cpu") for seed in (1, 2))
     other = {name: value if isinstance(value, Tensor) else first[name] for name, value in other.items()}
-    plain = list(other.values())
-    if apart:
-        first, other = spread(first), spread(other)
+    if layout is not None:
+        first, other = LAYOUTS[layout](first), LAYOUTS[layout](other)
+    plain = [
+        value.clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
+        for value in other.values()
+    ]
     assert signature_of(first.values()) == signature_of(other.values())
     names, count = list(first), len(operator.outputs)
     forward, backward = Work(kernel, names, None), Work(kernel, names, count)
@@ -213,6 +217,69 @@ def test_what_copies_where_a_view_will_not_do_is_made_again(inference: bool) -> 
     assert len(ran) == 2
 
 
+COMPOSED: dict[str, Callable[[Tensor, Tensor], list[Tensor]]] = {
+    "matmul": lambda x, y: [torch.matmul(x[:, None], y).squeeze(1), x.mT.matmul(y.mT.mT)],
+    "einsum": lambda x, y: [torch.einsum("ij->ji", x) + 1, torch.einsum("ij,ik->kj", x, y)],
+    "pad": lambda x, y: [torch.nn.functional.pad(x, (0, 0)) * 2, torch.nn.functional.pad(y, (1, 2))],
+    "chunk": lambda x, y: [torch.cat([*x.chunk(2), *y.tensor_split(2)[0].split(1)])],
+    "a view that is itself": lambda x, y: [x.contiguous().view_as(x).detach().to(x.dtype).flatten(1).expand_as(x) - y],
+    "in place on a view": lambda x, y: [(z := torch.zeros_like(x), z[1:].add_(y[1:]).mul_(x[1:]), z.T[0].fill_(3))[0]],
+    "copies in a format": lambda x, y: [x[None, None].clone(memory_format=torch.channels_last).double().mT + y],
+    "repeats": lambda x, y: [x.repeat_interleave(2, 0), y.tile(2, 1), torch.broadcast_tensors(x[:1], y)[0] * 1],
+    "numbers": lambda x, y: [torch.full((2,), float(x.shape[0])) * x[0, 0], torch.arange(4.0) + y, 2 ** x],
+    "two results": lambda x, y: [*torch.sort(x), *x.max(1), torch.std_mean(y)[1]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("work", COMPOSED.values(), ids=COMPOSED)
+def test_operations_that_consist_of_others_are_made_again(
+    work: Callable[[Tensor, Tensor], list[Tensor]], inference: bool
+) -> None:
+    """In inference mode torch says their names, not what they come down to, and some of that are views."""
+    with torch.inference_mode(inference):
+        ran, _ = three_calls(work, lambda: torch.randn(8, 4).T[:, ::2], lambda: torch.randn(4, 4))
+    assert len(ran) == 2
+
+
+def test_random_numbers_are_drawn_anew() -> None:
+    call, ran = repeated(lambda x: [x + torch.rand(3), torch.empty(3).uniform_()])
+    drawn = [[part.clone() for part in call([torch.zeros(3)])] for _ in range(4)]
+    assert len(ran) == 2
+    assert not torch.equal(drawn[2][0], drawn[3][0])
+    assert not torch.equal(drawn[2][1], drawn[3][1])
+
+
+def test_autocast_does_not_reach_what_is_made_again() -> None:
+    """As it does not reach the host code (`torch_operator`)."""
+
+    def work(x: Tensor) -> list[Tensor]:
+        with torch._C._DisableAutocast():
+            return [x @ x, x.bfloat16().cumsum(0)]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        ran, found = three_calls(work, lambda: torch.randn(4, 4))
+    assert len(ran) == 2
+    assert [value.dtype for value in found] == [torch.float32, torch.bfloat16]
+
+
+@torch.library.custom_op("subquad_test::launches", mutates_args=("x",))
+def launches(x: Tensor) -> None:
+    x += 1
+    if ACTIVE.recording is not None:
+        ACTIVE.recording.launch(lambda programs, stream, given: _at(given[0], torch.float32).add_(1), (1, 1, 1), [x])
+
+
+def test_what_an_operation_launches_is_not_made_twice() -> None:
+    def work(x: Tensor) -> list[Tensor]:
+        y = x.clone()
+        launches(y)
+        return [y]
+
+    ran, _ = three_calls(work, lambda: torch.randn(3))
+    assert len(ran) == 2
+
+
 def test_a_launch_is_sent_to_the_places_of_the_calls_own_tensors() -> None:
     """An argument that is a part of a wider one, a part of it, and a part of scratch memory behind other scratch."""
     sent: list[Sequence[Any]] = []
@@ -271,22 +338,43 @@ def test_scratch_memory_is_one_allocation_and_results_are_not_in_it() -> None:
         (lambda x: [x + HIDDEN], "of unknown origin"),
         (lambda x: [x.view(-1)], "not of the call's own memory"),
         (lambda x: [torch.empty(3, device="meta")], "another device"),
+        (lambda x: [x.new_zeros(1 + bool(x[0] > 0))], "reads values on the host"),
+        (lambda x: [torch.where(x > 0)[0]], "reads values on the host"),
+        (lambda x: [x * torch.tensor([2.0, 3.0, 4.0])], "of unknown origin"),
+        (lambda x: [torch.add(x, 1, out=torch.empty(3))], "names a tensor"),
+        (lambda x: foreach_add([x], 1), "names a tensor"),
+        (lambda x: [torch.empty(3).copy_(x).view(torch.int32)], "as another type"),
+        (lambda x: [x.clone().unsqueeze_(0)], "changes the shape"),
+        (lambda x: [torch.empty(2, 3).copy_(x).t_().contiguous()], "changes the shape"),
     ],
-    ids=["item", "mask", "global", "alias", "device"],
-)
-def test_what_cannot_be_repeated_is_refused(work: Callable[[Tensor], list[Tensor]], reason: str) -> None:
-    with Recording([x := torch.ones(3)]) as recording:
-        results = work(x)
-    assert recording.replay(results) is None
-    assert recording.refusal is not None
-    assert reason in recording.refusal
-    call, ran = repeated(work)
-    for _ in range(4):
-        call([torch.ones(3)])
+    ids=[
+        "item", "mask", "global", "alias", "device", "branch", "where", "constant", "out", "outs", "type",
+        "in place", "in place on a view",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_cannot_be_repeated_is_refused(
+    work: Callable[[Tensor], list[Tensor]], reason: str, inference: bool
+) -> None:
+    with torch.inference_mode(inference):
+        with Recording([x := torch.ones(3)]) as recording:
+            results = work(x)
+        assert recording.replay(results) is None
+        assert recording.refusal is not None
+        assert reason in recording.refusal
+        call, ran = repeated(work)
+        for _ in range(4):
+            call([torch.ones(3)])
     assert len(ran) == 4
 
 
 HIDDEN = torch.ones(3)
+
+
+def foreach_add(values: list[Tensor], number: int) -> list[Tensor]:
+    out = [torch.empty_like(value) for value in values]
+    torch.ops.aten._foreach_add.Scalar_out(values, number, out=out)
+    return out
 
 
 def test_a_kernel_that_promises_nothing_is_not_recorded() -> None:
@@ -307,13 +395,15 @@ def test_the_signature_has_all_that_host_code_can_know_of_a_tensor() -> None:
 @pytest.mark.gpu
 @INPUTS
 @pytest.mark.parametrize(("kernel", "example"), list(cases()))
-def test_on_a_gpu_a_replay_gives_the_bits_of_the_host_code(kernel: Kernel, example: Workload, apart: bool) -> None:
+def test_on_a_gpu_a_replay_gives_the_bits_of_the_host_code(
+    kernel: Kernel, example: Workload, layout: str | None
+) -> None:
     """In bfloat16, from tensors of its own each time, and in a CUDA graph; forward and backward."""
-    with torch.inference_mode(apart):
-        check_a_replay_on_a_gpu(kernel, example, apart)
+    with torch.inference_mode(layout is not None):
+        check_a_replay_on_a_gpu(kernel, example, layout)
 
 
-def check_a_replay_on_a_gpu(kernel: Kernel, example: Workload, apart: bool) -> None:
+def check_a_replay_on_a_gpu(kernel: Kernel, example: Workload, layout: str | None) -> None:
     operator = CATALOGUE.operator(kernel.operator)
     case = replace(example, dtype="bfloat16")
     if (refusal := kernel.refusal(case, device_limits("cuda"))) is not None:
@@ -322,7 +412,16 @@ def check_a_replay_on_a_gpu(kernel: Kernel, example: Workload, apart: bool) -> N
     draws = [
         {name: value if isinstance(value, Tensor) else draws[0][name] for name, value in draw.items()} for draw in draws
     ]
-    given = [spread(draw) if apart else draw for draw in draws]
+    given = draws
+    if layout is not None:
+        given = [LAYOUTS[layout](draw) for draw in draws]
+        draws = [
+            {
+                name: value.clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
+                for name, value in draw.items()
+            }
+            for draw in given
+        ]
     count = len(operator.outputs)
     forward, backward = (Work(kernel, list(draws[0]), outputs) for outputs in (None, count))
     again, back = Repeated(forward, replayable=True), Repeated(backward, replayable=True)
