@@ -64,4 +64,4 @@ $(TWIN_STAMP): constraints.txt constraints-gpu.txt $(PYPROJECTS) tools/check_pyt
 	touch $(TWIN_STAMP)
 
 test-gpu-versions: $(TWIN_STAMP)
-	$(TWIN)/bin/python $(PYTEST) -m "not gpu and not slow" plugins tests/test_compiler.py tests/test_foreign_torch.py $(addprefix kernels/tests/test_,$(addsuffix .py,cached_attention segment_attention segment_attention_tiled selective_scan causal_conv causal_conv_fused softmax_attention rotary))
+	$(TWIN)/bin/python $(PYTEST) -m "not gpu and not slow" plugins tests/test_compiler.py tests/test_foreign_torch.py $(addprefix kernels/tests/test_,$(addsuffix .py,cached_attention segment_attention segment_attention_tiled selective_scan causal_conv causal_conv_fused softmax_attention rotary replay compile_launches unset_registers))
