@@ -263,7 +263,7 @@ def test_autocast_does_not_reach_what_is_made_again() -> None:
     assert [value.dtype for value in found] == [torch.float32, torch.bfloat16]
 
 
-@torch.library.custom_op("subquad_test::launches", mutates_args=("x",))
+@torch.library.custom_op("subquad_test::launches", mutates_args=("x",), device_types="cpu")
 def launches(x: Tensor) -> None:
     x += 1
     if ACTIVE.recording is not None:
