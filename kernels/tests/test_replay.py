@@ -68,8 +68,6 @@ def _at(address: int, dtype: torch.dtype) -> Tensor:
 REPLAYABLE = [kernel for operator in CATALOGUE for kernel in CATALOGUE.kernels(operator.name) if kernel.replayable]
 SMALL = {"b": 2, "h": 1, "h_kv": 1, "h_k": 1, "t": 19, "k": 16, "v": 16, "c": 4, "n": 4, "p": 16}
 """The interpreter's time goes by programs and by chunks of tokens."""
-SLOW = {"selective_scan", "delta_rule", "gated_linear_attention"}
-"""Operators whose kernels it takes seconds for, when they are called with documents."""
 HOPPER = DeviceLimits(kind="cuda", name="any", capability=(9, 0))
 
 
@@ -85,8 +83,7 @@ def cases() -> Iterator[Any]:
         decodes = [example for example in examples if example.phase == "decode"]
         for example in packed[:1] + decodes[:1]:
             shape = {axis: min(length, SMALL.get(axis, length)) for axis, length in example.shape.items()}
-            marks = [pytest.mark.slow] if example in packed and kernel.operator in SLOW else []
-            yield pytest.param(kernel, replace(example, shape=shape), id=f"{kernel.key} {example.phase}", marks=marks)
+            yield pytest.param(kernel, replace(example, shape=shape), id=f"{kernel.key} {example.phase}")
 
 
 INPUTS = pytest.mark.parametrize("layout", [None, *LAYOUTS], ids=str)

@@ -138,7 +138,7 @@ class _Call:
             for name in ("log_decay", "write_gate", "initial_state")
         )
         self.scale = float(values["scale"])
-        self.bounds = values["cu_seqlens"]
+        self.bounds = None if values["cu_seqlens"] is None else values["cu_seqlens"].contiguous()
         self.documents = 0 if self.bounds is None else self.bounds.shape[0] - 1
         self.launch = launch or launch_of(self.n, v.element_size())
         self.tokens = self.b * self.t

@@ -156,7 +156,7 @@ class _Call:
             None if values[name] is None else values[name].contiguous() for name in ("write_gate", "initial_state")
         )
         self.scale = float(values["scale"])
-        self.bounds = values["cu_seqlens"]
+        self.bounds = None if values["cu_seqlens"] is None else values["cu_seqlens"].contiguous()
         self.documents = 0 if self.bounds is None else self.bounds.shape[0] - 1
         self.launch = launch or launch_of(self.n, v.element_size())
         self.chunks = num_chunks(self.b, self.t, self.documents) or self.b
