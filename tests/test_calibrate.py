@@ -25,7 +25,7 @@ from subquad_cost_model import (
     read_timed_rows,
     timed,
 )
-from subquad_cost_model.splits import is_held_out
+from subquad_cost_model.shape_groups import is_held_out
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ from subquad_cost_model.device import Device
 from subquad_cost_model.estimator import Estimate, Estimator
 from subquad_cost_model.features import Floats
 from subquad_cost_model.rows import CostRow
-from subquad_cost_model.splits import fold, shape_group
+from subquad_cost_model.shape_groups import fold, shape_group
 from subquad_cost_model.timed_rows import TimedRow, timed
 
 KINDS = ("none", "shift", "kernels", "overhead")

@@ -28,7 +28,8 @@ from subquad_cost_model.metrics import (
 )
 from subquad_cost_model.roofline import RooflineEstimator
 from subquad_cost_model.rows import CostRow
-from subquad_cost_model.splits import Split, shape_group, splits
+from subquad_cost_model.shape_groups import shape_group
+from subquad_cost_model.splits import Split, splits
 from subquad_cost_model.timed_rows import TimedRow, timed
 
 Fit = Callable[[Sequence[TimedRow], Sequence[TimedRow]], Mapping[str, Estimator]]

@@ -34,10 +34,10 @@ from subquad_cost_model.terms import BYTES, SECONDS
 if TYPE_CHECKING:
     import lightgbm
 
-FORMAT_VERSION = 4
-READABLE = (1, 2, 3, 4)
-"""Fits of version 1 have no physics head and one head for peaks at most; Gaussian processes came with version 3, and
-with 4 what kernels compute float16 as."""
+FORMAT_VERSION = 5
+READABLE = (1, 2, 3, 4, 5)
+"""Fits of version 1 have no physics head and one head for peaks at most; Gaussian processes came with version 3, with 4
+what kernels compute float16 as, and with 5 the shares of terms in a process (an earlier process has other scales)."""
 MANIFEST, HEADS, CARD = "manifest.json", "heads.json", "card.md"
 PEAK = "peak_"
 """Before the phase, in the names of heads for peak memory."""
@@ -157,8 +157,11 @@ def _booster(lightgbm: Any, text: str) -> lightgbm.Booster:
 def _point_text(point: lightgbm.Booster | GaussianProcess) -> str:
     if not isinstance(point, GaussianProcess):
         return str(point.model_to_string())
-    places = [[place if place % 1 else int(place) for place in row] for row in point.places.tolist()]  # 0, not 0.0
-    lines = zip(point.operators, point.kernels, point.weights.tolist(), places, strict=True)
+    places, shares = (
+        [[value if value % 1 else int(value) for value in row] for row in of.tolist()]  # 0, not 0.0
+        for of in (point.places, point.shares)
+    )
+    lines = zip(point.operators, point.kernels, point.weights.tolist(), places, shares, strict=True)
     rows = ",\n".join(json.dumps(line, separators=(",", ":")) for line in lines)
     return f'{{"scales": {json.dumps(SCALES)}, "choices": {json.dumps(point.choices)}, "rows": [\n{rows}\n]}}\n'
 
@@ -169,9 +172,10 @@ def _point(lightgbm: Any, text: str) -> lightgbm.Booster | GaussianProcess:
     record = json.loads(text)
     if record["scales"] != list(SCALES):
         raise ValueError("its Gaussian process has other scales than this package's: fit it again")
-    operators, kernels, weights, places = zip(*record["rows"], strict=True)
+    operators, kernels, weights, places, shares = zip(*record["rows"], strict=True)
     return GaussianProcess(
         places=np.array(places, dtype=np.float64),
+        shares=np.array(shares, dtype=np.float64),
         choices=tuple(record["choices"]),
         operators=operators,
         kernels=kernels,

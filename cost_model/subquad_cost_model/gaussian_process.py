@@ -1,12 +1,16 @@
 """What rows leave of a physical sum, as a smooth function of their shapes: an exact Gaussian process of fixed scales.
 
-    f ~ GP(0, K),    K(x, y) = (A_o^2 [same operator] + A_k^2 [same kernel]) M(3^1/2 |x - y|),    M(d) = (1 + d) e^-d
+    f ~ GP(0, K),    M(d) = (1 + d) e^-d,    d = 3^1/2 |x - y|
+    K(x, y) = (A_o^2 [same operator] + A_k^2 [same kernel]) M(d)  +  A_f^2 [same kernel] (p_x . p_y) M(d / R)
 
 x are logarithms of lengths and widths, dtype, options and device, each over the distance along which it matters; what a
-layout or a length costs the kernels of an operator is mostly shared by them. A few dozen rows of a kernel are enough,
+layout or a length costs the kernels of an operator is mostly shared by them. p are the shares of the terms in the sum:
+with factors c_j e^g_j in place of c_j, log(sum c_j x_j) changes by p . g to first order, so the last part of K is what
+is left where each factor is off by a g_j of its own, which changes slowly from row to row. What short rows, which wait
+for launches, leave is then not expected of long ones, which wait for a unit. A few dozen rows of a kernel are enough,
 where trees want hundreds; thousands make the system too large, and are left to trees.
 
-Source: Rasmussen and Williams 2006 (sections 2.2, 4.2.1); weights of outliers as in Student's t (section 9.3).
+Source: Rasmussen and Williams 2006 (sections 2.2, 2.7, 4.2.1); weights of outliers as in Student's t (section 9.3).
 """
 
 from __future__ import annotations
@@ -23,13 +27,16 @@ from scipy.spatial.distance import cdist
 
 from subquad_cost_model.device import Device
 from subquad_cost_model.features import Floats
+from subquad_cost_model.physics import total
 from subquad_cost_model.rows import CostRow
 from subquad_cost_model.terms import multiprocessors, programs
 
 MOST_ROWS = 4000
 """Of one operator: a system of so many takes seconds to solve and megabytes to keep; above, trees answer as well."""
-OPERATOR, KERNEL = 0.2, 0.3
-"""Amplitudes, as logarithms of seconds."""
+OPERATOR, KERNEL, FACTOR = 0.2, 0.2, 2.0
+"""Amplitudes, as logarithms of seconds, and of factors."""
+FACTOR_REACH = 8.0
+"""Factors change this much more slowly from row to row than all else that a sum leaves."""
 LENGTH, WIDTH, REACH, PARALLEL, SIZE, DEVICE, GROUP, CHOICE = 16.0, 2.0, 2.0, 8.0, 12.0, 2.0, 4.0, 4.0
 STEPS, PADDED = 8.0, 4.0
 """Octaves of lengths, of widths, of windows and segments, of waves of programs, of seconds and launches, of bandwidth,
@@ -44,7 +51,10 @@ TAIL, LEAST_WEIGHT = 4.0, 1 / 30
 """Degrees of freedom of the noise, and how little an outlier counts at least."""
 DIGITS = 4
 """Of coordinates: what is kept in a file answers as what was fitted."""
-SCALES = (OPERATOR, KERNEL, LENGTH, WIDTH, REACH, PARALLEL, SIZE, DEVICE, GROUP, CHOICE, STEPS, PADDED)
+SCALES = (
+    OPERATOR, KERNEL, FACTOR, FACTOR_REACH,
+    LENGTH, WIDTH, REACH, PARALLEL, SIZE, DEVICE, GROUP, CHOICE, STEPS, PADDED,
+)  # fmt: skip
 """What a fit in a file must agree with."""
 LENGTHS, WIDTHS = ("b", "t", "s", "m", "documents"), ("k", "v", "n", "p", "w")
 
@@ -56,12 +66,18 @@ def places_of(rows: Sequence[CostRow], devices: Sequence[Device]) -> Floats:
     return np.array([_place(row, device) for row, device in zip(rows, devices, strict=True)])
 
 
-def _coordinates(rows: Sequence[CostRow], places: Floats, sums: Floats, choices: tuple[str, ...]) -> Floats:
+def _coordinates(rows: Sequence[CostRow], places: Floats, parts: Floats, choices: tuple[str, ...]) -> Floats:
     """`places`, the words and truth values of options that matter (`choices`, `name=value`), and the sums."""
     chosen = np.array([_chosen(tuple(row.options.items()), choices) for row in rows], dtype=np.float64)
-    sized = np.log2(sums) / SIZE
+    sized = np.log2(total(parts)) / SIZE
     found = np.column_stack([places, chosen.reshape(len(rows), -1), sized])
     return np.asarray(np.round(found, DIGITS), dtype=np.float64)
+
+
+def _shares(parts: Floats) -> Floats:
+    """Of each term in its sum, one line each; what the host is ahead, which is less than nothing, is left out."""
+    positive = np.maximum(parts, 0)
+    return np.asarray(np.round(positive / total(positive)[:, None], DIGITS), dtype=np.float64)
 
 
 def _place(row: CostRow, device: Device) -> list[float]:
@@ -104,9 +120,11 @@ def _chosen(options: Options, choices: tuple[str, ...]) -> list[float]:
 
 @dataclass(frozen=True, kw_only=True)
 class GaussianProcess:
-    """Weights of the rows that it was fitted to, where these lie, their operators and kernels, and options chosen."""
+    """Weights of the rows that it was fitted to, where these lie, the shares of their terms, their operators and
+    kernels, and options chosen."""
 
     places: Floats
+    shares: Floats
     choices: tuple[str, ...]
     operators: tuple[str, ...]
     kernels: tuple[str, ...]
@@ -114,30 +132,31 @@ class GaussianProcess:
 
     @classmethod
     def fit(
-        cls, rows: Sequence[CostRow], places: Floats, sums: Floats, target: Floats, doubts: Floats
+        cls, rows: Sequence[CostRow], places: Floats, parts: Floats, target: Floats, doubts: Floats
     ) -> GaussianProcess:
         """Solve (K + noise) weights = target, the noise of a row growing with its doubt and with its own error.
 
             noise_i = (NOISE^2 + (DOUBTED doubt_i)^2) max(1, (TAIL + r_i^2) / (TAIL + 1))
 
-        r_i is the error of the others about row i (leave one out), over what they expect it to be.
+        r_i is the error of the others about row i (leave one out), over what they expect it to be. `parts` are what
+        each term is of the sum of each row (`Physics.parts`).
         """
         operators, kernels = _names(rows)
         variants = {tuple(row.options.items()) for row in rows}
         choices = tuple(sorted({choice for options in variants for choice in _said(options)}))
-        places = _coordinates(rows, places, sums, choices)
+        places, shares = _coordinates(rows, places, parts, choices), _shares(parts)
         weights = np.zeros(len(rows))
         for operator in dict.fromkeys(operators):
             here = np.array([index for index, name in enumerate(operators) if name == operator])
             of_kernel = [kernels[index] for index in here]
             differing = places[here][:, np.ptp(places[here], axis=0) > 0]
-            covariance = _covariance(differing, of_kernel, differing, of_kernel)
+            covariance = _covariance(differing, shares[here], of_kernel, differing, shares[here], of_kernel)
             weights[here] = _solved(covariance, target[here], doubts[here])
-        return cls(places=places, choices=choices, operators=operators, kernels=kernels, weights=weights)
+        return cls(places=places, shares=shares, choices=choices, operators=operators, kernels=kernels, weights=weights)
 
-    def predict(self, rows: Sequence[CostRow], places: Floats, sums: Floats) -> Floats:
+    def predict(self, rows: Sequence[CostRow], places: Floats, parts: Floats) -> Floats:
         """The mean at each row: beyond all rows what it is at their edge, 0 for operators that were not among them."""
-        places = _coordinates(rows, places, sums, self.choices)
+        places, shares = _coordinates(rows, places, parts, self.choices), _shares(parts)
         places = np.clip(places, self.places.min(axis=0), self.places.max(axis=0))
         operators, kernels = _names(rows)
         known = np.array(self.operators)
@@ -145,8 +164,9 @@ class GaussianProcess:
         for operator in dict.fromkeys(operators):
             asked = np.array([index for index, name in enumerate(operators) if name == operator])
             here = np.flatnonzero(known == operator)
+            of_asked, of_here = [kernels[i] for i in asked], [self.kernels[i] for i in here]
             covariance = _covariance(
-                places[asked], [kernels[i] for i in asked], self.places[here], [self.kernels[i] for i in here]
+                places[asked], shares[asked], of_asked, self.places[here], self.shares[here], of_here
             )
             # Row by row, and not as a product, whose rounding depends on how many rows are asked.
             found[asked] = (covariance * self.weights[here]).sum(axis=1)
@@ -163,11 +183,29 @@ def _solved(covariance: Floats, target: Floats, doubts: Floats) -> Floats:
     return np.asarray(cho_solve(cho_factor(covariance + np.diag(noise), lower=True), target), dtype=np.float64)
 
 
-def _covariance(places: Floats, kernels: Sequence[str], others: Floats, of_others: Sequence[str]) -> Floats:
+def _covariance(
+    places: Floats,
+    shares: Floats,
+    kernels: Sequence[str],
+    others: Floats,
+    shares_of_others: Floats,
+    kernels_of_others: Sequence[str],
+) -> Floats:
     """Of rows of one operator with others of it."""
-    distances = np.sqrt(3) * cdist(places, others)
-    shared = OPERATOR**2 + KERNEL**2 * _same(kernels, of_others)
-    return np.asarray(shared * (1 + distances) * np.exp(-distances), dtype=np.float64)
+    distances, same = np.sqrt(3) * cdist(places, others), _same(kernels, kernels_of_others)
+    left = (OPERATOR**2 + KERNEL**2 * same) * _matern(distances)
+    factors = FACTOR**2 * same * _inner(shares, shares_of_others) * _matern(distances / FACTOR_REACH)
+    return np.asarray(left + factors, dtype=np.float64)
+
+
+def _matern(distances: Floats) -> Floats:
+    return np.asarray((1 + distances) * np.exp(-distances), dtype=np.float64)
+
+
+def _inner(some: Floats, others: Floats) -> Floats:
+    """Products of each line with each other one, rounded alike however many are asked (a matrix product is not)."""
+    squares = (some**2).sum(axis=1)[:, None] + (others**2).sum(axis=1)
+    return np.asarray((squares - cdist(some, others, "sqeuclidean")) / 2, dtype=np.float64)
 
 
 def _names(rows: Sequence[CostRow]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -20,9 +20,9 @@ from subquad_cost_model.conformal import grouped_quantile, worst_quantile
 from subquad_cost_model.device import Device
 from subquad_cost_model.features import CATEGORIES, NAMES, Floats, Vocabulary, feature_matrix, words
 from subquad_cost_model.gaussian_process import MOST_ROWS, GaussianProcess, places_of
-from subquad_cost_model.physics import FINEST_DOUBT, Physics
+from subquad_cost_model.physics import FINEST_DOUBT, Physics, total
 from subquad_cost_model.rows import CostRow
-from subquad_cost_model.splits import LENGTHS, fold, head_layout, shape_group
+from subquad_cost_model.shape_groups import LENGTHS, fold, head_layout, shape_group
 from subquad_cost_model.terms import Terms
 
 if TYPE_CHECKING:
@@ -265,13 +265,12 @@ class _Point:
 
     def answer(self, asked: _Asked, bounds: Floats | None) -> Floats:
         """z of each row."""
-        z = np.zeros(len(asked.rows))
-        sums = np.ones(len(asked.rows))
+        z, parts = np.zeros(len(asked.rows)), np.ones((len(asked.rows), 1))
         if self.physics is not None:
-            sums = self.physics.predict(asked.terms)
-            z = np.log(sums / (1.0 if bounds is None else bounds))
+            parts = self.physics.parts(asked.terms)
+            z = np.log(total(parts) / (1.0 if bounds is None else bounds))
         if isinstance(self.residual, GaussianProcess):
-            return z + self.residual.predict(asked.rows, asked.places, sums)
+            return z + self.residual.predict(asked.rows, asked.places, parts)
         return z if self.residual is None else z + _ask(self.residual, asked.features)
 
 
@@ -293,11 +292,11 @@ class _Table:
         seen, doubts, physics, target = self.seen.take(here), self.doubts[here], None, self.z[here]
         if terms:
             physics = Physics.fit(seen.terms, self.bounds[here] * np.exp(target), doubts)
-            sums = physics.predict(seen.terms)
-            target = target - np.log(sums / self.bounds[here])
+            parts = physics.parts(seen.terms)
+            target = target - np.log(total(parts) / self.bounds[here])
             most = max(Counter(row.operator for row in self.seen.rows).values())
             if most <= MOST_ROWS:  # each operator has a system of its own
-                return _Point(GaussianProcess.fit(seen.rows, seen.places, sums, target, doubts), physics)
+                return _Point(GaussianProcess.fit(seen.rows, seen.places, parts, target, doubts), physics)
         weights = 1 / np.maximum(doubts, FINEST_DOUBT)
         return _Point(_grow(seen.features, target, trees, spread=spread, weights=weights), physics)
 

@@ -4,8 +4,8 @@
 
 x_j are seconds that the units work, launches, steps that wait for each other, waves of programs; k is the kernel. What
 the host needs is by its pace, where a device knows it: over the usual one of the rows of the fit. Such
-a sum goes on beyond what was measured: twice the tokens of a linear operator take twice the time. What options cost a
-kernel beyond it is left to `gaussian_process`. Bytes at the peak are a sum alike, of other terms.
+a sum goes on beyond what was measured: twice the tokens of a linear operator take twice the time. What widths and
+options cost a kernel beyond it is left to `gaussian_process`. Bytes at the peak are a sum alike, of other terms.
 """
 
 from __future__ import annotations
@@ -34,9 +34,6 @@ LEAST_ROWS = 6
 """Of a kernel with fewer rows only the level is its own, and so it is for the wide dtypes of a kernel."""
 MOST = 100.0
 """No unit is slower than its ceiling by more: a term that hardly shows in the rows would take any factor."""
-LEAST_WIDTH, WIDTH_PULL = 20, 4.0
-"""So many rows of one width give a fused kernel factors of its own for it: tiles, warps and registers are others. They
-are held near those of its dtypes as if by 16 rows, for they are asked of other lengths."""
 OUTLIER = 0.15
 """Log errors beyond this count by their size, not its square."""
 FINEST_DOUBT = 0.05
@@ -47,8 +44,7 @@ FINEST_DOUBT = 0.05
 class Physics:
     """Factors by kernel (with its operator), and those pooled over a kind of kernels for one that was never measured.
 
-    A kernel has factors of its own for half precision, or for float32 and wider, where either has rows enough, and a
-    fused one for each width (padded to a power of two) of these that has.
+    A kernel has factors of its own for half precision, or for float32 and wider, where either has rows enough.
     Kinds are `fused` (a few launches a call) and `composed`, and `kinds` says which a kernel is.
     `terms` says of what the sum is made: `SECONDS` or `BYTES`; `host_s` is the usual pace of the host, None if no row
     knew one. `exact` are the kernels that compute float16 as they compute float32, whose factors are its then.
@@ -69,7 +65,7 @@ class Physics:
 
         x_i are the terms of the host or the others, whichever say more so far. s_j is the size of the term in these
         rows, c0 the factors of its kind at levels of this kernel: one for what a call costs to begin with, one for what
-        grows, one for each of the host's. Those of a kernel's dtypes and widths are held near the kernel's in turn.
+        grows, one for each of the host's. Those of a kernel's dtypes are held near the kernel's in turn.
         """
         paces_s = [pace_s for pace_s in asked.paces_s if pace_s is not None]
         host_s = statistics.median(paces_s) if paces_s else None
@@ -109,37 +105,48 @@ class Physics:
                 if len(those) < LEAST_ROWS:
                     continue
                 kernels[dtypes] = factors(those, kernels[kernel], PULL, firm)
-                for width, them in _by(lambda index: keys[index][2], those).items():
-                    if len(them) >= LEAST_WIDTH and kinds[kernel] == "fused":
-                        kernels[width] = factors(them, kernels[dtypes], WIDTH_PULL, firm)
         found, of_kinds = ({name: tuple(f.tolist()) for name, f in of.items()} for of in (kernels, pooled))
         return cls(terms=terms, kernels=found, pooled=of_kinds, kinds=kinds, host_s=host_s, exact=exact)
 
     def predict(self, asked: Terms) -> Floats:
-        """The sum of each row on its device.
+        """The sum of each row on its device."""
+        return total(self.parts(asked))
 
-        A kernel that was never measured is taken to be like the fastest of its operator and kind, unless the factors
-        of that kind say more.
-        """
+    def parts(self, asked: Terms) -> Floats:
+        """What each term is of the sum of each row, one line each: c_kj x_j, and 0 on the side that takes less long."""
         values, keys = asked.computed(self.exact, self.host_s)
-        sums = [self._sum(*of_row) for of_row in zip(asked.rows, values, keys, strict=True)]
-        return np.array(sums, dtype=np.float64)
+        of_rows = [self._factors_of(*of_row) for of_row in zip(asked.rows, values, keys, strict=True)]
+        parts = values * np.array(of_rows, dtype=np.float64).reshape(values.shape)
+        own = _own(self.terms)
+        waits = parts[:, own:].sum(axis=1) > parts[:, :own].sum(axis=1)
+        return np.where(waits[:, None] == (np.arange(len(self.terms)) >= own), parts, 0.0)
 
-    def _sum(self, row: CostRow, values: Floats, keys: Keys) -> float:
-        def of(factors: Sequence[float]) -> float:
-            return float(_longer(values, _own(self.terms), np.array(factors)))
+    def _factors_of(self, row: CostRow, values: Floats, keys: Keys) -> Sequence[float]:
+        """Those of the row's kernel.
 
+        One that was never measured is taken to be like the fastest of its operator and kind, unless the factors of that
+        kind say more.
+        """
         for name in reversed(keys):
             if name in self.kernels:
-                return of(self.kernels[name])
+                return self.kernels[name]
+
+        def of(factors: Sequence[float]) -> float:
+            return float(max(_sides(values, _own(self.terms), np.array(factors))))
+
         kind, operator = _kind(row.launches), f"{row.operator}/"
-        usual = of(self.pooled.get(kind, next(iter(self.pooled.values()))))
+        usual = self.pooled.get(kind, next(iter(self.pooled.values())))
         rivals = [
-            of(factors)
+            factors
             for name, factors in self.kernels.items()
             if name.startswith(operator) and self.kinds.get(name) == kind
         ]
-        return max(usual, min(rivals, default=usual))
+        return max(usual, min(rivals, key=of, default=usual), key=of)
+
+
+def total(parts: Floats) -> Floats:
+    """The sum of each line, a little more than nothing."""
+    return np.asarray(np.maximum(parts.sum(axis=1), LEAST), dtype=np.float64)
 
 
 def _kind(launches: int) -> str:
@@ -216,7 +223,3 @@ def _factors(
 
 def _sides(values: Floats, own: int, factors: Floats) -> tuple[Floats, Floats]:
     return values[..., :own] @ factors[:own], values[..., own:] @ factors[own:]
-
-
-def _longer(values: Floats, own: int, factors: Floats) -> Floats:
-    return np.maximum(np.maximum(*_sides(values, own, factors)), LEAST)

@@ -20,7 +20,7 @@ from typing import Any
 from subquad_cost_model.device import Device
 from subquad_cost_model.devices import load_device
 from subquad_cost_model.rows import CostRow
-from subquad_cost_model.splits import fold, shape_group
+from subquad_cost_model.shape_groups import fold, shape_group
 from subquad_cost_model.timed_rows import TimedRow
 
 SOURCE = "aiconfigurator-core"

@@ -19,7 +19,7 @@ from subquad_cost_model.device import Device
 from subquad_cost_model.estimator import Estimator
 from subquad_cost_model.features import Floats
 from subquad_cost_model.rows import CostRow
-from subquad_cost_model.splits import fold, is_held_out
+from subquad_cost_model.shape_groups import fold, is_held_out
 
 WORD_DISTANCE = 0.5
 """How far apart two words (dtypes, options) are, where the smallest and the largest length of an axis are 1 apart."""

@@ -7,20 +7,18 @@ stands on both sides (on another device, by another kernel or dtype).
 from __future__ import annotations
 
 import hashlib
-import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
-from subquad_cost_model.rows import CostRow
+from subquad_cost_model.sampler import Cell, Sampler
+from subquad_cost_model.shape_groups import HELD_OUT, fold, head_layout, is_held_out, shape_group
 from subquad_cost_model.timed_rows import TimedRow
 
-HELD_OUT = 5
-"""One in so many groups is held out."""
 LONGEST_SEEN = 4096
-CALIBRATION = (0, 16, 64)
+CALIBRATION = (16, 64)
 """Rows per kernel of the held-out family that a model may see in S6."""
-LENGTHS = ("b", "t", "s", "m", "documents")
-"""Axes that are free within a head layout."""
 SPLITS = ("S0", "S1", "S2", "S3", "S4", "S5", "S6")
 
 
@@ -36,33 +34,12 @@ class Split:
     given: tuple[int, ...] = ()
 
 
-def shape_group(row: CostRow) -> str:
-    """Rows about one shape of one operator, whatever the kernel, phase, dtype or device."""
-    return json.dumps([row.operator, dict(row.shape), dict(row.options)], sort_keys=True)
-
-
-def head_layout(row: CostRow) -> str:
-    """All of the shape that is neither batch nor length."""
-    layout = {axis: size for axis, size in row.shape.items() if axis not in LENGTHS}
-    return json.dumps([row.operator, layout], sort_keys=True)
-
-
-def fold(text: str, folds: int, salt: str = "") -> int:
-    """A number below `folds` that depends on the text and the salt alone."""
-    digest = hashlib.blake2b(f"{salt}\0{text}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % folds
-
-
-def is_held_out(row: CostRow, salt: str = "") -> bool:
-    """Whether S0 judges by rows of this shape: a model that will be judged by them must not have chosen them."""
-    return fold(shape_group(row), HELD_OUT, salt) == 0
-
-
 def splits(rows: Sequence[TimedRow], name: str, *, salt: str = "") -> Iterator[Split]:
     """The splits of one protocol; those that would leave either side empty are left out.
 
     S0 shapes, S1 head layouts, S2 sequences longer than 4096, S3 each kernel, S4 each operator, S5 each family of
-    devices (each device, where all are of one family), S6 the same with a few rows per kernel of it given back.
+    devices (each device, where all are of one family), S6 the same with a few rows per kernel of it given back: drawn,
+    and chosen as a `Sampler` would.
     """
     if name == "S0":
         yield from _by(rows, name, "one shape in five", lambda r: is_held_out(r.row, salt))
@@ -78,10 +55,11 @@ def splits(rows: Sequence[TimedRow], name: str, *, salt: str = "") -> Iterator[S
         yield from _each(rows, name, _unseen_device(rows))
     elif name == "S6":
         for split in _each(rows, name, _unseen_device(rows)):
-            for count in CALIBRATION[1:]:
-                calibrated = _given_back(rows, split, count, salt)
-                if calibrated.judge:
-                    yield calibrated
+            for count in CALIBRATION:
+                for drawn in (True, False):
+                    calibrated = _given_back(rows, split, count, salt, drawn=drawn)
+                    if calibrated.judge:
+                        yield calibrated
     else:
         raise ValueError(f"no split is called {name!r}; there are {', '.join(SPLITS)}")
 
@@ -108,23 +86,33 @@ def _each(rows: Sequence[TimedRow], name: str, group: Callable[[TimedRow], str])
             yield Split(name=name, held_out=held_out, fit=fit, judge=judge)
 
 
-def _given_back(rows: Sequence[TimedRow], split: Split, count: int, salt: str) -> Split:
-    """The `count` rows per kernel whose shapes come first in the order of their hashes; their shapes are not judged."""
+def _given_back(rows: Sequence[TimedRow], split: Split, count: int, salt: str, *, drawn: bool) -> Split:
+    """With `count` rows per kernel of what was held out; their shapes are not judged.
 
-    def order(index: int) -> str:
-        return hashlib.blake2b(f"{salt}\0{shape_group(rows[index].row)}".encode()).hexdigest()
-
-    taken: dict[str, list[int]] = {}
-    for index in sorted(split.judge, key=order):
-        of_kernel = taken.setdefault(f"{rows[index].row.operator}/{rows[index].row.kernel}", [])
-        if len(of_kernel) < count:
-            of_kernel.append(index)
-    given = {index for indices in taken.values() for index in indices}
+    Drawn are those whose shapes come first in the order of their hashes, chosen those that come first in the order of
+    a `Sampler`: of each phase in turn the smallest, the largest, and always the one farthest from all before it.
+    """
+    of_kernels: dict[str, list[int]] = defaultdict(list)
+    for index in split.judge:
+        of_kernels[f"{rows[index].row.operator}/{rows[index].row.kernel}"].append(index)
+    given: set[int] = set()
+    for of_kernel in of_kernels.values():
+        if drawn:
+            order = iter(sorted(of_kernel, key=lambda index: _hash(rows[index], salt)))
+        else:
+            cells = [Cell((rows[index].row,)) for index in of_kernel]
+            sampler = Sampler(cells, rows[of_kernel[0]].device, seed=fold(salt, 1 << 30))
+            order = (of_kernel[place] for place in sampler.filling())
+        given.update(islice(order, count))
     seen = {shape_group(rows[index].row) for index in given}
     return Split(
-        name=f"{split.name}, {count} per kernel",
+        name=f"{split.name}, {count} {'' if drawn else 'chosen '}per kernel",
         held_out=split.held_out,
         fit=(*split.fit, *sorted(given)),
         judge=tuple(index for index in split.judge if shape_group(rows[index].row) not in seen),
         given=tuple(sorted(given)),
     )
+
+
+def _hash(row: TimedRow, salt: str) -> str:
+    return hashlib.blake2b(f"{salt}\0{shape_group(row.row)}".encode()).hexdigest()

@@ -37,14 +37,14 @@ ELEMENT_BYTES = {"float64": 8, "float32": 4}
 """Kernels composed of torch's own compute in fp32 whatever the dtype."""
 MOST_FUSED = 16
 """Launches of a kernel that is written as one: a few before and after it, and where it cuts time or keeps states."""
-Keys = tuple[str, str, str]
+Keys = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Terms:
     """Terms of rows on their devices, one line each, and the names under which factors of these may be found.
 
-    `names` are `SECONDS` or `BYTES`; a row's keys are its kernel, that with its dtypes, and with their width.
+    `names` are `SECONDS` or `BYTES`; a row's keys are its kernel, and that with its dtypes.
     `wide_lines` and `wide_keys` are those of float16 as if it were float32, and the others' again.
     """
 
@@ -100,9 +100,7 @@ class Terms:
 
 def _keys(row: CostRow) -> Keys:
     kernel = f"{row.operator}/{row.kernel}"
-    dtypes = f"{kernel}, {'wide' if row.dtype in ELEMENT_BYTES else 'half'}"
-    width = max(row.shape.get(axis, 1) for axis in ("k", "v", "n", "p"))
-    return kernel, dtypes, f"{dtypes}, {1 << (width - 1).bit_length()}"
+    return kernel, f"{kernel}, {'wide' if row.dtype in ELEMENT_BYTES else 'half'}"
 
 
 def _seconds(row: CostRow, device: Device) -> list[float]:

@@ -30,12 +30,12 @@ def left(row: CostRow) -> float:
 
 
 def fitted(rows: list[CostRow], target: list[float], doubts: list[float] | None = None) -> GaussianProcess:
-    places, sums = places_of(rows, [DEVICE] * len(rows)), np.full(len(rows), 1e-3)
-    return GaussianProcess.fit(rows, places, sums, np.array(target), np.array(doubts or [0.0] * len(rows)))
+    places, parts = places_of(rows, [DEVICE] * len(rows)), np.full((len(rows), 1), 1e-3)
+    return GaussianProcess.fit(rows, places, parts, np.array(target), np.array(doubts or [0.0] * len(rows)))
 
 
 def answers(process: GaussianProcess, rows: list[CostRow]) -> np.ndarray:
-    return process.predict(rows, places_of(rows, [DEVICE] * len(rows)), np.full(len(rows), 1e-3))
+    return process.predict(rows, places_of(rows, [DEVICE] * len(rows)), np.full((len(rows), 1), 1e-3))
 
 
 def test_forty_rows_are_enough_for_a_smooth_function_of_lengths_and_widths() -> None:
@@ -83,3 +83,31 @@ def test_beyond_the_rows_it_stays_what_it_is_at_their_edge() -> None:
     edge, beyond, far = (planted.row("wide", 16, t, 8) for t in (longest, 8 * longest, 4096 * longest))
     assert answers(process, [beyond]) == pytest.approx(answers(process, [edge]), abs=0.02)
     assert answers(process, [far]) == pytest.approx(answers(process, [beyond]), abs=1e-9)
+
+
+def test_a_factor_that_one_width_has_holds_for_long_rows_and_not_for_the_launch_of_short_ones() -> None:
+    launch_s = 1e-5
+
+    def parts(rows: list[CostRow]) -> np.ndarray:
+        return np.array([[launch_s, row.matmul_flops / 1e14] for row in rows])
+
+    def truth(rows: list[CostRow]) -> np.ndarray:
+        slower = np.array([[1, 4 if row.shape["k"] == 256 else 1] for row in rows])
+        return np.asarray(np.log((slower * parts(rows)).sum(axis=1) / parts(rows).sum(axis=1)))
+
+    rows = drawn(9, 60, longest=512)
+    places = places_of(rows, [DEVICE] * len(rows))
+    process = GaussianProcess.fit(rows, places, parts(rows), truth(rows), np.zeros(len(rows)))
+    new = [planted.row("wide", b, t, 8, k=k) for k in (64, 256) for b, t in ((1, 64), (1, 512), (16, 8192))]
+    assert np.ptp(truth(new)[3:]) > 1, "from a launch alone to four times as long"
+    found = process.predict(new, places_of(new, [DEVICE] * len(new)), parts(new))
+    assert np.abs(found - truth(new)).max() < 0.2
+
+
+def test_an_answer_does_not_depend_on_what_else_is_asked() -> None:
+    rows, draw = drawn(10, 60), np.random.default_rng(0)
+    places, parts = places_of(rows, [DEVICE] * len(rows)), draw.uniform(0, 1e-3, (len(rows), 17))
+    process = GaussianProcess.fit(rows, places, parts, np.array([left(row) for row in rows]), np.zeros(len(rows)))
+    together = process.predict(rows, places, parts)
+    alone = [process.predict([row], places[[i]], parts[[i]])[0] for i, row in enumerate(rows)]
+    assert together.tolist() == alone

@@ -13,7 +13,7 @@ from subquad_cost_model import CostRow, Device
 from subquad_cost_model.bound import bound_terms
 from subquad_cost_model.head import Head, Trees
 from subquad_cost_model.physics import Physics
-from subquad_cost_model.terms import BYTES, CLEARED, SECONDS, Terms, _seconds
+from subquad_cost_model.terms import BYTES, CLEARED, HOST, SECONDS, Terms, _seconds
 
 DEVICE = planted.DEVICES[1]
 LAUNCH_S, SHARE = 4e-6, 0.25
@@ -101,20 +101,24 @@ def test_a_hosts_pace_is_recovered_where_rows_know_it_and_is_the_usual_one_elsew
     assert told.predict(asked(one)) == pytest.approx(told.predict(asked(one, usual)))
 
 
-def test_a_fused_kernel_pays_for_whole_tiles_and_may_cost_more_at_one_width() -> None:
-    def fused(row: CostRow, k: int) -> CostRow:
-        scaled = {name: getattr(row, name) * k // 64 for name in ("matmul_flops", "bytes_moved", "saved_bytes")}
-        return replace(row, launches=1, shape={**row.shape, "k": k}, **scaled)
-
+def test_a_fused_kernel_pays_for_whole_tiles() -> None:
     def tiled_s(row: CostRow) -> float:
         t = row.shape["t"]
-        whole_s = bound_terms(row, DEVICE).matmul_s * -(-t // 64) * 64 / t
-        return LAUNCH_S + (12 if row.shape["k"] == 256 else 3) * whole_s
+        return LAUNCH_S + 3 * bound_terms(row, DEVICE).matmul_s * -(-t // 64) * 64 / t
 
-    rows = [fused(row, k) for k in (64, 128, 256) for row in drawn(18 + k, count=30)]
+    rows, new = ([replace(row, launches=1) for row in drawn(seed, count=60, most_t=320)] for seed in (18, 19))
     physics = fitted(rows, [*map(tiled_s, rows)])
-    new = [fused(row, k) for k in (64, 256) for row in drawn(19 + k)]
-    assert np.mean(errors(physics, new, [*map(tiled_s, new)])) < 0.1, "one factor for all widths is off by half"
+    assert np.mean(errors(physics, new, [*map(tiled_s, new)])) < 0.05
+
+
+def test_parts_are_of_the_side_that_takes_longer_and_add_up_to_the_answer() -> None:
+    rows = drawn(16, most_t=8192, count=80)
+    ahead_s = CLEARED * DEVICE.cache_bytes / DEVICE.bytes_per_s
+    physics = fitted(rows, [max(truth_s(row), 30e-6 * row.launches - ahead_s) for row in rows])
+    parts = physics.parts(asked(rows))
+    of_host, of_device = parts[:, -len(HOST) :].any(axis=1), parts[:, : -len(HOST)].any(axis=1)
+    assert (of_host != of_device).all() and of_host.any() and of_device.any()
+    assert physics.predict(asked(rows)) == pytest.approx(parts.sum(axis=1))
 
 
 def test_a_program_walks_both_sides_of_a_window_that_looks_ahead() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from subquad_cost_model import CostRow, Device, Estimate, LearnedEstimator, Trees, lower_bound_s
 from subquad_cost_model.sampler import OPEN, Cell, Sampler
-from subquad_cost_model.splits import is_held_out
+from subquad_cost_model.shape_groups import is_held_out
 
 DEVICE = planted.DEVICES[1]
 

@@ -8,7 +8,8 @@ import planted
 import pytest
 
 from subquad_cost_model import TimedRow
-from subquad_cost_model.splits import SPLITS, Split, fold, head_layout, shape_group, splits
+from subquad_cost_model.shape_groups import fold, head_layout, shape_group
+from subquad_cost_model.splits import SPLITS, Split, splits
 
 ROWS = planted.table(seed=0, shapes=80)
 

@@ -33,7 +33,7 @@ from subquad_cost_model import (
     timed,
 )
 from subquad_cost_model.metrics import coverage
-from subquad_cost_model.splits import is_held_out, shape_group
+from subquad_cost_model.shape_groups import is_held_out, shape_group
 
 FAR_APART, OFTEN = 0.1, 0.25
 """Where more of the repeated timings lie further apart than the first, other work ran: of the eleven records of an H100

@@ -23,7 +23,7 @@ from subquad.log import say
 from subquad_cost_model import LearnedEstimator, TimedRow, Trees, lower_bound_s, read_timed_rows, timed
 from subquad_cost_model import write_timed_rows as write_rows
 from subquad_cost_model.sampler import Cell, Sampler
-from subquad_cost_model.splits import is_held_out
+from subquad_cost_model.shape_groups import is_held_out
 from subquad_kernels.catalogue import CATALOGUE, Kernel, Operator
 from subquad_kernels.workload import Workload
 
