@@ -33,9 +33,9 @@ from subquad_cost_model.terms import multiprocessors, programs
 
 MOST_ROWS = 4000
 """Of one operator: a system of so many takes seconds to solve and megabytes to keep; above, trees answer as well."""
-OPERATOR, KERNEL, FACTOR = 0.2, 0.2, 2.0
+OPERATOR, KERNEL, FACTOR = 0.2, 0.2, 1.0
 """Amplitudes, as logarithms of seconds, and of factors."""
-FACTOR_REACH = 8.0
+FACTOR_REACH = 4.0
 """Factors change this much more slowly from row to row than all else that a sum leaves."""
 LENGTH, WIDTH, REACH, PARALLEL, SIZE, DEVICE, GROUP, CHOICE = 16.0, 2.0, 2.0, 8.0, 12.0, 2.0, 4.0, 4.0
 STEPS, PADDED = 8.0, 4.0

@@ -8,6 +8,7 @@ import planted
 import pytest
 
 from subquad_cost_model import TimedRow
+from subquad_cost_model.bound import lower_bound_s
 from subquad_cost_model.shape_groups import fold, head_layout, shape_group
 from subquad_cost_model.splits import SPLITS, Split, splits
 
@@ -70,6 +71,23 @@ def test_s6_gives_back_so_many_rows_per_kernel_and_judges_none_of_their_shapes()
         assert set(per_kernel.values()) == {count}
         seen = {shape_group(ROWS[i].row) for i in given}
         assert seen.isdisjoint({shape_group(ROWS[i].row) for i in split.judge})
+
+
+def test_s6_chooses_the_smallest_and_the_largest_row_of_each_phase_and_takes_phases_in_turn() -> None:
+    rows = planted.table(seed=3, shapes=60, devices=planted.DEVICES[:2], phases=("forward", "backward"))
+    chosen = [split for split in splits(rows, "S6") if split.name == "S6, 16 chosen per kernel"]
+    assert len(chosen) == 2
+    for split in chosen:
+        held_out = {(rows[i].row.kernel, rows[i].row.phase): rows[i].device for i in split.given}
+        for (kernel, phase), device in held_out.items():
+            bounds_s = {
+                index: lower_bound_s(one.row, device)
+                for index, one in enumerate(rows)
+                if (one.row.kernel, one.row.phase) == (kernel, phase) and one.device == device
+            }
+            given_s = [bounds_s[index] for index in split.given if index in bounds_s]
+            assert len(given_s) == 8
+            assert (min(given_s), max(given_s)) == (min(bounds_s.values()), max(bounds_s.values()))
 
 
 def test_a_side_that_would_be_empty_is_no_split_and_an_unknown_name_is_refused() -> None:
