@@ -16,11 +16,12 @@ Source: Rasmussen and Williams 2006 (sections 2.2, 2.7, 4.2.1); weights of outli
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve, cholesky
 from scipy.linalg.lapack import dtrtri
 from scipy.spatial.distance import cdist
@@ -157,13 +158,14 @@ class GaussianProcess:
     def predict(self, rows: Sequence[CostRow], places: Floats, parts: Floats) -> Floats:
         """The mean at each row: beyond all rows what it is at their edge, 0 for operators that were not among them."""
         places, shares = _coordinates(rows, places, parts, self.choices), _shares(parts)
-        places = np.clip(places, self.places.min(axis=0), self.places.max(axis=0))
+        places = np.clip(places, *self._edges)
         operators, kernels = _names(rows)
-        known = np.array(self.operators)
         found = np.zeros(len(rows))
         for operator in dict.fromkeys(operators):
+            if operator not in self._rows_of:
+                continue
             asked = np.array([index for index, name in enumerate(operators) if name == operator])
-            here = np.flatnonzero(known == operator)
+            here = self._rows_of[operator]
             of_asked, of_here = [kernels[i] for i in asked], [self.kernels[i] for i in here]
             covariance = _covariance(
                 places[asked], shares[asked], of_asked, self.places[here], self.shares[here], of_here
@@ -171,6 +173,16 @@ class GaussianProcess:
             # Row by row, and not as a product, whose rounding depends on how many rows are asked.
             found[asked] = (covariance * self.weights[here]).sum(axis=1)
         return found
+
+    @cached_property
+    def _edges(self) -> tuple[Floats, Floats]:
+        return self.places.min(axis=0), self.places.max(axis=0)
+
+    @cached_property
+    def _rows_of(self) -> Mapping[str, NDArray[np.intp]]:
+        """By operator, where its rows are."""
+        operators = np.array(self.operators)
+        return {operator: np.flatnonzero(operators == operator) for operator in set(self.operators)}
 
 
 def _solved(covariance: Floats, target: Floats, doubts: Floats) -> Floats:
@@ -192,10 +204,16 @@ def _covariance(
     kernels_of_others: Sequence[str],
 ) -> Floats:
     """Of rows of one operator with others of it."""
-    distances, same = np.sqrt(3) * cdist(places, others), _same(kernels, kernels_of_others)
-    left = (OPERATOR**2 + KERNEL**2 * same) * _matern(distances)
-    factors = FACTOR**2 * same * _inner(shares, shares_of_others) * _matern(distances / FACTOR_REACH)
-    return np.asarray(left + factors, dtype=np.float64)
+    distances = np.sqrt(3) * cdist(places, others)
+    alike = _matern(distances)
+    covariance = OPERATOR**2 * alike
+    left, right = np.array(kernels), np.array(kernels_of_others)
+    for kernel in dict.fromkeys(kernels):
+        mine, theirs = left == kernel, right == kernel
+        same = np.ix_(mine, theirs)
+        of_factors = _inner(shares[mine], shares_of_others[theirs]) * _matern(distances[same] / FACTOR_REACH)
+        covariance[same] += KERNEL**2 * alike[same] + FACTOR**2 * of_factors
+    return np.asarray(covariance, dtype=np.float64)
 
 
 def _matern(distances: Floats) -> Floats:
@@ -210,9 +228,3 @@ def _inner(some: Floats, others: Floats) -> Floats:
 
 def _names(rows: Sequence[CostRow]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(row.operator for row in rows), tuple(f"{row.operator}/{row.kernel}" for row in rows)
-
-
-def _same(some: Sequence[str], others: Sequence[str]) -> Floats:
-    codes = {name: code for code, name in enumerate(dict.fromkeys([*some, *others]))}
-    left, right = (np.array([codes[name] for name in names]) for names in (some, others))
-    return np.asarray(np.equal.outer(left, right), dtype=np.float64)
