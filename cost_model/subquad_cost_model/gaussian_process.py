@@ -30,7 +30,7 @@ from subquad_cost_model.device import Device
 from subquad_cost_model.features import Floats
 from subquad_cost_model.physics import total
 from subquad_cost_model.rows import CostRow
-from subquad_cost_model.terms import multiprocessors, programs
+from subquad_cost_model.terms import heads_per_key, multiprocessors, programs
 
 MOST_ROWS = 4000
 """Of one operator: a system of so many takes seconds to solve and megabytes to keep; above, trees answer as well."""
@@ -99,7 +99,7 @@ def _place(row: CostRow, device: Device) -> list[float]:
         math.log2(programs(row) / multiprocessors(device)) / PARALLEL,
         math.log2(row.launches) / SIZE,
         math.log2(device.bytes_per_s) / DEVICE,
-        math.log2(shape.get("h", 1) / (shape.get("h_kv") or shape.get("h_k") or shape.get("h", 1))) / GROUP,
+        math.log2(heads_per_key(row)) / GROUP,
         math.log2(max(1, row.serial_steps)) / STEPS,
         math.log2(row.padding) / PADDED,
     ]

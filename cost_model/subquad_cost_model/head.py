@@ -23,7 +23,7 @@ from subquad_cost_model.gaussian_process import MOST_ROWS, GaussianProcess, plac
 from subquad_cost_model.physics import FINEST_DOUBT, Physics, total
 from subquad_cost_model.rows import CostRow
 from subquad_cost_model.shape_groups import LENGTHS, fold, head_layout, shape_group
-from subquad_cost_model.terms import Terms
+from subquad_cost_model.terms import Terms, heads_per_key
 
 if TYPE_CHECKING:
     import lightgbm
@@ -34,6 +34,8 @@ LEAST_ROWS, LEAST_SHAPES = 50, 10
 SPREAD_FLOOR = 0.01
 """Repeats of a timing differ by this much (0.3 % in the median, 2.8 % at the ninth decile of NVIDIA's tables)."""
 
+HEADS_PER_KEY = "heads per key"
+"""The name of `heads_per_key` beside the axes."""
 FURTHER: Mapping[str, int] = {"b": 16, "t": 64, "s": 64, "m": 64, "documents": 16, "c": 4, "h": 4, "h_k": 4, "h_kv": 4}
 WIDER = 2
 """So many times beyond the sizes that were measured a physics head is asked, along a length or a number, along a width:
@@ -69,7 +71,7 @@ class Head:
     Widths are the multiples of the spread that held the share `level` of out-of-fold residuals: `seen_width` on devices
     and layouts among the rows (by operator; `""` for all), `layout_width` on layouts left out (widths, heads and
     options), `beyond_width` on lengths beyond those that were left, `new_width` on devices of families left out.
-    `reach` are the smallest and largest of each axis by kernel, `layouts` those of each kernel.
+    `reach` are the smallest and largest by kernel of each axis and of `HEADS_PER_KEY`, `layouts` those of each kernel.
     """
 
     point: lightgbm.Booster | GaussianProcess | None
@@ -82,7 +84,7 @@ class Head:
     highest: float
     devices: tuple[str, ...]
     kinds: tuple[str, ...]
-    reach: Mapping[str, Mapping[str, tuple[int, int]]]
+    reach: Mapping[str, Mapping[str, tuple[float, float]]]
     layout_width: float = math.inf
     beyond_width: float = math.inf
     layouts: Mapping[str, frozenset[str]] = field(default_factory=dict)
@@ -201,9 +203,9 @@ class Head:
         return max(width, self.beyond_width) if self._beyond(row) else width
 
     def _beyond(self, row: CostRow) -> bool:
-        """Whether the row lies outside of the sizes that were measured."""
+        """Whether the row lies outside of the sizes that were measured, or shares keys in a ratio outside of them."""
         reach = self.reach.get(words(row)[1], {})
-        return any(not reach[axis][0] <= size <= reach[axis][1] for axis, size in row.shape.items() if axis in reach)
+        return any(not reach[axis][0] <= size <= reach[axis][1] for axis, size in _sizes(row).items() if axis in reach)
 
     def knows(self, row: CostRow) -> bool:
         """Whether rows like this one were among those of the fit, whatever the device: what memory needs."""
@@ -363,11 +365,16 @@ def _short_name(what: tuple[object, ...]) -> str:
     return format(fold(repr(what), 1 << 40), "x")
 
 
-def _reach(rows: Sequence[CostRow]) -> dict[str, dict[str, tuple[int, int]]]:
-    reach: dict[str, dict[str, tuple[int, int]]] = {}
+def _sizes(row: CostRow) -> dict[str, float]:
+    """Each axis, and in what ratio heads share keys: one kernel reads these once, another for each of them."""
+    return {**row.shape, HEADS_PER_KEY: heads_per_key(row)}
+
+
+def _reach(rows: Sequence[CostRow]) -> dict[str, dict[str, tuple[float, float]]]:
+    reach: dict[str, dict[str, tuple[float, float]]] = {}
     for row in rows:
         of_kernel = reach.setdefault(words(row)[1], {})
-        for axis, size in row.shape.items():
+        for axis, size in _sizes(row).items():
             smallest, largest = of_kernel.get(axis, (size, size))
             of_kernel[axis] = min(smallest, size), max(largest, size)
     return reach

@@ -162,6 +162,12 @@ def programs(row: CostRow) -> int:
     return _heads(shape) * tiles
 
 
+def heads_per_key(row: CostRow) -> float:
+    """How many heads share a key head; 1 where each has its own."""
+    heads = row.shape.get("h", 1)
+    return heads / (row.shape.get("h_kv") or row.shape.get("h_k") or heads)
+
+
 def multiprocessors(device: Device) -> int:
     """Of a GPU, from what its special-function units reach."""
     return max(1, round(device.transcendental_per_s * device.serial_step_s / EXP_PER_SM_AND_STEP))

@@ -206,6 +206,21 @@ def test_beyond_its_lengths_the_seconds_stay_near_the_truth_and_the_interval_hol
     assert {estimate.source for estimate in left} == {"bound"}, "trees alone do not go on"
 
 
+def test_heads_that_share_keys_in_a_ratio_beyond_those_measured_have_the_interval_of_sizes_beyond() -> None:
+    def sharing(row: CostRow, h_kv: int) -> CostRow:
+        return replace(row, shape={**row.shape, "h_kv": h_kv})
+
+    rows = [replace(one, row=sharing(one.row, one.row.shape["h"])) for one in planted.table(seed=18, shapes=60)]
+    head = replace(LearnedEstimator.fit(rows, trees=SMALL).heads["forward"], layout_width=2.0, beyond_width=20.0)
+    # 8, 4 and 2 heads were all measured, each with as many key heads.
+    asked = [sharing(planted.row("wide", 2, 512, 8, k=64), h_kv) for h_kv in (8, 4, 2)]
+    device = planted.DEVICES[1]
+    _, widths = head.predict(asked, device)
+    _, wider = replace(head, beyond_width=40.0).predict(asked, device)
+    assert (wider / widths).tolist() == pytest.approx([1, 2, 2])
+    assert all(head.refusal(row, device) is None for row in asked)
+
+
 def test_one_family_of_devices_says_nothing_about_others() -> None:
     two = planted.DEVICES[1]
     alone = LearnedEstimator.fit(planted.table(seed=10, shapes=80, devices=[two]), trees=SMALL)
