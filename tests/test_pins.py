@@ -131,3 +131,11 @@ def test_decoding_in_place_is_told_as_it_is_in_a_graph() -> None:
     }  # fmt: skip
     assert decoding_kernels(model, 1, in_place=True)["cached_attention"] == "reference"
     assert "softmax_attention" not in decoding_kernels(model, 1, in_place=True)
+
+
+def test_a_pin_of_an_operator_that_no_layer_calls_is_named(trained: Callable[..., Path], capsys: Said) -> None:
+    run = trained(kernel={"delta_rule": "chunked", "segment_attention": "sdpa_merge"})
+    said = "kernel.delta_rule=chunked changes nothing: no layer calls delta_rule"
+    assert capsys.readouterr().err.count(said) == 1
+    assert said in json.loads((run / "plan.json").read_text())["notes"]
+    assert "segment_attention=sdpa_merge" not in "".join(json.loads((run / "plan.json").read_text())["notes"])

@@ -28,6 +28,16 @@ def given_way(choices: Iterable[NodeChoice], pins: Mapping[str, str]) -> list[st
     ]
 
 
+def without_effect(choices: Iterable[NodeChoice], pins: Mapping[str, str]) -> list[str]:
+    """Which pins are of operators that no layer calls, in any method: a sweep over models may well have some."""
+    called = {choice.operator for choice in choices}
+    return [
+        f"kernel.{operator}={kernel} changes nothing: no layer calls {operator}"
+        for operator, kernel in pins.items()
+        if operator not in called
+    ]
+
+
 def check_that_pins_decode(choices: Iterable[NodeChoice], pins: Mapping[str, str]) -> None:
     """Refuse a pin that no prefill and no decoded token of a model which calls its operator would run.
 

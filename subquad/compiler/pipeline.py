@@ -15,7 +15,7 @@ from subquad.compiler.layer_numbers import layer_numbers
 from subquad.compiler.options import CompileOptions
 from subquad.compiler.passes.select_kernels import select_kernels
 from subquad.compiler.passes.split_sequence import split_sequence
-from subquad.compiler.pins import given_way
+from subquad.compiler.pins import given_way, without_effect
 from subquad.compiler.plan import NodeChoice, Plan, Uncaptured
 from subquad.compiler.seams import check_seams
 from subquad.compiler.target import Target, resolve_target
@@ -143,7 +143,7 @@ def make_plan(
         for layer, reason in left_out.items()
     )
     notes = [f"measured for {chooser.measured_s:.1f} s"] if chooser.measured_s else []
-    notes += given_way(choices, chooser.pins)
+    notes += given_way(choices, chooser.pins) + without_effect(choices, chooser.pins)
     done: dict[str, list[int]] = {}
     for block, of_block in zip(_blocks(model), captured):
         for line in of_block.reports:

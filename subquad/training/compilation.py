@@ -12,7 +12,7 @@ from subquad.compiler.choose import Chooser
 from subquad.compiler.example import Example
 from subquad.compiler.explain import plan_of_shapes
 from subquad.compiler.options import CompileOptions
-from subquad.compiler.pins import given_way
+from subquad.compiler.pins import given_way, without_effect
 from subquad.compiler.pipeline import compile_model, kernel_versions, plan_versions
 from subquad.compiler.plan import Plan
 from subquad.compiler.run_shapes import compute_dtype, part_of, training_example
@@ -45,7 +45,7 @@ def target_of(config: RunConfig) -> Target:
 
 def compiled(model: LanguageModel, config: RunConfig, plan: Plan | None, *, packed: bool) -> tuple[LanguageModel, Plan]:
     """Choose kernels for the shapes that the trainer makes, or take those of a plan, and let the model run them."""
-    target = target_of(config)
+    target, chosen_here = target_of(config), plan is None
     if plan is None and config.trainer.tensor_parallel > 1:
         # Kernels are chosen for the share of the heads that a rank will have; this model still has all.
         plan = plan_of_shapes(config, target, Chooser(target, CompileOptions.of_run(config)))
@@ -54,7 +54,11 @@ def compiled(model: LanguageModel, config: RunConfig, plan: Plan | None, *, pack
         if changes is not None:
             warnings.warn(f"the plan is stale ({changes}); it is followed all the same", stacklevel=2)
     example, part = training_example(config, target, packed=packed), part_of(config, packed=packed)
-    return compile_model(model, example, target=target, options=CompileOptions.of_run(config), plan=plan, part=part)
+    options = CompileOptions.of_run(config)
+    model, plan = compile_model(model, example, target=target, options=options, plan=plan, part=part)
+    for line in without_effect(plan.choices, config.kernel) if chosen_here else ():
+        caution(line)
+    return model, plan
 
 
 def compile_for_generation(
