@@ -104,16 +104,22 @@ def test_the_gradient_of_an_expanded_input_is_that_of_its_copies(kernel: Kernel,
     torch.testing.assert_close(found, plain, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("kernel", "workload"), TRAINED)
+def alike(given: dict[str, Tensor]) -> dict[str, str]:
+    """Queries that may be the keys, keys that may be the values, by shape: the second of each, and the first."""
+    wanted = [("q", "k"), ("k", "v"), ("B", "C"), ("x", "z")]
+    return {b: a for a, b in wanted if a in given and b in given and given[a].shape == given[b].shape}
+
+
+def drawn(kernel: Kernel, workload: Workload) -> dict[str, Tensor]:
+    functions = CATALOGUE.operator(kernel.operator).torch_half
+    arguments = functions.sample_inputs(shape_class(workload, "cpu"), seed=0, device="cpu")
+    return {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+
+
+@pytest.mark.parametrize(("kernel", "workload"), [case for case in TRAINED if alike(drawn(*case.values))])
 def test_a_tensor_that_is_two_arguments_has_both_gradients(kernel: Kernel, workload: Workload) -> None:
-    """Queries that are the keys, values that are: whatever of equal shapes comes first stands for the second."""
-
-    def pairs(given: dict[str, Tensor]) -> dict[str, str]:
-        wanted = [("q", "k"), ("k", "v"), ("B", "C"), ("x", "z")]
-        return {b: a for a, b in wanted if a in given and b in given and given[a].shape == given[b].shape}
-
     def once(given: dict[str, Tensor]) -> dict[str, Tensor]:
-        return given | {b: given[a] for b, a in pairs(given).items()}
+        return given | {second: given[first] for second, first in alike(given).items()}
 
     def twice(given: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in once(given).items()}

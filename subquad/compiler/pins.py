@@ -29,10 +29,13 @@ def given_way(choices: Iterable[NodeChoice], pins: Mapping[str, str]) -> list[st
 
 
 def without_effect(choices: Iterable[NodeChoice], pins: Mapping[str, str]) -> list[str]:
-    """Which pins are of operators that no layer calls, in any method: a sweep over models may well have some."""
+    """Which pins are of operators that no layer calls in this use: a sweep over models may well have some.
+
+    Training does not call what reads a cache in place, so that a pin of it begins to count when the run generates.
+    """
     called = {choice.operator for choice in choices}
     return [
-        f"kernel.{operator}={kernel} changes nothing: no layer calls {operator}"
+        f"kernel.{operator}={kernel} changes nothing here: no layer calls {operator}"
         for operator, kernel in pins.items()
         if operator not in called
     ]

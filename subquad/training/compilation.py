@@ -75,11 +75,11 @@ def compile_for_generation(
 
 
 def compile_unmeasured(model: LanguageModel, example: Example, config: RunConfig) -> Plan:
-    """Let a trained model run checked kernels, without timing any; say which pins of the run gave way."""
+    """Let a trained model run checked kernels, without timing any; say which pins of the run gave way or do nothing."""
     options = replace(CompileOptions.of_run(config), measure=False, pins_give_way=True)
     _, plan = compile_model(model, example, target=target_of(config), options=options)
     called = [choice for choice in plan.choices if not example.decoding or choice.method not in ("forward", "packed")]
-    for line in given_way(called, options.pins):
+    for line in given_way(called, options.pins) + without_effect(plan.choices, options.pins):
         caution(line)
     return plan
 
