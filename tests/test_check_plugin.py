@@ -53,6 +53,7 @@ def test_a_mixer_that_keeps_its_promises_passes(tmp_path: Path, capsys: pytest.C
     printed = capsys.readouterr().out
     verdict = json.loads((tmp_path / "verdict.json").read_text())
     assert verdict["kept"] is True
+    assert verdict["summary"] == printed.rstrip().splitlines()[-1]
     assert verdict["contract_version"] == CONTRACT_VERSION
     (found,) = verdict["verdicts"]
     assert found["origin"] == "acme-mixers 1.5"

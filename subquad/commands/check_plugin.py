@@ -239,6 +239,7 @@ def as_json(name: str, config: CheckConfig, verdicts: list[Verdict]) -> dict[str
         "contract_version": CONTRACT_VERSION,
         "checked": name,
         "kept": not any(verdict.broken for verdict in verdicts),
+        "summary": summary(verdicts),
         "target": config.target,
         "device": torch.cuda.get_device_name(config.target) if on_cuda else "cpu",
         "torch": torch.__version__,
