@@ -382,6 +382,7 @@ class MeasureConfig:
     layouts: int = 16  # drawn for each operator: options, dtype, widths, heads, packed or not
     shapes: int = 64  # drawn for each layout: lengths, batches, documents, channels
     seed: int = 0  # another one draws another pool
+    doubts: bool = True  # from 1,000 rows on, every other batch is what a model of them doubts most; false: none is
 
 
 @dataclass(kw_only=True)

@@ -17,7 +17,7 @@ import torch
 
 from subquad.__main__ import main
 from subquad.commands.measure import measure_config
-from subquad.compiler import prepare_kernels, time_cells
+from subquad.compiler import prepare_kernels, sample_kernels, time_cells
 from subquad.compiler.prepare_kernels import Job, prepare
 from subquad.compiler.sample_kernels import Plan, SampleRun, by_kernel
 from subquad.compiler.shape_pool import RANGES, layouts, shapes
@@ -25,7 +25,8 @@ from subquad.compiler.target import Target, resolve_target
 from subquad.compiler.time_cells import CellTimer, DeviceLostError, PacedClock
 from subquad.compiler.workload import cost_row
 from subquad.errors import ConfigError, NotFoundError
-from subquad_cost_model import TimedRow, lower_bound_s, read_timed_rows, timed
+from subquad_cost_model import LearnedEstimator, TimedRow, lower_bound_s, read_timed_rows, timed
+from subquad_cost_model.sampler import Sampler
 from subquad_cost_model.terms import CLEARED
 from subquad_kernels.builtin import CATALOGUE, OPERATORS
 from subquad_kernels.catalogue import Kernel, Operator
@@ -146,6 +147,25 @@ def test_rows_of_other_versions_are_no_reason_to_leave_anything_out(target: Targ
     first, again = (SampleRun(there, tmp_path, plan, budget_s=60).run() for there in (target, updated))
     assert first
     assert [row.row.key for row in again] == [row.row.key for row in first]
+
+
+@pytest.mark.parametrize("doubts", [True, False])
+def test_a_model_of_the_rows_so_far_chooses_where_it_may(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, doubts: bool
+) -> None:
+    monkeypatch.setattr(sample_kernels, "FIRST_DOUBT", 1)
+    monkeypatch.setattr(sample_kernels, "BATCH", 4)
+    monkeypatch.setattr(LearnedEstimator, "fit", lambda rows, *, trees: LearnedEstimator(heads={}))
+    asked: list[int] = []
+
+    def informative(sampler: Sampler, estimator: object, *, count: int, done: set[int]) -> list[int]:
+        asked.append(count)
+        return [index for index in range(len(sampler.cells)) if index not in done][:count]
+
+    monkeypatch.setattr(Sampler, "informative", informative)
+    new = SampleRun(target, tmp_path, small(operators=("rotary",), shapes=4, doubts=doubts), budget_s=60).run()
+    assert len(timed(new)) > 4
+    assert bool(asked) is doubts
 
 
 def test_the_budget_ends_a_run(target: Target, tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ def run(arguments: list[str]) -> int:
         layouts=request.layouts,
         shapes=request.shapes,
         seed=request.seed,
+        doubts=request.doubts,
     )
     folder = Path(request.out)
     sampling = SampleRun(target, folder, plan, budget_s=request.budget_s)

@@ -51,6 +51,7 @@ class Plan:
     layouts: int = 16
     shapes: int = 64
     seed: int = 0
+    doubts: bool = True  # whether a model of the rows so far chooses every other batch
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class SampleRun:
     def _learned(self) -> LearnedEstimator | None:
         """A small model of the rows so far without the held-out ones, fitted anew when they are half as many more."""
         rows = [row for row in timed(self.rows) if not is_held_out(row.row)]
-        if len(rows) < FIRST_DOUBT or find_spec("lightgbm") is None:
+        if not self._plan.doubts or len(rows) < FIRST_DOUBT or find_spec("lightgbm") is None:
             return None
         if self._fitted is None or len(rows) > 1.5 * self._fitted[0]:
             self._fitted = len(rows), replace(LearnedEstimator.fit(rows, trees=FAST_TREES), abstains=False)
