@@ -260,6 +260,39 @@ def test_what_is_not_steady_is_timed_again_with_more_calls(
     assert (row.doubt < 1e-9) == (spread == 0.2)
 
 
+@pytest.mark.parametrize(
+    ("queued_s", "once_s", "packed", "captured", "alone"),
+    [
+        (1e-3, 1e-3, False, False, False),
+        (2e-3, 2e-3, False, True, False),
+        (2e-3, 2e-3, True, False, False),  # it asks the device how long its documents are
+        (0.5, 0.5, False, True, False),
+        (2.0, 2.0, False, False, True),
+        (2e-3, 0.3, True, False, True),
+    ],
+)
+def test_a_call_that_would_wait_for_the_host_is_captured(
+    target: Target, monkeypatch: pytest.MonkeyPatch, queued_s: float, once_s: float, packed: bool, captured: bool,
+    alone: bool,
+) -> None:  # fmt: skip
+    counts: list[int] = []
+
+    def capture(self: CellTimer, rival: Any, calls: Sequence[Callable[[], object]], count: int) -> None:
+        counts.append(count)
+        rival.captured = True
+
+    timing = timer(target)
+    monkeypatch.setattr(timing, "_cuda", True)
+    monkeypatch.setattr(CellTimer, "_once", lambda self, call: (queued_s, once_s))
+    monkeypatch.setattr(CellTimer, "_wait", lambda self: None)
+    monkeypatch.setattr(CellTimer, "_capture", capture)
+    shape = {"b": 1, "t": 64, "h": 2, "h_kv": 2, "k": 16} | ({"documents": 2} if packed else {})
+    workload = Workload(operator="rotary", shape=shape, dtype="float32", phase="forward", options={"theta": 1e4})
+    rows = timing.rows(ROTARY, [CATALOGUE.kernel("rotary", "tables")], workload)
+    assert [(row.status, row.cuda_graph, row.repeats == 1) for row in rows] == [("ok", captured, alone)] * len(rows)
+    assert counts == [1] * len(rows) * captured
+
+
 def test_cached_memory_is_handed_back_before_it_fills_the_device(
     target: Target, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,6 +64,7 @@ STALE: Mapping[str, tuple[tuple[str, Callable[[CostRow], bool]], ...]] = {
     "causal_conv/fused": (("2026-11-30", lambda row: row.phase == "decode"),),
     "selective_scan/fused": (("2026-11-30", lambda row: row.phase != "decode"),),
     "linear_attention/fused": (("2026-11-30", other_heads), ("2026-11-30T06", tiled_heads)),
+    "log_linear_attention/chunked": (("2026-12-01", lambda row: row.phase != "decode"),),
 }
 """Kernels that compute otherwise since a date, and in which workloads: what was timed before is of other code."""
 

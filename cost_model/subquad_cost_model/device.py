@@ -33,7 +33,8 @@ class Device:
     kernel launch or operator call; `serial_step_s` of one dependent step; `memory_bytes` the main memory.
     `cache_bytes` is the last-level cache that may hold a kernel's inputs before it starts, `cache_bytes_per_s` its
     speed (0: unknown, its traffic then counts as free). `host_s` is what the host needs to start a small torch
-    operation (`host_pace`; None: unknown, then that of a typical host). `notes` say where the figures come from.
+    operation (`host_pace`; None: unknown, then that of a typical host; 0: calls are captured in a
+    graph, and wait for none). `notes` say where the figures come from.
 
     Raises: ValueError when a figure cannot be one.
     """
@@ -70,7 +71,7 @@ class Device:
             "cache_bytes_per_s": self.cache_bytes_per_s,
         }
         if self.host_s is not None:
-            ceilings["host_s"] = self.host_s
+            costs["host_s"] = self.host_s
         wrong = [f"{name} = {value}" for name, value in ceilings.items() if not 0 < value < math.inf]
         wrong += [f"{name} = {value}" for name, value in costs.items() if not 0 <= value < math.inf]
         if not self.matmul_flops_per_s:

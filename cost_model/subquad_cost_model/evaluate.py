@@ -172,7 +172,10 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Paced:
-    """An estimator that is told the host's pace of each row on a device; of others that nobody knows it."""
+    """An estimator that is told the host's pace of each row on a device; of others that nobody knows it.
+
+    What was captured waits for no host whatever is known.
+    """
 
     source: Estimator
     paces_s: Mapping[tuple[str, str], float]
@@ -182,6 +185,8 @@ class _Paced:
         return self.source.name
 
     def predict(self, rows: Sequence[CostRow], device: Device) -> list[Estimate]:
+        if device.host_s == 0.0:
+            return self.source.predict(rows, device)
         by_pace: dict[float | None, list[int]] = defaultdict(list)
         for index, row in enumerate(rows):
             by_pace[self.paces_s.get((device.name, row.key))].append(index)
@@ -350,12 +355,13 @@ def _fastest(seconds: Sequence[float]) -> Choose:
 
 
 def _estimates(estimator: Estimator, rows: Sequence[TimedRow]) -> list[Estimate]:
-    by_device: dict[str, list[int]] = defaultdict(list)
+    by_device: dict[tuple[str, bool], list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
-        by_device[row.device.name].append(index)
+        by_device[row.device.name, bool(row.cuda_graph)].append(index)
     found: dict[int, Estimate] = {}
-    for indices in by_device.values():
-        device = rows[indices[0]].device
+    for (_, captured), indices in by_device.items():
+        first = rows[indices[0]]
+        device = first.paced_device if captured else first.device
         found |= dict(zip(indices, estimator.predict([rows[i].row for i in indices], device), strict=True))
     return [found[index] for index in range(len(rows))]
 

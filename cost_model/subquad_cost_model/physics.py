@@ -67,7 +67,7 @@ class Physics:
         rows, c0 the factors of its kind at levels of this kernel: one for what a call costs to begin with, one for what
         grows, one for each of the host's. Those of a kernel's dtypes are held near the kernel's in turn.
         """
-        paces_s = [pace_s for pace_s in asked.paces_s if pace_s is not None]
+        paces_s = [pace_s for pace_s in asked.paces_s if pace_s]
         host_s = statistics.median(paces_s) if paces_s else None
         terms, rows, own, weights = asked.names, asked.rows, _own(asked.names), 1 / np.maximum(doubts, FINEST_DOUBT)
         most = np.array([math.inf if t in (*STARTS, "host") else 1.0 if t == "clears" else MOST for t in terms])

@@ -93,7 +93,8 @@ class Terms:
         is_exact = [keys[0] in exact for keys in self.keys]
         found = np.where(np.array(is_exact, dtype=bool)[:, None], self.wide_lines, self.lines)
         if "host" in self.names and host_s is not None:
-            found[:, self.names.index("host")] *= [(pace_s or host_s) / host_s for pace_s in self.paces_s]
+            paces_s = [host_s if pace_s is None else pace_s for pace_s in self.paces_s]
+            found[:, self.names.index("host")] *= np.array(paces_s) / host_s
         pairs = zip(is_exact, self.keys, self.wide_keys, strict=True)
         return found, [wide if wider else keys for wider, keys, wide in pairs]
 

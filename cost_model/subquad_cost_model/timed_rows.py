@@ -92,7 +92,12 @@ class TimedRow:
 
     @property
     def paced_device(self) -> Device:
-        """The device with the host's pace of this timing; as it was probed where the row does not know it."""
+        """The device with the host's pace of this timing; as it was probed where the row does not know it.
+
+        A captured call waits for no host, at any pace.
+        """
+        if self.cuda_graph:
+            return replace(self.device, host_s=0.0)
         return self.device if self.host_s is None else replace(self.device, host_s=self.host_s)
 
     @property

@@ -60,8 +60,8 @@ def test_a_device_file_from_before_the_hosts_pace_knows_none(make_device: Device
     old = json.loads(make_device(host_s=5e-6).to_json())
     del old["host_s"]
     assert Device.from_json(json.dumps(old)) == make_device()
-    with pytest.raises(ValueError, match=r"host_s = 0\.0"):
-        make_device(host_s=0.0)
+    with pytest.raises(ValueError, match=r"host_s = -1\.0"):
+        make_device(host_s=-1.0)
 
 
 def test_an_unknown_device_is_named_with_the_known_ones() -> None:

@@ -101,6 +101,26 @@ def test_a_hosts_pace_is_recovered_where_rows_know_it_and_is_the_usual_one_elsew
     assert told.predict(asked(one)) == pytest.approx(told.predict(asked(one, usual)))
 
 
+def test_what_is_captured_waits_for_no_host() -> None:
+    """Rows of one kernel, every other one captured: the device's side is learned from all, the host's from the rest."""
+    rows = []
+    for number, row in enumerate(planted.hosted(seed=20, shapes=160)):
+        work = 4e-6 * row.row.launches + 4 * bound_terms(row.row, row.device).memory_s
+        rows.append(replace(row, median_s=work, low_s=work, high_s=work, cuda_graph=True) if number % 2 else row)
+    terms = Terms.count(SECONDS, [row.row for row in rows], [row.paced_device for row in rows])
+    physics = Physics.fit(terms, np.array([row.seconds for row in rows]), np.full(len(rows), 0.01))
+    assert physics.host_s == pytest.approx(np.median([row.host_s for row in rows if not row.cuda_graph]))
+    for captured in (False, True):
+        those = [row for row in rows if bool(row.cuda_graph) is captured]
+        found = physics.predict(Terms.count(SECONDS, [r.row for r in those], [r.paced_device for r in those]))
+        assert np.mean([abs(one / row.seconds - 1) for one, row in zip(found, those, strict=True)]) < 0.05
+    eager, captured_s = (
+        physics.predict(Terms.count(SECONDS, [row.row for row in rows], [replace(DEVICE, host_s=pace)] * len(rows)))
+        for pace in (1e-5, 0.0)
+    )
+    assert (eager >= captured_s).all() and (eager > 1.5 * captured_s).any()
+
+
 def test_a_fused_kernel_pays_for_whole_tiles() -> None:
     def tiled_s(row: CostRow) -> float:
         t = row.shape["t"]

@@ -29,6 +29,10 @@ BRIEF = Effort(min_s=0.006, repeats=3, warm_up_s=0.0)
 LONGEST_CALL_S = 0.2
 """Kernels expected to take longer are left out: one such row costs as much as ten others. One that does all the same
 is timed by that call alone."""
+LONGEST_QUEUED_S, LONGEST_CAPTURED_S = 1.4e-3, 1.0
+"""A call that takes longer to queue is captured, and a graph of it timed: else it would wait for the host, which takes
+what it likes (20 % more or less from one loop to the next). Half of the head start of the clock. One that takes longer
+than the second as it is costs too much to capture; one of packed documents asks the device for their lengths."""
 CELL_BUDGET_S = 1.0
 MOST_CLEARS, MOST_CALLS = 96, 16
 """Of the clock: the host has four milliseconds to queue a call of many launches, and few calls need that long."""
@@ -64,6 +68,7 @@ class _Rival:
     call: Call | None = None
     run: Callable[[], object] | None = None
     calls: int = 1
+    captured: bool = False
     timed: TimedRow | None = None
 
 
@@ -164,25 +169,32 @@ class CellTimer:
             rival.call, rival.run = call, call.run
             call.run()
             self._wait()
-            if self._once_s(call) > LONGEST_CALL_S and (once_s := self._once_s(call)) > LONGEST_CALL_S:
+            queued_s, once_s = self._once(call)
+            packed = "documents" in part.shape
+            if max(once_s / LONGEST_CALL_S, queued_s / LONGEST_QUEUED_S) > 1:
+                queued_s, once_s = self._once(call)
+            if copies and once_s <= LONGEST_CALL_S:
+                further = [Call.of(operator, rival.kernel, part, self._device, copied).run for copied in copies]
+                self._capture(rival, further, DECODES)
+            elif self._cuda and LONGEST_QUEUED_S < queued_s <= once_s <= LONGEST_CAPTURED_S and not packed:
+                self._capture(rival, [call.run], 1)
+            if once_s > LONGEST_CALL_S and not rival.captured:
                 peak = call.held_bytes + added_bytes(call.run, self._device) if self._cuda else None
                 once = Timing(low_s=once_s / FEW_REPEATS, median_s=once_s, high_s=once_s * FEW_REPEATS, repeats=1)
                 rival.timed = self._ok(rival, once, peak, {"host_s": self._host()})
-            elif copies:
-                self._capture(
-                    rival, [Call.of(operator, rival.kernel, part, self._device, copied).run for copied in copies]
-                )
         except Exception as error:  # a stranger's kernel may raise anything
             rival.timed = self._raised(rival, error)
 
-    def _once_s(self, call: Call) -> float:
+    def _once(self, call: Call) -> tuple[float, float]:
+        """Seconds until one call is queued, and until it is done."""
         started = time.perf_counter()
         call.run()
+        queued_s = time.perf_counter() - started
         self._wait()
-        return time.perf_counter() - started
+        return queued_s, time.perf_counter() - started
 
-    def _capture(self, rival: _Rival, calls: Sequence[Callable[[], object]]) -> None:
-        """Replace the call by a graph of many; what cannot be captured is timed as it is, and the row says so."""
+    def _capture(self, rival: _Rival, calls: Sequence[Callable[[], object]], count: int) -> None:
+        """Replace the call by a graph of so many; what cannot be captured is timed as it is, and the row says so."""
         graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         try:
@@ -190,7 +202,7 @@ class CellTimer:
             with torch.cuda.stream(aside):
                 graph.capture_begin()
                 try:
-                    kept = [calls[turn % len(calls)]() for turn in range(DECODES)]
+                    kept = [calls[turn % len(calls)]() for turn in range(count)]
                 finally:
                     graph.capture_end()
         except RuntimeError:
@@ -204,7 +216,7 @@ class CellTimer:
             graph.replay()
             return calls, kept  # what the graph reads and writes lives as long as it does
 
-        rival.run, rival.calls = replay, DECODES
+        rival.run, rival.calls, rival.captured = replay, count, True
 
     def _time(self, rivals: Sequence[_Rival]) -> None:
         try:
@@ -232,7 +244,7 @@ class CellTimer:
             name = rival.kernel.name
             peak = rival.call.held_bytes + added_bytes(rival.call.run, self._device) if self._cuda else None
             timing = _each(timings[name], rival.calls)
-            if rival.calls > 1:
+            if rival.captured:
                 host[name].pop("queued_s", None)  # a graph's, whose calls the host never queued
             rival.timed = self._ok(rival, timing, peak, {**state, **host[name]})
         spent = time.perf_counter() - started
@@ -301,7 +313,7 @@ class CellTimer:
             warm_ups=4 if timing.repeats > 1 else 1,
             repeats=timing.repeats,
             cold_cache=self._cuda,
-            cuda_graph=rival.calls > 1,
+            cuda_graph=rival.captured,
             **state,
         )
 
