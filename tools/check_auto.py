@@ -149,6 +149,6 @@ def save(out: Path, results: Mapping[str, Any]) -> None:
 
 if __name__ == "__main__":
     (place,), words = words_of(__doc__, sys.argv[1:], "OUT.json", keys=OF_TRAIN)
-    named = [word.removeprefix("cells=").split(",") for word in words if word.startswith("cells=")]
+    given = [word.removeprefix("cells=").split(",") for word in words if word.startswith("cells=")]
     with told():
-        main(Path(place), named[-1] if named else CELLS, [word for word in words if not word.startswith("cells=")])
+        main(Path(place), given[-1] if given else CELLS, [word for word in words if not word.startswith("cells=")])
