@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import planted
 import pytest
@@ -71,6 +74,27 @@ def test_s6_gives_back_so_many_rows_per_kernel_and_judges_none_of_their_shapes()
         assert set(per_kernel.values()) == {count}
         seen = {shape_group(ROWS[i].row) for i in given}
         assert seen.isdisjoint({shape_group(ROWS[i].row) for i in split.judge})
+
+
+def test_s4_gives_back_thirty_rows_of_an_operator_kernels_in_turn_and_judges_none_of_their_shapes() -> None:
+    rows = planted.table(seed=3, shapes=60, devices=planted.DEVICES[:1], phases=("forward", "backward"))
+    rows += [replace(one, row=replace(one.row, operator="other")) for one in rows]
+    found = [split for split in splits(rows, "S4") if split.held_out == "other"]
+    assert [split.name for split in found] == ["S4", "S4, 30 rows", "S4, 30 chosen rows"]
+    for split in found[1:]:
+        assert set(split.fit) == {*found[0].fit, *split.given}
+        counts = Counter(rows[i].row.kernel for i in split.given)
+        assert counts == {"wide": 15, "narrow": 15}
+        seen = {shape_group(rows[i].row) for i in split.given}
+        assert set(split.judge) == {i for i in found[0].judge if shape_group(rows[i].row) not in seen}
+    for kernel, phase in itertools.product(planted.KERNELS, ("forward", "backward")):
+        bounds_s = [
+            (lower_bound_s(rows[i].row, rows[i].device), i in found[2].given)
+            for i in found[0].judge
+            if (rows[i].row.kernel, rows[i].row.phase) == (kernel, phase)
+        ]
+        assert any(given for bound_s, given in bounds_s if bound_s == min(bounds_s)[0])
+        assert any(given for bound_s, given in bounds_s if bound_s == max(bounds_s)[0])
 
 
 def test_s6_chooses_the_smallest_and_the_largest_row_of_each_phase_and_takes_phases_in_turn() -> None:
