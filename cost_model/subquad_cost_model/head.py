@@ -70,7 +70,8 @@ class Head:
 
     Widths are the multiples of the spread that held the share `level` of out-of-fold residuals: `seen_width` on devices
     and layouts among the rows (by operator; `""` for all), `layout_width` on layouts left out (widths, heads and
-    options), `beyond_width` on lengths beyond those that were left, `new_width` on devices of families left out.
+    options), `beyond_width` on lengths an octave beyond those that were left, `new_width` on devices of families left
+    out. What an octave adds is taken to be independent of what others add: width grows with the square root of them.
     `reach` are the smallest and largest by kernel of each axis and of `HEADS_PER_KEY`, `layouts` those of each kernel.
     """
 
@@ -136,10 +137,10 @@ class Head:
         def scores(held_out: NDArray[np.generic], residual: Floats) -> Floats:
             return residual / np.exp(spreads.out_of_group(held_out, trees, (), spread=True))
 
-        def width_of(held_out: NDArray[np.generic], units: Sequence[str]) -> float:
+        def width_of(held_out: NDArray[np.generic], units: Sequence[str], further: Floats | float = 1.0) -> float:
             """Of groups left out one by one; rows of no group (-1) are never left out."""
             out = held_out != -1
-            found = scores(held_out, np.abs(z - table.out_of_group(held_out, trees, terms)))
+            found = scores(held_out, np.abs(z - table.out_of_group(held_out, trees, terms))) / further
             return grouped_quantile(found[out], [unit for unit, one in zip(units, out, strict=True) if one], level)
 
         scored = scores(folds, residual)
@@ -157,7 +158,8 @@ class Head:
         if far and terms:
             layouts = [head_layout(row) for row in rows]
             layout_width = width_of(np.array([fold(layout, FOLDS) for layout in layouts]), layouts)
-            beyond_width = width_of(_ends(rows), groups)
+            ends = _ends(rows)
+            beyond_width = width_of(ends, groups, _further(rows, ends))
         final = table.trained(np.ones(len(rows), dtype=bool), trees, terms)
         return cls(
             point=final.residual,
@@ -200,12 +202,8 @@ class Head:
             return width
         if _layout(row) not in self.layouts.get(words(row)[1], ()):
             width = max(width, self.layout_width)
-        return max(width, self.beyond_width) if self._beyond(row) else width
-
-    def _beyond(self, row: CostRow) -> bool:
-        """Whether the row lies outside of the sizes that were measured, or shares keys in a ratio outside of them."""
-        reach = self.reach.get(words(row)[1], {})
-        return any(not reach[axis][0] <= size <= reach[axis][1] for axis, size in _sizes(row).items() if axis in reach)
+        octaves = _octaves_beyond(row, self.reach)
+        return max(width, self.beyond_width * math.sqrt(max(1, octaves))) if octaves else width
 
     def knows(self, row: CostRow) -> bool:
         """Whether rows like this one were among those of the fit, whatever the device: what memory needs."""
@@ -378,6 +376,26 @@ def _reach(rows: Sequence[CostRow]) -> dict[str, dict[str, tuple[float, float]]]
             smallest, largest = of_kernel.get(axis, (size, size))
             of_kernel[axis] = min(smallest, size), max(largest, size)
     return reach
+
+
+def _octaves_beyond(row: CostRow, reach: Mapping[str, Mapping[str, tuple[float, float]]]) -> float:
+    """How far the row lies outside of the sizes that were measured, or of the ratios in which heads shared keys."""
+    of_kernel = reach.get(words(row)[1], {})
+    farthest = 1.0
+    for axis, size in _sizes(row).items():
+        least, most = of_kernel.get(axis, (size, size))
+        farthest = max(farthest, max(1, size) / max(1, most), max(1, least) / max(1, size))
+    return math.log2(farthest)
+
+
+def _further(rows: Sequence[CostRow], ends: NDArray[np.int64]) -> Floats:
+    """By how much more the rows of either end are off than those an octave beyond the rows that are left without it."""
+    found = np.ones(len(rows))
+    for end in (0, 1):
+        reach = _reach([row for row, its in zip(rows, ends, strict=True) if its != end])
+        for index in np.flatnonzero(ends == end):
+            found[index] = math.sqrt(max(1.0, _octaves_beyond(rows[index], reach)))
+    return found
 
 
 def _layouts(rows: Sequence[CostRow]) -> dict[str, frozenset[str]]:

@@ -206,6 +206,28 @@ def test_beyond_its_lengths_the_seconds_stay_near_the_truth_and_the_interval_hol
     assert {estimate.source for estimate in left} == {"bound"}, "trees alone do not go on"
 
 
+def test_intervals_beyond_its_lengths_grow_with_the_square_root_of_the_octaves() -> None:
+    def walked(one: TimedRow) -> TimedRow:
+        """Each octave makes a layout slower or faster by a seventh, independently of the others."""
+        shape = one.row.shape
+        draw = random.Random(repr((one.row.kernel, one.device.name, shape["h"], shape["k"])))
+        steps = [draw.gauss(0, 0.15) for _ in range(14)]
+        factor = math.exp(sum(steps[: math.ceil(math.log2(shape["t"]))]))
+        return replace(one, **{name: getattr(one, name) * factor for name in ("low_s", "median_s", "high_s")})
+
+    short = [walked(one) for one in planted.table(seed=20, shapes=150, lengths=range(4, 9))]
+    learned = LearnedEstimator.fit(short, trees=SMALL)
+    longest = max(one.row.shape["t"] for one in short)
+    for octaves in (1, 3, 5):  # as wide everywhere, they hold 77 % five octaves beyond
+        rows = [walked(one) for one in planted.table(seed=21, shapes=60, lengths=[8 + octaves])]
+        assert 0.86 < coverage(*judge(learned, rows)) < 0.95
+    head = replace(learned.heads["forward"], seen_width={"": 1.0}, layout_width=1.0)
+    asked, device = [planted.row("wide", 2, t * longest, 8) for t in (1, 2, 8, 32)], planted.DEVICES[1]
+    _, spread = replace(head, beyond_width=0.0).predict(asked, device)
+    _, widths = replace(head, beyond_width=20.0).predict(asked, device)
+    assert (widths / spread).tolist() == pytest.approx([1, 20, 20 * math.sqrt(3), 20 * math.sqrt(5)])
+
+
 def test_heads_that_share_keys_in_a_ratio_beyond_those_measured_have_the_interval_of_sizes_beyond() -> None:
     def sharing(row: CostRow, h_kv: int) -> CostRow:
         return replace(row, shape={**row.shape, "h_kv": h_kv})
