@@ -19,10 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from subquad_cost_model import CostRow, LearnedEstimator, TimedRow, read_timed_rows
-from subquad_cost_model.head import Trees
 from subquad_cost_model.splits import splits
 from subquad_cost_model.terms import CLEARED, MOST_FUSED
 from subquad_cost_model.timed_rows import timed
+from subquad_cost_model.trees import Trees
 
 TREES = Trees(rounds=150, leaves=7, spread_rounds=37, spread_leaves=3)
 LEAST_ROWS, MANY = 6, 100

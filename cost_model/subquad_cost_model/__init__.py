@@ -14,7 +14,6 @@ from subquad_cost_model.fit_files import (
     save_fit,
     shipped_fit,
 )
-from subquad_cost_model.head import Trees
 from subquad_cost_model.host_pace import HostPace
 from subquad_cost_model.learned import LearnedEstimator
 from subquad_cost_model.measure import Clock, Timing, time_callable, time_rivals
@@ -26,6 +25,7 @@ from subquad_cost_model.profile_files import ProfileError, load_profile, profile
 from subquad_cost_model.roofline import Efficiency, RooflineEstimator
 from subquad_cost_model.rows import CostRow
 from subquad_cost_model.timed_rows import TimedRow, TimedRowsError, read_timed_rows, timed, write_timed_rows
+from subquad_cost_model.trees import Trees
 from subquad_cost_model.undecided import Decision, decide
 
 __all__ = [

@@ -21,11 +21,11 @@ from subquad_cost_model.evaluate import (
 )
 from subquad_cost_model.features import schema_hash
 from subquad_cost_model.fit_files import save_fit
-from subquad_cost_model.head import Trees
 from subquad_cost_model.learned import LearnedEstimator
 from subquad_cost_model.public_tables import read_public_tables
 from subquad_cost_model.splits import SPLITS
 from subquad_cost_model.timed_rows import TimedRow, read_timed_rows, timed, write_timed_rows
+from subquad_cost_model.trees import Trees
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,7 +13,6 @@ from subquad_cost_model.calibration import CalibratedEstimator
 from subquad_cost_model.constant import ConstantEstimator
 from subquad_cost_model.device import Device
 from subquad_cost_model.estimator import Estimate, Estimator
-from subquad_cost_model.head import USUAL, Trees
 from subquad_cost_model.learned import LearnedEstimator
 from subquad_cost_model.measure import Timing
 from subquad_cost_model.measurements import Measurement
@@ -31,6 +30,7 @@ from subquad_cost_model.rows import CostRow
 from subquad_cost_model.shape_groups import shape_group
 from subquad_cost_model.splits import Split, splits
 from subquad_cost_model.timed_rows import TimedRow, timed
+from subquad_cost_model.trees import USUAL, Trees
 
 Fit = Callable[[Sequence[TimedRow], Sequence[TimedRow]], Mapping[str, Estimator]]
 """The estimators to compare, fitted to rows, and to those of the held-out device that were given back."""

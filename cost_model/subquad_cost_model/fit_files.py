@@ -4,6 +4,7 @@ manifest.json       format, features' hash, versions, date; the sha256 of every 
 heads.json          words, widths, reach of each head, and its physics head
 <head>.point.txt    trees for z, LightGBM's own text, or the rows of a Gaussian process, JSON
 <head>.spread.txt   trees for its spread
+<head>.work.txt     trees by work alone, for kernels of few rows or none, where it has these
 card.md             what it was fitted to, how it was judged, where it is wrong
 """
 
@@ -30,6 +31,7 @@ from subquad_cost_model.learned import LearnedEstimator
 from subquad_cost_model.physics import Physics
 from subquad_cost_model.roofline import RooflineEstimator
 from subquad_cost_model.terms import BYTES, SECONDS
+from subquad_cost_model.work_alone import WorkAlone
 
 if TYPE_CHECKING:
     import lightgbm
@@ -81,6 +83,8 @@ def save_fit(estimator: LearnedEstimator, folder: Path, *, card: str) -> None:
         assert head.point is not None, "a head without trees is for comparison alone"
         texts[f"{name}.point.txt"] = _point_text(head.point)
         texts[f"{name}.spread.txt"] = head.spread.model_to_string()
+        if head.work_alone is not None:
+            texts[f"{name}.work.txt"] = head.work_alone.trees.model_to_string()
     for name, text in texts.items():
         (folder / name).write_bytes(text.encode())
     manifest = {
@@ -102,7 +106,10 @@ def load_fit(folder: Path) -> LearnedEstimator:
         records = json.loads(texts[HEADS])
         heads = {
             name: _head(
-                record, _point(lightgbm, texts[f"{name}.point.txt"]), _booster(lightgbm, texts[f"{name}.spread.txt"])
+                record,
+                _point(lightgbm, texts[f"{name}.point.txt"]),
+                _booster(lightgbm, texts[f"{name}.spread.txt"]),
+                _booster(lightgbm, texts[f"{name}.work.txt"]) if record.get("settled") else None,
             )
             for name, record in records.items()
         }
@@ -198,10 +205,16 @@ def _head_record(head: Head) -> dict[str, Any]:
         "beyond_width": _finite(head.beyond_width),
         "layouts": {kernel: sorted(layouts) for kernel, layouts in sorted(head.layouts.items())},
         "physics": None if head.physics is None else asdict(head.physics),
+        "settled": [] if head.work_alone is None else list(head.work_alone.settled),
     }
 
 
-def _head(record: Mapping[str, Any], point: lightgbm.Booster | GaussianProcess, spread: lightgbm.Booster) -> Head:
+def _head(
+    record: Mapping[str, Any],
+    point: lightgbm.Booster | GaussianProcess,
+    spread: lightgbm.Booster,
+    work: lightgbm.Booster | None,
+) -> Head:
     return Head(
         point=point,
         spread=spread,
@@ -221,6 +234,7 @@ def _head(record: Mapping[str, Any], point: lightgbm.Booster | GaussianProcess, 
         beyond_width=_width(record.get("beyond_width")),
         layouts={kernel: frozenset(layouts) for kernel, layouts in record.get("layouts", {}).items()},
         physics=_physics(record.get("physics")),
+        work_alone=None if work is None else WorkAlone(trees=work, settled=tuple(record["settled"])),
     )
 
 

@@ -1,17 +1,17 @@
 """One learned quantity: a physical sum and what it leaves, trees for the spread, and how far to widen it.
 
-What the sum leaves is a Gaussian process where rows are few, and trees where they are many or there is no sum.
+What the sum leaves is a Gaussian process where rows are few, and trees where they are many or there is no sum. Of a
+kernel with hardly any rows, or none, the sum is mended by what kernels take that do such work.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,9 @@ from subquad_cost_model.gaussian_process import MOST_ROWS, GaussianProcess, plac
 from subquad_cost_model.physics import FINEST_DOUBT, Physics, total
 from subquad_cost_model.rows import CostRow
 from subquad_cost_model.shape_groups import LENGTHS, fold, head_layout, shape_group
-from subquad_cost_model.terms import Terms, heads_per_key
+from subquad_cost_model.terms import SECONDS, Terms, heads_per_key
+from subquad_cost_model.trees import USUAL, Trees, ask, grow
+from subquad_cost_model.work_alone import FEW, WorkAlone
 
 if TYPE_CHECKING:
     import lightgbm
@@ -42,22 +44,6 @@ WIDER = 2
 `beyond_width` was found on the longest third of rows, six octaves at most beyond the others."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Trees:
-    """How the trees are grown. Fixed before any figure was looked at, but for their number, which bounds the files."""
-
-    rounds: int = 400
-    leaves: int = 63
-    learning_rate: float = 0.08
-    spread_rounds: int = 100
-    spread_leaves: int = 15
-    threads: int = 1
-    seed: int = 0
-
-
-USUAL = Trees()
-
-
 class TooFewRowsError(ValueError):
     """Not enough rows or shapes for a head whose interval means anything."""
 
@@ -68,6 +54,7 @@ class Head:
 
         z = log(physics / bound) + residual       without a physics head trees answer alone, without a residual it does
 
+    With `work_alone` the first is half or all of what other kernels take, where rows of this one are few or none.
     Widths are the multiples of the spread that held the share `level` of out-of-fold residuals: `seen_width` on devices
     and layouts among the rows (by operator; `""` for all), `layout_width` on layouts left out (widths, heads and
     options), `beyond_width` on lengths an octave beyond those that were left, `new_width` on devices of families left
@@ -90,6 +77,7 @@ class Head:
     beyond_width: float = math.inf
     layouts: Mapping[str, frozenset[str]] = field(default_factory=dict)
     physics: Physics | None = None
+    work_alone: WorkAlone | None = None
 
     @classmethod
     def fit(
@@ -163,7 +151,7 @@ class Head:
         final = table.trained(np.ones(len(rows), dtype=bool), trees, terms)
         return cls(
             point=final.residual,
-            spread=_grow(seen.features, spreads.z, trees, spread=True),
+            spread=grow(seen.features, NAMES, spreads.z, trees, spread=True),
             vocabulary=vocabulary,
             level=level,
             seen_width=seen_width,
@@ -177,6 +165,7 @@ class Head:
             beyond_width=beyond_width,
             layouts=_layouts(rows) if terms else {},
             physics=final.physics,
+            work_alone=final.work_alone,
         )
 
     def predict(self, rows: Sequence[CostRow], device: Device, bounds: Floats | None = None) -> tuple[Floats, Floats]:
@@ -189,9 +178,9 @@ class Head:
         devices = [device] * len(rows)
         features = feature_matrix(rows, devices, self.vocabulary)
         asked = _Asked.of(rows, devices, features, () if self.physics is None else self.physics.terms)
-        z = _Point(self.point, self.physics).answer(asked, bounds)
+        z = _Point(self.point, self.physics, self.work_alone).answer(asked, bounds)
         z = np.clip(z, self.lowest, self.highest)
-        spread = np.exp(_ask(self.spread, features))
+        spread = np.exp(ask(self.spread, features))
         return z, spread * np.array([self._width(row, device) for row in rows])
 
     def _width(self, row: CostRow, device: Device) -> float:
@@ -262,6 +251,7 @@ class _Point:
 
     residual: lightgbm.Booster | GaussianProcess | None
     physics: Physics | None
+    work_alone: WorkAlone | None = None
 
     def answer(self, asked: _Asked, bounds: Floats | None) -> Floats:
         """z of each row."""
@@ -269,9 +259,11 @@ class _Point:
         if self.physics is not None:
             parts = self.physics.parts(asked.terms)
             z = np.log(total(parts) / (1.0 if bounds is None else bounds))
+            if self.work_alone is not None:
+                z = self.work_alone.mixed(z, asked.features, asked.terms, self.physics)
         if isinstance(self.residual, GaussianProcess):
             return z + self.residual.predict(asked.rows, asked.places, parts)
-        return z if self.residual is None else z + _ask(self.residual, asked.features)
+        return z if self.residual is None else z + ask(self.residual, asked.features)
 
 
 @dataclass(frozen=True)
@@ -289,16 +281,29 @@ class _Table:
     ) -> _Point:
         """Physics of the rows inside, and what it leaves."""
         here: list[int] = np.flatnonzero(inside).tolist()
-        seen, doubts, physics, target = self.seen.take(here), self.doubts[here], None, self.z[here]
+        seen, doubts, physics, work_alone = self.seen.take(here), self.doubts[here], None, None
+        target = self.z[here]
         if terms:
             physics = Physics.fit(seen.terms, self.bounds[here] * np.exp(target), doubts)
             parts = physics.parts(seen.terms)
-            target = target - np.log(total(parts) / self.bounds[here])
+            by_sum = np.log(total(parts) / self.bounds[here])
+            if terms == SECONDS and self._strange(inside):
+                work_alone = WorkAlone.fit(seen.features, seen.terms, target)
+            if work_alone is not None:
+                by_sum = work_alone.mixed(by_sum, seen.features, seen.terms, physics)
+            target = target - by_sum
             most = max(Counter(row.operator for row in self.seen.rows).values())
             if most <= MOST_ROWS:  # each operator has a system of its own
-                return _Point(GaussianProcess.fit(seen.rows, seen.places, parts, target, doubts), physics)
+                process = GaussianProcess.fit(seen.rows, seen.places, parts, target, doubts)
+                return _Point(process, physics, work_alone)
         weights = 1 / np.maximum(doubts, FINEST_DOUBT)
-        return _Point(_grow(seen.features, target, trees, spread=spread, weights=weights), physics)
+        return _Point(grow(seen.features, NAMES, target, trees, spread=spread, weights=weights), physics, work_alone)
+
+    def _strange(self, inside: NDArray[np.bool_]) -> bool:
+        """Whether anything may be asked of kernels of which few rows or none are inside: of the whole table all may."""
+        kernels = np.array([kernel for kernel, _ in self.seen.terms.keys])
+        counts = Counter(kernels[inside].tolist())
+        return bool(inside.all()) or any(counts[kernel] < FEW for kernel in set(kernels.tolist()))
 
     def out_of_group(
         self, groups: NDArray[np.generic], trees: Trees, terms: tuple[str, ...], *, spread: bool = False
@@ -312,44 +317,6 @@ class _Table:
             point, here = self.trained(~out, trees, terms, spread=spread), np.flatnonzero(out).tolist()
             found[here] = point.answer(self.asked.take(here), self.bounds[here])
         return found
-
-
-def _grow(
-    features: Floats, target: Floats, trees: Trees, *, spread: bool, weights: Floats | None = None
-) -> lightgbm.Booster:
-    import lightgbm
-
-    parameters: dict[str, Any] = {
-        "objective": "regression" if spread else "regression_l1",
-        "num_leaves": trees.spread_leaves if spread else trees.leaves,
-        "learning_rate": trees.learning_rate,
-        # A few hundred rows are a small table, where twenty to a leaf (the usual) would blur everything.
-        "min_data_in_leaf": min(20, max(2, len(target) // 200)),
-        "min_data_per_group": min(20, max(2, len(target) // 200)),
-        "cat_smooth": 1.0,
-        "feature_fraction": 0.8,
-        "seed": trees.seed,
-        "deterministic": True,
-        "force_row_wise": True,
-        "num_threads": trees.threads,
-        "verbosity": -1,
-    }
-    data = lightgbm.Dataset(
-        features,
-        target,
-        weight=weights,
-        feature_name=[name.replace(" ", "_") for name in NAMES],
-        categorical_feature=list(range(len(NAMES) - len(CATEGORIES), len(NAMES))),
-        params={"verbosity": -1},
-    )
-    with warnings.catch_warnings():
-        # It warns that it uses the categorical features it was told to use.
-        warnings.filterwarnings("ignore", message="categorical_feature in param dict is overridden")
-        return lightgbm.train(parameters, data, trees.spread_rounds if spread else trees.rounds)
-
-
-def _ask(booster: lightgbm.Booster, features: Floats) -> Floats:
-    return np.asarray(booster.predict(features, num_threads=1), dtype=np.float64)
 
 
 def _layout(row: CostRow) -> str:
@@ -393,7 +360,7 @@ def _further(rows: Sequence[CostRow], ends: NDArray[np.int64]) -> Floats:
     found = np.ones(len(rows))
     for end in (0, 1):
         reach = _reach([row for row, its in zip(rows, ends, strict=True) if its != end])
-        for index in np.flatnonzero(ends == end):
+        for index in np.flatnonzero(ends == end).tolist():
             found[index] = math.sqrt(max(1.0, _octaves_beyond(rows[index], reach)))
     return found
 

@@ -13,11 +13,12 @@ from subquad_cost_model.bound import lower_bound_s
 from subquad_cost_model.device import Device
 from subquad_cost_model.envelope import Smaller, largest_below, with_smaller
 from subquad_cost_model.estimator import Estimate, Estimator
-from subquad_cost_model.head import USUAL, Head, TooFewRowsError, Trees
+from subquad_cost_model.head import Head, TooFewRowsError
 from subquad_cost_model.roofline import RooflineEstimator
 from subquad_cost_model.rows import CostRow
 from subquad_cost_model.terms import BYTES, SECONDS
 from subquad_cost_model.timed_rows import TimedRow, timed
+from subquad_cost_model.trees import USUAL, Trees
 
 # z may be a little below 0 on a data sheet (boost above the stated clock), and below log(1/2) on a probe
 # (`Efficiency.best`); nothing is faster.

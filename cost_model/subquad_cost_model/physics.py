@@ -115,33 +115,18 @@ class Physics:
     def parts(self, asked: Terms) -> Floats:
         """What each term is of the sum of each row, one line each: c_kj x_j, and 0 on the side that takes less long."""
         values, keys = asked.computed(self.exact, self.host_s)
-        of_rows = [self._factors_of(*of_row) for of_row in zip(asked.rows, values, keys, strict=True)]
+        of_rows = [self._factors_of(*of_row) for of_row in zip(asked.rows, keys, strict=True)]
         parts = values * np.array(of_rows, dtype=np.float64).reshape(values.shape)
         own = _own(self.terms)
         waits = parts[:, own:].sum(axis=1) > parts[:, :own].sum(axis=1)
         return np.where(waits[:, None] == (np.arange(len(self.terms)) >= own), parts, 0.0)
 
-    def _factors_of(self, row: CostRow, values: Floats, keys: Keys) -> Sequence[float]:
-        """Those of the row's kernel.
-
-        One that was never measured is taken to be like the fastest of its operator and kind, unless the factors of that
-        kind say more.
-        """
+    def _factors_of(self, row: CostRow, keys: Keys) -> Sequence[float]:
+        """Those of the row's kernel, or of its kind if that was never measured."""
         for name in reversed(keys):
             if name in self.kernels:
                 return self.kernels[name]
-
-        def of(factors: Sequence[float]) -> float:
-            return float(max(_sides(values, _own(self.terms), np.array(factors))))
-
-        kind, operator = _kind(row.launches), f"{row.operator}/"
-        usual = self.pooled.get(kind, next(iter(self.pooled.values())))
-        rivals = [
-            factors
-            for name, factors in self.kernels.items()
-            if name.startswith(operator) and self.kinds.get(name) == kind
-        ]
-        return max(usual, min(rivals, key=of, default=usual), key=of)
+        return self.pooled.get(_kind(row.launches), next(iter(self.pooled.values())))
 
 
 def total(parts: Floats) -> Floats:
