@@ -133,7 +133,7 @@ def evaluate(
     """The verdicts of the learned model, roofline and constant on every split of these protocols, as they come.
 
     `learned` abstains where it would in use (the roofline answers); `learned, always` says what it would have said;
-    `calibrated` is fitted without the rows that were given back, and corrected by them; `physics` has no
+    `calibrated` is fitted without the rows of a device that were given back, and corrected by them; `physics` has no
     trees, and the intervals of those that have. Where rows know the host's pace, `learned, usual host` is told none and
     `learned, own pace` that of the very timing; `learned` has what the probe found.
     """
@@ -150,9 +150,10 @@ def evaluate(
         if paces_s:
             found["learned, usual host"] = _Paced(learned, {})
             found["learned, own pace"] = _Paced(learned, paces_s)
-        if given and len({row.device.name for row in given}) == 1:
-            theirs = {id(row) for row in given}
-            before = [row for row in seen if id(row) not in theirs]
+        theirs = {id(row) for row in given}
+        before = [row for row in seen if id(row) not in theirs]
+        new_devices = {row.device.name for row in given} - {row.device.name for row in before}
+        if len(new_devices) == 1:
             key = frozenset(map(id, before))
             if key not in befores:  # the same for 16 rows a kernel given back and for 64
                 befores[key] = LearnedEstimator.fit(before, trees=trees)

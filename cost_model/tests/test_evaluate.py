@@ -124,9 +124,14 @@ def test_an_abstaining_model_says_what_share_it_answered(rows: list[TimedRow]) -
     assert found["learned, always"].answered == 1
     assert found["roofline"].answered == 0
     only_mix = [row for row in rows if row.row.operator == "mix"]
-    unseen = by_selector([v for v in evaluate(rows, ["S4"], trees=SMALL) if v.held_out == "other"])
+    verdicts = [v for v in evaluate(rows, ["S4"], trees=SMALL) if v.held_out == "other"]
+    unseen, given = (by_selector([v for v in verdicts if v.split == name]) for name in ("S4", "S4, 30 rows"))
     assert unseen["learned"].answered == 0
     assert unseen["learned"].fitted == len([row for row in only_mix if row.status == "ok"])
+    assert given["learned"].fitted == unseen["learned"].fitted + 30
+    assert given["learned"].error and unseen["learned, always"].error
+    assert given["learned"].error.mean < unseen["learned, always"].error.mean
+    assert "calibrated" not in given, "the device is known: there is nothing to calibrate"
 
 
 def test_verdicts_print_as_a_table_and_as_json(rows: list[TimedRow]) -> None:
