@@ -1,20 +1,25 @@
 """A model that was fitted elsewhere, corrected by a few rows measured on the device at hand.
 
-    seconds = overhead_k + factor_k * prod over s of f_s(row) ^ w_s         per phase, k the kernel
+    seconds = (overhead_k + factor_k * prod over s of f_s(row) ^ w_s) * e^g(row)         per phase, k the kernel
 
 f_s are the seconds that the source model gives for this device and, where there are some, for devices it was fitted
-to; w_s >= 0 (least squares of logarithms, Lawson and Hanson 1974, pulled to uniform weights). Corrections from none
-to all of these compete, and the one that errs least on shapes left out wins: sixteen rows cannot pay for everything.
+to; w_s >= 0 (least squares of logarithms, Lawson and Hanson 1974, pulled to uniform weights). g is a Gaussian process
+of what a factor per kernel leaves (`gaussian_process`), whose shares are of what each term takes at the ceilings of the
+device: from some dozens of rows it learns which unit is slower here than the source expects, and for which shapes.
+Corrections from none to all of these compete, and the one that errs least on shapes left out wins: sixteen rows cannot
+pay for everything.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import least_squares, nnls
 
 from subquad_cost_model.bound import lower_bound_s
@@ -22,18 +27,23 @@ from subquad_cost_model.conformal import grouped_quantile
 from subquad_cost_model.device import Device
 from subquad_cost_model.estimator import Estimate, Estimator
 from subquad_cost_model.features import Floats
+from subquad_cost_model.gaussian_process import GaussianProcess, places_of
 from subquad_cost_model.rows import CostRow
 from subquad_cost_model.shape_groups import fold, shape_group
+from subquad_cost_model.terms import HOST, SECONDS, Terms
 from subquad_cost_model.timed_rows import TimedRow, timed
 
-KINDS = ("none", "shift", "kernels", "overhead")
-"""From the simplest on: nothing; one factor; a factor per kernel; an overhead and a factor per kernel."""
+KINDS = ("none", "shift", "kernels", "overhead", "process")
+"""From the simplest on: nothing; one factor; a factor per kernel; an overhead and a factor per kernel; a factor per
+kernel and a Gaussian process."""
 SHRINK = 1.0
 """So many rows of no deviation stand beside those of each kernel."""
 PULL, OUTLIER = 0.3, 0.3
 """How firmly overhead and factor of a kernel are held near those of all kernels; log errors beyond the second count
 by their size, not its square."""
 MOST_FOLDS = 20
+MOST_ROWS = 1000
+"""Of one operator in a phase: a process of more takes minutes to be tried on all folds."""
 LEAST_SHAPES = 5
 """With fewer shapes in a phase nothing can be left out to choose by, and the source stays as it is."""
 REACH = 2.0
@@ -46,7 +56,8 @@ class Correction:
     """How the source is corrected in one phase. `kernels` hold (overhead in seconds, factor), `reach` the smallest and
     largest bound measured; `width` is half the interval of log seconds, infinite where shapes were too few.
 
-    `errors` are the mean |log error| of each competitor on shapes left out, `rows` how many it was fitted to.
+    `errors` are the mean |log error| of each competitor on shapes left out, `rows` how many it was fitted to. `process`
+    is None but for the kinds that have one.
     """
 
     kind: str
@@ -56,24 +67,27 @@ class Correction:
     width: float
     errors: Mapping[str, float]
     rows: int
+    process: GaussianProcess | None = None
 
-    def seconds(self, kernel: str, log_source: Floats) -> float:
-        """The corrected seconds of one row, whose source seconds are these logarithms."""
-        overhead_s, factor = self.kernels[kernel]
-        return overhead_s + factor * math.exp(float(log_source @ np.array(self.weights)))
+    def seconds(self, asked: _Asked) -> Floats:
+        """The corrected seconds of rows of its kernels."""
+        fitted = _Fitted(np.array(self.weights), self.kernels, (0.0, 1.0), self.process)
+        return np.asarray(np.exp(_predicted(fitted, asked)), dtype=np.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibratedEstimator:
     """The source model, corrected on one device for the kernels that were measured there; elsewhere the source.
 
-    `beside` are devices whose source estimates take part, after that for the device itself.
+    `beside` are devices whose source estimates take part, after that for the device itself. `alike` are devices of its
+    family that share its corrections: rows of all of them were measured.
     """
 
     source: Estimator
     device: Device
     corrections: Mapping[str, Correction]
     beside: tuple[Device, ...] = ()
+    alike: tuple[Device, ...] = ()
     level: float = 0.9
     name: str = "calibrated"
 
@@ -85,6 +99,7 @@ class CalibratedEstimator:
         source: Estimator,
         *,
         beside: Sequence[Device] = (),
+        alike: Sequence[Device] = (),
         level: float = 0.9,
     ) -> CalibratedEstimator:
         """Choose and fit a correction for each phase that has shapes enough.
@@ -92,56 +107,38 @@ class CalibratedEstimator:
         Raises: ValueError when a row is of another device.
         """
         able = timed(rows)
-        strangers = {row.device.name for row in able} - {device.name}
+        named = {one.name: one for one in (device, *alike)}
+        strangers = {row.device.name for row in able} - set(named)
         if strangers:
             raise ValueError(f"rows of {', '.join(sorted(strangers))} say nothing about {device.name}")
-        blank = cls(source=source, device=device, corrections={}, beside=tuple(beside), level=level)
         corrections: dict[str, Correction] = {}
         for phase in sorted({row.row.phase for row in able}):
             here = [row for row in able if row.row.phase == phase]
             if len({shape_group(row.row) for row in here}) >= LEAST_SHAPES:
-                corrections[phase] = _chosen(here, blank.log_source([row.row for row in here]), device, level)
-        return replace(blank, corrections=corrections)
-
-    def log_source(self, rows: Sequence[CostRow]) -> Floats:
-        """log seconds of the source: a line per row, a column for the device and each of `beside`."""
-        columns = [[e.seconds for e in self.source.predict(rows, on)] for on in (self.device, *self.beside)]
-        return np.log(np.array(columns, dtype=np.float64).T).reshape(len(rows), 1 + len(self.beside))
+                devices = [named[row.device.name] for row in here]
+                asked = _Asked.of([row.row for row in here], devices, source, beside)
+                corrections[phase] = _chosen(here, asked, devices, level)
+        return cls(
+            source=source, device=device, corrections=corrections, beside=tuple(beside), alike=tuple(alike), level=level
+        )
 
     def predict(self, rows: Sequence[CostRow], device: Device) -> list[Estimate]:
         """One estimate per row, in order; its source is `model` where it was corrected, else what the source says."""
         before = self.source.predict(rows, device)
-        if device.name != self.device.name:
+        if device.name not in (self.device.name, *(other.name for other in self.alike)):
             return [replace(estimate, note=f"calibrated for {self.device.name}, not here") for estimate in before]
-        asked = [i for i, row in enumerate(rows) if self._correction(row) is not None]
-        logs = self.log_source([rows[i] for i in asked])
         found = [
             replace(estimate, note=_join(estimate.note, "not among the kernels it was calibrated by"))
             for estimate in before
         ]
-        for i, log_source in zip(asked, logs, strict=True):
-            correction = self._correction(rows[i])
-            assert correction is not None
-            found[i] = self._corrected(rows[i], correction, log_source, before[i])
+        for phase, correction in self.corrections.items():
+            here = [i for i, row in enumerate(rows) if row.phase == phase and kernel_key(row) in correction.kernels]
+            if not here:
+                continue
+            asked = _Asked.of([rows[i] for i in here], [device] * len(here), self.source, self.beside)
+            for i, seconds in zip(here, correction.seconds(asked).tolist(), strict=True):
+                found[i] = _estimate(rows[i], device, correction, seconds, before[i])
         return found
-
-    def _correction(self, row: CostRow) -> Correction | None:
-        correction = self.corrections.get(row.phase)
-        return correction if correction is not None and kernel_key(row) in correction.kernels else None
-
-    def _corrected(self, row: CostRow, correction: Correction, log_source: Floats, before: Estimate) -> Estimate:
-        seconds = correction.seconds(kernel_key(row), log_source)
-        smallest, largest = correction.reach[kernel_key(row)]
-        bound_s = lower_bound_s(row, self.device)
-        inside = smallest / REACH <= bound_s <= largest * REACH
-        low_s, high_s = seconds * math.exp(-correction.width), seconds * math.exp(correction.width)
-        if not inside or not math.isfinite(correction.width):
-            low_s = min(before.low_s, seconds, low_s if math.isfinite(correction.width) else seconds)
-            high_s = max(before.high_s, seconds, high_s if math.isfinite(correction.width) else seconds)
-        note = "" if inside else f"its bound of {bound_s:.1e} s is beyond those it was calibrated by"
-        return Estimate(
-            seconds=seconds, low_s=low_s, high_s=high_s, peak_bytes=before.peak_bytes, source="model", note=note
-        )
 
 
 def kernel_key(row: CostRow) -> str:
@@ -153,30 +150,88 @@ def _join(*notes: str) -> str:
     return "; ".join(note for note in notes if note)
 
 
-def _chosen(rows: Sequence[TimedRow], log_source: Floats, device: Device, level: float) -> Correction:
+def _estimate(row: CostRow, device: Device, correction: Correction, seconds: float, before: Estimate) -> Estimate:
+    """The corrected seconds in their interval, beyond what was measured in the source's as well."""
+    smallest, largest = correction.reach[kernel_key(row)]
+    bound_s = lower_bound_s(row, device)
+    inside = smallest / REACH <= bound_s <= largest * REACH
+    low_s, high_s = seconds * math.exp(-correction.width), seconds * math.exp(correction.width)
+    if not inside or not math.isfinite(correction.width):
+        low_s = min(before.low_s, seconds, low_s if math.isfinite(correction.width) else seconds)
+        high_s = max(before.high_s, seconds, high_s if math.isfinite(correction.width) else seconds)
+    note = "" if inside else f"its bound of {bound_s:.1e} s is beyond those it was calibrated by"
+    return Estimate(
+        seconds=seconds, low_s=low_s, high_s=high_s, peak_bytes=before.peak_bytes, source="model", note=note
+    )
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Rows of one phase, counted once: their kernels, log seconds of the source (a column for their device and each of
+    those beside it), places, and what each term takes at the device's ceilings, but for the host's."""
+
+    rows: Sequence[CostRow]
+    kernels: NDArray[np.str_]
+    log_source: Floats
+    places: Floats
+    parts: Floats
+
+    @classmethod
+    def of(
+        cls, rows: Sequence[CostRow], devices: Sequence[Device], source: Estimator, beside: Sequence[Device]
+    ) -> _Asked:
+        """Ask the source, and count."""
+        log_source = np.empty((len(rows), 1 + len(beside)))
+        for device in {device.name: device for device in devices}.values():
+            here = [i for i, of_row in enumerate(devices) if of_row.name == device.name]
+            asked = [rows[i] for i in here]
+            columns = [[e.seconds for e in source.predict(asked, on)] for on in (device, *beside)]
+            log_source[here] = np.log(np.array(columns, dtype=np.float64).T)
+        own = len(SECONDS) - len(HOST)
+        parts = np.maximum(Terms.count(SECONDS, rows, devices).lines[:, :own], 0.0)
+        return cls(rows, np.array([kernel_key(row) for row in rows]), log_source, places_of(rows, devices), parts)
+
+    def take(self, inside: NDArray[np.bool_]) -> _Asked:
+        """Those of some rows."""
+        rows = [row for row, one in zip(self.rows, inside, strict=True) if one]
+        return _Asked(rows, self.kernels[inside], self.log_source[inside], self.places[inside], self.parts[inside])
+
+
+class _Fitted(NamedTuple):
+    """Weights of the sources, overhead and factor by kernel, those of kernels not among the rows, and what is left."""
+
+    weights: Floats
+    of_kernels: Mapping[str, tuple[float, float]]
+    shared: tuple[float, float]
+    process: GaussianProcess | None = None
+
+
+def _chosen(rows: Sequence[TimedRow], asked: _Asked, devices: Sequence[Device], level: float) -> Correction:
     """The correction that errs least on shapes left out, fitted to all rows, as wide as it erred there."""
     groups = [shape_group(row.row) for row in rows]
-    kernels = np.array([kernel_key(row.row) for row in rows])
-    log_s = np.log([row.seconds for row in rows])
+    log_s, doubts = np.log([row.seconds for row in rows]), np.array([row.doubt for row in rows])
     distinct = sorted(set(groups), key=lambda group: fold(group, 1 << 30))
     places = {group: place % MOST_FOLDS for place, group in enumerate(distinct)}
     folds = np.array([places[group] for group in groups])
+    most = max(Counter(row.row.operator for row in rows).values())
     residuals: dict[str, Floats] = {}
     for kind in KINDS:
-        for stacked in (False, True) if log_source.shape[1] > 1 and kind != "none" else (False,):
+        if kind == "process" and most > MOST_ROWS:
+            continue
+        for stacked in (False, True) if asked.log_source.shape[1] > 1 and kind != "none" else (False,):
             found = np.empty_like(log_s)
             for number in np.unique(folds):
                 out = folds == number
-                fitted = _fitted(kind, stacked, kernels[~out], log_source[~out], log_s[~out])
-                found[out] = log_s[out] - _predicted(fitted, kernels[out], log_source[out])
+                fitted = _fitted(kind, stacked, asked.take(~out), log_s[~out], doubts[~out])
+                found[out] = log_s[out] - _predicted(fitted, asked.take(out))
             residuals[f"stacked {kind}" if stacked else kind] = np.abs(found)
     errors = {name: float(residual.mean()) for name, residual in residuals.items()}
     best = min(errors, key=lambda name: errors[name])  # the simplest of equals
     kind, stacked = best.removeprefix("stacked "), best.startswith("stacked ")
-    weights, of_kernels, shared = _fitted(kind, stacked, kernels, log_source, log_s)
+    weights, of_kernels, shared, process = _fitted(kind, stacked, asked, log_s, doubts)
     bounds_s: dict[str, list[float]] = defaultdict(list)
-    for row in rows:
-        bounds_s[kernel_key(row.row)].append(lower_bound_s(row.row, device))
+    for row, device in zip(asked.rows, devices, strict=True):
+        bounds_s[kernel_key(row)].append(lower_bound_s(row, device))
     return Correction(
         kind=best,
         weights=tuple(weights.tolist()),
@@ -185,22 +240,21 @@ def _chosen(rows: Sequence[TimedRow], log_source: Floats, device: Device, level:
         width=grouped_quantile(residuals[best], groups, level),
         errors=errors,
         rows=len(rows),
+        process=process,
     )
 
 
-_Fitted = tuple[Floats, dict[str, tuple[float, float]], tuple[float, float]]
-
-
-def _fitted(kind: str, stacked: bool, kernels: np.ndarray, log_source: Floats, log_s: Floats) -> _Fitted:  # type: ignore[type-arg]
-    """Weights of the sources, overhead and factor by kernel, and those of kernels that are not among the rows."""
+def _fitted(kind: str, stacked: bool, asked: _Asked, log_s: Floats, doubts: Floats) -> _Fitted:
+    """Of one kind."""
+    log_source, kernels = asked.log_source, asked.kernels
     weights = _weights(log_source, log_s) if stacked else np.eye(log_source.shape[1])[0]
     if kind == "none":
-        return weights, {}, (0.0, 1.0)
+        return _Fitted(weights, {}, (0.0, 1.0))
     base = log_source @ weights
     shift = float(np.median(log_s - base))
     shared = (0.0, math.exp(shift))
     if kind == "shift":
-        return weights, {}, shared
+        return _Fitted(weights, {}, shared)
     if kind == "overhead":
         # From half of the shortest time: what an overhead is at most, or nearly.
         shared = _overhead(base, log_s, (math.exp(float(log_s.min())) / 2, shared[1]))
@@ -212,7 +266,11 @@ def _fitted(kind: str, stacked: bool, kernels: np.ndarray, log_source: Floats, l
         else:
             deviation = float((log_s[here] - base[here] - shift).sum()) / (here.sum() + SHRINK)
             of_kernels[str(name)] = (0.0, math.exp(shift + deviation))
-    return weights, of_kernels, shared
+    fitted = _Fitted(weights, of_kernels, shared)
+    if kind != "process":
+        return fitted
+    left = log_s - _predicted(fitted, asked)
+    return fitted._replace(process=GaussianProcess.fit(asked.rows, asked.places, asked.parts, left, doubts))
 
 
 def _weights(log_source: Floats, log_s: Floats) -> Floats:
@@ -237,7 +295,10 @@ def _overhead(base: Floats, log_s: Floats, near: tuple[float, float]) -> tuple[f
     return math.exp(found[0]), math.exp(found[1])
 
 
-def _predicted(fitted: _Fitted, kernels: np.ndarray, log_source: Floats) -> Floats:  # type: ignore[type-arg]
-    weights, of_kernels, shared = fitted
-    pairs = np.array([of_kernels.get(str(name), shared) for name in kernels])
-    return np.asarray(np.log(pairs[:, 0] + pairs[:, 1] * np.exp(log_source @ weights)), dtype=np.float64)
+def _predicted(fitted: _Fitted, asked: _Asked) -> Floats:
+    """log seconds."""
+    pairs = np.array([fitted.of_kernels.get(str(name), fitted.shared) for name in asked.kernels])
+    found = np.log(pairs[:, 0] + pairs[:, 1] * np.exp(asked.log_source @ fitted.weights))
+    if fitted.process is not None:
+        found = found + fitted.process.predict(asked.rows, asked.places, asked.parts)
+    return np.asarray(found, dtype=np.float64)

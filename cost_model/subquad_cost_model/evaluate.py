@@ -6,7 +6,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from operator import itemgetter
 
 from subquad_cost_model.calibration import CalibratedEstimator
@@ -50,9 +50,9 @@ class Verdict:
     `regret` is over cells: a shape, phase and dtype on a device with rivals (`cells` of them); `time_regret` is the sum
     of chosen over the sum of best seconds - 1. `error`, `covered` and `width` are over rows; None for selectors that
     predict nothing. `answered` is the share of rows that the model did not leave to its fallback. `steady_error` is
-    over the rows whose repeats agree, `training_error` over sums of a kernel's forward and backward, `peak_error` over
-    peak bytes; `noise` is half the range of a row's repeats over its median, the floor under every error. `measured` is
-    how many rivals of a cell a choice measured.
+    over the rows whose repeats agree, `phase_errors` over those of each phase, `training_error` over sums of a kernel's
+    forward and backward, `peak_error` over peak bytes; `noise` is half the range of a row's repeats over its median,
+    the floor under every error. `measured` is how many rivals of a cell a choice measured.
     """
 
     split: str
@@ -69,6 +69,7 @@ class Verdict:
     width: float | None = None
     answered: float | None = None
     steady_error: Summary | None = None
+    phase_errors: Mapping[str, Summary] = field(default_factory=dict)
     training_error: Summary | None = None
     peak_error: Summary | None = None
     noise: Summary | None = None
@@ -105,6 +106,7 @@ def judge(rows: Sequence[TimedRow], split: Split, fit: Fit) -> list[Verdict]:
                 answered=sum(estimate.source == "model" for estimate in estimates) / len(estimates),
                 noise=Summary.of([row.doubt for row in asked]),
                 steady_error=steady,
+                phase_errors=_phase_errors(predicted_s, asked),
                 training_error=training,
                 peak_error=peaks,
             )
@@ -128,9 +130,11 @@ def judge(rows: Sequence[TimedRow], split: Split, fit: Fit) -> list[Verdict]:
 
 
 def evaluate(
-    rows: Sequence[TimedRow], protocols: Sequence[str], *, trees: Trees = USUAL, salt: str = ""
+    rows: Sequence[TimedRow], protocols: Sequence[str], *, trees: Trees = USUAL, salt: str = "", only: str = ""
 ) -> Iterator[Verdict]:
     """The verdicts of the learned model, roofline and constant on every split of these protocols, as they come.
+
+    `only` leaves out the splits whose names do not hold it (`16 chosen`).
 
     `learned` abstains where it would in use (the roofline answers); `learned, always` says what it would have said;
     `calibrated` is fitted without the rows of a device that were given back, and corrected by them; `physics` has no
@@ -152,14 +156,14 @@ def evaluate(
             found["learned, own pace"] = _Paced(learned, paces_s)
         theirs = {id(row) for row in given}
         before = [row for row in seen if id(row) not in theirs]
-        new_devices = {row.device.name for row in given} - {row.device.name for row in before}
-        if len(new_devices) == 1:
+        if {row.device.name for row in given} - {row.device.name for row in before}:
             key = frozenset(map(id, before))
             if key not in befores:  # the same for 16 rows a kernel given back and for 64
                 befores[key] = LearnedEstimator.fit(before, trees=trees)
-            others = {row.device.name: row.device for row in seen if row.device.name != given[0].device.name}
+            beside = {row.device.name: row.device for row in before}
+            here, *alike = {row.device.name: row.device for row in able if row.device.name not in beside}.values()
             found["calibrated"] = CalibratedEstimator.fit(
-                given, given[0].device, befores[key], beside=tuple(others.values())
+                given, here, befores[key], beside=tuple(beside.values()), alike=alike
             )
         return found
 
@@ -168,7 +172,8 @@ def evaluate(
     paces_s = {(row.device.name, row.row.key): row.host_s for row in able if row.host_s is not None}
     for protocol in protocols:
         for split in splits(able, protocol, salt=salt):
-            yield from judge(able, split, fit)
+            if only in split.name:
+                yield from judge(able, split, fit)
 
 
 @dataclass(frozen=True)
@@ -244,8 +249,9 @@ def as_line(verdict: Verdict) -> str:
 
 HEADER = (
     "| split | held out | fitted / judged | selector | regret mean / p95 / max % (cells) "
-    "| error mean / median / p90 % | of steady rows | of forward + backward | of peak bytes | noise mean / median % "
-    "| in 90 % interval (factor) | answered |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
+    "| error mean / median / p90 % | of each phase | of steady rows | of forward + backward | of peak bytes "
+    "| noise mean / median % | in 90 % interval (factor) | answered |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -263,6 +269,7 @@ def as_markdown(verdict: Verdict) -> str:
         verdict.selector + (f" ({verdict.measured:.1f})" if verdict.measured is not None else ""),
         f"{_percent(lost.mean, lost.p95, lost.largest)} ({verdict.cells})" if lost else "",
         errors(verdict.error),
+        "; ".join(f"{phase} {errors(of)}" for phase, of in verdict.phase_errors.items()),
         errors(verdict.steady_error),
         errors(verdict.training_error),
         errors(verdict.peak_error),
@@ -349,6 +356,13 @@ def _errors(
         return Summary.of(relative_errors(*zip(*of, strict=True))) if of else None
 
     return summary(steady), summary(wholes), summary(peaks)
+
+
+def _phase_errors(predicted_s: Sequence[float], rows: Sequence[TimedRow]) -> dict[str, Summary]:
+    errors: dict[str, list[float]] = defaultdict(list)
+    for row, error in zip(rows, relative_errors(predicted_s, [row.seconds for row in rows]), strict=True):
+        errors[row.row.phase].append(error)
+    return {phase: Summary.of(errors[phase]) for phase in sorted(errors)}
 
 
 def _fastest(seconds: Sequence[float]) -> Choose:

@@ -20,15 +20,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from subquad_cost_model.envelope import Smaller
 from subquad_cost_model.estimator import Estimator
 from subquad_cost_model.features import Vocabulary, schema_hash
-from subquad_cost_model.gaussian_process import SCALES, GaussianProcess
+from subquad_cost_model.gaussian_process import GaussianProcess
 from subquad_cost_model.head import Head
 from subquad_cost_model.learned import LearnedEstimator
 from subquad_cost_model.physics import Physics
+from subquad_cost_model.process_records import process_from_record, process_record
 from subquad_cost_model.roofline import RooflineEstimator
 from subquad_cost_model.terms import BYTES, SECONDS
 from subquad_cost_model.work_alone import WorkAlone
@@ -164,30 +163,16 @@ def _booster(lightgbm: Any, text: str) -> lightgbm.Booster:
 def _point_text(point: lightgbm.Booster | GaussianProcess) -> str:
     if not isinstance(point, GaussianProcess):
         return str(point.model_to_string())
-    places, shares = (
-        [[value if value % 1 else int(value) for value in row] for row in of.tolist()]  # 0, not 0.0
-        for of in (point.places, point.shares)
-    )
-    lines = zip(point.operators, point.kernels, point.weights.tolist(), places, shares, strict=True)
-    rows = ",\n".join(json.dumps(line, separators=(",", ":")) for line in lines)
-    return f'{{"scales": {json.dumps(SCALES)}, "choices": {json.dumps(point.choices)}, "rows": [\n{rows}\n]}}\n'
+    record = process_record(point)
+    rows = ",\n".join(json.dumps(line, separators=(",", ":")) for line in record["rows"])
+    scales, choices = json.dumps(record["scales"]), json.dumps(record["choices"])
+    return f'{{"scales": {scales}, "choices": {choices}, "rows": [\n{rows}\n]}}\n'
 
 
 def _point(lightgbm: Any, text: str) -> lightgbm.Booster | GaussianProcess:
     if not text.startswith("{"):
         return _booster(lightgbm, text)
-    record = json.loads(text)
-    if record["scales"] != list(SCALES):
-        raise ValueError("its Gaussian process has other scales than this package's: fit it again")
-    operators, kernels, weights, places, shares = zip(*record["rows"], strict=True)
-    return GaussianProcess(
-        places=np.array(places, dtype=np.float64),
-        shares=np.array(shares, dtype=np.float64),
-        choices=tuple(record["choices"]),
-        operators=operators,
-        kernels=kernels,
-        weights=np.array(weights, dtype=np.float64),
-    )
+    return process_from_record(json.loads(text))
 
 
 def _head_record(head: Head) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ import numpy as np
 from subquad_cost_model.calibration import CalibratedEstimator, Correction
 from subquad_cost_model.device import Device
 from subquad_cost_model.estimator import Estimator
+from subquad_cost_model.process_records import process_from_record, process_record
 from subquad_cost_model.rows import CostRow
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 WITNESSES = 8
 SAME = 1e-6
 """Relative difference of seconds below which two models say the same."""
@@ -39,6 +40,7 @@ def save_profile(
         "date": datetime.now(UTC).date().isoformat(),
         "device": json.loads(calibrated.device.to_json()),
         "beside": [json.loads(device.to_json()) for device in calibrated.beside],
+        "alike": [json.loads(device.to_json()) for device in calibrated.alike],
         "level": calibrated.level,
         "source": calibrated.source.name,
         "witnesses": [
@@ -75,6 +77,7 @@ def load_profile(path: Path, source: Estimator, device: Device | None = None) ->
             device=made_for,
             corrections={phase: _correction(record) for phase, record in content["corrections"].items()},
             beside=tuple(Device.from_json(json.dumps(record)) for record in content["beside"]),
+            alike=tuple(Device.from_json(json.dumps(record)) for record in content["alike"]),
             level=content["level"],
         )
         rows = [CostRow(**witness["row"]) for witness in content["witnesses"]]
@@ -109,7 +112,10 @@ def _listed(device: Device) -> str:
 
 
 def _record(correction: Correction) -> dict[str, Any]:
-    return asdict(correction) | {"width": correction.width if math.isfinite(correction.width) else None}
+    return asdict(replace(correction, process=None)) | {
+        "width": correction.width if math.isfinite(correction.width) else None,
+        "process": None if correction.process is None else process_record(correction.process),
+    }
 
 
 def _correction(record: Mapping[str, Any]) -> Correction:
@@ -121,4 +127,5 @@ def _correction(record: Mapping[str, Any]) -> Correction:
         width=math.inf if record["width"] is None else record["width"],
         errors=record["errors"],
         rows=record["rows"],
+        process=None if record["process"] is None else process_from_record(record["process"]),
     )

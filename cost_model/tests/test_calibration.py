@@ -15,7 +15,16 @@ import planted
 import pytest
 from scipy.optimize import minimize
 
-from subquad_cost_model import CostRow, Device, Estimate, LearnedEstimator, RooflineEstimator, TimedRow, Trees
+from subquad_cost_model import (
+    CostRow,
+    Device,
+    Estimate,
+    LearnedEstimator,
+    RooflineEstimator,
+    TimedRow,
+    Trees,
+    calibration,
+)
 from subquad_cost_model.calibration import OUTLIER, PULL, CalibratedEstimator, _overhead, _weights
 from subquad_cost_model.metrics import coverage, error_factor
 from subquad_cost_model.profile_files import ProfileError, load_profile, profile_or_source, save_profile
@@ -54,7 +63,7 @@ def factor_off(estimator: Any, judged: Sequence[TimedRow]) -> float:
 def test_a_factor_per_kernel_is_found_from_sixteen_shapes() -> None:
     source = Truth({"wide": 3.0, "narrow": 0.5})
     calibrated = CalibratedEstimator.fit(rows(0, 16), HERE, source)
-    assert calibrated.corrections["forward"].kind in ("kernels", "overhead")
+    assert calibrated.corrections["forward"].kind in ("kernels", "overhead", "process")
     judged = rows(1, 60, noise=0.0)
     assert factor_off(source, judged) > 1.9
     assert factor_off(calibrated, judged) < 1.12
@@ -65,6 +74,44 @@ def test_an_overhead_per_call_is_found() -> None:
     calibrated = CalibratedEstimator.fit(rows(2, 24, noise=0.005), HERE, source)
     assert calibrated.corrections["forward"].kind == "overhead"
     assert factor_off(calibrated, rows(3, 60, noise=0.0)) < factor_off(source, rows(3, 60, noise=0.0))
+
+
+def test_a_unit_that_is_slower_than_the_source_expects_is_found() -> None:
+    """Which no factor per kernel can say: rows that wait for memory, or to be launched, are as expected."""
+    expected = replace(
+        HERE,
+        matmul_flops_per_s={"bfloat16": 3 * HERE.matmul_flops_per_s["bfloat16"]},
+        transcendental_per_s=3 * HERE.transcendental_per_s,
+        serial_step_s=HERE.serial_step_s / 3,  # as many multiprocessors
+    )
+
+    class Source(Truth):
+        def predict(self, rows: Sequence[CostRow], device: Device) -> list[Estimate]:
+            return super().predict(rows, expected)
+
+    source, judged = Source({"wide": 1.0, "narrow": 1.0}), rows(20, 80, noise=0.0)
+    calibrated = CalibratedEstimator.fit(rows(19, 16), HERE, source)
+    found = calibrated.corrections["forward"]
+    assert found.kind == "process"
+    assert found.errors["process"] < 0.6 * min(found.errors["kernels"], found.errors["overhead"])
+    assert factor_off(source, judged) > 1.25
+    assert factor_off(calibrated, judged) < 1.08
+
+
+def test_rows_of_one_operator_beyond_a_thousand_are_left_to_factors(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured, source = rows(21, 12), Truth({"wide": 1.0, "narrow": 1.0})
+    monkeypatch.setattr(calibration, "MOST_ROWS", len(measured) - 1)
+    assert "process" not in CalibratedEstimator.fit(measured, HERE, source).corrections["forward"].errors
+
+
+def test_devices_of_one_family_share_what_each_of_them_taught() -> None:
+    sibling = planted.device("sibling", (9, 0), scale=1.1)
+    source = Truth({"wide": 3.0, "narrow": 0.5})
+    measured = [*rows(22, 10), *rows(23, 10, on=sibling)]
+    calibrated = CalibratedEstimator.fit(measured, HERE, source, alike=[sibling])
+    judged = rows(24, 40, noise=0.0, on=sibling)
+    found = [estimate.seconds for estimate in calibrated.predict([row.row for row in judged], sibling)]
+    assert error_factor(found, [row.seconds for row in judged]) < 1.12
 
 
 def test_a_source_that_is_right_stays_nearly_as_it_is() -> None:
