@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     judge = verbs.add_parser("evaluate", help="judge learned model, roofline and constant on rows they did not see")
     judge.add_argument("rows", type=Path, help="parquet file, or a folder of them")
     judge.add_argument("--splits", default="S0,S1,S2,S5", help=f"of {', '.join(SPLITS)}, with commas between")
-    judge.add_argument("--only", default="", help="words that the names of splits must hold, such as '16 chosen'")
+    judge.add_argument("--given-back", default="", help="of S6 only splits of such names: '16 chosen', '16 per', ...")
     judge.add_argument("--salt", default="", help="another word gives other shapes and layouts to S0, S1 and S6")
     judge.add_argument("--by-kernel", action="store_true", help="errors of each kernel and phase, the worst first")
     judge.add_argument("--json", action="store_true", help="lines of JSON in place of a table")
@@ -94,7 +94,9 @@ def _evaluate(given: argparse.Namespace) -> None:
         return
     if not given.json:
         print(HEADER)
-    for verdict in evaluate(rows, given.splits.split(","), trees=_trees(given), salt=given.salt, only=given.only):
+    for verdict in evaluate(
+        rows, given.splits.split(","), trees=_trees(given), salt=given.salt, given_back=given.given_back
+    ):
         print(as_line(verdict) if given.json else as_markdown(verdict), flush=True)
 
 

@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from operator import itemgetter
 
 from subquad_cost_model.calibration import CalibratedEstimator
@@ -130,11 +131,11 @@ def judge(rows: Sequence[TimedRow], split: Split, fit: Fit) -> list[Verdict]:
 
 
 def evaluate(
-    rows: Sequence[TimedRow], protocols: Sequence[str], *, trees: Trees = USUAL, salt: str = "", only: str = ""
+    rows: Sequence[TimedRow], protocols: Sequence[str], *, trees: Trees = USUAL, salt: str = "", given_back: str = ""
 ) -> Iterator[Verdict]:
     """The verdicts of the learned model, roofline and constant on every split of these protocols, as they come.
 
-    `only` leaves out the splits whose names do not hold it (`16 chosen`).
+    Of S6 only splits whose names hold `given_back` are judged (`16 chosen`).
 
     `learned` abstains where it would in use (the roofline answers); `learned, always` says what it would have said;
     `calibrated` is fitted without the rows of a device that were given back, and corrected by them; `physics` has no
@@ -142,8 +143,12 @@ def evaluate(
     `learned, own pace` that of the very timing; `learned` has what the probe found.
     """
 
+    @lru_cache(maxsize=16)  # S5, and S6 without what it is given back, however many rows that are
+    def learn(indices: frozenset[int]) -> LearnedEstimator:
+        return LearnedEstimator.fit([able[index] for index in sorted(indices)], trees=trees)
+
     def fit(seen: Sequence[TimedRow], given: Sequence[TimedRow]) -> dict[str, Estimator]:
-        learned = LearnedEstimator.fit(seen, trees=trees)
+        learned = learn(frozenset(places[id(row)] for row in seen))
         found: dict[str, Estimator] = {
             "learned": learned,
             "learned, always": replace(learned, abstains=False),
@@ -157,22 +162,23 @@ def evaluate(
         theirs = {id(row) for row in given}
         before = [row for row in seen if id(row) not in theirs]
         if {row.device.name for row in given} - {row.device.name for row in before}:
-            key = frozenset(map(id, before))
-            if key not in befores:  # the same for 16 rows a kernel given back and for 64
-                befores[key] = LearnedEstimator.fit(before, trees=trees)
             beside = {row.device.name: row.device for row in before}
             here, *alike = {row.device.name: row.device for row in able if row.device.name not in beside}.values()
             found["calibrated"] = CalibratedEstimator.fit(
-                given, here, befores[key], beside=tuple(beside.values()), alike=alike
+                given,
+                here,
+                learn(frozenset(places[id(row)] for row in before)),
+                beside=tuple(beside.values()),
+                alike=alike,
             )
         return found
 
     able = timed(rows)
-    befores: dict[frozenset[int], LearnedEstimator] = {}
+    places = {id(row): index for index, row in enumerate(able)}
     paces_s = {(row.device.name, row.row.key): row.host_s for row in able if row.host_s is not None}
     for protocol in protocols:
         for split in splits(able, protocol, salt=salt):
-            if only in split.name:
+            if protocol != "S6" or given_back in split.name:
                 yield from judge(able, split, fit)
 
 

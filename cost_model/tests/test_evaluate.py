@@ -61,6 +61,38 @@ def test_the_truth_has_no_regret_and_its_double_only_error() -> None:
     assert found["oracle"].regret == found["true"].regret
 
 
+def test_errors_are_told_apart_by_phase() -> None:
+    rows = planted.table(seed=5, shapes=10, noise=0.0, phases=("forward", "backward"))
+    split = Split(name="S", held_out="all", fit=(), judge=tuple(range(len(rows))))
+
+    class Late(Clairvoyant):
+        """Off by a half on what runs backward."""
+
+        def predict(self, rows: Sequence[CostRow], device: Device) -> list[Estimate]:
+            return [
+                replace(e, seconds=e.seconds * (1.5 if row.phase == "backward" else 1))
+                for row, e in zip(rows, super().predict(rows, device), strict=True)
+            ]
+
+    verdict = judge(rows, split, lambda seen, given: {"late": Late(1)})[0]
+    assert {phase: error.mean for phase, error in verdict.phase_errors.items()} == pytest.approx(
+        {"backward": 0.5, "forward": 0.0}
+    )
+    assert "backward 50 / 50 / 50; forward 0 / 0 / 0" in as_markdown(verdict)
+
+
+def test_a_device_of_which_a_few_rows_are_known_is_calibrated_and_only_the_splits_asked_for_are_judged(
+    rows: list[TimedRow],
+) -> None:
+    verdicts = list(evaluate(rows, ["S6"], trees=SMALL, given_back="16 chosen"))
+    assert {verdict.split for verdict in verdicts} == {"S6, 16 chosen per kernel"}
+    for held_out in {verdict.held_out for verdict in verdicts}:
+        found = by_selector([verdict for verdict in verdicts if verdict.held_out == held_out])
+        calibrated, physics = found["calibrated"], found["physics"]
+        assert calibrated.error_factor and physics.error_factor
+        assert calibrated.error_factor < physics.error_factor, held_out
+
+
 def test_random_and_always_lose_what_can_be_counted_by_hand() -> None:
     rows = planted.table(seed=1, shapes=20, noise=0.0)
     keys = [(row.device.name, replace(row.row, kernel="").key) for row in rows]
