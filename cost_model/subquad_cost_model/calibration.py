@@ -44,6 +44,9 @@ by their size, not its square."""
 MOST_FOLDS = 20
 MOST_ROWS = 1000
 """Of one operator in a phase: a process of more takes minutes to be tried on all folds."""
+LEAST_DOUBT = 0.08
+"""Of a row, for the process: from shape to shape a source is off by more than repeats of a timing are, and sixteen rows
+of a kernel are too few to follow that."""
 LEAST_SHAPES = 5
 """With fewer shapes in a phase nothing can be left out to choose by, and the source stays as it is."""
 REACH = 2.0
@@ -270,7 +273,8 @@ def _fitted(kind: str, stacked: bool, asked: _Asked, log_s: Floats, doubts: Floa
     if kind != "process":
         return fitted
     left = log_s - _predicted(fitted, asked)
-    return fitted._replace(process=GaussianProcess.fit(asked.rows, asked.places, asked.parts, left, doubts))
+    unsure = np.maximum(doubts, LEAST_DOUBT)
+    return fitted._replace(process=GaussianProcess.fit(asked.rows, asked.places, asked.parts, left, unsure))
 
 
 def _weights(log_source: Floats, log_s: Floats) -> Floats:
