@@ -232,6 +232,7 @@ def test_a_profile_says_the_same_after_it_was_read(tmp_path: Path) -> None:
     calibrated = saved(tmp_path / "profile.json")
     again = load_profile(tmp_path / "profile.json", calibrated.source, HERE)
     asked = [row.row for row in rows(18, 20)]
+    assert again.corrections["forward"].process is not None, "the most that a profile has to keep"
     assert again.predict(asked, HERE) == calibrated.predict(asked, HERE)
     assert [path.name for path in tmp_path.iterdir()] == ["profile.json"]
 
