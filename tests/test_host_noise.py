@@ -42,7 +42,7 @@ def test_other_launches_and_other_runs_are_no_repeats() -> None:
 
 
 def test_a_row_waits_where_queueing_took_longer_than_the_head_start() -> None:
-    head_start_s = host_noise.CLEARED * DEVICE.cache_bytes / DEVICE.bytes_per_s
+    head_start_s = host_noise.head_start_s(DEVICE)
     limits = [
         timed(1e-5, 5e-5, launches=1),
         timed(1e-5, head_start_s / 2),

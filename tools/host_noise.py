@@ -20,7 +20,7 @@ from pathlib import Path
 
 from subquad_cost_model import CostRow, LearnedEstimator, TimedRow, read_timed_rows
 from subquad_cost_model.splits import splits
-from subquad_cost_model.terms import CLEARED, MOST_FUSED
+from subquad_cost_model.terms import MOST_FUSED, head_start_s
 from subquad_cost_model.timed_rows import timed
 from subquad_cost_model.trees import Trees
 
@@ -78,9 +78,8 @@ def limit(one: TimedRow) -> str:
         return LIMITS[0]
     if one.queued_s is None:
         return LIMITS[3]
-    head_start_s = CLEARED * one.device.cache_bytes / one.device.bytes_per_s
     # Longer than twice the row: the device was busy, and the host waited for room in its queue.
-    return LIMITS[2] if head_start_s < one.queued_s < 2 * one.seconds else LIMITS[1]
+    return LIMITS[2] if head_start_s(one.device) < one.queued_s < 2 * one.seconds else LIMITS[1]
 
 
 def judged(rows: Sequence[TimedRow], protocol: str) -> dict[str, list[float]]:

@@ -5,7 +5,8 @@ Seconds, bytes and versions stay as they were measured. Rows of kernels that are
 those of the kernels named by `--without` are left out: what was timed of code that computes otherwise today. Those
 named by `--as-timed` stay whole as well: their code has since come to walk fewer steps, and what was timed is theirs.
 `--without-stale` leaves out what `STALE` says was timed of other code, by kernel, date and workload alone, what was
-disturbed while it was timed, by its own repeats alone (`APART`), and phases of kernels of which all tables together
+disturbed while it was timed, by its own repeats alone (`APART`), what waited for the host where the kernel has been
+captured since, and phases of kernels of which all tables together
 then hold too few rows to learn from (`LEAST_ROWS`): they are left to the roofline, and measured.
 Tables of versions that did not keep the lengths of packed documents are given them: `measure` draws them from seed 0.
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 import subquad_kernels.operators  # noqa: F401  (registers what is declared)
 from subquad.compiler.workload import cost_row
 from subquad_cost_model import CostRow, TimedRow, read_timed_rows, write_timed_rows
+from subquad_cost_model.terms import head_start_s
 from subquad_kernels.catalogue import CATALOGUE, CatalogueError
 from subquad_kernels.samples import draw_boundaries
 from subquad_kernels.segment_attention.tilings import step_launch
@@ -90,6 +92,13 @@ def is_disturbed(timed: TimedRow) -> bool:
     return (timed.repeats or 0) >= ENOUGH_REPEATS and timed.high_s - timed.low_s > most * timed.median_s
 
 
+def has_waited(timed: TimedRow) -> bool:
+    """Whether the call took less long than the host needed to queue it, beyond the head start that the clock gave."""
+    if timed.queued_s is None or timed.median_s is None or "documents" in timed.row.shape:
+        return False
+    return head_start_s(timed.device) < timed.queued_s and timed.median_s < timed.queued_s
+
+
 LEAST_ROWS = 6
 """Of fewer a physics head learns a level alone, and was off by a factor of ten on the next."""
 
@@ -99,8 +108,19 @@ def _of_phase(timed: TimedRow) -> tuple[str, str]:
 
 
 def kept(tables: Sequence[Sequence[TimedRow]]) -> list[list[TimedRow]]:
-    """Of each table the rows that are neither stale nor disturbed, nor too few; failures stay."""
-    left = [[row for row in table if not is_stale(row) and not is_disturbed(row)] for table in tables]
+    """Of each table the rows that are neither stale nor disturbed, nor too few; failures stay.
+
+    Nor those that waited for the host, of phases of kernels that have been captured since.
+    """
+    captured = {_of_phase(row) for table in tables for row in table if row.cuda_graph}
+    left = [
+        [
+            row
+            for row in table
+            if not (is_stale(row) or is_disturbed(row) or (has_waited(row) and _of_phase(row) in captured))
+        ]
+        for table in tables
+    ]
     counts = Counter(_of_phase(row) for table in left for row in table if row.status == "ok")
     return [[row for row in table if row.status != "ok" or counts[_of_phase(row)] >= LEAST_ROWS] for table in left]
 

@@ -118,7 +118,7 @@ class CalibratedEstimator:
         for phase in sorted({row.row.phase for row in able}):
             here = [row for row in able if row.row.phase == phase]
             if len({shape_group(row.row) for row in here}) >= LEAST_SHAPES:
-                devices = [named[row.device.name] for row in here]
+                devices = [row.on(named[row.device.name]) for row in here]
                 asked = _Asked.of([row.row for row in here], devices, source, beside)
                 corrections[phase] = _chosen(here, asked, devices, level)
         return cls(
@@ -185,10 +185,12 @@ class _Asked:
     ) -> _Asked:
         """Ask the source, and count."""
         log_source = np.empty((len(rows), 1 + len(beside)))
-        for device in {device.name: device for device in devices}.values():
-            here = [i for i, of_row in enumerate(devices) if of_row.name == device.name]
+        for (name, pace_s), device in {(device.name, device.host_s): device for device in devices}.items():
+            here = [i for i, of_row in enumerate(devices) if (of_row.name, of_row.host_s) == (name, pace_s)]
             asked = [rows[i] for i in here]
-            columns = [[e.seconds for e in source.predict(asked, on)] for on in (device, *beside)]
+            # What is captured waits for no host, on any of them.
+            others = [replace(other, host_s=0.0) for other in beside] if device.host_s == 0.0 else beside
+            columns = [[e.seconds for e in source.predict(asked, on)] for on in (device, *others)]
             log_source[here] = np.log(np.array(columns, dtype=np.float64).T)
         own = len(SECONDS) - len(HOST)
         parts = np.maximum(Terms.count(SECONDS, rows, devices).lines[:, :own], 0.0)

@@ -52,8 +52,9 @@ class Verdict:
     of chosen over the sum of best seconds - 1. `error`, `covered` and `width` are over rows; None for selectors that
     predict nothing. `answered` is the share of rows that the model did not leave to its fallback. `steady_error` is
     over the rows whose repeats agree, `phase_errors` over those of each phase, `training_error` over sums of a kernel's
-    forward and backward, `peak_error` over peak bytes; `noise` is half the range of a row's repeats over its median,
-    the floor under every error. `measured` is how many rivals of a cell a choice measured.
+    forward and backward, `steady_training_error` over those whose rows are steady both, `peak_error` over peak bytes;
+    `noise` is half the range of a row's repeats over its median, the floor under every error. `measured` is how many
+    rivals of a cell a choice measured.
     """
 
     split: str
@@ -72,6 +73,7 @@ class Verdict:
     steady_error: Summary | None = None
     phase_errors: Mapping[str, Summary] = field(default_factory=dict)
     training_error: Summary | None = None
+    steady_training_error: Summary | None = None
     peak_error: Summary | None = None
     noise: Summary | None = None
     measured: float | None = None
@@ -90,10 +92,10 @@ def judge(rows: Sequence[TimedRow], split: Split, fit: Fit) -> list[Verdict]:
     verdicts = []
     given = [rows[index] for index in split.given]
     for name, estimator in fit(seen, given).items():
-        estimates = _estimates(estimator, asked)
+        estimates = estimates_of(estimator, asked)
         predicted_s, measured_s = [estimate.seconds for estimate in estimates], [row.seconds for row in asked]
         lost, time_lost = _choosing(cells, _fastest(predicted_s), asked)
-        steady, training, peaks = _errors(estimates, asked)
+        steady, training, steady_training, peaks = _errors(estimates, asked)
         verdicts.append(
             replace(
                 blank,
@@ -109,6 +111,7 @@ def judge(rows: Sequence[TimedRow], split: Split, fit: Fit) -> list[Verdict]:
                 steady_error=steady,
                 phase_errors=_phase_errors(predicted_s, asked),
                 training_error=training,
+                steady_training_error=steady_training,
                 peak_error=peaks,
             )
         )
@@ -231,7 +234,7 @@ def errors_by_kernel(
     for split in splits(able, protocol, salt=salt):
         learned = replace(LearnedEstimator.fit([able[i] for i in split.fit], trees=trees), abstains=False)
         asked = [able[index] for index in split.judge]
-        estimates = _estimates(learned, asked)
+        estimates = estimates_of(learned, asked)
         found = relative_errors([one.seconds for one in estimates], [row.seconds for row in asked])
         for row, error in zip(asked, found, strict=True):
             key = f"{row.row.operator}/{row.row.kernel}", row.row.phase
@@ -255,9 +258,9 @@ def as_line(verdict: Verdict) -> str:
 
 HEADER = (
     "| split | held out | fitted / judged | selector | regret mean / p95 / max % (cells) "
-    "| error mean / median / p90 % | of each phase | of steady rows | of forward + backward | of peak bytes "
-    "| noise mean / median % | in 90 % interval (factor) | answered |\n"
-    "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
+    "| error mean / median / p90 % | of each phase | of steady rows | of forward + backward | of steady ones "
+    "| of peak bytes | noise mean / median % | in 90 % interval (factor) | answered |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -278,6 +281,7 @@ def as_markdown(verdict: Verdict) -> str:
         "; ".join(f"{phase} {errors(of)}" for phase, of in verdict.phase_errors.items()),
         errors(verdict.steady_error),
         errors(verdict.training_error),
+        errors(verdict.steady_training_error),
         errors(verdict.peak_error),
         _percent(noise.mean, noise.median) if noise else "",
         f"{verdict.covered:.1%} ({verdict.width:.2f})" if verdict.covered is not None else "",
@@ -344,24 +348,29 @@ def _measuring(
 
 def _errors(
     estimates: Sequence[Estimate], rows: Sequence[TimedRow]
-) -> tuple[Summary | None, Summary | None, Summary | None]:
-    """Errors of the steady rows, of sums of forward and backward, and of peak bytes."""
+) -> tuple[Summary | None, Summary | None, Summary | None, Summary | None]:
+    """Errors of the steady rows, of sums of forward and backward, of those of steady rows, and of peak bytes."""
     pairs = [(estimate.seconds, row.seconds) for estimate, row in zip(estimates, rows, strict=True)]
-    steady = [pair for pair, row in zip(pairs, rows, strict=True) if row.doubt <= STEADY]
+    steady = [row.doubt <= STEADY for row in rows]
     peaks = [(e.peak_bytes, r.peak_bytes) for e, r in zip(estimates, rows, strict=True) if r.peak_bytes]
-    halves: dict[tuple[str, ...], dict[str, tuple[float, float]]] = defaultdict(dict)
-    for pair, row in zip(pairs, rows, strict=True):
-        halves[row.device.name, replace(row.row, phase="").key][row.row.phase] = pair
+    halves: dict[tuple[str, ...], dict[str, tuple[float, float, bool]]] = defaultdict(dict)
+    for pair, row, is_steady in zip(pairs, rows, steady, strict=True):
+        halves[row.device.name, replace(row.row, phase="").key][row.row.phase] = *pair, is_steady
     wholes = [
-        (of["forward"][0] + of["backward"][0], of["forward"][1] + of["backward"][1])
+        tuple(of["forward"][part] + of["backward"][part] for part in range(3))
         for of in halves.values()
         if {"forward", "backward"} <= set(of)
     ]
 
-    def summary(of: Sequence[tuple[float, float]]) -> Summary | None:
-        return Summary.of(relative_errors(*zip(*of, strict=True))) if of else None
+    def summary(of: Sequence[tuple[float, ...]]) -> Summary | None:
+        return Summary.of(relative_errors(*zip(*(pair[:2] for pair in of), strict=True))) if of else None
 
-    return summary(steady), summary(wholes), summary(peaks)
+    return (
+        summary([pair for pair, is_steady in zip(pairs, steady, strict=True) if is_steady]),
+        summary(wholes),
+        summary([whole for whole in wholes if whole[2] == 2]),
+        summary(peaks),
+    )
 
 
 def _phase_errors(predicted_s: Sequence[float], rows: Sequence[TimedRow]) -> dict[str, Summary]:
@@ -375,14 +384,15 @@ def _fastest(seconds: Sequence[float]) -> Choose:
     return lambda cell: min(cell.values(), key=lambda index: seconds[index])
 
 
-def _estimates(estimator: Estimator, rows: Sequence[TimedRow]) -> list[Estimate]:
+def estimates_of(estimator: Estimator, rows: Sequence[TimedRow]) -> list[Estimate]:
+    """What an estimator says of each row on its device, as it was probed."""
     by_device: dict[tuple[str, bool], list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
         by_device[row.device.name, bool(row.cuda_graph)].append(index)
     found: dict[int, Estimate] = {}
-    for (_, captured), indices in by_device.items():
+    for indices in by_device.values():
         first = rows[indices[0]]
-        device = first.paced_device if captured else first.device
+        device = first.on(first.device)
         found |= dict(zip(indices, estimator.predict([rows[i].row for i in indices], device), strict=True))
     return [found[index] for index in range(len(rows))]
 

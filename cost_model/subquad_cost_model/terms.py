@@ -144,8 +144,13 @@ def _seconds(row: CostRow, device: Device) -> list[float]:
         max(terms.memory_s, matmul_s, uneven * max(terms.vector_s, terms.transcendental_s)),
         row.launches * HOST_LAUNCH_S if composed else 0.0,
         # Where documents are packed, kernels of torch's own wait for the device to hear how long they are.
-        0.0 if documents else -CLEARED * device.cache_bytes / device.bytes_per_s,
+        0.0 if documents else -head_start_s(device),
     ]
+
+
+def head_start_s(device: Device) -> float:
+    """How long a device is busy at most before a timed call, so that the host is ahead of it."""
+    return CLEARED * device.cache_bytes / device.bytes_per_s
 
 
 def tiles(row: CostRow) -> float:

@@ -90,15 +90,14 @@ class TimedRow:
         """The median; NaN where it was not timed."""
         return math.nan if self.median_s is None else self.median_s
 
+    def on(self, device: Device) -> Device:
+        """The device as this row met it: a captured call waits for no host."""
+        return replace(device, host_s=0.0) if self.cuda_graph else device
+
     @property
     def paced_device(self) -> Device:
-        """The device with the host's pace of this timing; as it was probed where the row does not know it.
-
-        A captured call waits for no host, at any pace.
-        """
-        if self.cuda_graph:
-            return replace(self.device, host_s=0.0)
-        return self.device if self.host_s is None else replace(self.device, host_s=self.host_s)
+        """The device with the host's pace of this timing; as it was probed where the row does not know it."""
+        return self.on(self.device if self.host_s is None else replace(self.device, host_s=self.host_s))
 
     @property
     def doubt(self) -> float:

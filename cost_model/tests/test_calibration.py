@@ -76,6 +76,23 @@ def test_an_overhead_per_call_is_found() -> None:
     assert factor_off(calibrated, rows(3, 60, noise=0.0)) < factor_off(source, rows(3, 60, noise=0.0))
 
 
+def test_a_captured_row_is_what_a_source_says_without_a_host() -> None:
+    """A source that lets eager calls wait for ever is right of captured ones."""
+
+    class Waiting(Truth):
+        def predict(self, rows: Sequence[CostRow], device: Device) -> list[Estimate]:
+            late = 1.0 if device.host_s == 0.0 else 50.0
+            return [replace(e, seconds=late * e.seconds) for e in super().predict(rows, device)]
+
+    factors = dict.fromkeys(planted.KERNELS, 1.3)
+    captured = [replace(row, cuda_graph=True) for row in rows(3, 16)]
+    beside = (planted.device("other", (9, 0), scale=1.0),)
+    calibrated = CalibratedEstimator.fit(captured, HERE, Waiting(factors), beside=beside)
+    judged = rows(4, 30)
+    found = calibrated.predict([row.row for row in judged], replace(HERE, host_s=0.0))
+    assert error_factor([one.seconds for one in found], [row.seconds for row in judged]) < 1.05
+
+
 def test_a_unit_that_is_slower_than_the_source_expects_is_found() -> None:
     """Which no factor per kernel can say: rows that wait for memory, or to be launched, are as expected."""
     expected = replace(

@@ -23,7 +23,7 @@ from subquad_cost_model import (
     write_timed_rows,
 )
 from subquad_cost_model.__main__ import main
-from subquad_cost_model.evaluate import HEADER, Verdict, as_line, as_markdown, evaluate, judge
+from subquad_cost_model.evaluate import HEADER, Verdict, as_line, as_markdown, estimates_of, evaluate, judge
 from subquad_cost_model.public_tables import read_public_tables
 from subquad_cost_model.splits import SPLITS, Split
 
@@ -79,6 +79,42 @@ def test_errors_are_told_apart_by_phase() -> None:
         {"backward": 0.5, "forward": 0.0}
     )
     assert "backward 50 / 50 / 50; forward 0 / 0 / 0" in as_markdown(verdict)
+
+
+def test_forward_and_backward_are_steady_where_both_are() -> None:
+    rows = planted.table(seed=5, shapes=10, noise=0.0, phases=("forward", "backward"))
+    unsteady = {row.row.key for row in rows if row.row.phase == "backward" and row.row.shape["t"] > 1000}
+    assert 0 < len(unsteady) < len(rows) / 2
+    rows = [replace(row, high_s=1.2 * row.seconds) if row.row.key in unsteady else row for row in rows]
+
+    class Short(Clairvoyant):
+        """Off by a half on what is unsteady, which is known of it."""
+
+        def predict(self, rows: Sequence[CostRow], device: Device) -> list[Estimate]:
+            found = zip(rows, super().predict(rows, device), strict=True)
+            return [replace(e, seconds=e.seconds * (1.5 if row.key in unsteady else 1)) for row, e in found]
+
+    split = Split(name="S", held_out="all", fit=(), judge=tuple(range(len(rows))))
+    verdict = judge(rows, split, lambda seen, given: {"short": Short(1)})[0]
+    assert verdict.training_error and verdict.steady_training_error
+    assert verdict.training_error.mean > 0.05
+    assert verdict.steady_training_error.largest == pytest.approx(0.0)
+
+
+def test_what_was_captured_is_asked_of_a_device_that_waits_for_no_host() -> None:
+    rows = [replace(row, host_s=5e-6, cuda_graph=n % 2 == 1) for n, row in enumerate(planted.table(seed=5, shapes=4))]
+    asked: dict[str, float | None] = {}
+
+    class Asked(Clairvoyant):
+        """Notes on which device it was asked of each row."""
+
+        def predict(self, rows: Sequence[CostRow], device: Device) -> list[Estimate]:
+            asked.update({device.name + row.key: device.host_s for row in rows})
+            return super().predict(rows, device)
+
+    estimates = estimates_of(Asked(1), rows)
+    assert [one.seconds for one in estimates] == pytest.approx([planted.truth_s(r.row, r.device) for r in rows])
+    assert [asked[r.device.name + r.row.key] for r in rows] == [0.0 if r.cuda_graph else r.device.host_s for r in rows]
 
 
 def test_a_device_of_which_a_few_rows_are_known_is_calibrated_and_only_the_splits_asked_for_are_judged(

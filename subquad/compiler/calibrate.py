@@ -32,6 +32,7 @@ from subquad_cost_model import (
     shipped_devices,
     timed,
 )
+from subquad_cost_model.evaluate import estimates_of
 from subquad_cost_model.metrics import coverage
 from subquad_cost_model.shape_groups import is_held_out, shape_group
 
@@ -149,7 +150,7 @@ def calibrate_and_keep(target: Target, request: CalibrateConfig) -> Calibration:
 
 def worth(estimator: Estimator, rows: Sequence[TimedRow]) -> Worth:
     """Judge an estimator by timed rows of one device."""
-    estimates = estimator.predict([row.row for row in rows], rows[0].device)
+    estimates = estimates_of(estimator, rows)
     measured_s = [row.seconds for row in rows]
     cells: dict[tuple[str, ...], dict[str, tuple[float, float]]] = defaultdict(dict)
     for row, estimate in zip(rows, estimates, strict=True):
