@@ -145,3 +145,10 @@ def test_lengths_are_kept_and_scores_depend_on_distance_alone() -> None:
 def test_arguments_that_do_not_fit_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         definition.check(sample() | changes)
+
+
+@pytest.mark.parametrize(("angles", "steps"), [("", 1), ("shared", 6), ("own", 2)])
+def test_heads_that_share_given_angles_are_turned_one_after_the_other(angles: str, steps: int) -> None:
+    workload = declaration._example("bfloat16", angles=angles, h_kv=4 if angles == "own" else 2)
+    counted = CATALOGUE.kernel("rotary", "fused").serial_steps
+    assert counted is not None and counted(workload) == steps

@@ -93,6 +93,14 @@ def _tables_launches(workload: Workload) -> int:
     return 27 + (5 if "documents" in workload.shape else 0)
 
 
+def _fused_steps(workload: Workload) -> int:
+    """Heads that a program turns one after the other, where they share angles that are given."""
+    if (given := workload.options.get("angles")) is None:
+        return 1
+    h, h_kv = workload.shape["h"], workload.shape["h_kv"]
+    return h + h_kv if given == "shared" else (h + h_kv) // h
+
+
 _BOTH = frozenset({"cpu", "cuda"})
 KERNELS = (
     Kernel(
@@ -115,6 +123,7 @@ KERNELS = (
         name="fused",
         implementation=f"{_HERE}.fused",
         supports=_fused_supports,
+        serial_steps=_fused_steps,
         devices=frozenset({"cuda"}),
         requires=("triton>=3.6",),
         replayable=True,
