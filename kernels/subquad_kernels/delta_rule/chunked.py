@@ -202,11 +202,11 @@ class _Rows:
         begin, end = (0, self.index.shape[1]) if within is None else (within.start, within.stop)
         return (slice(start, min(start + size, end)) for start in range(begin, end, size))
 
-    def chunks(self, tokens: slice) -> tuple[Tensor, Tensor]:
+    def chunks(self, tokens: slice) -> tuple[Tensor, Tensor | slice]:
         """Where the states that enter these chunks are kept (past its end a document's last), and who has the chunk."""
         chunk = torch.full_like(self.first_chunk, tokens.start // CHUNK)
         if self.real is None:
-            return self.first_chunk + chunk, torch.ones_like(chunk, dtype=torch.bool)
+            return self.first_chunk + chunk, slice(None)
         last = (self.real.sum(1) - 1) // CHUNK
         return self.first_chunk + torch.minimum(last, chunk), chunk <= last
 

@@ -14,6 +14,7 @@ same way back: those of the log decays are the transposed zeros and ones times t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -72,31 +73,41 @@ class _Chunks:
     """Where the chunks of all sequences lie; no chunk holds tokens of two documents.
 
     Shapes:  tokens: c CHUNK (rows of the flattened b t; clamped where `real` is false)    real: c CHUNK
-    `steps` lists, for the first, second, ... chunk of every sequence that has it, (chunks, sequences).
-    `order` are the chunks of each sequence after one another.
+    `steps` lists, for the first, second, ... chunk of every sequence that has it, (chunks, sequences). `whole` chunks
+    hold real tokens alone. Where all sequences are of one length, nothing is asked of the device.
     """
 
     tokens: Tensor
     real: Tensor
     whole: bool
+    packed: bool
     steps: list[tuple[Tensor, Tensor]]
 
     @staticmethod
     def of(b: int, t: int, cu_seqlens: Tensor | None, device: torch.device) -> _Chunks:
-        bounds = [t * i for i in range(b + 1)] if cu_seqlens is None else cu_seqlens.tolist()
-        starts, limits, owners, ordinals = [], [], [], []
-        for sequence, (start, stop) in enumerate(pairwise(bounds)):
-            for ordinal, first in enumerate(range(start, stop, CHUNK)):
-                starts.append(first)
-                limits.append(stop)
-                owners.append(sequence)
-                ordinals.append(ordinal)
-        first, limit, owner, ordinal = torch.tensor([starts, limits, owners, ordinals], device=device)
+        if cu_seqlens is None:
+            sequences, count = torch.arange(b, device=device), -(-t // CHUNK)
+            first = (t * sequences[:, None] + CHUNK * torch.arange(count, device=device)).flatten()
+            limit = (t * (sequences + 1)).repeat_interleave(count)
+            steps = [(count * sequences + step, sequences) for step in range(count)]
+            whole = t % CHUNK == 0
+        else:
+            starts = [
+                (ordinal, start, stop, sequence)
+                for sequence, (begin, stop) in enumerate(pairwise(cu_seqlens.tolist()))
+                for ordinal, start in enumerate(range(begin, stop, CHUNK))
+            ]
+            whole = all(stop - start >= CHUNK for _, start, stop, _ in starts)
+            sizes = Counter(ordinal for ordinal, *_ in starts)
+            order = sorted(range(len(starts)), key=lambda chunk: starts[chunk][0])  # stable: chunks in their order
+            columns = [[start for _, start, _, _ in starts], [stop for _, _, stop, _ in starts]]
+            columns += [order, [starts[chunk][3] for chunk in order]]
+            first, limit, chunks, owners = torch.tensor(columns, dtype=torch.long, device=device)
+            each = [sizes[ordinal] for ordinal in sorted(sizes)]
+            steps = list(zip(chunks.split(each), owners.split(each), strict=True))
         tokens = first[:, None] + torch.arange(CHUNK, device=device)
         real = tokens < limit[:, None]
-        count = max(ordinals, default=-1) + 1
-        steps = [(rows := (ordinal == step).nonzero().squeeze(1), owner[rows]) for step in range(count)]
-        return _Chunks(torch.minimum(tokens, limit[:, None] - 1), real, bool(real.all()), steps)
+        return _Chunks(torch.minimum(tokens, limit[:, None] - 1), real, whole, cu_seqlens is not None, steps)
 
     def lay(self, tensor: Tensor, exact: torch.dtype) -> Tensor:
         """Zeros where no token is.  Shapes:  b t h w  ->  c h CHUNK w"""
@@ -109,6 +120,8 @@ class _Chunks:
     def collect(self, laid: Tensor, b: int, t: int) -> Tensor:
         """Shapes:  c h CHUNK w  ->  b t h w"""
         rows = laid.transpose(1, 2)
+        if not self.packed:
+            return rows.reshape(b, -1, *rows.shape[2:])[:, :t].contiguous()
         result = laid.new_empty(b * t, *rows.shape[2:])
         result[self.tokens[self.real]] = rows[self.real]
         return result.view(b, t, *rows.shape[2:])
