@@ -1,5 +1,5 @@
-"""Rows of code that has changed are told by kernel, date and workload, disturbed ones by their repeats; the recorded
-ones hold none."""
+"""Rows of code that has changed are told by kernel, date and workload, disturbed ones by their repeats, those that
+waited by what queueing took; the recorded ones hold none."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from subquad_cost_model import read_timed_rows
+from subquad_cost_model import TimedRow, read_timed_rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -88,3 +88,26 @@ def test_repeats_far_apart_tell_a_disturbed_row_and_widened_ones_do_not(tool: Mo
     assert disturbed(0.6, date=late)
     assert not disturbed(0.8, date=late, repeats=1), "one call, whose range was widened"
     assert not tool.is_disturbed(replace(one, status="oom", low_s=None, median_s=None, high_s=None))
+
+
+def test_a_call_that_queueing_outlasted_has_waited_for_the_host(tool: ModuleType) -> None:
+    rows = read_timed_rows(ROOT / "cost_model" / "data")
+    one = next(r for r in rows if r.status == "ok" and r.row.phase == "forward" and "documents" not in r.row.shape)
+    head_s = tool.head_start_s(one.device)
+
+    def timed(seconds: float, queued_s: float | None, **others: object) -> TimedRow:
+        return replace(one, low_s=seconds, median_s=seconds, high_s=seconds, queued_s=queued_s, **others)  # type: ignore
+
+    waited = timed(2 * head_s, 3 * head_s, cuda_graph=False)
+    assert tool.has_waited(waited)
+    assert not tool.has_waited(timed(0.5 * head_s, 0.9 * head_s)), "the host was ahead"
+    assert not tool.has_waited(timed(4 * head_s, 3 * head_s)), "the device took longer"
+    assert not tool.has_waited(timed(2 * head_s, None)), "nobody knows"
+    packed = replace(waited.row, shape={**waited.row.shape, "documents": 2})
+    assert not tool.has_waited(replace(waited, row=packed)), "which cannot be captured"
+
+    captured = timed(head_s, None, cuda_graph=True)
+    assert tool.kept([[waited] * 6]) == [[waited] * 6], "there is nothing in its place"
+    assert tool.kept([[waited] * 6, [captured] * 6]) == [[], [captured] * 6]
+    other = replace(captured, row=replace(captured.row, phase="backward"))
+    assert tool.kept([[waited] * 6, [other] * 6]) == [[waited] * 6, [other] * 6], "of another phase"

@@ -356,19 +356,21 @@ def _errors(
     halves: dict[tuple[str, ...], dict[str, tuple[float, float, bool]]] = defaultdict(dict)
     for pair, row, is_steady in zip(pairs, rows, steady, strict=True):
         halves[row.device.name, replace(row.row, phase="").key][row.row.phase] = *pair, is_steady
-    wholes = [
-        tuple(of["forward"][part] + of["backward"][part] for part in range(3))
-        for of in halves.values()
-        if {"forward", "backward"} <= set(of)
-    ]
+    wholes: list[tuple[float, float]] = []
+    steady_wholes: list[tuple[float, float]] = []
+    for of in halves.values():
+        if {"forward", "backward"} <= set(of):
+            (said_s, took_s, one), (more_s, longer_s, other) = of["forward"], of["backward"]
+            wholes.append((said_s + more_s, took_s + longer_s))
+            steady_wholes += wholes[-1:] if one and other else []
 
-    def summary(of: Sequence[tuple[float, ...]]) -> Summary | None:
-        return Summary.of(relative_errors(*zip(*(pair[:2] for pair in of), strict=True))) if of else None
+    def summary(of: Sequence[tuple[float, float]]) -> Summary | None:
+        return Summary.of(relative_errors(*zip(*of, strict=True))) if of else None
 
     return (
         summary([pair for pair, is_steady in zip(pairs, steady, strict=True) if is_steady]),
         summary(wholes),
-        summary([whole for whole in wholes if whole[2] == 2]),
+        summary(steady_wholes),
         summary(peaks),
     )
 
