@@ -174,6 +174,15 @@ def test_the_budget_ends_a_run(target: Target, tmp_path: Path) -> None:
     assert -3 < run.left_s <= 0
 
 
+@pytest.mark.parametrize(("kernels", "share"), [(("rotary/tables",), 2.0), (("taps", "conv1d"), 1.0), ((), 0.5)])
+def test_few_kernels_may_take_more_of_the_budget_each(
+    target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels: tuple[str, ...], share: float
+) -> None:
+    monkeypatch.setattr(sample_kernels, "MOST_OF_A_KERNEL", 0.5)
+    run = SampleRun(target, tmp_path, Plan(kernels=kernels), budget_s=50)
+    assert run.most_of_a_kernel_s == pytest.approx(50 * share)
+
+
 class Planted:
     """A kernel that does what a test wants, in the place of another."""
 
@@ -265,10 +274,10 @@ def test_what_is_not_steady_is_timed_again_with_more_calls(
     [
         (1e-3, 1e-3, False, False, False),
         (2e-3, 2e-3, False, True, False),
-        (2e-3, 2e-3, True, False, False),  # it asks the device how long its documents are
+        (2e-3, 2e-3, True, True, False),
         (0.5, 0.5, False, True, False),
         (2.0, 2.0, False, False, True),
-        (2e-3, 0.3, True, False, True),
+        (2e-3, 0.3, True, True, False),
     ],
 )
 def test_a_call_that_would_wait_for_the_host_is_captured(

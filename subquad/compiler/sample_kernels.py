@@ -29,8 +29,9 @@ from subquad_kernels.workload import Workload
 
 PREPARING = 0.35
 """The share of the budget that compiling and checking may take; layouts that are not ready then are left out."""
-MOST_OF_A_KERNEL = 0.06
-"""The share of the budget that one kernel may take: one that compiles for every length is then left out."""
+MOST_OF_A_KERNEL, MOST_OF_FEW = 0.06, 2.0
+"""The share of the budget that one kernel may take, or so many equal parts of it where kernels are few: one that
+compiles for every length is then left out."""
 WRITE_EVERY_S = 20.0
 LARGEST_BOUND_S = {"cpu": 0.02, "cuda": 0.015}
 """No kernel can be faster: larger shapes cost more time than they teach."""
@@ -89,6 +90,12 @@ class SampleRun:
         """What is left of the budget."""
         return self._started + self._budget_s - time.monotonic()
 
+    @property
+    def most_of_a_kernel_s(self) -> float:
+        """What one kernel may take of the budget."""
+        kernels = sum(len(self._kernels(operator)) for operator in self._operators())
+        return max(MOST_OF_A_KERNEL, MOST_OF_FEW / max(1, kernels)) * self._budget_s
+
     def run(self) -> list[TimedRow]:
         """Measure until the budget is spent or nothing is left, and return the new rows.
 
@@ -115,10 +122,9 @@ class SampleRun:
         return self._new
 
     def _measure(self, found: Found) -> None:
-        most_s = MOST_OF_A_KERNEL * self._budget_s
-        kernels = [kernel for kernel in found.kernels if self._timer.seconds[kernel.key] < most_s]
-        if kernels:
-            self._keep(self._timer.rows(found.operator, kernels, found.workload))
+        in_time = [kernel for kernel in found.kernels if self._timer.seconds[kernel.key] < self.most_of_a_kernel_s]
+        if in_time:
+            self._keep(self._timer.rows(found.operator, in_time, found.workload))
         if time.monotonic() - self._written_at > WRITE_EVERY_S:
             self._write()
 

@@ -21,6 +21,7 @@ from subquad.compiler.workload import cost_row, phases
 from subquad.errors import SubquadError
 from subquad_cost_model import Clock, CostRow, HostPace, TimedRow, Timing, lower_bound_s, time_rivals
 from subquad_cost_model.measure import wall_clock
+from subquad_kernels.boundaries import fixed_boundaries
 from subquad_kernels.catalogue import Kernel, Operator
 from subquad_kernels.workload import Workload
 
@@ -32,7 +33,7 @@ is timed by that call alone."""
 LONGEST_QUEUED_S, LONGEST_CAPTURED_S = 1.4e-3, 1.0
 """A call that takes longer to queue is captured, and a graph of it timed: else it would wait for the host, which takes
 what it likes (20 % more or less from one loop to the next). Half of the head start of the clock. One that takes longer
-than the second as it is costs too much to capture; one of packed documents asks the device for their lengths."""
+than the second as it is costs too much to capture. A graph of packed documents is replayed for these alone."""
 CELL_BUDGET_S = 1.0
 MOST_CLEARS, MOST_CALLS = 96, 16
 """Of the clock: the host has four milliseconds to queue a call of many launches, and few calls need that long."""
@@ -170,13 +171,12 @@ class CellTimer:
             call.run()
             self._wait()
             queued_s, once_s = self._once(call)
-            packed = "documents" in part.shape
             if max(once_s / LONGEST_CALL_S, queued_s / LONGEST_QUEUED_S) > 1:
                 queued_s, once_s = self._once(call)
             if copies and once_s <= LONGEST_CALL_S:
                 further = [Call.of(operator, rival.kernel, part, self._device, copied).run for copied in copies]
                 self._capture(rival, further, DECODES)
-            elif self._cuda and LONGEST_QUEUED_S < queued_s <= once_s <= LONGEST_CAPTURED_S and not packed:
+            elif self._cuda and LONGEST_QUEUED_S < queued_s <= once_s <= LONGEST_CAPTURED_S:
                 self._capture(rival, [call.run], 1)
             if once_s > LONGEST_CALL_S and not rival.captured:
                 peak = call.held_bytes + added_bytes(call.run, self._device) if self._cuda else None
@@ -199,7 +199,7 @@ class CellTimer:
         aside.wait_stream(torch.cuda.current_stream())
         try:
             # Not torch.cuda.graph(), which hands all cached memory back each time.
-            with torch.cuda.stream(aside):
+            with torch.cuda.stream(aside), fixed_boundaries():
                 graph.capture_begin()
                 try:
                     kept = [calls[turn % len(calls)]() for turn in range(count)]

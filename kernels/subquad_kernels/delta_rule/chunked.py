@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from subquad_kernels.delta_rule.declaration import CHUNK, num_chunks
-from subquad_kernels.documents import document_groups
+from subquad_kernels.documents import DocumentGroup, document_groups
 from subquad_kernels.torch_operator import recording
 
 if TYPE_CHECKING:
@@ -59,17 +59,16 @@ def forward(**arguments: Argument) -> Outputs:
         final = v.new_zeros(documents or b, h, n, p, dtype=exact)
     else:
         final = initial.to(exact, copy=True)
-    boundaries = v.new_zeros(num_chunks(b, t, documents), h, p, n)
+    boundaries, step = v.new_zeros(num_chunks(b, t, documents), h, p, n), _step(values)
     for rows in _rows(b, t, cu_seqlens, v.device):
         state = final[rows.states]
         for tokens in rows.steps(CHUNK):
             if len(boundaries):
-                place, reached = rows.chunks(tokens)
-                boundaries[place[reached]] = state[reached].transpose(2, 3).to(v.dtype)
-            for part in rows.steps(_step(values), tokens):
+                rows.keep(boundaries, tokens, state.transpose(2, 3).to(v.dtype))
+            for part in rows.steps(step, tokens):
                 outs, news, state = _walk(rows.read(values, part), state, values["scale"])
-                rows.write(y, part, outs)
-                rows.write(writes, part, news)
+                rows.write(y, part, outs, step)
+                rows.write(writes, part, news, step)
         final[rows.states] = state
     return y, final, writes, boundaries
 
@@ -89,7 +88,7 @@ def backward(arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | N
         dstate = dstates[rows.states]
         for tokens in reversed(list(rows.steps(CHUNK))):
             if len(boundaries):
-                state = boundaries[rows.chunks(tokens)[0]].transpose(2, 3).to(exact)
+                state = boundaries[rows.chunk(tokens)].transpose(2, 3).to(exact)
             else:
                 state = torch.zeros_like(dstate) if initial is None else initial.to(exact)
             dstate = _differentiate(values, rows, tokens, state, dy, dstate, found)
@@ -112,7 +111,7 @@ def _differentiate(
         pulls = rows.pad(dy, tokens).to(state.dtype).transpose(1, 2)
         results = torch.autograd.grad([torch.cat(outs, dim=2), entering], [*leaves.values(), leaf], [pulls, dstate])
     for tensor, gradient in zip(found.values(), results):
-        rows.write(tensor, tokens, gradient.transpose(1, 2))
+        rows.write(tensor, tokens, gradient.transpose(1, 2), CHUNK)
     return results[-1]
 
 
@@ -189,33 +188,39 @@ def _scores(left: Tensor, left_sums: Tensor, right: Tensor, right_sums: Tensor, 
 class _Rows:
     """Sequences walked side by side: those of a batch, or documents of similar length.
 
-    Shapes:  index: b t (rows of the flattened b t axis)    real: b t    states: b (their places among the states)
+    Shapes:  index: b t (rows of the flattened b t axis)    states: b (their places among the states)
+             first_chunk, last_chunk: b (the places of the states that enter these)
     """
 
     index: Tensor
-    real: Tensor | None
     states: Tensor
     first_chunk: Tensor
+    last_chunk: Tensor
+    documents: DocumentGroup | None = None
 
     def steps(self, size: int, within: slice | None = None) -> Iterator[slice]:
         """Runs of `size` tokens."""
         begin, end = (0, self.index.shape[1]) if within is None else (within.start, within.stop)
         return (slice(start, min(start + size, end)) for start in range(begin, end, size))
 
-    def chunks(self, tokens: slice) -> tuple[Tensor, Tensor | slice]:
-        """Where the states that enter these chunks are kept (past its end a document's last), and who has the chunk."""
-        chunk = torch.full_like(self.first_chunk, tokens.start // CHUNK)
-        if self.real is None:
-            return self.first_chunk + chunk, slice(None)
-        last = (self.real.sum(1) - 1) // CHUNK
-        return self.first_chunk + torch.minimum(last, chunk), chunk <= last
+    def chunk(self, tokens: slice) -> Tensor:
+        """Where the state that enters these tokens' chunk is kept; of a sequence that has ended, its last."""
+        return torch.minimum(self.first_chunk + tokens.start // CHUNK, self.last_chunk)
+
+    def keep(self, boundaries: Tensor, tokens: slice, states: Tensor) -> None:
+        """Keep the states that enter these tokens' chunk; a sequence that has ended keeps its last as it is."""
+        chunk = self.chunk(tokens)
+        if self.documents is not None:
+            ended = self.first_chunk + tokens.start // CHUNK > self.last_chunk
+            states = torch.where(ended[:, None, None, None], boundaries[chunk], states)
+        boundaries[chunk] = states
 
     def pad(self, tensor: Tensor, tokens: slice) -> Tensor:
         """The tokens of every row, zeros after its end.  Shapes:  b t ...  ->  rows c ..."""
         rows = tensor.flatten(0, 1)[self.index[:, tokens]]
-        if self.real is None:
+        if self.documents is None or self.documents.whole:
             return rows
-        real = self.real[:, tokens]
+        real = self.documents.real[:, tokens]
         return rows * real.reshape(*real.shape, *(1 for _ in rows.shape[2:])).to(rows.dtype)
 
     def read(self, values: Mapping[str, Any], tokens: slice) -> _Tokens:
@@ -224,28 +229,26 @@ class _Rows:
         given = {name: self.pad(values[name], tokens).to(exact) for name in _NAMES if values[name] is not None}
         return _laid_out(given, slice(None))
 
-    def write(self, tensor: Tensor, tokens: slice, rows: Tensor) -> None:
-        """Write heads-first results of these tokens to their places.  Shapes:  rows h c ...  ->  b t h ..."""
-        index, laid = self.index[:, tokens], rows.transpose(1, 2).to(tensor.dtype)
+    def write(self, tensor: Tensor, tokens: slice, rows: Tensor, size: int) -> None:
+        """Write heads-first results of a run of `size` tokens to their places.  Shapes:  rows h c ...  ->  b t h ..."""
+        laid = rows.transpose(1, 2).to(tensor.dtype)
         flat = tensor.view(-1, *tensor.shape[2:])
-        if self.real is None:
-            flat[index] = laid
+        if self.documents is None:
+            flat[self.index[:, tokens]] = laid
         else:
-            real = self.real[:, tokens]
-            flat[index[real]] = laid[real]
+            slots, places = self.documents.runs(size)[tokens.start // size]
+            flat[places] = laid.flatten(0, 1)[slots]
 
 
 def _rows(b: int, t: int, cu_seqlens: Tensor | None, device: torch.device) -> Iterator[_Rows]:
     """The batch, or the documents grouped by length."""
     if cu_seqlens is None:
         sequences = torch.arange(b, device=device)
-        index = sequences[:, None] * t + torch.arange(t, device=device)
-        yield _Rows(index, None, sequences, sequences * -(-t // CHUNK))
+        index, count = sequences[:, None] * t + torch.arange(t, device=device), -(-t // CHUNK)
+        yield _Rows(index, sequences, sequences * count, sequences * count + count - 1)
         return
-    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    counts = (lengths + CHUNK - 1) // CHUNK
-    before = counts.cumsum(0) - counts
+    counts = (cu_seqlens.diff().long() + CHUNK - 1) // CHUNK
+    after = counts.cumsum(0)
     for group in document_groups(cu_seqlens):
-        # Empty documents share their start with the next one; the last document that starts there is not empty.
-        states = torch.searchsorted(starts, group.tokens[:, 0].contiguous(), right=True) - 1
-        yield _Rows(group.tokens, group.real, states, before[states])
+        mine = group.documents
+        yield _Rows(group.tokens, mine, after[mine] - counts[mine], after[mine] - 1, group)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from subquad_kernels.boundaries import layout_of
 from subquad_kernels.gated_linear_attention.declaration import stretch_len
 from subquad_kernels.gated_linear_attention.definition import num_cuts
 
@@ -74,40 +75,48 @@ class _Chunks:
 
     Shapes:  tokens: c CHUNK (rows of the flattened b t; clamped where `real` is false)    real: c CHUNK
     `steps` lists, for the first, second, ... chunk of every sequence that has it, (chunks, sequences). `whole` chunks
-    hold real tokens alone. Where all sequences are of one length, nothing is asked of the device.
+    hold real tokens alone. `slots` are where the tokens of a packed sequence are laid, one after the other.
     """
 
     tokens: Tensor
     real: Tensor
     whole: bool
-    packed: bool
+    slots: Tensor | None
     steps: list[tuple[Tensor, Tensor]]
 
     @staticmethod
     def of(b: int, t: int, cu_seqlens: Tensor | None, device: torch.device) -> _Chunks:
-        if cu_seqlens is None:
-            sequences, count = torch.arange(b, device=device), -(-t // CHUNK)
-            first = (t * sequences[:, None] + CHUNK * torch.arange(count, device=device)).flatten()
-            limit = (t * (sequences + 1)).repeat_interleave(count)
-            steps = [(count * sequences + step, sequences) for step in range(count)]
-            whole = t % CHUNK == 0
-        else:
-            starts = [
-                (ordinal, start, stop, sequence)
-                for sequence, (begin, stop) in enumerate(pairwise(cu_seqlens.tolist()))
-                for ordinal, start in enumerate(range(begin, stop, CHUNK))
-            ]
-            whole = all(stop - start >= CHUNK for _, start, stop, _ in starts)
-            sizes = Counter(ordinal for ordinal, *_ in starts)
-            order = sorted(range(len(starts)), key=lambda chunk: starts[chunk][0])  # stable: chunks in their order
-            columns = [[start for _, start, _, _ in starts], [stop for _, _, stop, _ in starts]]
-            columns += [order, [starts[chunk][3] for chunk in order]]
-            first, limit, chunks, owners = torch.tensor(columns, dtype=torch.long, device=device)
-            each = [sizes[ordinal] for ordinal in sorted(sizes)]
-            steps = list(zip(chunks.split(each), owners.split(each), strict=True))
-        tokens = first[:, None] + torch.arange(CHUNK, device=device)
-        real = tokens < limit[:, None]
-        return _Chunks(torch.minimum(tokens, limit[:, None] - 1), real, whole, cu_seqlens is not None, steps)
+        if cu_seqlens is not None:
+            return layout_of(_Chunks.of_documents, cu_seqlens)
+        sequences, count = torch.arange(b, device=device), -(-t // CHUNK)
+        first = (t * sequences[:, None] + CHUNK * torch.arange(count, device=device)).flatten()
+        limit = (t * (sequences + 1)).repeat_interleave(count)
+        steps = [(count * sequences + step, sequences) for step in range(count)]
+        tokens, real = _tokens(first, limit)
+        return _Chunks(tokens, real, t % CHUNK == 0, None, steps)
+
+    @staticmethod
+    def of_documents(bounds: tuple[int, ...], device: torch.device) -> _Chunks:
+        starts = [
+            (ordinal, start, stop, sequence)
+            for sequence, (begin, stop) in enumerate(pairwise(bounds))
+            for ordinal, start in enumerate(range(begin, stop, CHUNK))
+        ]
+        whole = all(stop - start >= CHUNK for _, start, stop, _ in starts)
+        sizes = Counter(ordinal for ordinal, *_ in starts)
+        order = sorted(range(len(starts)), key=lambda chunk: starts[chunk][0])  # stable: chunks in their order
+        columns = [[start for _, start, _, _ in starts], [stop for _, _, stop, _ in starts]]
+        columns += [order, [starts[chunk][3] for chunk in order]]
+        first, limit, chunks, owners = torch.tensor(columns, dtype=torch.long)
+        each = [sizes[ordinal] for ordinal in sorted(sizes)]
+        tokens, real = _tokens(first, limit)
+        return _Chunks(
+            tokens.to(device),
+            real.to(device),
+            whole,
+            real.flatten().nonzero()[:, 0].to(device),
+            list(zip(chunks.to(device).split(each), owners.to(device).split(each), strict=True)),
+        )
 
     def lay(self, tensor: Tensor, exact: torch.dtype) -> Tensor:
         """Zeros where no token is.  Shapes:  b t h w  ->  c h CHUNK w"""
@@ -120,11 +129,15 @@ class _Chunks:
     def collect(self, laid: Tensor, b: int, t: int) -> Tensor:
         """Shapes:  c h CHUNK w  ->  b t h w"""
         rows = laid.transpose(1, 2)
-        if not self.packed:
+        if self.slots is None:
             return rows.reshape(b, -1, *rows.shape[2:])[:, :t].contiguous()
-        result = laid.new_empty(b * t, *rows.shape[2:])
-        result[self.tokens[self.real]] = rows[self.real]
-        return result.view(b, t, *rows.shape[2:])
+        return rows.flatten(0, 1)[self.slots].unsqueeze(0)
+
+
+def _tokens(first: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+    """`tokens` and `real` of chunks that begin at `first`, in sequences that end at `limit`."""
+    tokens = first[:, None] + torch.arange(CHUNK, device=first.device)
+    return torch.minimum(tokens, limit[:, None] - 1), tokens < limit[:, None]
 
 
 @cache

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from subquad_kernels.boundaries import layout_of
 from subquad_kernels.linear_attention.declaration import CHUNK
 from subquad_kernels.linear_attention.definition import empty_boundaries
 
@@ -46,45 +47,49 @@ def backward(
 class _Grid:
     """The tokens of a call laid out in chunks, none of which holds tokens of two documents.
 
-    `entries` and `exits` are the states (sequences or documents) that begin and end with a chunk; -1 for none.
+    `entries` and `exits` are the states (sequences or documents) that begin and end with a chunk; -1 for none. `slots`
+    are where the tokens of a packed sequence are laid, one after the other.
     """
 
-    def __init__(self, b: int, t: int, cu_seqlens: Tensor | None, chunk: int) -> None:
-        self.b, self.t, self.chunk = b, t, chunk
-        self.tokens: Tensor | None = None
+    def __init__(self, t: int, cu_seqlens: Tensor | None, chunk: int) -> None:
+        self.t, self.chunk = t, chunk
+        self.slots: Tensor | None = None
         if cu_seqlens is None:
             self.count = -(-t // chunk)
-            return
-        bounds = cu_seqlens.tolist()
-        spans = [
-            (first, min(first + chunk, stop), document)
-            for document, (start, stop) in enumerate(pairwise(bounds))
-            for first in range(start, stop, chunk)
-        ]
-        self.count = len(spans)
-        self.entries = [document if first == bounds[document] else -1 for first, _, document in spans]
-        self.exits = [document if stop == bounds[document + 1] else -1 for _, stop, document in spans]
-        firsts, stops = (torch.tensor([span[i] for span in spans], device=cu_seqlens.device) for i in (0, 1))
-        self.tokens = firsts[:, None] + torch.arange(chunk, device=cu_seqlens.device)
-        self.real = self.tokens < stops[:, None]
+        else:
+            self.entries, self.exits, self.slots = layout_of(_spans, cu_seqlens, chunk)
+            self.count = len(self.entries)
 
     def lay(self, rows: Tensor) -> Tensor:
         """Chunks of tokens, zeros where a chunk is short.  Shapes:  b t h ...  ->  b c h chunk ..."""
-        if self.tokens is None:
+        if self.slots is None:
             padded = F.pad(rows, (0, 0) * (rows.dim() - 2) + (0, self.count * self.chunk - self.t))
             laid: Tensor = padded.unflatten(1, (self.count, self.chunk))
         else:
-            laid = rows.new_zeros(self.count, self.chunk, *rows.shape[2:])
-            laid[self.real] = rows[0]
-            laid = laid[None]
+            flat = rows.new_zeros(self.count * self.chunk, *rows.shape[2:])
+            flat[self.slots] = rows[0]
+            laid = flat.unflatten(0, (1, self.count, self.chunk))
         return laid.transpose(2, 3)
 
     def take(self, laid: Tensor) -> Tensor:
         """The inverse of `lay`.  Shapes:  b c h chunk ...  ->  b t h ..."""
         rows = laid.transpose(2, 3)
-        if self.tokens is None:
+        if self.slots is None:
             return rows.flatten(1, 2)[:, : self.t]
-        return rows[0, self.real].unsqueeze(0)
+        return rows[0].flatten(0, 1)[self.slots].unsqueeze(0)
+
+
+def _spans(bounds: tuple[int, ...], device: torch.device, chunk: int) -> tuple[list[int], list[int], Tensor]:
+    """`entries`, `exits` and `slots` of a `_Grid`."""
+    spans = [
+        (first, min(first + chunk, stop), document)
+        for document, (start, stop) in enumerate(pairwise(bounds))
+        for first in range(start, stop, chunk)
+    ]
+    entries = [document if first == bounds[document] else -1 for first, _, document in spans]
+    exits = [document if stop == bounds[document + 1] else -1 for _, stop, document in spans]
+    slots = [torch.arange(stop - first) + chunk * number for number, (first, stop, _) in enumerate(spans)]
+    return entries, exits, torch.cat(slots).to(device)
 
 
 class _Call:
@@ -101,7 +106,7 @@ class _Call:
         self.packed = cu_seqlens is not None
         self.states = cu_seqlens.shape[0] - 1 if self.packed else self.b
         self.initial = None if values["initial_state"] is None else values["initial_state"].to(self.exact)
-        grid = self.grid = _Grid(self.b, self.t, cu_seqlens, chunk)
+        grid = self.grid = _Grid(self.t, cu_seqlens, chunk)
 
         self.Q, self.K = (
             grid.lay(rows.to(self.exact)).repeat_interleave(self.h // self.h_k, dim=2) for rows in (self.q, self.k)

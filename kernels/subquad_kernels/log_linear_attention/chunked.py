@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, einsum
 from torch.nn import functional as F
 
+from subquad_kernels.boundaries import bounds_of
 from subquad_kernels.documents import document_groups
 from subquad_kernels.log_linear_attention.declaration import CHUNK, slots
 from subquad_kernels.log_linear_attention.definition import set_bits
@@ -72,7 +73,7 @@ def chunked(
             Q, K, V, L, G = (group.pad(rows) for rows in (queries, keys, written, scales, rates))
             held = None if initial is None else initial[group.documents]
             group.write(y, _read(Q, K, V, L, G, held, position, chunk))
-        for document, (start, stop) in enumerate(pairwise(cu_seqlens.tolist())):
+        for document, (start, stop) in enumerate(pairwise(bounds_of(cu_seqlens))):
             K, V, G = (rows[:, start:stop] for rows in (keys, written, rates))
             held = None if initial is None else initial[document : document + 1]
             finals.append(_kept(K, V, G, held, position, size))

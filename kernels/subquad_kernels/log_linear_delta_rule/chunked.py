@@ -78,7 +78,7 @@ def chunked(
             held = None if initial is None else initial[group.documents]
             padded, tree = _mix(_Tokens(*(group.pad(rows) for rows in tokens)), held, position, chunk)
             group.write(y, padded)
-            for row, (document, length) in enumerate(zip(group.documents.tolist(), group.real.sum(1).tolist())):
+            for row, (document, length) in enumerate(zip(group.numbers, group.lengths)):
                 before = None if held is None else held[row : row + 1]
                 finals[document] = _kept(tree.of(row), before, position, length, size)
         for document in set(range(documents)) - finals.keys():  # empty ones

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from subquad_kernels.boundaries import layout_of
 from subquad_kernels.selective_scan.cuts import CHUNK
 
 _MOST_LANES = 64
@@ -18,12 +19,13 @@ class Edges:
     """The first (or last) tokens of the documents that are not empty, by chunk.
 
     Shapes:  per chunk  rows: positions in the chunk's [t p]    owners: the documents they belong to
+             boundaries: those at which one of these tokens stands
     """
 
     rows: tuple[Tensor, ...]
     owners: tuple[Tensor, ...]
     documents: int
-    tokens: Tensor
+    boundaries: Tensor
 
     def at(self, chunk: int) -> tuple[Tensor, Tensor]:
         """Rows and documents of a chunk."""
@@ -31,8 +33,7 @@ class Edges:
 
     def clear(self, boundaries: Tensor) -> None:
         """Zero the boundaries at which one of these tokens stands.  Shapes:  boundaries: (t-1)//16 1 n c"""
-        index = self.tokens[(self.tokens % CHUNK == 0) & (self.tokens > 0)] // CHUNK - 1
-        boundaries.index_fill_(0, index.to(boundaries.device), 0)
+        boundaries.index_fill_(0, self.boundaries, 0)
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,12 @@ class Lanes:
         """The lanes of a call."""
         if cu_seqlens is None:
             return cls(b, t, packed=False)
-        starts = set(cu_seqlens.tolist())
+        return layout_of(Lanes.of_documents, cu_seqlens, t)
+
+    @classmethod
+    def of_documents(cls, bounds: tuple[int, ...], device: torch.device, t: int) -> Lanes:
+        """The lanes of packed documents."""
+        starts = set(bounds)
         for count in range(min(_MOST_LANES, t // CHUNK), 1, -1):
             # Whole chunks only, so that boundary k is the state at token 16 (k + 1) whatever the lanes.
             if t % (count * CHUNK) == 0 and all(cut in starts for cut in range(0, t, t // count)):
@@ -80,19 +86,24 @@ class Lanes:
 
     def starts(self, cu_seqlens: Tensor | None) -> Edges | None:
         """The first tokens of documents; None when not packed."""
-        return None if cu_seqlens is None else self._edges(cu_seqlens, last=False)
+        return None if cu_seqlens is None else layout_of(_edges, cu_seqlens, self, False)
 
     def ends(self, cu_seqlens: Tensor | None) -> Edges | None:
         """The last tokens of documents; None when not packed."""
-        return None if cu_seqlens is None else self._edges(cu_seqlens, last=True)
+        return None if cu_seqlens is None else layout_of(_edges, cu_seqlens, self, True)
 
-    def _edges(self, cu_seqlens: Tensor, *, last: bool) -> Edges:
-        bounds = cu_seqlens.long().cpu()
-        owners = (bounds.diff() > 0).nonzero().squeeze(1)
-        tokens = bounds[owners + 1] - 1 if last else bounds[owners]
-        lane, position = tokens // self.length, tokens % self.length
-        chunk = position // CHUNK
-        order = chunk.argsort(stable=True)
-        sizes = torch.bincount(chunk, minlength=-(-self.length // CHUNK)).tolist()
-        rows = ((position % CHUNK) * self.count + lane)[order].to(cu_seqlens.device)
-        return Edges(rows.split(sizes), owners[order].to(cu_seqlens.device).split(sizes), len(bounds) - 1, tokens)
+
+def _edges(bounds: tuple[int, ...], device: torch.device, lanes: Lanes, last: bool) -> Edges:
+    """The last tokens of documents, or the first."""
+    bound = torch.tensor(bounds)
+    owners = (bound.diff() > 0).nonzero().squeeze(1)
+    tokens = bound[owners + 1] - 1 if last else bound[owners]
+    lane, position = tokens // lanes.length, tokens % lanes.length
+    chunk = position // CHUNK
+    order = chunk.argsort(stable=True)
+    sizes = torch.bincount(chunk, minlength=-(-lanes.length // CHUNK)).tolist()
+    rows = ((position % CHUNK) * lanes.count + lane)[order]
+    boundaries = tokens[(tokens % CHUNK == 0) & (tokens > 0)] // CHUNK - 1
+    return Edges(
+        rows.to(device).split(sizes), owners[order].to(device).split(sizes), len(bounds) - 1, boundaries.to(device)
+    )

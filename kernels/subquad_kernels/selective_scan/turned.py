@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from subquad_kernels.boundaries import layout_of
 
 _OF_TOKENS = frozenset({"x", "dt", "B", "C", "z", "y", "ungated"})
 _OF_STATES = frozenset({"initial_state", "final_state"})
@@ -28,5 +31,10 @@ def turned(values: Mapping[str, Any], cu_seqlens: Tensor | None) -> dict[str, An
         elif name in _OF_STATES and cu_seqlens is not None:
             found[name] = value.flip(0)
         elif name == "cu_seqlens":
-            found[name] = value[-1] - value.flip(0)
+            found[name] = layout_of(_turned, value)
     return found
+
+
+def _turned(bounds: tuple[int, ...], device: torch.device) -> Tensor:
+    """One tensor for all calls, so that what is made of it is found again."""
+    return torch.tensor([bounds[-1] - bound for bound in reversed(bounds)], dtype=torch.int32).to(device)

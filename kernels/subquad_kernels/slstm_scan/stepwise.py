@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from subquad_kernels.documents import document_ids, document_positions
+from subquad_kernels.boundaries import layout_of
 from subquad_kernels.slstm_scan.definition import no_token
 
 if TYPE_CHECKING:
@@ -39,22 +39,20 @@ def backward(arguments: Arguments, outputs: Outputs, gradients: tuple[Tensor | N
 class _Steps:
     """The tokens of a call in the order of its steps: the first tokens of all sequences, the second ones, ...
 
-    Within a step sequences stand by rank, the longest first. `sizes` are the sequences of every step.
+    Within a step sequences stand by rank, the longest first. `sizes` are the sequences of every step; `earlier` is
+    where each token's sequence stood one step before, from the second step on.
     """
 
+    earlier: Tensor | slice
+
     def __init__(self, b: int, t: int, cu_seqlens: Tensor | None, device: torch.device) -> None:
-        if cu_seqlens is None:
-            self.ranked = torch.arange(b, device=device)
-            self.order = torch.arange(b * t, device=device).unflatten(0, (b, t)).t().flatten()
-            self.sizes = [b] * t
-        else:
-            lengths = cu_seqlens.diff().long()
-            self.ranked = lengths.argsort(descending=True, stable=True)
-            positions = document_positions(cu_seqlens, t)
-            ranks = torch.empty_like(self.ranked)
-            ranks[self.ranked] = torch.arange(len(lengths), device=device)
-            self.order = (positions * len(lengths) + ranks[document_ids(cu_seqlens, t)]).argsort()
-            self.sizes = positions.bincount().tolist()
+        if cu_seqlens is not None:
+            self.ranked, self.order, self.earlier, self.sizes = layout_of(_by_length, cu_seqlens)
+            return
+        self.ranked = torch.arange(b, device=device)
+        self.order = torch.arange(b * t, device=device).unflatten(0, (b, t)).t().flatten()
+        self.sizes = [b] * t
+        self.earlier = slice(-b)
 
     def lay(self, rows: Tensor) -> Tensor:
         """Heads first, tokens in the order of steps.  Shapes:  b t h ...  ->  h (b t) ..."""
@@ -81,13 +79,7 @@ class _Steps:
 
         Shapes:  initial: 3 h states p    after: 3 h (b t) p  ->  3 h (b t) p
         """
-        first = initial[:, :, : self.sizes[0]]
-        if self.sizes[-1] == self.sizes[0]:  # nothing is asked of the device where all sequences are of one length
-            return torch.cat([first, after[:, :, : -self.sizes[0]]], dim=2)
-        sizes = torch.tensor(self.sizes, device=after.device)
-        # A sequence keeps its rank: it stood one step's size before where it stands.
-        places = torch.arange(self.sizes[0], after.shape[2], device=after.device)
-        return torch.cat([first, after[:, :, places - sizes[:-1].repeat_interleave(sizes[1:])]], dim=2)
+        return torch.cat([initial[:, :, : self.sizes[0]], after[:, :, self.earlier]], dim=2)
 
     def after_all(self, initial: Tensor, after: Tensor) -> Tensor:
         """The states after the last tokens; a sequence without any ends as it began.
@@ -101,6 +93,19 @@ class _Steps:
             if left < size
         ]
         return torch.cat([*reversed(ends), initial[:, :, self.sizes[0] :]], dim=2)
+
+
+def _by_length(bounds: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """`ranked`, `order`, `earlier` and `sizes` of the steps of packed documents."""
+    start, lengths = torch.tensor(bounds[:-1]), torch.tensor(bounds).diff()
+    ranked = lengths.argsort(descending=True, stable=True)
+    document = torch.arange(len(lengths)).repeat_interleave(lengths)
+    position = torch.arange(len(document)) - start[document]
+    order = (position * len(lengths) + ranked.argsort()[document]).argsort()
+    sizes = position.bincount()
+    # A sequence keeps its rank: it stood one step's size before where it stands.
+    earlier = torch.arange(int(sizes[0]), len(order)) - sizes[:-1].repeat_interleave(sizes[1:])
+    return ranked.to(device), order.to(device), earlier.to(device), sizes.tolist()
 
 
 class _Call:

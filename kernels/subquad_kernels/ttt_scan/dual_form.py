@@ -10,12 +10,14 @@ for each map; the second map's Q~ is what the first one gave for the queries. Gr
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from subquad_kernels.documents import document_groups
+from subquad_kernels.boundaries import layout_of
+from subquad_kernels.documents import document_groups, groups_of
 from subquad_kernels.torch_operator import AutogradKernel
 from subquad_kernels.ttt_scan.definition import Maps, maps_of, rows_of
 from subquad_kernels.ttt_scan.inner_model import gelu, gelu_slope, layer_norm, loss_gradient, with_one
@@ -46,20 +48,24 @@ def dual_form(
     if cu_seqlens is None:
         y, final = _scan(rows, scales, norm, state, start, inner, None)
         return y.to(v.dtype), final
-    y, finals, order = torch.zeros_like(rows[0]), [], []
-    lengths = cu_seqlens.diff()
+    y, finals = torch.zeros_like(rows[0]), []
+    lengths, (empty, place) = cu_seqlens.diff(), layout_of(_in_groups, cu_seqlens)
     for group in document_groups(cu_seqlens):
         laid = tuple(group.pad(part) for part in rows)
         out, final = _scan(laid, scales, norm, state[group.documents], start, inner, lengths[group.documents])
         group.write(y, out)
         finals.append(final)
-        order.append(group.documents)
-    empty = (lengths == 0).nonzero()[:, 0]
-    place = torch.cat([*order, empty]).argsort()
     return y.to(v.dtype), torch.cat([*finals, state[empty]])[place]
 
 
 DUAL_FORM = AutogradKernel(dual_form)
+
+
+def _in_groups(bounds: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Empty documents, and where each document stands among those of all groups and the empty ones after these."""
+    empty = [number for number, (start, stop) in enumerate(pairwise(bounds)) if start == stop]
+    grouped = [number for group in groups_of(bounds, torch.device("cpu")) for number in group.numbers]
+    return torch.tensor(empty, dtype=torch.long).to(device), torch.tensor([*grouped, *empty]).argsort().to(device)
 
 
 def _scan(
