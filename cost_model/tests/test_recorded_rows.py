@@ -21,6 +21,7 @@ from subquad_cost_model import (
     Trees,
 )
 from subquad_cost_model.evaluate import Verdict, evaluate, judge
+from subquad_cost_model.shape_groups import fold, shape_group
 from subquad_cost_model.splits import Split
 from subquad_cost_model.timed_rows import TimedRow, read_timed_rows, timed
 
@@ -30,8 +31,10 @@ SMALL = Trees(rounds=30, spread_rounds=8, leaves=7, spread_leaves=3)
 
 @lru_cache(maxsize=1)
 def verdicts_of(split: str) -> list[Verdict]:
-    rows = read_timed_rows(ROWS)
-    return list(kernels_left_out(timed(rows)) if split == "S3" else evaluate(rows, [split], trees=SMALL))
+    rows = timed(read_timed_rows(ROWS))
+    if split == "S0":  # in the usual suite: half of the shapes take half of the time
+        rows = [row for row in rows if fold(shape_group(row.row), 2, "half") == 0]
+    return list(kernels_left_out(rows) if split == "S3" else evaluate(rows, [split], trees=SMALL))
 
 
 def kernels_left_out(rows: Sequence[TimedRow]) -> Iterator[Verdict]:
