@@ -39,18 +39,15 @@ OPERATOR, KERNEL, FACTOR = 0.2, 0.2, 1.0
 FACTOR_REACH = 4.0
 """Factors change this much more slowly from row to row than all else that a sum leaves."""
 LENGTH, WIDTH, WINDOW, SEGMENT, PARALLEL, SIZE, DEVICE, GROUP, CHOICE = 16.0, 2.0, 4.0, 8.0, 8.0, 12.0, 2.0, 4.0, 4.0
-STEPS, PADDED, FILLED, UNTURNED = 8.0, 4.0, 1.0, 2.0
+STEPS, PADDED, UNTURNED = 8.0, 4.0, 2.0
 """Octaves of lengths, of widths, of windows, of segments, of waves of programs, of seconds and launches, of bandwidth,
 of heads that share a key head; options that differ (two make a word that is another); octaves of dependent steps, of
-pairs computed over pairs counted, of `WIDE_TILE` filled up over tokens, of columns over columns that are turned.
+pairs computed over pairs counted, of columns over columns that are turned.
 
 These and the amplitudes began where the marginal likelihood of half of the rows that S0 does not hold out is largest,
 and were rounded by errors out of fold on the others, which hardly change if one of them is halved or doubled. Windows
-and segments were two octaves until there were five times the rows: four and eight, and the last two coordinates, leave
-7.4 % in place of 7.8 of S0's five folds (forward and backward together), of folds of layouts 11.3 in place of 12.0."""
-WIDE_TILE = 128
-"""Tokens of a tile that is filled up: a last one of few tokens costs what a whole one does. Torch's attention and
-composed chunks gain by it, five fused kernels lose 0.2 %; tiles of 16, 64, 256 and 512 gain less or lose."""
+and segments were two octaves until there were five times the rows: four and eight, and the last coordinate, leave 7.8 %
+in place of 7.9 of three of S0's folds (forward and backward together)."""
 NOISE, DOUBTED = 0.045, 1.8
 """What repeats of a steady row differ by, and how much more than its own repeats a row in doubt does."""
 TAIL, LEAST_WEIGHT = 4.0, 1 / 30
@@ -59,7 +56,7 @@ DIGITS = 4
 """Of coordinates: what is kept in a file answers as what was fitted."""
 SCALES = (
     OPERATOR, KERNEL, FACTOR, FACTOR_REACH,
-    LENGTH, WIDTH, WINDOW, SEGMENT, PARALLEL, SIZE, DEVICE, GROUP, CHOICE, STEPS, PADDED, FILLED, UNTURNED,
+    LENGTH, WIDTH, WINDOW, SEGMENT, PARALLEL, SIZE, DEVICE, GROUP, CHOICE, STEPS, PADDED, UNTURNED,
 )  # fmt: skip
 """What a fit in a file must agree with."""
 LENGTHS, WIDTHS = ("b", "t", "s", "m", "documents"), ("k", "v", "n", "p", "w")
@@ -109,7 +106,6 @@ def _place(row: CostRow, device: Device) -> list[float]:
         math.log2(heads_per_key(row)) / GROUP,
         math.log2(max(1, row.serial_steps)) / STEPS,
         math.log2(row.padding) / PADDED,
-        math.log2(math.ceil(t / WIDE_TILE) * WIDE_TILE / t) / FILLED,
         math.log2(shape.get("k", 1) / (2 * turned)) / UNTURNED if turned else 0.0,
     ]
 

@@ -65,17 +65,16 @@ def test_an_option_and_heads_that_share_a_key_head_matter_where_rows_say_so() ->
     assert np.abs(errors).max() < 0.1
 
 
-def test_a_last_tile_of_few_tokens_and_columns_that_are_not_turned_matter_where_rows_say_so() -> None:
+def test_columns_that_are_not_turned_matter_where_rows_say_so() -> None:
     def chosen(row: CostRow, place: int) -> CostRow:
         return replace(row, options={"pairs": (5, 16)[place % 2]})
 
     def truth(row: CostRow) -> float:
-        tokens = row.shape["t"]
-        return 0.5 * math.log(-(-tokens // 128) * 128 / tokens) + 0.2 * (row.options["pairs"] == 5)
+        return 0.2 * (row.options["pairs"] == 5)
 
     rows, new = ([chosen(row, place) for place, row in enumerate(drawn(seed, 90, longest=512))] for seed in (11, 12))
     errors = answers(fitted(rows, [truth(row) for row in rows]), new) - [truth(row) for row in new]
-    assert np.abs(errors).mean() < 0.01, "without the two it is 0.1"
+    assert np.abs(errors).mean() < 0.01, "without it, it is 0.1"
 
 
 def test_rows_in_doubt_and_outliers_count_less() -> None:
@@ -92,7 +91,7 @@ def test_rows_in_doubt_and_outliers_count_less() -> None:
 def test_beyond_the_rows_it_stays_what_it_is_at_their_edge() -> None:
     rows = drawn(6, 60)
     process = fitted(rows, [left(row) for row in rows])
-    longest = 128 * math.ceil(max(row.shape["t"] for row in rows) / 128)  # whole tiles, here and beyond
+    longest = max(row.shape["t"] for row in rows)
     edge, beyond, far = (planted.row("wide", 16, t, 8) for t in (longest, 8 * longest, 4096 * longest))
     assert answers(process, [beyond]) == pytest.approx(answers(process, [edge]), abs=0.02)
     assert answers(process, [far]) == pytest.approx(answers(process, [beyond]), abs=1e-9)
