@@ -61,7 +61,7 @@ def layout_of(make: Callable[..., Layout], cu_seqlens: Tensor, *further: Hashabl
 
 @contextmanager
 def fixed_boundaries() -> Iterator[None]:
-    """CUDA graphs taken down within are replayed for these boundaries alone: a timing's are."""
+    """CUDA graphs taken down within are replayed for these boundaries alone, and before others push them out: a timing's."""
     global _fixed
     _fixed += 1
     try:

@@ -52,6 +52,11 @@ def test_boundaries_that_changed_are_asked_again() -> None:
 def test_another_tensor_with_the_memory_of_one_that_is_gone_is_not_taken_for_it() -> None:
     for stop in range(1, 40):
         assert bounds_of(seqlens(0, stop)) == (0, stop)
+    gone = seqlens(0, 50)
+    place = gone.data_ptr()
+    bounds_of(gone)
+    del gone
+    assert boundaries._known[-1].boundaries.data_ptr() == place, "it is held"
 
 
 def test_parts_of_one_tensor_are_told_apart() -> None:
