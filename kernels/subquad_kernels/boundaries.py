@@ -61,7 +61,7 @@ def layout_of(make: Callable[..., Layout], cu_seqlens: Tensor, *further: Hashabl
 
 @contextmanager
 def fixed_boundaries() -> Iterator[None]:
-    """CUDA graphs taken down within are replayed for these boundaries alone, and before others push them out: a timing's."""
+    """CUDA graphs taken down within repeat these boundaries alone, and until others push them out: a timing's do."""
     global _fixed
     _fixed += 1
     try:
