@@ -379,6 +379,7 @@ class MeasureConfig:
     target: str = "auto"  # auto | cpu | cuda, or a device file of the machine at hand
     operators: list[str] = field(default_factory=list)  # [NAME, ...]; []: all
     kernels: list[str] = field(default_factory=list)  # [NAME, ...]; []: all but the reference
+    kinds: list[str] = field(default_factory=list)  # [packed | whole | decode, ...]: packed documents, whole sequences
     layouts: int = 16  # drawn for each operator: options, dtype, widths, heads, packed or not
     shapes: int = 64  # drawn for each layout: lengths, batches, documents, channels
     seed: int = 0  # another one draws another pool

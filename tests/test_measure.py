@@ -141,6 +141,28 @@ def test_a_second_run_measures_only_what_is_missing(target: Target, tmp_path: Pa
     assert run(2) == []
 
 
+def test_one_kind_of_workload_is_a_part_of_the_pool_of_all(target: Target, tmp_path: Path) -> None:
+    plan = small(operators=("delta_rule",), layouts=6, shapes=2)
+    of_kinds = {
+        kind: SampleRun(target, tmp_path / kind, replace(plan, kinds=(kind,)), budget_s=60).run()
+        for kind in ("packed", "whole", "decode")
+    }
+    assert all("documents" in row.row.shape for row in of_kinds["packed"])
+    assert not any("documents" in row.row.shape for row in of_kinds["whole"])
+    assert {row.row.phase for row in of_kinds["packed"] + of_kinds["whole"]} == {"forward", "backward"}
+    assert {row.row.phase for row in of_kinds["decode"]} == {"decode"}
+    keys = {kind: {row.row.key for row in rows} for kind, rows in of_kinds.items()}
+    assert all(keys.values())
+    assert set().union(*keys.values()) == {
+        row.row.key for row in SampleRun(target, tmp_path / "all", plan, budget_s=60).run()
+    }
+
+
+def test_a_kind_that_is_none_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["measure", "kinds=[packd]"]) == 2
+    assert "measure.kinds" in (said := capsys.readouterr().err) and "packed, whole, decode" in said
+
+
 def test_rows_of_other_versions_are_no_reason_to_leave_anything_out(target: Target, tmp_path: Path) -> None:
     plan = small(operators=("rotary",), layouts=1, shapes=1)
     updated = replace(target, device=replace(target.device, versions={"torch": "99"}))

@@ -37,15 +37,22 @@ def run(arguments: list[str]) -> int:
     import pyarrow  # noqa: F401  (missing, it is said before minutes of measuring)
 
     from subquad.compiler.sample_kernels import Plan, SampleRun, by_kernel
+    from subquad.compiler.shape_pool import KINDS
     from subquad.compiler.target import require_local, resolve_target
     from subquad.registry import load_registry
 
     load_registry()  # fills the catalogue
     check_names("measure", operators=request.operators, kernels=request.kernels)
+    for kind in request.kinds:
+        if kind not in KINDS:
+            raise NotFoundError(
+                what=f"no kind of workload is called '{kind}'", where="measure.kinds", mend=f"use {', '.join(KINDS)}"
+            )
     target = require_local(resolve_target(request.target), request.target, verb="measure")
     plan = Plan(
         operators=tuple(request.operators),
         kernels=tuple(request.kernels),
+        kinds=tuple(request.kinds),
         layouts=request.layouts,
         shapes=request.shapes,
         seed=request.seed,
@@ -82,7 +89,7 @@ def measure_config(arguments: list[str]) -> MeasureConfig:
                 where=f"measure.{key}",
                 mend="write lists as [a, b], in quotes",
             ) from None
-        if key in ("operators", "kernels") and isinstance(values[key], str):
+        if key in ("operators", "kernels", "kinds") and isinstance(values[key], str):
             values[key] = [values[key]]
     request = typed_config(MeasureConfig, values, where="measure")
     for key, value in (("budget_s", request.budget_s), ("layouts", request.layouts), ("shapes", request.shapes)):

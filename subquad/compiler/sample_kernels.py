@@ -15,7 +15,7 @@ from pathlib import Path
 import subquad_kernels.operators  # noqa: F401  (registers the torch operators)
 from subquad.compiler.choose import REFERENCE
 from subquad.compiler.prepare_kernels import Job, Prepared, prepare, worker_processes
-from subquad.compiler.shape_pool import layouts, shapes
+from subquad.compiler.shape_pool import KINDS, kind_of, layouts, shapes
 from subquad.compiler.target import Target
 from subquad.compiler.time_cells import CellTimer, DeviceLostError
 from subquad.compiler.workload import cost_row, phases
@@ -45,10 +45,14 @@ FAST_TREES = Trees(rounds=100, leaves=15, spread_rounds=40, threads=4)
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What to measure: names (empty: all), so many layouts of each operator and shapes of each layout."""
+    """What to measure: names and kinds (empty: all), so many layouts of each operator and shapes of each layout.
+
+    Kinds are chosen among the layouts that are drawn: the pool of some is a part of the pool of all.
+    """
 
     operators: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()  # `name` or `operator/name`
+    kinds: tuple[str, ...] = ()  # of layouts: `shape_pool.KINDS`
     layouts: int = 16
     shapes: int = 64
     seed: int = 0
@@ -214,7 +218,8 @@ class SampleRun:
         return [operator for operator in CATALOGUE if not self._plan.operators or operator.name in self._plan.operators]
 
     def _layouts(self, operator: Operator) -> list[Workload]:
-        return layouts(operator, self._target.kind, self._plan.layouts, seed=self._plan.seed)
+        drawn = layouts(operator, self._target.kind, self._plan.layouts, seed=self._plan.seed)
+        return [layout for layout in drawn if kind_of(layout) in (self._plan.kinds or KINDS)]
 
     def _kernels(self, operator: Operator) -> list[Kernel]:
         return self._installed[operator.name]

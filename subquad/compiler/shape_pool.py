@@ -46,6 +46,8 @@ RANGES: Mapping[str, Ranges] = {
         dtypes=("bfloat16", "bfloat16", "bfloat16", "bfloat16", "float16", "bfloat16", "bfloat16", "float32"),
     ),
 }  # fmt: skip
+KINDS = ("packed", "whole", "decode")
+"""Of layouts: packed documents, whole sequences, one token after others."""
 STATES = (16, 16, 64, 32, 8)
 """States of a channel; Mamba has 16."""
 GROUPS = (1, 4, 1, 8)
@@ -92,6 +94,11 @@ def layouts(operator: Operator, kind: str, count: int, *, seed: int = 0) -> list
         # Channels are free within a layout, as lengths are.
         found.setdefault(replace(smallest, shape=dict(smallest.shape) | {"c": 0}).key, smallest)
     return list(found.values())
+
+
+def kind_of(layout: Workload) -> str:
+    """Which of `KINDS` a layout is."""
+    return "decode" if layout.phase == "decode" else "packed" if "documents" in layout.shape else "whole"
 
 
 def shapes(layout: Workload, kind: str, count: int, *, seed: int = 0) -> list[Workload]:
