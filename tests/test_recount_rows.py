@@ -49,13 +49,22 @@ def test_an_earlier_row_of_a_changed_workload_is_stale_and_others_are_not(tool: 
     assert not tool.is_stale(replace(wide, row=replace(wide.row, phase="decode")))
     assert not tool.is_stale(replace(wide, date="2026-12-01T00:00:00+00:00"))
     assert not tool.is_stale(replace(wide, row=replace(wide.row, shape={**shape, "n": 128, "p": 128})))
-    forward = next(r for r in rows if (r.row.operator, r.row.kernel, r.row.phase) == ("segment_attention", "sdpa_merge",
-                                                                                      "forward"))  # fmt: skip
+    forward = next(
+        r
+        for r in rows
+        if (r.row.operator, r.row.kernel, r.row.phase) == ("segment_attention", "sdpa_merge", "forward")
+        and "documents" not in r.row.shape
+    )
     gradient = replace(forward, date=before.date, row=replace(forward.row, phase="backward", dtype="bfloat16"))
     assert tool.is_stale(gradient)
     assert not tool.is_stale(replace(gradient, row=replace(gradient.row, dtype="float32"))), "computed as before"
     assert tool.is_stale(replace(gradient, row=replace(gradient.row, kernel="compacted", dtype="float32")))
     assert not tool.is_stale(replace(forward, row=replace(forward.row, kernel="compacted")))
+    documents = replace(forward.row, shape={**forward.row.shape, "documents": 3})
+    asked = replace(forward, date="2026-12-01T14:00:00+00:00", row=documents)
+    assert tool.is_stale(asked), "it asked the device for lengths in every call"
+    assert not tool.is_stale(replace(asked, date="2026-12-01T16:00:00+00:00"))
+    assert not tool.is_stale(replace(asked, row=replace(documents, kernel="tiled"))), "it never asked"
 
 
 def test_the_recorded_rows_hold_none_that_were_disturbed_and_of_no_phase_a_few(tool: ModuleType) -> None:
@@ -104,7 +113,7 @@ def test_a_call_that_queueing_outlasted_has_waited_for_the_host(tool: ModuleType
     assert not tool.has_waited(timed(4 * head_s, 3 * head_s)), "the device took longer"
     assert not tool.has_waited(timed(2 * head_s, None)), "nobody knows"
     packed = replace(waited.row, shape={**waited.row.shape, "documents": 2})
-    assert not tool.has_waited(replace(waited, row=packed)), "which cannot be captured"
+    assert tool.has_waited(replace(waited, row=packed)), "its layout is known before it is captured"
 
     captured = timed(head_s, None, cuda_graph=True)
     assert tool.kept([[waited] * 6]) == [[waited] * 6], "there is nothing in its place"

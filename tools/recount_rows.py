@@ -48,6 +48,11 @@ def half_backward(row: CostRow) -> bool:
     return row.phase == "backward" and row.dtype in ("bfloat16", "float16")
 
 
+def packed(row: CostRow) -> bool:
+    """Packed documents: their layouts are worked out once for all calls that share the boundaries now."""
+    return "documents" in row.shape
+
+
 def by_tiles(row: CostRow) -> bool:
     """One token whose query heads share keys, or that sees more than one tile of summaries."""
     if row.phase != "decode":
@@ -56,17 +61,26 @@ def by_tiles(row: CostRow) -> bool:
     return step_launch(b, h, h_kv, k, v, m, element_bytes=ELEMENT_BYTES[row.dtype]).rows > 1
 
 
+ALONG_DOCUMENTS = ("2026-12-01T15", packed)
+"""Until then kernels composed of torch's own asked the device for the documents' lengths in every call."""
 STALE: Mapping[str, tuple[tuple[str, Callable[[CostRow], bool]], ...]] = {
     "gated_linear_attention/fused": (("2026-11-29T10", lambda row: True),),
     "delta_rule/fused": (("2026-11-30", lambda row: True),),
     "delta_rule/fused_diagonal": (("2026-11-30", lambda row: True),),
     "segment_attention/tiled": (("2026-11-30", lambda row: True), ("2026-11-30T19:30", by_tiles)),
-    "segment_attention/compacted": (("2026-11-30T07:16", lambda row: row.phase == "backward"),),
-    "segment_attention/sdpa_merge": (("2026-11-30T14", half_backward),),
+    "segment_attention/compacted": (("2026-11-30T07:16", lambda row: row.phase == "backward"), ALONG_DOCUMENTS),
+    "segment_attention/sdpa_merge": (("2026-11-30T14", half_backward), ALONG_DOCUMENTS),
     "causal_conv/fused": (("2026-11-30", lambda row: row.phase == "decode"),),
     "selective_scan/fused": (("2026-11-30", lambda row: row.phase != "decode"),),
     "linear_attention/fused": (("2026-11-30", other_heads), ("2026-11-30T06", tiled_heads)),
-    "log_linear_attention/chunked": (("2026-12-01", lambda row: row.phase != "decode"),),
+    "log_linear_attention/chunked": (("2026-12-01", lambda row: row.phase != "decode"), ALONG_DOCUMENTS),
+    "log_linear_delta_rule/chunked": (ALONG_DOCUMENTS,),
+    "linear_attention/chunked": (ALONG_DOCUMENTS,),
+    "gated_linear_attention/chunked": (ALONG_DOCUMENTS,),
+    "delta_rule/chunked": (ALONG_DOCUMENTS,),
+    "selective_scan/chunked": (ALONG_DOCUMENTS,),
+    "slstm_scan/stepwise": (ALONG_DOCUMENTS,),
+    "ttt_scan/dual_form": (ALONG_DOCUMENTS,),
 }
 """Kernels that compute otherwise since a date, and in which workloads: what was timed before is of other code."""
 
@@ -94,7 +108,7 @@ def is_disturbed(timed: TimedRow) -> bool:
 
 def has_waited(timed: TimedRow) -> bool:
     """Whether the call took less long than the host needed to queue it, beyond the head start that the clock gave."""
-    if timed.queued_s is None or timed.median_s is None or "documents" in timed.row.shape:
+    if timed.queued_s is None or timed.median_s is None:
         return False
     return head_start_s(timed.device) < timed.queued_s and timed.median_s < timed.queued_s
 

@@ -35,10 +35,11 @@ from subquad_cost_model.work_alone import WorkAlone
 if TYPE_CHECKING:
     import lightgbm
 
-FORMAT_VERSION = 5
-READABLE = (1, 2, 3, 4, 5)
+FORMAT_VERSION = 6
+READABLE = (1, 2, 3, 4, 5, 6)
 """Fits of version 1 have no physics head and one head for peaks at most; Gaussian processes came with version 3, with 4
-what kernels compute float16 as, and with 5 the shares of terms in a process (an earlier process has other scales)."""
+what kernels compute float16 as, with 5 the shares of terms in a process (an earlier process has other scales), with 6
+layouts and widths by device."""
 MANIFEST, HEADS, CARD = "manifest.json", "heads.json", "card.md"
 PEAK = "peak_"
 """Before the phase, in the names of heads for peak memory."""
@@ -188,7 +189,11 @@ def _head_record(head: Head) -> dict[str, Any]:
         "reach": head.reach,
         "layout_width": _finite(head.layout_width),
         "beyond_width": _finite(head.beyond_width),
-        "layouts": {kernel: sorted(layouts) for kernel, layouts in sorted(head.layouts.items())},
+        "layouts": {
+            device: {kernel: sorted(layouts) for kernel, layouts in sorted(of_device.items())}
+            for device, of_device in sorted(head.layouts.items())
+        },
+        "devices_width": dict(head.devices_width),
         "physics": None if head.physics is None else asdict(head.physics),
         "settled": [] if head.work_alone is None else list(head.work_alone.settled),
     }
@@ -217,10 +222,22 @@ def _head(
         },
         layout_width=_width(record.get("layout_width")),
         beyond_width=_width(record.get("beyond_width")),
-        layouts={kernel: frozenset(layouts) for kernel, layouts in record.get("layouts", {}).items()},
+        layouts=_layouts(record),
+        devices_width=dict(record.get("devices_width", {})),
         physics=_physics(record.get("physics")),
         work_alone=None if work is None else WorkAlone(trees=work, settled=tuple(record["settled"])),
     )
+
+
+def _layouts(record: Mapping[str, Any]) -> dict[str, dict[str, frozenset[str]]]:
+    """Those of each device; in fits before version 6 what one has measured counts for all."""
+    by_device = record.get("layouts", {})
+    if "devices_width" not in record:
+        by_device = dict.fromkeys(record["devices"], by_device)
+    return {
+        device: {kernel: frozenset(layouts) for kernel, layouts in of_device.items()}
+        for device, of_device in by_device.items()
+    }
 
 
 def _physics(record: Mapping[str, Any] | None) -> Physics | None:

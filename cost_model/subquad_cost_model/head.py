@@ -56,10 +56,12 @@ class Head:
 
     With `work_alone` the first is half or all of what other kernels take, where rows of this one are few or none.
     Widths are the multiples of the spread that held the share `level` of out-of-fold residuals: `seen_width` on devices
-    and layouts among the rows (by operator; `""` for all), `layout_width` on layouts left out (widths, heads and
+    and layouts among the rows (by operator; `""` for all; times the `devices_width` of a device, where its own rows are
+    further off than all, as those of a device with few are), `layout_width` on layouts left out (widths, heads and
     options), `beyond_width` on lengths an octave beyond those that were left, `new_width` on devices of families left
     out. What an octave adds is taken to be independent of what others add: width grows with the square root of them.
-    `reach` are the smallest and largest by kernel of each axis and of `HEADS_PER_KEY`, `layouts` those of each kernel.
+    `reach` are the smallest and largest by kernel of each axis and of `HEADS_PER_KEY`, `layouts` those of each kernel
+    by device: what was measured on another one alone is new to this.
     """
 
     point: lightgbm.Booster | GaussianProcess | None
@@ -75,7 +77,8 @@ class Head:
     reach: Mapping[str, Mapping[str, tuple[float, float]]]
     layout_width: float = math.inf
     beyond_width: float = math.inf
-    layouts: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    layouts: Mapping[str, Mapping[str, frozenset[str]]] = field(default_factory=dict)
+    devices_width: Mapping[str, float] = field(default_factory=dict)
     physics: Physics | None = None
     work_alone: WorkAlone | None = None
 
@@ -138,6 +141,12 @@ class Head:
             width = grouped_quantile(scored[here], [groups[index] for index in here], level)
             # Shapes too few for a quantile of their own borrow that of all.
             seen_width[operator] = width if math.isfinite(width) else seen_width[""]
+        devices_width = {}
+        for name in {device.name for device in devices}:
+            here = [index for index, device in enumerate(devices) if device.name == name]
+            width = grouped_quantile(scored[here], [groups[index] for index in here], level)
+            if math.isfinite(width):
+                devices_width[name] = max(1.0, width / seen_width[""])
         families = np.array([device.family for device in devices])
         new_width = layout_width = beyond_width = math.inf
         if far and len(set(families)) > 1:
@@ -163,7 +172,8 @@ class Head:
             reach=_reach(rows),
             layout_width=layout_width,
             beyond_width=beyond_width,
-            layouts=_layouts(rows) if terms else {},
+            layouts=_layouts(rows, devices) if terms else {},
+            devices_width=dict(sorted(devices_width.items())),
             physics=final.physics,
             work_alone=final.work_alone,
         )
@@ -186,10 +196,10 @@ class Head:
     def _width(self, row: CostRow, device: Device) -> float:
         if device.name not in self.devices:
             return self.new_width
-        width = self.seen_width.get(row.operator, self.seen_width[""])
+        width = self.seen_width.get(row.operator, self.seen_width[""]) * self.devices_width.get(device.name, 1.0)
         if self.physics is None:
             return width
-        if _layout(row) not in self.layouts.get(words(row)[1], ()):
+        if _layout(row) not in self.layouts.get(device.name, {}).get(words(row)[1], ()):
             width = max(width, self.layout_width)
         octaves = _octaves_beyond(row, self.reach)
         return max(width, self.beyond_width * math.sqrt(max(1, octaves))) if octaves else width
@@ -365,11 +375,14 @@ def _further(rows: Sequence[CostRow], ends: NDArray[np.int64]) -> Floats:
     return found
 
 
-def _layouts(rows: Sequence[CostRow]) -> dict[str, frozenset[str]]:
-    found: dict[str, set[str]] = {}
-    for row in rows:
-        found.setdefault(words(row)[1], set()).add(_layout(row))
-    return {kernel: frozenset(layouts) for kernel, layouts in found.items()}
+def _layouts(rows: Sequence[CostRow], devices: Sequence[Device]) -> dict[str, dict[str, frozenset[str]]]:
+    found: dict[str, dict[str, set[str]]] = {}
+    for row, device in zip(rows, devices, strict=True):
+        found.setdefault(device.name, {}).setdefault(words(row)[1], set()).add(_layout(row))
+    return {
+        device: {kernel: frozenset(layouts) for kernel, layouts in of_device.items()}
+        for device, of_device in found.items()
+    }
 
 
 def _ends(rows: Sequence[CostRow]) -> NDArray[np.int64]:

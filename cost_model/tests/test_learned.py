@@ -221,7 +221,7 @@ def test_intervals_beyond_its_lengths_grow_with_the_square_root_of_the_octaves()
     for octaves in (1, 3, 5):  # as wide everywhere, they hold 77 % five octaves beyond
         rows = [walked(one) for one in planted.table(seed=21, shapes=60, lengths=[8 + octaves])]
         assert 0.86 < coverage(*judge(learned, rows)) < 0.95
-    head = replace(learned.heads["forward"], seen_width={"": 1.0}, layout_width=1.0)
+    head = replace(learned.heads["forward"], seen_width={"": 1.0}, devices_width={}, layout_width=1.0)
     asked, device = [planted.row("wide", 2, t * longest, 8) for t in (1, 2, 8, 32)], planted.DEVICES[1]
     _, spread = replace(head, beyond_width=0.0).predict(asked, device)
     _, widths = replace(head, beyond_width=20.0).predict(asked, device)
@@ -241,6 +241,34 @@ def test_heads_that_share_keys_in_a_ratio_beyond_those_measured_have_the_interva
     _, wider = replace(head, beyond_width=40.0).predict(asked, device)
     assert (wider / widths).tolist() == pytest.approx([1, 2, 2])
     assert all(head.refusal(row, device) is None for row in asked)
+
+
+def test_a_device_of_which_few_rows_are_known_has_intervals_that_hold_there() -> None:
+    """Each shape is off by a tenth on the device that is hardly known, and repeats within 1 % on the other."""
+    few, many = planted.DEVICES[:2]
+    known = planted.table(seed=22, shapes=120, devices=[many], noise=0.01)
+    known += planted.table(seed=23, shapes=25, devices=[few], noise=0.1)
+    new = planted.table(seed=24, shapes=100, devices=[few], noise=0.1)
+    learned = LearnedEstimator.fit(known, trees=SMALL)
+    head = learned.heads["forward"]
+    assert head.devices_width[many.name] < 1.1 < 1.3 < head.devices_width[few.name]
+    assert 0.84 < coverage(*judge(learned, new)) < 0.99
+    without = replace(learned, heads={"forward": replace(head, devices_width={})})
+    assert coverage(*judge(without, new)) < 0.8, "those of the other device promise too much"
+    assert coverage(*judge(learned, planted.table(seed=25, shapes=100, devices=[many], noise=0.01))) > 0.82
+
+
+def test_a_layout_that_another_device_measured_alone_is_new_to_this_one() -> None:
+    one, two = planted.DEVICES[:2]
+    rows = planted.table(seed=26, shapes=120, devices=[two])
+    rows += [row for row in planted.table(seed=27, shapes=60, devices=[one]) if row.row.shape["h"] != 8]
+    head = replace(LearnedEstimator.fit(rows, trees=SMALL).heads["forward"], layout_width=50.0)
+    eight = next(row.row for row in rows if row.row.shape["h"] == 8)
+    other = next(row.row for row in rows if row.device.name == one.name)
+    wider = replace(head, layout_width=100.0)
+    for device, asked, ratio in ((one, eight, 2), (two, eight, 1), (one, other, 1)):
+        (width,), (twice,) = head.predict([asked], device)[1], wider.predict([asked], device)[1]
+        assert twice / width == pytest.approx(ratio)
 
 
 def test_one_family_of_devices_says_nothing_about_others() -> None:
@@ -342,6 +370,28 @@ def test_a_fit_whose_trees_say_nonsense_is_refused_even_when_vouched_for(
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(FitError, match="is not a fit"):
         load_fit(tmp_path)
+
+
+def test_in_a_fit_of_an_earlier_version_a_layout_counts_on_all_its_devices(
+    learned: LearnedEstimator, tmp_path: Path
+) -> None:
+    import hashlib
+    import json
+
+    one, two = (device.name for device in planted.DEVICES[:2])
+    head = learned.heads["forward"]
+    save_fit(replace(learned, heads={"forward": replace(head, layouts={one: head.layouts[one]})}), tmp_path, card="")
+    assert load_fit(tmp_path).heads["forward"].layouts == {one: head.layouts[one]}
+    heads = json.loads((tmp_path / "heads.json").read_text())
+    del heads["forward"]["devices_width"]
+    heads["forward"]["layouts"] = heads["forward"]["layouts"][one]
+    (tmp_path / "heads.json").write_text(text := json.dumps(heads))
+    manifest = json.loads((tmp_path / "manifest.json").read_text()) | {"format_version": 5}
+    manifest["sha256"]["heads.json"] = hashlib.sha256(text.encode()).hexdigest()
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    earlier = load_fit(tmp_path).heads["forward"]
+    assert earlier.layouts[one] == earlier.layouts[two] == head.layouts[one]
+    assert earlier.devices_width == {}
 
 
 def test_without_lightgbm_the_roofline_stands_in_visibly(
