@@ -62,11 +62,16 @@ SCALES = (
 LENGTHS, WIDTHS = ("b", "t", "s", "m", "documents"), ("k", "v", "n", "p", "w")
 
 
-def places_of(rows: Sequence[CostRow], devices: Sequence[Device]) -> Floats:
-    """Where each row lies, one line each, but for its options and for what a physics head says of it."""
+def places_of(
+    rows: Sequence[CostRow], devices: Sequence[Device], *, window: float = WINDOW, segment: float = SEGMENT
+) -> Floats:
+    """Where each row lies, one line each, but for its options and for what a physics head says of it.
+
+    `window` and `segment` are the octaves along which these matter: another source leaves something else.
+    """
     if not rows:
         return np.empty((0, 0))
-    return np.array([_place(row, device) for row, device in zip(rows, devices, strict=True)])
+    return np.array([_place(row, device, window, segment) for row, device in zip(rows, devices, strict=True)])
 
 
 def _coordinates(rows: Sequence[CostRow], places: Floats, parts: Floats, choices: tuple[str, ...]) -> Floats:
@@ -83,7 +88,7 @@ def _shares(parts: Floats) -> Floats:
     return np.asarray(np.round(positive / total(positive)[:, None], DIGITS), dtype=np.float64)
 
 
-def _place(row: CostRow, device: Device) -> list[float]:
+def _place(row: CostRow, device: Device, window_reach: float, segment_reach: float) -> list[float]:
     shape, options = row.shape, row.options
     t = shape.get("t", 1)
     window, segment, turned = (float(options.get(name, 0) or 0) for name in ("window", "segment_len", "pairs"))
@@ -97,8 +102,8 @@ def _place(row: CostRow, device: Device) -> list[float]:
     return [
         *(math.log2(shape.get(axis) or 1) / LENGTH for axis in LENGTHS),
         *(math.log2(shape.get(axis) or 1) / WIDTH for axis in WIDTHS),
-        *(math.log2(reach) / WINDOW for reach in windows),
-        *(math.log2(reach) / SEGMENT for reach in segments),
+        *(math.log2(reach) / window_reach for reach in windows),
+        *(math.log2(reach) / segment_reach for reach in segments),
         *map(float, said),
         math.log2(programs(row) / multiprocessors(device)) / PARALLEL,
         math.log2(row.launches) / SIZE,
