@@ -47,9 +47,6 @@ MOST_ROWS = 1000
 LEAST_DOUBT = 0.08
 """Of a row, for the process: from shape to shape a source is off by more than repeats of a timing are, and sixteen rows
 of a kernel are too few to follow that."""
-WINDOW, SEGMENT = 2.0, 2.0
-"""Octaves along which what a source leaves changes: a device's few rows of one window say less of another than
-thousands of rows of a sum do."""
 LEAST_SHAPES = 5
 """With fewer shapes in a phase nothing can be left out to choose by, and the source stays as it is."""
 REACH = 2.0
@@ -197,8 +194,7 @@ class _Asked:
             log_source[here] = np.log(np.array(columns, dtype=np.float64).T)
         own = len(SECONDS) - len(HOST)
         parts = np.maximum(Terms.count(SECONDS, rows, devices).lines[:, :own], 0.0)
-        places = places_of(rows, devices, window=WINDOW, segment=SEGMENT)
-        return cls(rows, np.array([kernel_key(row) for row in rows]), log_source, places, parts)
+        return cls(rows, np.array([kernel_key(row) for row in rows]), log_source, places_of(rows, devices), parts)
 
     def take(self, inside: NDArray[np.bool_]) -> _Asked:
         """Those of some rows."""

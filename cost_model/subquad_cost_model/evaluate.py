@@ -155,7 +155,9 @@ def evaluate(
         found: dict[str, Estimator] = {
             "learned": learned,
             "learned, always": replace(learned, abstains=False),
-            "physics": replace(learned, heads={phase: replace(h, point=None) for phase, h in learned.heads.items()}),
+            "physics": replace(
+                learned, heads={phase: replace(h, trees=None, process=None) for phase, h in learned.heads.items()}
+            ),
             "roofline": RooflineEstimator(),
             "constant": _constant(seen),
         }

@@ -2,7 +2,8 @@
 
 manifest.json       format, features' hash, versions, date; the sha256 of every other file
 heads.json          words, widths, reach of each head, and its physics head
-<head>.point.txt    trees for z, LightGBM's own text, or the rows of a Gaussian process, JSON
+<head>.point.txt    the rows of a Gaussian process, JSON, or where there is none trees for z, LightGBM's own text
+<head>.rest.txt     trees for what the process leaves, where it does not hold all rows
 <head>.spread.txt   trees for its spread
 <head>.work.txt     trees by work alone, for kernels of few rows or none, where it has these
 card.md             what it was fitted to, how it was judged, where it is wrong
@@ -33,7 +34,7 @@ from subquad_cost_model.terms import BYTES, SECONDS
 from subquad_cost_model.work_alone import WorkAlone
 
 if TYPE_CHECKING:
-    import lightgbm
+    pass
 
 FORMAT_VERSION = 6
 READABLE = (1, 2, 3, 4, 5, 6)
@@ -41,6 +42,8 @@ READABLE = (1, 2, 3, 4, 5, 6)
 what kernels compute float16 as, with 5 the shares of terms in a process (an earlier process has other scales), with 6
 layouts and widths by device."""
 MANIFEST, HEADS, CARD = "manifest.json", "heads.json", "card.md"
+FILES = ("point", "rest", "spread", "work")
+"""Of each head."""
 PEAK = "peak_"
 """Before the phase, in the names of heads for peak memory."""
 FITS = Path(__file__).parent / "fits"
@@ -80,8 +83,11 @@ def save_fit(estimator: LearnedEstimator, folder: Path, *, card: str) -> None:
     heads = {**estimator.heads, **{f"{PEAK}{phase}": head for phase, head in estimator.peaks.items()}}
     texts = {HEADS: json.dumps({name: _head_record(head) for name, head in heads.items()}, indent=1) + "\n", CARD: card}
     for name, head in heads.items():
-        assert head.point is not None, "a head without trees is for comparison alone"
-        texts[f"{name}.point.txt"] = _point_text(head.point)
+        assert head.process is not None or head.trees is not None, "a head of physics is for comparison alone"
+        if head.process is not None:
+            texts[f"{name}.point.txt"] = _process_text(head.process)
+        if head.trees is not None:
+            texts[f"{name}.{'rest' if head.process else 'point'}.txt"] = head.trees.model_to_string()
         texts[f"{name}.spread.txt"] = head.spread.model_to_string()
         if head.work_alone is not None:
             texts[f"{name}.work.txt"] = head.work_alone.trees.model_to_string()
@@ -105,12 +111,7 @@ def load_fit(folder: Path) -> LearnedEstimator:
     try:
         records = json.loads(texts[HEADS])
         heads = {
-            name: _head(
-                record,
-                _point(lightgbm, texts[f"{name}.point.txt"]),
-                _booster(lightgbm, texts[f"{name}.spread.txt"]),
-                _booster(lightgbm, texts[f"{name}.work.txt"]) if record.get("settled") else None,
-            )
+            name: _head(record, {what: text for what in FILES if (text := texts.get(f"{name}.{what}.txt"))})
             for name, record in records.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError, lightgbm.basic.LightGBMError) as error:
@@ -157,23 +158,11 @@ def _vouched(folder: Path) -> dict[str, str]:
     return texts
 
 
-def _booster(lightgbm: Any, text: str) -> lightgbm.Booster:
-    return lightgbm.Booster(model_str=text)
-
-
-def _point_text(point: lightgbm.Booster | GaussianProcess) -> str:
-    if not isinstance(point, GaussianProcess):
-        return str(point.model_to_string())
-    record = process_record(point)
+def _process_text(process: GaussianProcess) -> str:
+    record = process_record(process)
     rows = ",\n".join(json.dumps(line, separators=(",", ":")) for line in record["rows"])
     scales, choices = json.dumps(record["scales"]), json.dumps(record["choices"])
     return f'{{"scales": {scales}, "choices": {choices}, "rows": [\n{rows}\n]}}\n'
-
-
-def _point(lightgbm: Any, text: str) -> lightgbm.Booster | GaussianProcess:
-    if not text.startswith("{"):
-        return _booster(lightgbm, text)
-    return process_from_record(json.loads(text))
 
 
 def _head_record(head: Head) -> dict[str, Any]:
@@ -199,15 +188,15 @@ def _head_record(head: Head) -> dict[str, Any]:
     }
 
 
-def _head(
-    record: Mapping[str, Any],
-    point: lightgbm.Booster | GaussianProcess,
-    spread: lightgbm.Booster,
-    work: lightgbm.Booster | None,
-) -> Head:
+def _head(record: Mapping[str, Any], texts: Mapping[str, str]) -> Head:
+    import lightgbm
+
+    process = process_from_record(json.loads(texts["point"])) if texts["point"].startswith("{") else None
+    trees = {what: lightgbm.Booster(model_str=text) for what, text in texts.items() if not text.startswith("{")}
     return Head(
-        point=point,
-        spread=spread,
+        trees=trees.get("rest" if process else "point"),
+        process=process,
+        spread=trees["spread"],
         vocabulary=Vocabulary(record["words"]),
         level=record["level"],
         seen_width={name: _width(width) for name, width in record["seen_width"].items()},
@@ -225,7 +214,7 @@ def _head(
         layouts=_layouts(record),
         devices_width=dict(record.get("devices_width", {})),
         physics=_physics(record.get("physics")),
-        work_alone=None if work is None else WorkAlone(trees=work, settled=tuple(record["settled"])),
+        work_alone=WorkAlone(trees=trees["work"], settled=tuple(record["settled"])) if "work" in trees else None,
     )
 
 

@@ -8,7 +8,7 @@ layout or a length costs the kernels of an operator is mostly shared by them. p 
 with factors c_j e^g_j in place of c_j, log(sum c_j x_j) changes by p . g to first order, so the last part of K is what
 is left where each factor is off by a g_j of its own, which changes slowly from row to row. What short rows, which wait
 for launches, leave is then not expected of long ones, which wait for a unit. A few dozen rows of a kernel are enough,
-where trees want hundreds; thousands make the system too large, and are left to trees.
+where trees want hundreds; of thousands the system holds some, and trees learn what it leaves of all (`head`).
 
 Source: Rasmussen and Williams 2006 (sections 2.2, 2.7, 4.2.1); weights of outliers as in Student's t (section 9.3).
 """
@@ -33,7 +33,8 @@ from subquad_cost_model.rows import CostRow
 from subquad_cost_model.terms import heads_per_key, multiprocessors, programs
 
 MOST_ROWS = 4000
-"""Of one operator: a system of so many takes seconds to solve and megabytes to keep; above, trees answer as well."""
+"""Of one operator: a system of so many takes seconds to solve and megabytes to keep. Of further rows trees learn what
+it leaves."""
 OPERATOR, KERNEL, FACTOR = 0.2, 0.2, 1.0
 """Amplitudes, as logarithms of seconds, and of factors."""
 FACTOR_REACH = 4.0
@@ -62,16 +63,11 @@ SCALES = (
 LENGTHS, WIDTHS = ("b", "t", "s", "m", "documents"), ("k", "v", "n", "p", "w")
 
 
-def places_of(
-    rows: Sequence[CostRow], devices: Sequence[Device], *, window: float = WINDOW, segment: float = SEGMENT
-) -> Floats:
-    """Where each row lies, one line each, but for its options and for what a physics head says of it.
-
-    `window` and `segment` are the octaves along which these matter: another source leaves something else.
-    """
+def places_of(rows: Sequence[CostRow], devices: Sequence[Device]) -> Floats:
+    """Where each row lies, one line each, but for its options and for what a physics head says of it."""
     if not rows:
         return np.empty((0, 0))
-    return np.array([_place(row, device, window, segment) for row, device in zip(rows, devices, strict=True)])
+    return np.array([_place(row, device) for row, device in zip(rows, devices, strict=True)])
 
 
 def _coordinates(rows: Sequence[CostRow], places: Floats, parts: Floats, choices: tuple[str, ...]) -> Floats:
@@ -88,7 +84,7 @@ def _shares(parts: Floats) -> Floats:
     return np.asarray(np.round(positive / total(positive)[:, None], DIGITS), dtype=np.float64)
 
 
-def _place(row: CostRow, device: Device, window_reach: float, segment_reach: float) -> list[float]:
+def _place(row: CostRow, device: Device) -> list[float]:
     shape, options = row.shape, row.options
     t = shape.get("t", 1)
     window, segment, turned = (float(options.get(name, 0) or 0) for name in ("window", "segment_len", "pairs"))
@@ -102,8 +98,8 @@ def _place(row: CostRow, device: Device, window_reach: float, segment_reach: flo
     return [
         *(math.log2(shape.get(axis) or 1) / LENGTH for axis in LENGTHS),
         *(math.log2(shape.get(axis) or 1) / WIDTH for axis in WIDTHS),
-        *(math.log2(reach) / window_reach for reach in windows),
-        *(math.log2(reach) / segment_reach for reach in segments),
+        *(math.log2(reach) / WINDOW for reach in windows),
+        *(math.log2(reach) / SEGMENT for reach in segments),
         *map(float, said),
         math.log2(programs(row) / multiprocessors(device)) / PARALLEL,
         math.log2(row.launches) / SIZE,

@@ -1,13 +1,14 @@
 """One learned quantity: a physical sum and what it leaves, trees for the spread, and how far to widen it.
 
-What the sum leaves is a Gaussian process where rows are few, and trees where they are many or there is no sum. Of a
-kernel with hardly any rows, or none, the sum is mended by what kernels take that do such work.
+What the sum leaves is a Gaussian process, of so many rows of an operator as it can hold, and trees learn what that
+leaves where there are more; where there is no sum, trees learn all. Of a kernel with hardly any rows, or none, the sum
+is mended by what kernels take that do such work.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -52,7 +53,7 @@ class TooFewRowsError(ValueError):
 class Head:
     """Answers z = log(quantity / its bound) for rows on devices, with the half width of an interval.
 
-        z = log(physics / bound) + residual       without a physics head trees answer alone, without a residual it does
+        z = log(physics / bound) + process + trees          each where there is one; without a physics head trees alone
 
     With `work_alone` the first is half or all of what other kernels take, where rows of this one are few or none.
     Widths are the multiples of the spread that held the share `level` of out-of-fold residuals: `seen_width` on devices
@@ -64,7 +65,7 @@ class Head:
     by device: what was measured on another one alone is new to this.
     """
 
-    point: lightgbm.Booster | GaussianProcess | None
+    trees: lightgbm.Booster | None
     spread: lightgbm.Booster
     vocabulary: Vocabulary
     level: float
@@ -81,6 +82,7 @@ class Head:
     devices_width: Mapping[str, float] = field(default_factory=dict)
     physics: Physics | None = None
     work_alone: WorkAlone | None = None
+    process: GaussianProcess | None = None
 
     @classmethod
     def fit(
@@ -100,10 +102,10 @@ class Head:
         """Fit to rows, their devices and their z.
 
         `doubts` are relative errors of the rows' timings: a row counts the less the larger they are. With `terms` a
-        physics head of these stands first, and what it leaves is a Gaussian process, or trees where one operator has
-        more than its `MOST_ROWS`; `bounds` are what z is relative to, 1 where none are given. `asked` are the devices
-        as whoever asks knows them, where `devices` know the host's pace of the very timing: residuals are of answers
-        for these.
+        physics head of these stands first, then a Gaussian process of what it leaves, and trees where an operator has
+        more than the `MOST_ROWS` of one; `bounds` are what z is relative to, 1 where none are given. `asked` are the
+        devices as whoever asks knows them, where `devices` know the host's pace of the very timing: residuals are of
+        answers for these.
 
         Residuals are out of fold, and folds are of whole shapes: for the spread's trees, and for the widths. Those for
         new devices come from models that never saw the device's family, those for new layouts and for lengths beyond
@@ -159,7 +161,7 @@ class Head:
             beyond_width = width_of(ends, groups, _further(rows, ends))
         final = table.trained(np.ones(len(rows), dtype=bool), trees, terms)
         return cls(
-            point=final.residual,
+            trees=final.trees,
             spread=grow(seen.features, NAMES, spreads.z, trees, spread=True),
             vocabulary=vocabulary,
             level=level,
@@ -176,6 +178,7 @@ class Head:
             devices_width=dict(sorted(devices_width.items())),
             physics=final.physics,
             work_alone=final.work_alone,
+            process=final.process,
         )
 
     def predict(self, rows: Sequence[CostRow], device: Device, bounds: Floats | None = None) -> tuple[Floats, Floats]:
@@ -188,7 +191,7 @@ class Head:
         devices = [device] * len(rows)
         features = feature_matrix(rows, devices, self.vocabulary)
         asked = _Asked.of(rows, devices, features, () if self.physics is None else self.physics.terms)
-        z = _Point(self.point, self.physics, self.work_alone).answer(asked, bounds)
+        z = _Point(self.trees, self.physics, self.work_alone, self.process).answer(asked, bounds)
         z = np.clip(z, self.lowest, self.highest)
         spread = np.exp(ask(self.spread, features))
         return z, spread * np.array([self._width(row, device) for row in rows])
@@ -259,9 +262,10 @@ class _Asked:
 class _Point:
     """What answers for z: a physics head, where there is one, and what it leaves."""
 
-    residual: lightgbm.Booster | GaussianProcess | None
+    trees: lightgbm.Booster | None
     physics: Physics | None
     work_alone: WorkAlone | None = None
+    process: GaussianProcess | None = None
 
     def answer(self, asked: _Asked, bounds: Floats | None) -> Floats:
         """z of each row."""
@@ -271,9 +275,9 @@ class _Point:
             z = np.log(total(parts) / (1.0 if bounds is None else bounds))
             if self.work_alone is not None:
                 z = self.work_alone.mixed(z, asked.features, asked.terms, self.physics)
-        if isinstance(self.residual, GaussianProcess):
-            return z + self.residual.predict(asked.rows, asked.places, parts)
-        return z if self.residual is None else z + ask(self.residual, asked.features)
+        if self.process is not None:
+            z = z + self.process.predict(asked.rows, asked.places, parts)
+        return z if self.trees is None else z + ask(self.trees, asked.features)
 
 
 @dataclass(frozen=True)
@@ -291,7 +295,7 @@ class _Table:
     ) -> _Point:
         """Physics of the rows inside, and what it leaves."""
         here: list[int] = np.flatnonzero(inside).tolist()
-        seen, doubts, physics, work_alone = self.seen.take(here), self.doubts[here], None, None
+        seen, doubts, physics, work_alone, process = self.seen.take(here), self.doubts[here], None, None, None
         target = self.z[here]
         if terms:
             physics = Physics.fit(seen.terms, self.bounds[here] * np.exp(target), doubts)
@@ -302,12 +306,15 @@ class _Table:
             if work_alone is not None:
                 by_sum = work_alone.mixed(by_sum, seen.features, seen.terms, physics)
             target = target - by_sum
-            most = max(Counter(row.operator for row in self.seen.rows).values())
-            if most <= MOST_ROWS:  # each operator has a system of its own
-                process = GaussianProcess.fit(seen.rows, seen.places, parts, target, doubts)
-                return _Point(process, physics, work_alone)
+            held = _held(seen.rows)
+            rows = [seen.rows[index] for index in held]
+            process = GaussianProcess.fit(rows, seen.places[held], parts[held], target[held], doubts[held])
+            if len(held) == len(here):
+                return _Point(None, physics, work_alone, process)
+            target = target - process.predict(seen.rows, seen.places, parts)
         weights = 1 / np.maximum(doubts, FINEST_DOUBT)
-        return _Point(grow(seen.features, NAMES, target, trees, spread=spread, weights=weights), physics, work_alone)
+        grown = grow(seen.features, NAMES, target, trees, spread=spread, weights=weights)
+        return _Point(grown, physics, work_alone, process)
 
     def _strange(self, inside: NDArray[np.bool_]) -> bool:
         """Whether anything may be asked of kernels of which few rows or none are inside: of the whole table all may."""
@@ -327,6 +334,17 @@ class _Table:
             point, here = self.trained(~out, trees, terms, spread=spread), np.flatnonzero(out).tolist()
             found[here] = point.answer(self.asked.take(here), self.bounds[here])
         return found
+
+
+def _held(rows: Sequence[CostRow]) -> list[int]:
+    """Which rows a process holds: of an operator all, or `MOST_ROWS` of them by hash, whose system is its own."""
+    of_operators: dict[str, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        of_operators[row.operator].append(index)
+    places = [fold(row.key, 1 << 40) for row in rows]
+    return sorted(
+        index for here in of_operators.values() for index in sorted(here, key=places.__getitem__)[:MOST_ROWS]
+    )
 
 
 def _layout(row: CostRow) -> str:

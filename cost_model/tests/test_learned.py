@@ -6,6 +6,7 @@ import math
 import random
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +38,6 @@ from subquad_cost_model import (
     save_fit,
     shipped_fit,
 )
-from subquad_cost_model.gaussian_process import GaussianProcess
 
 SMALL = Trees(rounds=120, leaves=15, spread_rounds=30, spread_leaves=7)
 
@@ -47,15 +47,27 @@ def learned() -> LearnedEstimator:
     return LearnedEstimator.fit(planted.table(seed=0, shapes=120), trees=SMALL)
 
 
-def test_trees_answer_where_one_operator_has_more_rows_than_a_system_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = planted.table(seed=0, shapes=30, devices=planted.DEVICES[:1])
-    both = one + [replace(row, row=replace(row.row, operator="other")) for row in one]
-    monkeypatch.setattr(head, "MOST_ROWS", len(one))
-    held = LearnedEstimator.fit(both, trees=SMALL).heads["forward"]
-    assert isinstance(held.point, GaussianProcess)
-    monkeypatch.setattr(head, "MOST_ROWS", len(one) - 1)
-    grown = LearnedEstimator.fit(both, trees=SMALL).heads["forward"]
-    assert not isinstance(grown.point, GaussianProcess)
+def test_of_an_operator_with_more_rows_than_a_process_holds_trees_learn_the_rest(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rows = planted.table(seed=0, shapes=100, devices=planted.DEVICES[:1])
+    both = rows + [replace(row, row=replace(row.row, operator="other")) for row in rows[:60]]
+    monkeypatch.setattr(head, "MOST_ROWS", len(rows))
+    whole = LearnedEstimator.fit(both, trees=SMALL).heads["forward"]
+    assert whole.process is not None and len(whole.process.weights) == len(both)
+    assert whole.trees is None
+
+    monkeypatch.setattr(head, "MOST_ROWS", 40)
+    learned = LearnedEstimator.fit(both, trees=SMALL)
+    part = learned.heads["forward"]
+    assert part.process is not None and Counter(part.process.operators) == {"mix": 40, "other": 40}
+    assert part.trees is not None
+    new = planted.table(seed=1, shapes=50, devices=planted.DEVICES[:1])
+    alone = replace(learned, heads={"forward": replace(part, trees=None)})
+    assert error(learned, new) < error(alone, new) < 1.3
+    save_fit(learned, tmp_path, card="")
+    asked = [row.row for row in new]
+    assert load_fit(tmp_path).predict(asked, new[0].device) == learned.predict(asked, new[0].device)
 
 
 def judge(estimator: Estimator, rows: Sequence[TimedRow]) -> tuple[list[Estimate], list[float]]:
