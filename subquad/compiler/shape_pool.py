@@ -52,6 +52,10 @@ STATES = (16, 16, 64, 32, 8)
 """States of a channel; Mamba has 16."""
 GROUPS = (1, 4, 1, 8)
 """Heads that share one key head."""
+KEY_HEADS = {"h_kv", "h_k"}
+"""Their axes."""
+NORMED = (0, 64, 128, 0, 256)
+"""Channels that are normed together, as those of a head; 0: all of a token."""
 TAPS = (4, 4, 3, 2)
 SWITCHES = {"causal": (True, True, True, False)}
 """Options by which work halves, whose other side no example need declare."""
@@ -65,7 +69,7 @@ def layouts(operator: Operator, kind: str, count: int, *, seed: int = 0) -> list
     """At most `count` different layouts, each by its smallest workload; one in four decodes, if not all do.
 
     Options are those of the operator's examples, in turn; where an example with options of the same names is packed,
-    one layout in three is.
+    one layout in three is. Heads share keys where those of an example with these options do.
     """
     ranges, draw = RANGES[kind], random.Random(f"{operator.name} layouts {seed}")
     base = operator.benchmarks.get(kind) or next(iter(operator.examples), None)
@@ -74,6 +78,11 @@ def layouts(operator: Operator, kind: str, count: int, *, seed: int = 0) -> list
     forward = _variants([base, *(example for example in operator.examples if example.phase != "decode")])
     decoded = _variants([example for example in operator.examples if example.phase == "decode"])
     packable = {frozenset(example.options) for example in operator.examples if "documents" in example.shape}
+    sharing = [
+        _words(example.options)
+        for example in operator.examples
+        if any(example.shape[axis] < example.shape["h"] for axis in KEY_HEADS & example.shape.keys())
+    ]
     dtypes = [dtype for dtype in ranges.dtypes if dtype in operator.tolerances] or [base.dtype]
     found: dict[str, Workload] = {}
     for number in range(20 * count):
@@ -88,11 +97,17 @@ def layouts(operator: Operator, kind: str, count: int, *, seed: int = 0) -> list
             options=_options(variants[number % len(variants)], ranges, draw),
             shape=_widths(base.shape, ranges, draw),
         )
+        if layout.options.get("shared") and layout.shape["g"] == 1:  # groups share a weight: there are some
+            layout = replace(layout, shape=dict(layout.shape) | {"g": _groups(layout.shape["c"], max(NORMED))})
+        if _words(layout.options) not in sharing:
+            own = {axis: layout.shape["h"] for axis in KEY_HEADS & layout.shape.keys()}
+            layout = replace(layout, shape=dict(layout.shape) | own)
         packed = frozenset(layout.options) in packable and not decode and draw.random() < PACKED
         size = (1, 2 * ranges.t[0], 2) if packed else (2, ranges.t[0], 0)
         smallest = _sized(layout, *size)
-        # Channels are free within a layout, as lengths are.
-        found.setdefault(replace(smallest, shape=dict(smallest.shape) | {"c": 0}).key, smallest)
+        # Channels are free within a layout, as lengths are; what is normed together is not.
+        free = {"c": 0, **({"g": _normed(smallest.shape)} if "g" in smallest.shape else {})}
+        found.setdefault(replace(smallest, shape=dict(smallest.shape) | free).key, smallest)
     return list(found.values())
 
 
@@ -152,14 +167,15 @@ def _widths(shape: Mapping[str, int], ranges: Ranges, draw: random.Random) -> di
         found["c"] = draw.choice(ranges.channels)
         if "n" in found:
             found["n"] = draw.choice(STATES)
+    if "g" in found:
+        found["g"] = _groups(found["c"], draw.choice(NORMED))
     if "w" in found:
         found["w"] = draw.choice(TAPS)
     if "h" in found:
         found["h"] = draw.choice(ranges.heads)
         group = draw.choice(GROUPS)
-        for axis in ("h_kv", "h_k"):
-            if axis in found:
-                found[axis] = max(1, found["h"] // group)
+        for axis in KEY_HEADS & found.keys():
+            found[axis] = max(1, found["h"] // group)
     return found
 
 
@@ -167,6 +183,8 @@ def _drawn(layout: Workload, ranges: Ranges, draw: random.Random) -> Workload:
     changed = dict(layout.shape)
     if "c" in changed:
         changed["c"] = draw.choice(ranges.channels)
+    if "g" in changed:
+        changed["g"] = _groups(changed["c"], _normed(layout.shape))
     layout = replace(layout, shape=changed)
     t = _length(ranges.t, draw)
     if "documents" in layout.shape:
@@ -190,6 +208,16 @@ def _sized(layout: Workload, b: int, t: int, documents: int) -> Workload:
     if documents:
         shape["documents"] = documents
     return replace(layout, shape=shape)
+
+
+def _groups(channels: int, normed: int) -> int:
+    """So many channels normed together make so many groups: two at least, unless all are one."""
+    return max(2, channels // normed) if normed else 1
+
+
+def _normed(shape: Mapping[str, int]) -> int:
+    """How many channels are normed together; 0 for all."""
+    return shape["c"] // shape["g"] if shape["g"] > 1 else 0
 
 
 def _length(bounds: tuple[int, int], draw: random.Random) -> int:
