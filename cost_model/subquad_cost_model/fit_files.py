@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from subquad_cost_model.envelope import Smaller
 from subquad_cost_model.estimator import Estimator
@@ -32,9 +32,6 @@ from subquad_cost_model.process_records import process_from_record, process_reco
 from subquad_cost_model.roofline import RooflineEstimator
 from subquad_cost_model.terms import BYTES, SECONDS
 from subquad_cost_model.work_alone import WorkAlone
-
-if TYPE_CHECKING:
-    pass
 
 FORMAT_VERSION = 6
 READABLE = (1, 2, 3, 4, 5, 6)
